@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Write README.md from nbs/index.ipynb: its prose and the stored outputs of its cells, without their code.
+
+Usage: make_readme.py [--check]      (--check: write nothing, fail when README.md would change)
+"""
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def markdown(cell):
+    """What a reader of the README sees of a cell: prose, or the Markdown and text that code put out."""
+    if cell.cell_type == "markdown":
+        return cell.source
+    outputs = [o.get("data", {}) for o in cell.get("outputs", [])]
+    return "\n\n".join("".join(d["text/markdown"]) for d in outputs if "text/markdown" in d)
+
+
+def readme():
+    """The README's text; links are turned from nbs/ to the repository's root."""
+    parts = [markdown(cell).strip() for cell in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells]
+    text = "\n\n".join(p for p in parts if p)
+    text = re.sub(r"\]\((?!https?:|#|\.\./)", "](nbs/", text).replace("](../", "](")
+    return "<!-- Written by nbs/make_readme.py from nbs/index.ipynb: edit that. -->\n\n" + text + "\n"
+
+
+def main():
+    """Write, or compare."""
+    path = ROOT / "README.md"
+    if "--check" in sys.argv[1:]:
+        if path.read_text(encoding="utf-8") != readme():
+            sys.exit("README.md is not what nbs/index.ipynb says; run: make readme")
+        return
+    path.write_text(readme(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Every command as a user would call it, and every mistake that a user would make."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bitflow_edu.cli import main
+from bitflow_edu.config import PRESETS
+from bitflow_edu.data import asset
+
+SMOKE = ["--preset", "mnist-mini-smoke"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """F and G of the smoke preset, trained by the commands."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", "forward", *SMOKE, "--steps", "10", "--out", str(folder / "f")]) == 0
+    assert main(["train", "reverse", *SMOKE, "--steps", "10", "--forward", str(folder / "f"), "--out", str(folder / "g")]) == 0
+    return folder
+
+
+def refused(argv, capsys, *words):
+    """The command fails as a mistake should: code 2, one or two lines on stderr that hold all the words."""
+    before = capsys.readouterr()
+    assert main([str(a) for a in argv]) == 2, before
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("bitflow: ") and len(said.splitlines()) <= 2 and len(said) < 700, said
+    for word in words:
+        assert str(word) in said, f"{word!r} is not in: {said}"
+
+
+def test_the_demo_from_end_to_end(tmp_path):
+    bitflow = Path(sys.executable).with_name("bitflow")
+    command = [bitflow, "demo", *SMOKE, "--out", "runs/demo"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("report: runs/demo/report.html")
+    report = (tmp_path / "runs/demo/report.html").read_text()
+    assert len(report) < 3_000_000 and report.count("data:image/png;base64,") == 4 and not re.search(r'(src|href)="(?!data:)', report)
+    result = json.loads((tmp_path / "results/demo-mnist-mini-smoke.json").read_text())
+    assert (tmp_path / "results/demo-mnist-mini-smoke.png").exists()
+    rows = {(m["row"], m["metric"], m["batch"]) for m in result["measurements"]}
+    for row in ("exact", "exact+denoise", "one-pass"):
+        for metric in ("fd[mnist-cnn]", "label_accuracy", "params", "serial_steps", "flops_per_image"):
+            assert (row, metric, None) in rows
+        assert {(row, "ms_per_image", 1), (row, "ms_per_image", 64)} <= rows
+    assert {("real", "fd[mnist-cnn]", None), ("exact", "bits_per_dim", None), ("exact", "round_trip_max_error", None)} <= rows
+    assert result["command"].startswith("bitflow demo --preset mnist-mini-smoke") and str(tmp_path) not in json.dumps(result)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2 and "--resume" in again.stderr
+    resumed = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert resumed.returncode == 0 and "report.html" in resumed.stdout
+    assert (tmp_path / "runs/demo/report.html").read_text() == report, "nothing is overwritten"
+
+
+def test_sample(runs, tmp_path):
+    for folder, more, size in (("f", [], (169, 33)), ("f", ["--denoise"], (169, 33)), ("g", ["--labels", "3,-1"], (169, 33))):
+        out = tmp_path / f"{folder}{len(more)}.png"
+        assert main(["sample", "--checkpoint", str(runs / folder), "--n", "20", "--out", str(out), *more]) == 0
+        assert Image.open(out).size == size
+    assert main(["sample", "--checkpoint", str(asset("mnist-mini/reverse")), "--n", "3", "--columns", "3", "--out", str(tmp_path / "new" / "s.png")]) == 0
+
+
+def test_the_same_seed_draws_the_same(runs, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert main(["sample", "--checkpoint", str(runs / "g"), "--n", "8", "--seed", str(seed), "--out", str(tmp_path / f"{name}.png")]) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_evaluate(runs, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    assert main(["evaluate", *SMOKE, "--forward", str(runs / "f"), "--reverse", str(runs / "g"), "--n", "50", "--out", str(out)]) == 0
+    assert {m["row"] for m in json.loads(out.read_text())["measurements"]} == {"exact", "exact+denoise", "one-pass", "real"}
+    refused(["evaluate", *SMOKE, "--forward", runs / "f", "--out", out], capsys, "exists already")
+    assert main(["evaluate", *SMOKE, "--forward", str(runs / "f"), "--n", "50", "--out", str(tmp_path / "f.json")]) == 0
+    assert "one-pass" not in (tmp_path / "f.json").read_text().split('"measurements"')[1]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_info(preset, capsys):
+    assert main(["info", "--preset", preset]) == 0
+    said = capsys.readouterr().out
+    assert "parameters" in said and "MFLOP" in said
+
+
+def test_info_of_a_checkpoint(runs, capsys):
+    assert main(["info", "--checkpoint", str(runs / "g")]) == 0
+    assert "ReverseModel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["naive", "hidden-distillation"])
+def test_other_strategies_train(runs, tmp_path, strategy):
+    assert main(["train", "reverse", *SMOKE, "--steps", "2", "--strategy", strategy, "--forward", str(runs / "f"), "--out", str(tmp_path / "g")]) == 0
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["--help"])
+    assert e.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("demo", "train", "sample", "evaluate", "info"))
+
+
+def test_mistakes_in_words(capsys, tmp_path):
+    refused([], capsys, "--help")
+    refused(["dmeo"], capsys, "dmeo")
+    refused(["train"], capsys, "forward", "reverse")
+    refused(["demo", "--stepz", "3"], capsys, "--stepz")
+    refused(["demo", "--steps", "many"], capsys, "--steps", "many")
+    refused(["demo", "--preset", "mnist-mimi", "--out", tmp_path / "d"], capsys, "mnist-mimi", "mnist-mini")
+    refused(["info", "--preset", "imagenet"], capsys, "imagenet")
+    refused(["sample"], capsys, "--checkpoint")
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("option,value", [("--steps", 0), ("--steps", -3), ("--minutes", 0), ("--minutes", -1.5), ("--batch-size", 0), ("--lr", -0.1),
+                                          ("--patch-size", 5), ("--patch-size", 0), ("--device", "tpu"), ("--data-root", "nowhere")])
+def test_options_out_of_range(capsys, tmp_path, option, value):
+    refused(["train", "forward", *SMOKE, "--out", tmp_path / "f", option, value], capsys, value)
+    assert not (tmp_path / "f").exists(), "nothing was written"
+
+
+def test_mistakes_with_checkpoints(capsys, tmp_path, runs):
+    refused(["train", "reverse", *SMOKE, "--forward", tmp_path / "none", "--out", tmp_path / "g"], capsys, "none", "does not exist")
+    refused(["train", "reverse", *SMOKE, "--forward", runs / "g", "--out", tmp_path / "g"], capsys, "ReverseModel", "TARFlow")
+    refused(["train", "reverse", *SMOKE, "--strategy", "osmosis", "--forward", runs / "f", "--out", tmp_path / "g"], capsys, "osmosis", "hidden-alignment")
+    refused(["train", "reverse", "--forward", runs / "f", "--out", tmp_path / "g"], capsys, "num_blocks")
+    refused(["evaluate", *SMOKE, "--forward", runs / "g", "--out", tmp_path / "e.json"], capsys, "ReverseModel")
+    refused(["evaluate", *SMOKE, "--forward", runs / "f", "--reverse", runs / "f", "--out", tmp_path / "e.json"], capsys, "TARFlow")
+    refused(["evaluate", *SMOKE, "--forward", runs / "f", "--n", "0", "--out", tmp_path / "e.json"], capsys, "0")
+    refused(["evaluate", "--preset", "mnist", "--forward", runs / "f", "--out", tmp_path / "e.json"], capsys, "16", "28")
+    refused(["sample", "--checkpoint", runs / "g", "--labels", "12", "--out", tmp_path / "s.png"], capsys, "12")
+    refused(["sample", "--checkpoint", runs / "g", "--labels", "x", "--out", tmp_path / "s.png"], capsys, "x")
+    refused(["sample", "--checkpoint", runs / "g", "--n", "0", "--out", tmp_path / "s.png"], capsys, "0")
+    refused(["sample", "--checkpoint", runs / "g", "--denoise", "--out", tmp_path / "s.png"], capsys, "--denoise")
+    refused(["info", "--checkpoint", tmp_path / "none"], capsys, "none")
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_mistakes_with_folders(capsys, tmp_path, runs):
+    refused(["train", "forward", *SMOKE, "--out", runs / "f"], capsys, "exists already", "--resume")
+    refused(["train", "forward", *SMOKE, "--steps", "11", "--out", runs / "f", "--resume"], capsys, "was made with")
+    (tmp_path / "file").write_text("kept")
+    for command in ("demo", "train"):
+        more = ["forward"] if command == "train" else []
+        refused([command, *more, *SMOKE, "--out", tmp_path / "file"], capsys, tmp_path / "file")
+        refused([command, *more, *SMOKE, "--out", tmp_path / "file" / "run"], capsys, tmp_path / "file")
+    refused(["demo", *SMOKE, "--out", tmp_path / "d", "--results", tmp_path / "file"], capsys, tmp_path / "file")
+    refused(["sample", "--checkpoint", runs / "g", "--out", tmp_path / "file"], capsys, "exists already")
+    (tmp_path / "mnist-mini.npz").write_bytes(b"no archive")
+    refused(["demo", *SMOKE, "--data-root", tmp_path, "--out", tmp_path / "d", "--results", tmp_path / "r"], capsys, "mnist-mini.npz")
+    assert (tmp_path / "file").read_text() == "kept" and not (tmp_path / "d").exists() and not (tmp_path / "r").exists()
