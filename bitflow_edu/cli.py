@@ -2,26 +2,28 @@
 
 # %% ../nbs/19_command_line.ipynb #4a82c6a3
 from __future__ import annotations
-import contextlib, dataclasses, io, json, os, resource, sys, time
+import contextlib, dataclasses, io, json, os, resource, shlex, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Optional, Union
+from typing import Annotated, Optional, Union
 import torch
 from . import pipeline
-from .config import PRESETS, Preset, find_preset, with_strategy
+from .config import Preset, find_preset, with_strategy
 from .data import BitflowError, check_labels, load_data
 from .evaluation import measurement, save_results
 from .plotting import image_grid
+from .report import draw_rows, sample_rows, write_report
 from .reverse_model import ReverseModel, sample_noise
 from .tarflow import TARFlow
 from .training import load_model, newest_checkpoint, save_grid
 
 # %% auto #0
-__all__ = ['RUN', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train', 'Sample', 'Evaluate', 'Info',
+__all__ = ['NAMES', 'RUN', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train', 'Picture', 'Sample', 'Evaluate',
+           'Info', 'command_type', 'one_line', 'read_words', 'parse', 'option_words', 'command_line', 'main',
+           'load_any', 'describe_model', 'describe_preset', 'run_info', 'check_writable', 'refuse_existing',
            'with_options', 'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels',
-           'load_any', 'run_sample', 'check_new_file', 'check_writable', 'run_evaluate', 'show', 'command_line',
-           'peak_memory_mb', 'run_demo', 'refuse_existing', 'run_info', 'describe_model', 'command_type', 'one_line',
-           'parse', 'main']
+           'check_new_file', 'method_of', 'run_sample', 'show', 'load_pair', 'run_evaluate', 'peak_memory_mb',
+           'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -92,14 +94,19 @@ class Train:
 
 # %% ../nbs/19_command_line.ipynb #42b84653
 @dataclass(frozen=True)
-class Sample:
-    "Draw images from a trained F (exactly, token by token) or G (in one pass)."
+class Picture:
+    "Options of a command that draws images into a file."
     checkpoint: Path
     """Run or checkpoint of F or of G."""
     out: Path = Path("samples.png")
     """Picture to write; an existing file is not overwritten."""
     n: int = 100
     """Images to draw."""
+
+# %% ../nbs/19_command_line.ipynb #5fbf19c2
+@dataclass(frozen=True)
+class Sample(Picture):
+    "Draw images from a trained F (exactly, token by token) or G (in one pass)."
     labels: Optional[str] = None
     """Classes to draw, e.g. 3 or 0,1,7; default all in turn; -1 for none in particular."""
     denoise: bool = False
@@ -133,6 +140,139 @@ class Info(Common):
     checkpoint: Optional[Path] = None
     """Run or checkpoint to describe instead of a preset."""
 
+# %% ../nbs/19_command_line.ipynb #debbc86d
+NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Info: "info"}
+
+# %% ../nbs/19_command_line.ipynb #9c943ba7
+def command_type():
+    "All commands as one type, which tyro turns into a parser."
+    import tyro
+    sub = tyro.conf.subcommand
+    stage = Union[Annotated[TrainForward, sub("forward")], Annotated[TrainReverse, sub("reverse")]]
+    train = dataclasses.make_dataclass("Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__})
+    return Union[Annotated[Demo, sub("demo")], Annotated[train, sub("train")], Annotated[Sample, sub("sample")],
+                 Annotated[Evaluate, sub("evaluate")], Annotated[Info, sub("info")]]
+
+# %% ../nbs/19_command_line.ipynb #c5d983f8
+def one_line(message: str) -> str:
+    "What a parser says in a box (drawn, or of dashes where the terminal knows no others), as one sentence."
+    lines = [line.strip(" │") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
+    if "╭" not in message:  # a plain box begins with its title and a rule
+        lines = lines[2:]
+    end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
+    return " ".join(lines[:end]).rstrip(".")
+
+# %% ../nbs/19_command_line.ipynb #ac54ed07
+def read_words(argv: list[str]):
+    "What tyro makes of the words: a command's dataclass. Raises `SystemExit`: 0 after --help, else with a box on stderr."
+    import tyro
+    options = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+    command = tyro.cli(command_type(), args=argv, prog="bitflow", config=options, description="Bidirectional normalizing flows.")
+    return getattr(command, "stage", command)
+
+# %% ../nbs/19_command_line.ipynb #57768304
+def parse(argv: list[str]):
+    "Turn words into a command's dataclass. Raises `BitflowError` where they make no sense."
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return read_words(argv)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        words = " ".join(w for w in argv[:2] if w in " ".join(NAMES.values()).split())
+        raise BitflowError(f"{one_line(said.getvalue()) or 'no such command'}; see bitflow {words + ' ' if words else ''}--help") from None
+
+# %% ../nbs/19_command_line.ipynb #e418f5ff
+def option_words(name: str, value) -> list[str]:
+    "One option as it would be typed: `--resume`, `--no-timing`, `--out runs/f`; of an absolute path only the last name."
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", value.name if isinstance(value, Path) and value.is_absolute() else str(value)]
+
+# %% ../nbs/19_command_line.ipynb #49ed3917
+def command_line(args) -> str:
+    "The command, one of `NAMES`, as a user would type it, for the results file: every option that is not at its default."
+    words = []
+    for f in dataclasses.fields(args):
+        value = getattr(args, f.name)
+        if value != f.default:
+            words += option_words(f.name, value)
+    return shlex.join(["bitflow", *NAMES[type(args)].split(), *words])
+
+# %% ../nbs/19_command_line.ipynb #1b198e6f
+RUN = {}  # a command's dataclass → the function that carries it out; each command below adds itself
+
+def main(argv: list[str] | None = None) -> int:
+    "The `bitflow` command. Exit code 0: done, 2: a mistake in what was asked, 130: interrupted."
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv)
+        RUN[type(command)](command)
+    except BitflowError as e:
+        print(f"bitflow: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bitflow: interrupted; go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+# %% ../nbs/19_command_line.ipynb #3b425c3f
+def load_any(folder: Path, device: str):
+    "The F or the G in a checkpoint, whichever it is."
+    try:
+        kind = json.loads((newest_checkpoint(folder) / "config.json").read_text())["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = None
+    return load_model(folder, ReverseModel if kind == "ReverseModel" else TARFlow, device)
+
+# %% ../nbs/19_command_line.ipynb #542be3a9
+def describe_model(model):
+    "Print a model's kind, size and shape."
+    t = model.cfg.transformer
+    extra = " + 1 denoising" if getattr(model.cfg, "denoise", False) else ""
+    print(f"{type(model).__name__:8s} {pipeline.num_parameters(model):,} parameters: {model.cfg.num_blocks}{extra} blocks of {t.num_layers} layers, "
+          f"width {t.width}, {model.cfg.num_tokens} tokens of {model.cfg.token_dim} values")
+
+# %% ../nbs/19_command_line.ipynb #f0e6b959
+def describe_preset(preset: Preset):
+    "Print a preset's data, models, budgets and the arithmetic of every method."
+    d, f = preset.data, preset.forward
+    print(f"preset   {preset.name}: {d.name}, {d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes")
+    print(f"tokens   {f.num_tokens} of {f.token_dim} values, patches of {f.patch_size}x{f.patch_size}")
+    forward, reverse = pipeline.build(TARFlow, f, 0), pipeline.build(ReverseModel, preset.reverse, 0)
+    for model, cfg in ((forward, preset.train_forward), (reverse, preset.train_reverse)):
+        describe_model(model)
+        budget = f"{cfg.steps} steps" if cfg.steps else f"{cfg.minutes} minutes"
+        print(f"         trained for {budget} of {cfg.batch_size} images, learning rate {cfg.lr}")
+    for row in pipeline.METHODS:
+        print(f"{row:14s} {pipeline.flops(row, forward, reverse) / 1e6:8.1f} MFLOP an image")
+
+# %% ../nbs/19_command_line.ipynb #7488ac7e
+def run_info(args: Info):
+    "`bitflow info`"
+    if args.checkpoint:
+        return describe_model(load_any(args.checkpoint, "cpu"))
+    describe_preset(find_preset(args.preset))
+
+RUN[Info] = run_info
+
+# %% ../nbs/19_command_line.ipynb #1f75b9e9
+def check_writable(folder: Path):
+    "Refuse a folder that cannot be written to, before any work is done."
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise BitflowError(f"cannot write to {folder}: {existing} is not a folder that can be written to; name another one")
+
+# %% ../nbs/19_command_line.ipynb #46945d0c
+def refuse_existing(folder: Path, resume: bool):
+    "An existing run is gone on with, or left alone."
+    if folder.exists() and not folder.is_dir():
+        raise BitflowError(f"{folder} is a file; name a folder with --out")
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise BitflowError(f"{folder} exists already; go on with --resume, or name another folder with --out")
+    check_writable(folder)
+
 # %% ../nbs/19_command_line.ipynb #0a73f421
 def with_options(preset: Preset, args: Budget, stage: str) -> Preset:
     "The preset with what the command line says about the training of one stage."
@@ -152,7 +292,7 @@ def with_patch_size(preset: Preset, patch_size: int | None) -> Preset:
         return preset
     return replace(preset, forward=replace(preset.forward, patch_size=patch_size), reverse=replace(preset.reverse, patch_size=patch_size))
 
-# %% ../nbs/19_command_line.ipynb #3f404727
+# %% ../nbs/19_command_line.ipynb #1d311984
 def run_train_forward(args: TrainForward):
     "`bitflow train forward`"
     preset = with_patch_size(with_options(find_preset(args.preset), args, "forward"), args.patch_size)
@@ -160,6 +300,8 @@ def run_train_forward(args: TrainForward):
     refuse_existing(folder, args.resume)
     pipeline.train_forward(preset, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
     print(f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}")
+
+RUN[TrainForward] = run_train_forward
 
 # %% ../nbs/19_command_line.ipynb #cb08832a
 def check_fits(model, data):
@@ -182,6 +324,8 @@ def run_train_reverse(args: TrainReverse):
     pipeline.train_reverse(preset, forward, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
     print(f"G is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}")
 
+RUN[TrainReverse] = run_train_reverse
+
 # %% ../nbs/19_command_line.ipynb #7d441e6a
 def parse_labels(text: str | None, cfg, n: int) -> torch.Tensor:
     "Labels for n images `(n,)` from a list such as `0,1,7`, repeated as often as needed."
@@ -194,16 +338,23 @@ def parse_labels(text: str | None, cfg, n: int) -> torch.Tensor:
     check_labels(labels[labels != -1], cfg.num_classes)
     return labels.repeat(-(-n // len(labels)))[:n]
 
-# %% ../nbs/19_command_line.ipynb #3b425c3f
-def load_any(folder: Path, device: str):
-    "The F or the G in a checkpoint, whichever it is."
-    try:
-        kind = json.loads((newest_checkpoint(folder) / "config.json").read_text())["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = None
-    return load_model(folder, ReverseModel if kind == "ReverseModel" else TARFlow, device)
+# %% ../nbs/19_command_line.ipynb #148b5434
+def check_new_file(path: Path):
+    "Refuse to overwrite a file, or to write where one cannot."
+    if path.exists():
+        raise BitflowError(f"{path} exists already; name another file with --out")
+    check_writable(path.parent)
 
-# %% ../nbs/19_command_line.ipynb #8b539e1f
+
+def method_of(model, args: Sample) -> str:
+    "How a model is drawn from, a key of `METHODS`."
+    if not isinstance(model, ReverseModel):
+        return "exact+denoise" if args.denoise else "exact"
+    if args.denoise:
+        raise BitflowError(f"--denoise needs F, but {args.checkpoint} holds a G, which denoises by itself; leave the option out")
+    return "one-pass"
+
+# %% ../nbs/19_command_line.ipynb #7f2f73c5
 def run_sample(args: Sample):
     "`bitflow sample`"
     if args.n < 1 or args.columns < 1:
@@ -212,56 +363,43 @@ def run_sample(args: Sample):
     device = pipeline.find_device(args.device)
     model = load_any(args.checkpoint, device)
     z, c = sample_noise(model.cfg, args.n, args.seed, device), parse_labels(args.labels, model.cfg, args.n).to(device)
-    reverse = isinstance(model, ReverseModel)
-    if reverse and args.denoise:
-        raise BitflowError(f"--denoise needs F, but {args.checkpoint} holds a G, which denoises by itself; leave the option out")
-    row = "one-pass" if reverse else "exact+denoise" if args.denoise else "exact"
-    x = pipeline.draw(row, None if reverse else model, model if reverse else None, z, c)
+    row = method_of(model, args)
+    x = pipeline.draw(row, model, model, z, c)
     save_grid(image_grid(x, args.columns), args.out)
     print(f"{args.n} images ({pipeline.METHODS[row]}) in {args.out}")
 
-# %% ../nbs/19_command_line.ipynb #91d4da81
-def check_new_file(path: Path):
-    "Refuse to overwrite a file, or to write where one cannot."
-    if path.exists():
-        raise BitflowError(f"{path} exists already; name another file with --out")
-    check_writable(path.parent)
+RUN[Sample] = run_sample
 
-# %% ../nbs/19_command_line.ipynb #1f75b9e9
-def check_writable(folder: Path):
-    "Refuse a folder that cannot be written to, before any work is done."
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise BitflowError(f"cannot write to {folder}: {existing} is not a folder that can be written to; name another one")
-
-# %% ../nbs/19_command_line.ipynb #3ab02d2b
-def run_evaluate(args: Evaluate):
-    "`bitflow evaluate`"
-    preset, device, start = find_preset(args.preset), pipeline.find_device(args.device), time.perf_counter()
-    out = args.out or Path(f"results/evaluate-{preset.name}.json")
-    check_new_file(out)
-    forward = load_model(args.forward or Path(f"runs/{preset.name}-forward"), TARFlow, device)
-    reverse = args.reverse and load_model(args.reverse, ReverseModel, device)
-    check_fits(forward, preset.data)
-    train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
-    n = preset.num_samples if args.n is None else args.n
-    found = pipeline.evaluate(forward, reverse, train, test, n, args.seed, device, args.timing).measurements
-    config = {"forward": dataclasses.asdict(forward.cfg), "reverse": reverse and dataclasses.asdict(reverse.cfg)}
-    save_results(out.parent, out.name.removesuffix(".json"), preset.name, command_line(), config, found, time.perf_counter() - start)
-    show(found)
-    print(f"figures in {out}")
-
-# %% ../nbs/19_command_line.ipynb #c352bffc
+# %% ../nbs/19_command_line.ipynb #aa198c7c
 def show(measurements: list):
     "Print measurements, a line each."
     for m in measurements:
         print(f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}" + (f" batch {m['batch']}" if m["batch"] else ""))
 
-# %% ../nbs/19_command_line.ipynb #f5b3b36f
-def command_line() -> str:
-    "What the user typed, for the results file; folders of this machine are left out."
-    words = [Path(w).name if w.startswith(os.sep) else w for w in sys.argv[1:]]
-    return " ".join(["bitflow", *words])
+
+def load_pair(args: Evaluate, preset: Preset, device: str):
+    "The F, and the G or None, that a user wants measured."
+    forward = load_model(args.forward or Path(f"runs/{preset.name}-forward"), TARFlow, device)
+    reverse = args.reverse and load_model(args.reverse, ReverseModel, device)
+    check_fits(forward, preset.data)
+    return forward, reverse
+
+# %% ../nbs/19_command_line.ipynb #7b7d1326
+def run_evaluate(args: Evaluate):
+    "`bitflow evaluate`"
+    preset, device, start = find_preset(args.preset), pipeline.find_device(args.device), time.perf_counter()
+    out = args.out or Path(f"results/evaluate-{preset.name}.json")
+    check_new_file(out)
+    forward, reverse = load_pair(args, preset, device)
+    train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
+    n = preset.num_samples if args.n is None else args.n
+    found = pipeline.evaluate(forward, reverse, train, test, n, args.seed, device, args.timing).measurements
+    config = {"forward": dataclasses.asdict(forward.cfg), "reverse": reverse and dataclasses.asdict(reverse.cfg)}
+    save_results(out.parent, out.name.removesuffix(".json"), preset.name, command_line(args), config, found, time.perf_counter() - start)
+    show(found)
+    print(f"figures in {out}")
+
+RUN[Evaluate] = run_evaluate
 
 # %% ../nbs/19_command_line.ipynb #da325fee
 def peak_memory_mb() -> float:
@@ -270,110 +408,40 @@ def peak_memory_mb() -> float:
     return peak / (1 if sys.platform == "darwin" else 1024) / (2**20 if sys.platform == "darwin" else 1)
 
 # %% ../nbs/19_command_line.ipynb #856fc2d1
-def run_demo(args: Demo):
-    "`bitflow demo`"
-    from bitflow_edu.report import draw_rows, sample_rows, write_report
-    start, device = time.perf_counter(), pipeline.find_device(args.device)
-    preset = with_options(with_options(find_preset(args.preset), args, "forward"), args, "reverse")
-    name, report = f"demo-{preset.name}", args.out / "report.html"
-    if args.resume and report.exists():
-        return print(f"{args.out} is finished; its report: {report}")
+def train_pair(preset: Preset, train, out: Path, device: str, resume: bool):
+    "F, and G against it, in `out/forward` and `out/reverse`."
+    forward = pipeline.train_forward(preset, train, out / "forward", device, resume)
+    return forward, pipeline.train_reverse(preset, forward, train, out / "reverse", device, resume)
+
+# %% ../nbs/19_command_line.ipynb #46039c97
+def save_demo(args: Demo, preset: Preset, done: pipeline.Evaluation, test, start: float) -> Path:
+    "Write and print a demo's figures, and a picture of its samples; gives the results file."
+    name, found = f"demo-{preset.name}", [*done.measurements, measurement("demo", "peak_memory_mb", peak_memory_mb(), "MB")]
+    path = save_results(args.results, name, preset.name, command_line(args), dataclasses.asdict(preset), found, time.perf_counter() - start)
+    draw_rows(sample_rows(done.samples, test)).savefig(path.with_suffix(".png"), dpi=110)
+    show(found)
+    return path
+
+# %% ../nbs/19_command_line.ipynb #8f94b924
+def check_folders(args: Demo):
+    "Refuse a demo's folders before any work is done."
     check_writable(args.results)
     refuse_existing(args.out, args.resume)
+
+# %% ../nbs/19_command_line.ipynb #43049793
+def run_demo(args: Demo):
+    "`bitflow demo`"
+    start, device, report = time.perf_counter(), pipeline.find_device(args.device), args.out / "report.html"
+    preset = with_options(with_options(find_preset(args.preset), args, "forward"), args, "reverse")
+    if args.resume and report.exists():
+        return print(f"{args.out} is finished; its report: {report}")
+    check_folders(args)
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
-    forward = pipeline.train_forward(preset, train, args.out / "forward", device, args.resume)
-    reverse = pipeline.train_reverse(preset, forward, train, args.out / "reverse", device, args.resume)
+    forward, reverse = train_pair(preset, train, args.out, device, args.resume)
     print("drawing and measuring …")
     done = pipeline.evaluate(forward, reverse, train, test, preset.num_samples, args.seed, device)
-    found = [*done.measurements, measurement("demo", "peak_memory_mb", peak_memory_mb(), "MB")]
-    path = save_results(args.results, name, preset.name, command_line(), dataclasses.asdict(preset), found, time.perf_counter() - start)
-    draw_rows(sample_rows(done.samples, test)).savefig(args.results / f"{name}.png", dpi=110)
+    path = save_demo(args, preset, done, test, start)
     write_report(report, json.loads(path.read_text()), done.samples, forward, reverse, test)
-    show(found)
     print(f"figures in {path}\nreport: {report}")
 
-# %% ../nbs/19_command_line.ipynb #46945d0c
-def refuse_existing(folder: Path, resume: bool):
-    "An existing run is gone on with, or left alone."
-    if folder.exists() and not folder.is_dir():
-        raise BitflowError(f"{folder} is a file; name a folder with --out")
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise BitflowError(f"{folder} exists already; go on with --resume, or name another folder with --out")
-    check_writable(folder)
-
-# %% ../nbs/19_command_line.ipynb #313331d3
-def run_info(args: Info):
-    "`bitflow info`"
-    if args.checkpoint:
-        return describe_model(load_any(args.checkpoint, "cpu"))
-    preset = find_preset(args.preset)
-    d, f = preset.data, preset.forward
-    print(f"preset   {preset.name}: {d.name}, {d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes")
-    print(f"tokens   {f.num_tokens} of {f.token_dim} values, patches of {f.patch_size}x{f.patch_size}")
-    forward, reverse = pipeline.build(TARFlow, f, 0), pipeline.build(ReverseModel, preset.reverse, 0)
-    for model, cfg in ((forward, preset.train_forward), (reverse, preset.train_reverse)):
-        describe_model(model)
-        budget = f"{cfg.steps} steps" if cfg.steps else f"{cfg.minutes} minutes"
-        print(f"         trained for {budget} of {cfg.batch_size} images, learning rate {cfg.lr}")
-    for row in pipeline.METHODS:
-        print(f"{row:14s} {pipeline.flops(row, forward, reverse) / 1e6:8.1f} MFLOP an image")
-
-# %% ../nbs/19_command_line.ipynb #542be3a9
-def describe_model(model):
-    "Print a model's kind, size and shape."
-    t = model.cfg.transformer
-    extra = " + 1 denoising" if getattr(model.cfg, "denoise", False) else ""
-    print(f"{type(model).__name__:8s} {pipeline.num_parameters(model):,} parameters: {model.cfg.num_blocks}{extra} blocks of {t.num_layers} layers, "
-          f"width {t.width}, {model.cfg.num_tokens} tokens of {model.cfg.token_dim} values")
-
-# %% ../nbs/19_command_line.ipynb #f0e6b959
-RUN = {Demo: run_demo, TrainForward: run_train_forward, TrainReverse: run_train_reverse, Sample: run_sample, Evaluate: run_evaluate, Info: run_info}
-
-# %% ../nbs/19_command_line.ipynb #9c943ba7
-def command_type():
-    "All commands as one type, which tyro turns into a parser."
-    import tyro
-    sub = tyro.conf.subcommand
-    stage = Union[Annotated[TrainForward, sub("forward")], Annotated[TrainReverse, sub("reverse")]]
-    train = dataclasses.make_dataclass("Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__})
-    return Union[Annotated[Demo, sub("demo")], Annotated[train, sub("train")], Annotated[Sample, sub("sample")],
-                 Annotated[Evaluate, sub("evaluate")], Annotated[Info, sub("info")]]
-
-# %% ../nbs/19_command_line.ipynb #c5d983f8
-def one_line(message: str) -> str:
-    "What a parser says in a box (drawn, or of dashes where the terminal knows no others), as one sentence."
-    lines = [line.strip(" │") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
-    if "╭" not in message:  # a plain box begins with its title and a rule
-        lines = lines[2:]
-    end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
-    return " ".join(lines[:end]).rstrip(".")
-
-# %% ../nbs/19_command_line.ipynb #ac54ed07
-def parse(argv: list[str]):
-    "Turn words into a command's dataclass. Raises `BitflowError` where they make no sense."
-    import tyro
-    said = io.StringIO()
-    options = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
-    try:
-        with contextlib.redirect_stderr(said):
-            command = tyro.cli(command_type(), args=argv, prog="bitflow", config=options, description="Bidirectional normalizing flows.")
-    except SystemExit as e:
-        if not e.code:
-            raise
-        words = " ".join(w for w in argv[:2] if not w.startswith("-"))
-        raise BitflowError(f"{one_line(said.getvalue()) or 'no such command'}; see bitflow {words + ' ' if words else ''}--help") from None
-    return getattr(command, "stage", command)
-
-# %% ../nbs/19_command_line.ipynb #57768304
-def main(argv: list[str] | None = None) -> int:
-    "The `bitflow` command. Exit code 0: done, 2: a mistake in what was asked, 130: interrupted."
-    try:
-        command = parse(sys.argv[1:] if argv is None else argv)
-        RUN[type(command)](command)
-    except BitflowError as e:
-        print(f"bitflow: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bitflow: interrupted; go on with --resume", file=sys.stderr)
-        return 130
-    return 0
+RUN[Demo] = run_demo

@@ -3,6 +3,7 @@
 # %% ../nbs/10_reverse_model.ipynb #a109b42e
 from __future__ import annotations
 from dataclasses import dataclass, field
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -11,9 +12,28 @@ from .tarflow import ClassEmbedding, TARFlowConfig, check_geometry
 from .transformer import NORMS, Transformer, TransformerConfig
 
 # %% auto #0
-__all__ = ['ReverseConfig', 'ReverseBlock', 'projection', 'ReverseOutput', 'ReverseModel', 'one_pass', 'sample_noise']
+__all__ = ['sample_noise', 'check_reverse', 'ReverseConfig', 'ReverseBlock', 'projection', 'ReverseOutput', 'ReverseModel',
+           'one_pass']
 
-# %% ../nbs/10_reverse_model.ipynb #02648b93
+# %% ../nbs/10_reverse_model.ipynb #a6cd2110
+def sample_noise(
+    cfg,                    # `TARFlowConfig` or `ReverseConfig`
+    n: int,                 # images
+    seed: int = 0,
+    device: str = "cpu",
+) -> Tensor:                # z `(n, T, D)`
+    "Noise tokens; image i's noise depends on the seed alone, not on the device or on n."
+    z = np.random.default_rng(seed).standard_normal((n, cfg.num_tokens, cfg.token_dim), dtype=np.float32)
+    return torch.from_numpy(z).to(device)
+
+# %% ../nbs/10_reverse_model.ipynb #1288cec7
+def check_reverse(cfg):
+    "Refuse shapes that no G can have."
+    check_geometry(cfg)
+    if cfg.num_blocks < 1:
+        raise BitflowError(f"num_blocks is {cfg.num_blocks}; G needs at least one block")
+
+# %% ../nbs/10_reverse_model.ipynb #01867be3
 @dataclass(frozen=True)
 class ReverseConfig:
     "The shape of the reverse model G."
@@ -28,13 +48,11 @@ class ReverseConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
 
     def __post_init__(self):
-        check_geometry(self)
-        if self.num_blocks < 1:
-            raise BitflowError(f"num_blocks is {self.num_blocks}; G needs at least one block")
+        check_reverse(self)
 
     num_tokens, token_dim = TARFlowConfig.num_tokens, TARFlowConfig.token_dim
 
-# %% ../nbs/10_reverse_model.ipynb #ab1adb49
+# %% ../nbs/10_reverse_model.ipynb #6d921f9f
 class ReverseBlock(nn.Module):
     "Undoes one f_i: h^{i+1} to h^i, every token seeing every other."
     def __init__(self, cfg: ReverseConfig):
@@ -44,6 +62,7 @@ class ReverseBlock(nn.Module):
         self.transformer = Transformer(cfg.transformer, cfg.image_size // cfg.patch_size, causal=False)
 
     def forward(self, h, c):
+        "Features `(N, T, width)` and labels `(N,)` (−1: none) to features of the same shape."
         return self.transformer(h + self.class_embed(c))
 
 # %% ../nbs/10_reverse_model.ipynb #b5586ab0
@@ -118,14 +137,3 @@ def one_pass(
         else:
             h, tokens = model.blocks[i](h, c), None
     return model.finish(h, tokens, c)
-
-# %% ../nbs/10_reverse_model.ipynb #a6cd2110
-def sample_noise(
-    cfg,                    # `TARFlowConfig` or `ReverseConfig`
-    n: int,                 # images
-    seed: int = 0,
-    device: str = "cpu",
-) -> Tensor:                # z `(n, T, D)`
-    "Noise tokens; image i's noise depends on the seed alone, not on the device or on n."
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, cfg.num_tokens, cfg.token_dim, generator=generator).to(device)

@@ -3,6 +3,7 @@
 # %% ../nbs/05_training.ipynb #97f39e96
 from __future__ import annotations
 import copy, dataclasses, json, math, os, shutil, time
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,13 +15,16 @@ from tqdm.auto import tqdm
 from .data import BitflowError, Images
 
 # %% auto #0
-__all__ = ['TrainConfig', 'check_budget', 'fast_bf16', 'autocast', 'learning_rate', 'step_generator', 'epoch_order',
-           'batch_indices', 'drop_labels', 'update_ema', 'to_config', 'write_atomically', 'save_model', 'read_config',
-           'read_tensors', 'load_model', 'load_tensors', 'newest_checkpoint', 'TrainState', 'new_state',
-           'state_tensors', 'save_checkpoint', 'restore', 'open_run', 'MetricsLog', 'read_metrics', 'progress_of',
-           'optimizer_step', 'training_batch', 'train', 'stopped', 'save_grid']
+__all__ = ['TrainConfig', 'check_budget', 'check_rates', 'learning_rate', 'step_generator', 'epoch_order', 'batch_indices',
+           'drop_labels', 'training_batch', 'update_ema', 'fast_bf16', 'autocast', 'TrainState', 'new_state',
+           'progress_of', 'clipped_backward', 'optimizer_step', 'to_disk', 'write_atomically', 'save_tensors',
+           'writing', 'save_model', 'to_config', 'field_value', 'read_config', 'read_tensors', 'load_tensors',
+           'checkpoints_of', 'newest_checkpoint', 'load_model', 'state_tensors', 'write_state', 'discard',
+           'save_checkpoint', 'put_in_place', 'clear_leftovers', 'read_state', 'restore_moments', 'restore',
+           'first_difference', 'check_same_run', 'open_run', 'read_metrics', 'MetricsLog', 'begin', 'batch_loss',
+           'step_or_stop', 'stopped', 'due', 'log_step', 'save_grid', 'progress_bar', 'training_loop', 'train']
 
-# %% ../nbs/05_training.ipynb #ecf3c951
+# %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
 class TrainConfig:
     "How long and how fast to train. Exactly one of `steps` and `minutes` is the budget."
@@ -35,47 +39,37 @@ class TrainConfig:
     ema: float = 0.999             # decay of the averaged weights
     label_dropout: float = 0.1     # share of labels replaced by −1, "no label"
     precision: str = "auto"        # "fp32", "bf16" (autocast), or "auto": bf16 where the processor multiplies it fast
-    seed: int = 0                  # of weights, data order and noise
+    seed: int = 0                  # of data order, dropped labels and noise
     log_every: int = 20            # steps between lines of metrics.jsonl
     sample_every: int = 500        # steps between sample grids
     checkpoint_every: int = 500    # steps between checkpoints
 
     def __post_init__(self):
         check_budget(self)
+        check_rates(self)
 
-# %% ../nbs/05_training.ipynb #338b3ebf
+# %% ../nbs/05_training.ipynb #dbe00b5d
 def check_budget(cfg: TrainConfig):
-    "Refuse budgets and rates that cannot train."
+    "Refuse a budget that is missing or given twice, and sizes that are not positive."
     if (cfg.steps is None) == (cfg.minutes is None):
         raise BitflowError(f"give a budget in steps or in minutes, not both or neither (steps {cfg.steps}, minutes {cfg.minutes})")
     for name in ("steps", "minutes", "batch_size", "lr", "grad_clip", "log_every", "sample_every", "checkpoint_every"):
         value = getattr(cfg, name)
-        if value is not None and not value > 0:
-            raise BitflowError(f"{name} is {value}; it must be greater than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise BitflowError(f"{name} is {value}; it must be greater than 0 and finite")
+
+# %% ../nbs/05_training.ipynb #29f2d07b
+def check_rates(cfg: TrainConfig):
+    "Refuse shares and decays outside their range, and unknown precisions."
     if cfg.precision not in ("fp32", "bf16", "auto"):
         raise BitflowError(f"unknown precision {cfg.precision!r}; choose fp32, bf16 or auto")
     for name in ("ema", "label_dropout", "warmup"):
         if not 0 <= getattr(cfg, name) < 1:
             raise BitflowError(f"{name} is {getattr(cfg, name)}; it must lie in [0, 1)")
-
-# %% ../nbs/05_training.ipynb #ad7770eb
-def fast_bf16(
-    device: str,  # "cpu", "cuda" or "mps"
-) -> bool:
-    "Whether bfloat16 products have instructions of their own there (on x86: AVX512-BF16 or AMX)."
-    if device != "cpu":
-        return device == "cuda" and torch.cuda.is_bf16_supported()
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-# %% ../nbs/05_training.ipynb #50eb6197
-def autocast(precision: str, device: str):
-    "The context in which a loss is computed: matrix products in bfloat16, or nothing changed."
-    on = precision == "bf16" or precision == "auto" and fast_bf16(device)
-    return torch.autocast(device, torch.bfloat16, enabled=on)
+    if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
+        raise BitflowError(f"betas are {cfg.betas}; give two numbers in [0, 1)")
+    if not 0 <= cfg.weight_decay < math.inf:
+        raise BitflowError(f"weight_decay is {cfg.weight_decay}; it must not be negative")
 
 # %% ../nbs/05_training.ipynb #d756831b
 def learning_rate(
@@ -111,65 +105,198 @@ def batch_indices(
     step: int,        # optimiser step
 ) -> Tensor:          # int64 `(batch_size,)`
     "The images of a step: every epoch a new order, each image at most once an epoch, a function of the step alone."
+    if n < 1 or batch_size < 1:
+        raise BitflowError(f"no batch of {batch_size} can be drawn from {n} images; give some images and a positive batch size")
     per_epoch = max(n // batch_size, 1)
     epoch, i = divmod(step, per_epoch)
     return epoch_order(n, seed, epoch)[i * batch_size:(i + 1) * batch_size]
 
-# %% ../nbs/05_training.ipynb #d5fe8c66
-def drop_labels(c, share, generator):
+# %% ../nbs/05_training.ipynb #552e9b2d
+def drop_labels(
+    c: Tensor,                   # labels `(N,)`
+    share: float,                # of them to hide, 0 to 1
+    generator: torch.Generator,  # which ones
+) -> Tensor:                     # `(N,)`, a new tensor
     "Replace a share of the labels by −1, so that the model also learns the unconditional density."
     dropped = torch.rand(c.shape, generator=generator, device=c.device) < share
     return torch.where(dropped, -torch.ones_like(c), c)
 
-# %% ../nbs/05_training.ipynb #4206da10
+# %% ../nbs/05_training.ipynb #3fb104f5
+def training_batch(data: Images, cfg: TrainConfig, step: int, device: str) -> tuple:
+    "Images, labels (some dropped) and the generator of a step, all functions of seed and step."
+    index = batch_indices(len(data), min(cfg.batch_size, len(data)), cfg.seed, step)
+    generator = step_generator(cfg.seed, step, device)
+    x, c = data[index].x.to(device), data.labels[index].to(device)
+    return x, drop_labels(c, cfg.label_dropout, generator), generator
+
+# %% ../nbs/05_training.ipynb #6cda87b6
 @torch.no_grad()
-def update_ema(averaged: nn.Module, model: nn.Module, decay: float, step: int):
+def update_ema(
+    averaged: nn.Module,  # changed in place
+    model: nn.Module,     # the weights in training
+    decay: float,         # d
+    step: int,            # steps done before this one
+):
     "Move the averaged weights towards the current ones; early on faster, so that the start is forgotten."
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - d)
+    for own, current in zip(averaged.buffers(), model.buffers()):
+        own.copy_(current)
 
-# %% ../nbs/05_training.ipynb #552e9b2d
+# %% ../nbs/05_training.ipynb #f5f8d28a
+def fast_bf16(
+    device: str,  # "cpu", "cuda" or "mps"
+) -> bool:
+    "Whether bfloat16 products have instructions of their own there (on x86: AVX512-BF16 or AMX)."
+    if device != "cpu":
+        return device == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+# %% ../nbs/05_training.ipynb #673386ee
+def autocast(
+    precision: str,  # "fp32", "bf16" or "auto"
+    device: str,     # "cpu", "cuda" or "mps"
+):
+    "The context in which a loss is computed: matrix products in bfloat16, or nothing changed."
+    on = precision == "bf16" or precision == "auto" and fast_bf16(device)
+    return torch.autocast(device, torch.bfloat16, enabled=on)
+
+# %% ../nbs/05_training.ipynb #519b8b3b
+@dataclass
+class TrainState:
+    "All that changes during training."
+    model: nn.Module      # the weights being trained
+    averaged: nn.Module   # their moving average: what is sampled from and shipped
+    optimizer: torch.optim.Optimizer
+    step: int = 0         # steps done
+    seconds: float = 0.0  # wall time spent, earlier parts of a resumed run counted in
+
+# %% ../nbs/05_training.ipynb #e05da1bf
+def new_state(model: nn.Module, cfg: TrainConfig) -> TrainState:
+    "A fresh optimiser and a copy of the weights to average into."
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay,
+                                  fused=next(model.parameters()).device.type in ("cpu", "cuda"))
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    return TrainState(model.train(), averaged, optimizer)
+
+# %% ../nbs/05_training.ipynb #b61a9fec
+def progress_of(state: TrainState, cfg: TrainConfig) -> float:
+    "Share of the budget used, in steps or in wall time."
+    return state.step / cfg.steps if cfg.steps else state.seconds / (60 * cfg.minutes)
+
+# %% ../nbs/05_training.ipynb #d5122e4e
+def clipped_backward(
+    model: nn.Module,   # gets its gradients
+    loss: Tensor,       # scalar
+    grad_clip: float,   # largest norm
+) -> Tensor:            # the norm before clipping, a scalar
+    "Backward pass and clipping. Raises `FloatingPointError` where loss or gradient is not finite."
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    if not torch.isfinite(norm + loss.detach()):
+        raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
+    return norm
+
+# %% ../nbs/05_training.ipynb #257ce8cb
+def optimizer_step(
+    state: TrainState,
+    loss: Tensor,      # scalar
+    cfg: TrainConfig,
+) -> Tensor:           # the gradient's norm before clipping, a scalar
+    "Backward pass, clipping, AdamW, moving average. Refuses to touch the weights with a NaN."
+    state.optimizer.zero_grad(set_to_none=True)
+    norm = clipped_backward(state.model, loss, cfg.grad_clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(progress_of(state, cfg), cfg)
+    state.optimizer.step()
+    update_ema(state.averaged, state.model, cfg.ema, state.step)
+    return norm
+
+# %% ../nbs/05_training.ipynb #aae11db3
+def to_disk(path: Path):
+    "Wait until a file, or a folder's list of names, is on the disk and no longer only in memory."
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+# %% ../nbs/05_training.ipynb #fa9606ec
+def write_atomically(path: Path, text: str):
+    "Write a text file so that a reader finds the old one or the new one, never half of one."
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    to_disk(part)
+    os.replace(part, path)
+
+# %% ../nbs/05_training.ipynb #6b0ec17b
+def save_tensors(tensors: dict, path: Path):
+    "Write named tensors as a safetensors file, as atomically as `write_atomically` does text."
+    part = path.with_name(f"{path.name}.part")
+    save_file(tensors, part)
+    to_disk(part)
+    os.replace(part, path)
+
+# %% ../nbs/05_training.ipynb #0a28ba30
+@contextmanager
+def writing(where: Path):
+    "Say in one line which folder could not be written and why. Raises `BitflowError`."
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise BitflowError(f"cannot write to {where} ({getattr(e, 'strerror', None) or e}); make room, or name another folder with --out") from e
+
+# %% ../nbs/05_training.ipynb #5c348f59
+def save_model(
+    model: nn.Module,  # built as `type(model)(model.cfg)`
+    folder: Path,      # created
+    weights: dict = None,  # tensors to store instead of the model's own
+    dtype: torch.dtype = None,  # storage type of floats, e.g. `torch.bfloat16`
+):
+    "Write `config.json` and `model.safetensors`: what `load_model` needs. Raises `BitflowError` where it cannot."
+    stored = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+              for k, v in (weights or model.state_dict()).items()}
+    config = {"kind": type(model).__name__, "config": dataclasses.asdict(model.cfg)}
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_tensors(stored, Path(folder) / "model.safetensors")
+        write_atomically(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
+
+# %% ../nbs/05_training.ipynb #06c8bd49
 def to_config(
     cls: type,     # a config dataclass
     values: dict,  # its fields, as JSON gave them
     where: str = "config",
 ):                 # an instance of cls
-    "Build a (nested) config from a dict, refusing unknown fields."
-    types = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := set(values) - set(types):
-        raise BitflowError(f"{where}: unknown field {sorted(unknown)[0]!r}; {cls.__name__} has {', '.join(types)}")
-    nested = {k: to_config(type(types[k].default_factory()), v, where) if isinstance(v, dict) else
-              tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return cls(**nested)
+    "Build a (nested) config from a dict. Raises `BitflowError` for unknown fields and values of the wrong kind."
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    try:
+        if unknown := set(values) - set(fields):
+            raise BitflowError(f"{where}: unknown field {sorted(unknown)[0]!r}; {cls.__name__} has {', '.join(fields)}")
+        return cls(**{k: field_value(fields[k], v, where) for k, v in values.items()})
+    except (TypeError, AttributeError) as e:
+        raise BitflowError(f"{where} describes no {cls.__name__} ({e}); correct it or use another") from e
 
-# %% ../nbs/05_training.ipynb #3fb104f5
-def write_atomically(path: Path, text: str):
-    "Write a text file so that a reader finds the old one or the new one, never half of one."
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+# %% ../nbs/05_training.ipynb #654f1308
+def field_value(field, value, where):
+    "A config's field from JSON: an object becomes the dataclass that the field's default is, a list a tuple."
+    if isinstance(value, dict):
+        return to_config(type(field.default_factory()), value, where)
+    return tuple(value) if isinstance(value, list) else value
 
-# %% ../nbs/05_training.ipynb #32a802ef
-def save_model(
-    model: nn.Module,  # built as `type(model)(model.cfg)`
-    folder: Path,      # created
-    weights: dict = None,  # tensors to store instead of the model's own
-    dtype: torch.dtype = None,  # storage type, e.g. `torch.bfloat16`
-):
-    "Write `config.json` and `model.safetensors`: what `load_model` needs."
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in (weights or model.state_dict()).items()}
-    save_file(state, folder / "model.safetensors")
-    config = {"kind": type(model).__name__, "config": dataclasses.asdict(model.cfg)}
-    write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
-
-# %% ../nbs/05_training.ipynb #6cda87b6
-def read_config(folder, kind):
+# %% ../nbs/05_training.ipynb #7a426def
+def read_config(folder: Path, kind: type):
     "The `config.json` of a checkpoint, refused when it describes another kind of model."
     try:
         saved = json.loads((folder / "config.json").read_text())
         found, values = saved["kind"], saved["config"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BitflowError(f"no checkpoint in {folder}: config.json is missing; name a run folder or a checkpoint folder") from None
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise BitflowError(f"{folder / 'config.json'} is damaged ({e}); use another checkpoint") from e
@@ -188,20 +315,7 @@ def read_tensors(path: Path) -> dict:
         raise BitflowError(f"{path} is no intact safetensors file ({e}); use another checkpoint (pickles are never loaded)") from e
 
 # %% ../nbs/05_training.ipynb #b3bd0697
-def load_model(
-    folder: str | Path,   # a checkpoint, or a run (its newest checkpoint is taken)
-    kind: type,           # the class expected there, e.g. `TARFlow`
-    device: str = "cpu",
-) -> nn.Module:           # in evaluation mode, float32
-    "Load a model from disk. Raises `BitflowError` when it is missing, damaged, or of another kind or shape."
-    folder = newest_checkpoint(Path(folder))
-    model = kind(read_config(folder, kind))
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(folder / "model.safetensors").items()}
-    load_tensors(model, tensors, folder)
-    return model.to(device).eval()
-
-# %% ../nbs/05_training.ipynb #2ffd8bef
-def load_tensors(model, tensors, where):
+def load_tensors(model: nn.Module, tensors: dict, where: Path):
     "Put tensors into a model, naming the first that does not fit."
     own = model.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
@@ -211,31 +325,36 @@ def load_tensors(model, tensors, where):
             raise BitflowError(f"{where} does not fit its config: {name} should have shape {shapes[0]}, the file has {shapes[1]}")
     model.load_state_dict(tensors)
 
+# %% ../nbs/05_training.ipynb #2ffd8bef
+def checkpoints_of(run: Path) -> list:
+    "The finished checkpoints of a run, oldest first."
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
 # %% ../nbs/05_training.ipynb #7667e138
 def newest_checkpoint(folder: Path) -> Path:
     "The folder itself where it is a checkpoint, else the newest checkpoint of a run."
     if not folder.exists():
         raise BitflowError(f"checkpoint {folder} does not exist; name a run folder or a checkpoint folder")
-    steps = sorted((folder / "checkpoints").glob("step-*"))
-    return steps[-1] if steps else folder
+    found = checkpoints_of(folder)
+    return found[-1] if found else folder
 
-# %% ../nbs/05_training.ipynb #519b8b3b
-@dataclass
-class TrainState:
-    "All that changes during training."
-    model: nn.Module      # the weights being trained
-    averaged: nn.Module   # their moving average: what is sampled from and shipped
-    optimizer: torch.optim.Optimizer
-    step: int = 0         # steps done
-    seconds: float = 0.0  # wall time spent, earlier parts of a resumed run counted in
-
-# %% ../nbs/05_training.ipynb #e05da1bf
-def new_state(model: nn.Module, cfg: TrainConfig) -> TrainState:
-    "A fresh optimiser and a copy of the weights to average into."
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay,
-                                  fused=next(model.parameters()).device.type in ("cpu", "cuda"))
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    return TrainState(model, averaged, optimizer)
+# %% ../nbs/05_training.ipynb #cc7b9f05
+def load_model(
+    folder: str | Path,   # a checkpoint, or a run (its newest checkpoint is taken)
+    kind: type,           # the class expected there, e.g. `TARFlow`
+    device: str = "cpu",
+) -> nn.Module:           # in evaluation mode, float32
+    "Load a model from disk. Raises `BitflowError` when it is missing, damaged, or of another kind or shape."
+    folder = newest_checkpoint(Path(folder))
+    cfg = read_config(folder, kind)
+    try:
+        model = kind(cfg)
+    except (TypeError, RuntimeError) as e:
+        raise BitflowError(f"no {kind.__name__} can be built from {folder / 'config.json'} ({str(e).splitlines()[0]})") from e
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(folder / "model.safetensors").items()}
+    load_tensors(model, tensors, folder)
+    return model.to(device).eval()
 
 # %% ../nbs/05_training.ipynb #b7216468
 def state_tensors(state: TrainState) -> dict:
@@ -246,59 +365,134 @@ def state_tensors(state: TrainState) -> dict:
             tensors[f"adam.{key}.{name}"] = value.reshape(-1) if value.ndim == 0 else value
     return {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
 
-# %% ../nbs/05_training.ipynb #a18a082e
+# %% ../nbs/05_training.ipynb #e0a9e5f0
+def write_state(state: TrainState, folder: Path):
+    "Write everything a checkpoint holds, and wait until it is on the disk."
+    save_model(state.averaged, folder)
+    save_tensors(state_tensors(state), folder / "training_state.safetensors")
+    write_atomically(folder / "training_state.json", json.dumps({"step": state.step, "seconds": state.seconds}))
+    to_disk(folder)
+
+# %% ../nbs/05_training.ipynb #81b8be1a
+def discard(folder: Path):
+    "Hide a folder, then delete it: if that is interrupted, what is left does not look like a checkpoint."
+    hidden = folder.with_name(f".{folder.name}.old")
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+# %% ../nbs/05_training.ipynb #871b5b73
 def save_checkpoint(
     state: TrainState,
     folder: Path,  # the run
     keep: int = 2, # newest checkpoints to keep
 ) -> Path:
-    "Write a checkpoint under another name, then rename it: there is never half of one."
+    "Write a checkpoint under another name, flush it, then rename it: there is never half of one."
     final = folder / "checkpoints" / f"step-{state.step:08d}"
     part = final.with_name(f".{final.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    save_model(state.averaged, part)
-    save_file(state_tensors(state), part / "training_state.safetensors")
-    write_atomically(part / "training_state.json", json.dumps({"step": state.step, "seconds": state.seconds}))
-    if not final.exists():
-        os.rename(part, final)
-    for old in sorted(final.parent.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    with writing(folder):
+        clear_leftovers(folder)
+        write_state(state, part)
+        put_in_place(part, final)
+        for old in checkpoints_of(folder)[:-keep]:
+            discard(old)
     return final
 
-# %% ../nbs/05_training.ipynb #e0a9e5f0
+# %% ../nbs/05_training.ipynb #fe193ca7
+def put_in_place(part: Path, final: Path):
+    "Give a finished folder its name; one that is there already (the same step, written again) makes way."
+    if final.exists():
+        discard(final)
+    os.rename(part, final)
+    to_disk(final.parent)
+
+# %% ../nbs/05_training.ipynb #bcbe5687
+def clear_leftovers(run: Path):
+    "Delete what interrupted writes and deletions left behind."
+    for left in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(left)
+
+# %% ../nbs/05_training.ipynb #2d7d3e3a
+def read_state(checkpoint: Path) -> tuple:
+    "Averaged weights, training tensors, step and seconds: all of a checkpoint, read before anything is changed."
+    try:
+        counters = json.loads((checkpoint / "training_state.json").read_text())
+        step, seconds = int(counters["step"]), float(counters["seconds"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BitflowError(f"{checkpoint / 'training_state.json'} is missing or damaged ({e}); use another checkpoint") from e
+    return read_tensors(checkpoint / "model.safetensors"), read_tensors(checkpoint / "training_state.safetensors"), step, seconds
+
+# %% ../nbs/05_training.ipynb #ea7b9e98
+def restore_moments(state: TrainState, saved: dict):
+    "Give AdamW back what it knew; a weight that never had a gradient has nothing to give back."
+    for name, p in state.model.named_parameters():
+        moments = {key: saved[f"adam.{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                   if f"adam.{key}.{name}" in saved}
+        if moments:
+            state.optimizer.state[p] = {**moments, "step": moments["step"].reshape(())}
+
+# %% ../nbs/05_training.ipynb #9a806ce6
 def restore(state: TrainState, checkpoint: Path) -> TrainState:
     "Take up weights, averages, moments and step from a checkpoint."
-    saved = read_tensors(checkpoint / "training_state.safetensors")
-    load_tensors(state.averaged, read_tensors(checkpoint / "model.safetensors"), checkpoint)
-    load_tensors(state.model, {k[8:]: v for k, v in saved.items() if k.startswith("weights.")}, checkpoint)
-    for name, p in state.model.named_parameters():
-        moments = {key: saved[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        state.optimizer.state[p] = {k: v.reshape(()) if k == "step" else v.to(p.device) for k, v in moments.items()}
-    state.step, state.seconds = (json.loads((checkpoint / "training_state.json").read_text())[k] for k in ("step", "seconds"))
+    averaged, saved, step, seconds = read_state(checkpoint)
+    weights = {k.removeprefix("weights."): v for k, v in saved.items() if k.startswith("weights.")}
+    load_tensors(state.averaged, averaged, checkpoint)
+    load_tensors(state.model, weights, checkpoint)
+    restore_moments(state, saved)
+    state.step, state.seconds = step, seconds
     return state
 
-# %% ../nbs/05_training.ipynb #81b8be1a
+# %% ../nbs/05_training.ipynb #fc76c726
+def first_difference(old, new, name: str = "") -> tuple:
+    "Where two nested dicts differ first: dotted name, old value, new value."
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return name, old, new
+    a, b = ({k: d.get(k, "nothing") for k in sorted(old.keys() | new.keys())} for d in (old, new))
+    key = next(k for k in a if a[k] != b[k])
+    return first_difference(a[key], b[key], f"{name}.{key}".lstrip("."))
+
+# %% ../nbs/05_training.ipynb #4e72e8f8
+def check_same_run(folder: Path, describe: dict):
+    "Refuse to go on with a run that was made with other settings, or with a folder that is no run."
+    if not (folder / "run.json").exists():
+        if any(p.suffix != ".part" for p in folder.iterdir()):
+            raise BitflowError(f"{folder} holds files but no run.json: it is no run; name another folder with --out")
+        return
+    try:
+        old = json.loads((folder / "run.json").read_text())
+    except ValueError as e:
+        raise BitflowError(f"{folder / 'run.json'} is damaged ({e}); name another folder with --out") from e
+    if old != describe:
+        key, was, now = first_difference(old, describe)
+        raise BitflowError(f"{folder} was made with {key} = {was}, not {now}; use the old setting, or name another folder with --out")
+
+# %% ../nbs/05_training.ipynb #9b39dd0d
 def open_run(
     folder: Path,    # the run's folder
     describe: dict,  # what the run is: written to run.json, compared when it goes on
     resume: bool,    # go on with what is there
 ) -> Path | None:    # the checkpoint to go on from
     "Make a run folder, or take one up again. An existing run is never overwritten."
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise BitflowError(f"{folder} exists already; go on with --resume, or name another folder with --out")
-    try:
+    describe = json.loads(json.dumps(describe))
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        describe = json.loads(json.dumps(describe))
-        if (folder / "run.json").exists() and (old := json.loads((folder / "run.json").read_text())) != describe:
-            key = next(k for k in describe.keys() | old.keys() if old.get(k) != describe.get(k))
-            raise BitflowError(f"{folder} was made with {key} = {old.get(key)}, not {describe.get(key)}; name another folder")
+        if any(folder.iterdir()) and not resume:
+            raise BitflowError(f"{folder} exists already; go on with --resume, or name another folder with --out")
+        check_same_run(folder, describe)
         write_atomically(folder / "run.json", json.dumps(describe, indent=1) + "\n")
-    except OSError as e:
-        raise BitflowError(f"cannot write to {folder} ({e.strerror}); name another folder with --out") from e
-    found = sorted((folder / "checkpoints").glob("step-*"))
-    return found[-1] if found else None
+    return checkpoints_of(folder)[-1] if checkpoints_of(folder) else None
 
-# %% ../nbs/05_training.ipynb #871b5b73
+# %% ../nbs/05_training.ipynb #9057ca16
+def read_metrics(path: Path) -> list[dict]:
+    "The lines of a metrics file; a last line cut short by a crash is left out."
+    try:
+        lines = [l for l in Path(path).read_text().splitlines(keepends=True) if l.endswith("\n")]
+        return [json.loads(l) for l in lines]
+    except OSError as e:
+        raise BitflowError(f"cannot read {path} ({e.strerror}); name the metrics.jsonl of a run") from e
+    except ValueError as e:
+        raise BitflowError(f"{path} is damaged ({e}); remove the broken line") from e
+
+# %% ../nbs/05_training.ipynb #dffe8edb
 class MetricsLog:
     "Metrics as JSON lines; a resumed run drops lines newer than its checkpoint."
     def __init__(self, path: Path, step: int):
@@ -307,46 +501,96 @@ class MetricsLog:
         self.file = path.open("a", buffering=1)
 
     def write(self, **metrics):
+        "Add a line, at once."
         self.file.write(json.dumps(metrics) + "\n")
 
-# %% ../nbs/05_training.ipynb #fe193ca7
-def read_metrics(path: Path) -> list[dict]:
-    "The lines of a metrics file; a last line cut short by a crash is left out."
-    lines = [l for l in Path(path).read_text().splitlines(keepends=True) if l.endswith("\n")]
-    return [json.loads(l) for l in lines]
+    def close(self):
+        "Nothing more will be written."
+        self.file.close()
 
-# %% ../nbs/05_training.ipynb #b61a9fec
-def progress_of(state: TrainState, cfg: TrainConfig) -> float:
-    "Share of the budget used, in steps or in wall time."
-    return state.step / cfg.steps if cfg.steps else state.seconds / (60 * cfg.minutes)
+# %% ../nbs/05_training.ipynb #85b4af39
+def begin(model: nn.Module, cfg: TrainConfig, folder: Path, resume: bool, describe: dict) -> TrainState:
+    "Open the run's folder: a fresh state, or that of its newest checkpoint."
+    run = {"train": dataclasses.asdict(cfg), "model": dataclasses.asdict(model.cfg), **(describe or {})}
+    checkpoint = open_run(folder, run, resume)
+    state = new_state(model, cfg)
+    try:
+        return restore(state, checkpoint) if checkpoint else state
+    except BitflowError as e:
+        raise BitflowError(f"cannot go on from the newest checkpoint: {e}\n"
+                           f"Delete {checkpoint} to go on from the one before it") from e
 
-# %% ../nbs/05_training.ipynb #d52d97e5
-def optimizer_step(
-    state: TrainState,
-    loss: Tensor,      # scalar
-    cfg: TrainConfig,
-) -> Tensor:           # the gradient's norm before clipping, a scalar
-    "Backward pass, clipping, AdamW, moving average. Refuses to touch the weights with a NaN."
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip)
-    if not torch.isfinite(norm + loss.detach()):
-        raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(progress_of(state, cfg), cfg)
-    state.optimizer.step()
-    update_ema(state.averaged, state.model, cfg.ema, state.step)
-    return norm
+# %% ../nbs/05_training.ipynb #117a9fe6
+def batch_loss(state: TrainState, loss_fn, data: Images, cfg: TrainConfig) -> tuple:
+    "Loss and metrics of the step that is due, in the precision asked for."
+    device = next(state.model.parameters()).device
+    batch = training_batch(data, cfg, state.step, device)
+    with autocast(cfg.precision, device.type):
+        return loss_fn(state.model, *batch)
 
-# %% ../nbs/05_training.ipynb #d5122e4e
-def training_batch(data, cfg, step, device):
-    "Images, labels (some dropped) and the generator of a step, all functions of seed and step."
-    index = batch_indices(len(data), min(cfg.batch_size, len(data)), cfg.seed, step)
-    generator = step_generator(cfg.seed, step, device)
-    x, c = data[index].x.to(device), data.labels[index].to(device)
-    return x, drop_labels(c, cfg.label_dropout, generator), generator
+# %% ../nbs/05_training.ipynb #901c39cb
+def step_or_stop(state: TrainState, loss: Tensor, cfg: TrainConfig, folder: Path) -> Tensor:
+    "`optimizer_step`, or a `BitflowError` that names the step and the last good checkpoint."
+    try:
+        return optimizer_step(state, loss, cfg)
+    except FloatingPointError as e:
+        raise BitflowError(stopped(state, e, folder)) from e
 
-# %% ../nbs/05_training.ipynb #257ce8cb
+# %% ../nbs/05_training.ipynb #5630bca7
+def stopped(state: TrainState, error: Exception, folder: Path) -> str:
+    "What to tell the user when the loss is no longer finite."
+    good = checkpoints_of(folder)
+    way_out = "load its weights and train them" if good else "train"
+    return (f"training stopped at step {state.step}: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}; "
+            f"{way_out} in another folder, with a lower learning rate or a longer warm-up")
+
+# %% ../nbs/05_training.ipynb #b92a691d
+def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
+    "Whether what happens every so many steps, and at the end of the budget, happens now."
+    return state.step % every == 0 or progress_of(state, cfg) >= 1
+
+# %% ../nbs/05_training.ipynb #5591a74b
+def log_step(log: MetricsLog, bar, state: TrainState, loss: Tensor, norm: Tensor, metrics: dict):
+    "A line of metrics.jsonl, and the loss on the progress bar."
+    own = {"step": state.step, "loss": loss.item(), "grad_norm": norm.item(), "lr": state.optimizer.param_groups[0]["lr"],
+           "seconds": round(state.seconds, 3)}
+    log.write(**own, **{k: float(v) for k, v in metrics.items() if k not in own})
+    bar.set_postfix(loss=f"{own['loss']:.4f}")
+
+# %% ../nbs/05_training.ipynb #a15efc3f
+def save_grid(
+    image,       # uint8 `(H, W, 3)`
+    path: Path,  # folders on the way are made
+):
+    "Write a uint8 `(H, W, 3)` picture as PNG."
+    from PIL import Image
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+# %% ../nbs/05_training.ipynb #77790daf
+def progress_bar(state: TrainState, cfg: TrainConfig):
+    "A bar on the error output that counts steps."
+    return tqdm(total=cfg.steps, initial=state.step, desc=type(state.model).__name__, unit="step", mininterval=1.0)
+
+# %% ../nbs/05_training.ipynb #0ebca292
+def training_loop(state: TrainState, loss_fn, data: Images, cfg: TrainConfig, folder: Path, log: MetricsLog, sampler=None):
+    "From the state's step to the end of the budget."
+    start = time.perf_counter() - state.seconds
+    with progress_bar(state, cfg) as bar:
+        while progress_of(state, cfg) < 1:
+            loss, metrics = batch_loss(state, loss_fn, data, cfg)
+            norm = step_or_stop(state, loss, cfg, folder)
+            state.step, state.seconds = state.step + 1, time.perf_counter() - start
+            bar.update()
+            if due(state, cfg, cfg.log_every):
+                log_step(log, bar, state, loss, norm, metrics)
+            if sampler and due(state, cfg, cfg.sample_every):
+                save_grid(sampler(state.averaged), folder / "samples" / f"step-{state.step:08d}.png")
+            if due(state, cfg, cfg.checkpoint_every):
+                save_checkpoint(state, folder)
+
+# %% ../nbs/05_training.ipynb #fd37ff52
 def train(
     model: nn.Module,     # trained in place
     loss_fn,              # (model, x, c, generator) → (loss, dict of scalars to log)
@@ -358,45 +602,7 @@ def train(
     describe: dict = None,# more to write to run.json
 ) -> nn.Module:           # the averaged model, in evaluation mode
     "The loop of both stages. Raises `BitflowError` when the loss is no longer finite."
-    folder, device = Path(folder), next(model.parameters()).device
-    checkpoint = open_run(folder, {"train": dataclasses.asdict(cfg), "model": dataclasses.asdict(model.cfg), **(describe or {})}, resume)
-    state = new_state(model, cfg)
-    if checkpoint:
-        restore(state, checkpoint)
-    log = MetricsLog(folder / "metrics.jsonl", state.step)
-    bar = tqdm(total=cfg.steps, initial=state.step, desc=type(model).__name__, unit="step", mininterval=1.0)
-    start = time.perf_counter() - state.seconds
-    while progress_of(state, cfg) < 1:
-        with autocast(cfg.precision, device.type):
-            loss, metrics = loss_fn(model, *training_batch(data, cfg, state.step, device))
-        try:
-            norm = optimizer_step(state, loss, cfg)
-        except FloatingPointError as e:
-            raise BitflowError(stopped(state, e, folder)) from e
-        state.step, state.seconds = state.step + 1, time.perf_counter() - start
-        last = progress_of(state, cfg) >= 1
-        bar.update()
-        if last or state.step % cfg.log_every == 0:
-            log.write(step=state.step, loss=loss.item(), grad_norm=norm.item(), lr=state.optimizer.param_groups[0]["lr"],
-                      seconds=round(state.seconds, 3), **{k: float(v) for k, v in metrics.items()})
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-        if sampler and (last or state.step % cfg.sample_every == 0):
-            save_grid(sampler(state.averaged), folder / "samples" / f"step-{state.step:08d}.png")
-        if last or state.step % cfg.checkpoint_every == 0:
-            save_checkpoint(state, folder)
-    bar.close()
+    state = begin(model, cfg, Path(folder), resume, describe)
+    with closing(MetricsLog(Path(folder) / "metrics.jsonl", state.step)) as log:
+        training_loop(state, loss_fn, data, cfg, Path(folder), log, sampler)
     return state.averaged
-
-# %% ../nbs/05_training.ipynb #d0dd028d
-def stopped(state, error, folder):
-    "What to tell the user when the loss is no longer finite."
-    good = sorted((folder / "checkpoints").glob("step-*"))
-    return (f"training stopped at step {state.step}: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}; "
-            "go on from it with a lower learning rate")
-
-# %% ../nbs/05_training.ipynb #0c777547
-def save_grid(image, path: Path):
-    "Write a uint8 `(H, W, 3)` picture as PNG."
-    from PIL import Image
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)

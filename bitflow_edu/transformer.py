@@ -10,8 +10,67 @@ from torch import Tensor
 from .data import BitflowError
 
 # %% auto #0
-__all__ = ['NORMS', 'MLPS', 'MODERN', 'TransformerConfig', 'RMSNorm', 'GeluMLP', 'SwiGLU', 'raster_coordinates', 'rotary_angles',
-           'rotate', 'KVCache', 'attend', 'Attention', 'Layer', 'Transformer']
+__all__ = ['NORMS', 'MLPS', 'MODERN', 'attend', 'RMSNorm', 'GeluMLP', 'SwiGLU', 'TransformerConfig', 'raster_coordinates',
+           'rotary_angles', 'rotate', 'HeadProjections', 'Attention', 'Layer', 'LayerStack', 'KVCache', 'Transformer']
+
+# %% ../nbs/04_transformer.ipynb #c84e4146
+def attend(
+    q: Tensor,     # queries `(N, heads, S, head_dim)`
+    k: Tensor,     # keys `(N, heads, T, head_dim)`
+    v: Tensor,     # values, the same shape as k
+    causal: bool,  # token t sees tokens ≤ t only (then S = T)
+) -> Tensor:       # `(N, heads, S, head_dim)`
+    "softmax(q kᵀ/√head_dim) v. PyTorch's fused kernel on accelerators; the plain equation on CPUs, where few tokens make it faster."
+    if q.device.type != "cpu":
+        return nnf.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+# %% ../nbs/04_transformer.ipynb #30dd9a88
+class RMSNorm(nn.Module):
+    "Divide each token by its root mean square, then scale (Zhang and Sennrich, arXiv 1910.07467)."
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        "Tokens `(…, width)` to the same shape."
+        return nnf.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+# %% ../nbs/04_transformer.ipynb #721c24fa
+NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
+
+# %% ../nbs/04_transformer.ipynb #e9a96461
+class GeluMLP(nn.Module):
+    "Norm, widen four times, GELU, narrow: TARFlow's MLP. Tokens `(N, T, width)` to the same shape."
+    def __init__(self, cfg: TransformerConfig):
+        super().__init__()
+        self.norm = NORMS[cfg.norm](cfg.width)
+        self.main = nn.Sequential(nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width))
+
+    def forward(self, x):
+        "Each token by itself."
+        return self.main(self.norm(x))
+
+# %% ../nbs/04_transformer.ipynb #ffc10675
+class SwiGLU(nn.Module):
+    "Norm, a gated hidden layer silu(W₁x)·W₂x, narrow (Shazeer, arXiv 2002.05202), at GeluMLP's parameter count."
+    def __init__(self, cfg: TransformerConfig):
+        super().__init__()
+        hidden = max(round(8 * cfg.width / 3 / 32), 1) * 32  # 3·(8/3) = 2·4: as many weights
+        self.norm = NORMS[cfg.norm](cfg.width)
+        self.gate_up, self.down = nn.Linear(cfg.width, 2 * hidden), nn.Linear(hidden, cfg.width)
+
+    def forward(self, x):
+        "Each token by itself."
+        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
+        return self.down(nnf.silu(gate) * up)
+
+# %% ../nbs/04_transformer.ipynb #21f8cc43
+MLPS = {"gelu": GeluMLP, "swiglu": SwiGLU}
+MODERN = dict(norm="rms", mlp="swiglu", rotary=True, qk_norm=True)
 
 # %% ../nbs/04_transformer.ipynb #13993050
 @dataclass(frozen=True)
@@ -31,45 +90,6 @@ class TransformerConfig:
         if self.norm not in NORMS or self.mlp not in MLPS:
             raise BitflowError(f"unknown norm {self.norm!r} or mlp {self.mlp!r}: norms are {list(NORMS)}, MLPs {list(MLPS)}")
 
-# %% ../nbs/04_transformer.ipynb #0cf9dfde
-class RMSNorm(nn.Module):
-    "Divide each token by its root mean square, then scale (Zhang and Sennrich, arXiv 1910.07467)."
-    def __init__(self, width: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return nnf.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-# %% ../nbs/04_transformer.ipynb #d51d77a7
-class GeluMLP(nn.Module):
-    "Norm, widen four times, GELU, narrow: TARFlow's MLP. Tokens `(N, T, width)` to the same shape."
-    def __init__(self, cfg: TransformerConfig):
-        super().__init__()
-        self.norm = NORMS[cfg.norm](cfg.width)
-        self.main = nn.Sequential(nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width))
-
-    def forward(self, x):
-        return self.main(self.norm(x))
-
-# %% ../nbs/04_transformer.ipynb #06e0aaec
-class SwiGLU(nn.Module):
-    "Norm, a gated hidden layer silu(W₁x)·W₂x, narrow (Shazeer, arXiv 2002.05202), at GeluMLP's parameter count."
-    def __init__(self, cfg: TransformerConfig):
-        super().__init__()
-        hidden = round(8 * cfg.width / 3 / 32) * 32
-        self.norm = NORMS[cfg.norm](cfg.width)
-        self.gate_up, self.down = nn.Linear(cfg.width, 2 * hidden), nn.Linear(hidden, cfg.width)
-
-    def forward(self, x):
-        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
-        return self.down(nnf.silu(gate) * up)
-
-# %% ../nbs/04_transformer.ipynb #c1452e91
-NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
-MLPS = {"gelu": GeluMLP, "swiglu": SwiGLU}
-MODERN = dict(norm="rms", mlp="swiglu", rotary=True, qk_norm=True)
-
 # %% ../nbs/04_transformer.ipynb #3a41f0e5
 def raster_coordinates(
     side: int,  # tokens a side
@@ -78,12 +98,12 @@ def raster_coordinates(
     i = torch.arange(side, dtype=torch.float32)
     return torch.stack(torch.meshgrid(i, i, indexing="ij"), dim=-1).reshape(-1, 2)
 
-# %% ../nbs/04_transformer.ipynb #63d80b39
+# %% ../nbs/04_transformer.ipynb #2d984e64
 def rotary_angles(
     coordinates: Tensor,   # positions `(T, A)`, one column an axis
     head_dim: int,         # features a head; a multiple of 2·A
-    base: float = 100.0,   # slowest wave; images are short, so smaller than text's 10,000
-) -> Tensor:               # angles `(T, head_dim/2)`, an equal share for each axis
+    base: float = 100.0,   # sets the slowest wave; images are short, so smaller than text's 10,000
+) -> Tensor:               # angles `(T, head_dim/2)` in radians, an equal share for each axis
     "The angles by which queries and keys are turned (Su et al., arXiv 2104.09864)."
     T, A = coordinates.shape
     if head_dim % (2 * A):
@@ -102,66 +122,33 @@ def rotate(
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
-# %% ../nbs/04_transformer.ipynb #a93e7578
-@dataclass(frozen=True)
-class KVCache:
-    "Keys and values of the tokens seen so far: preallocated, passed in and passed back, never kept on a module."
-    k: Tensor        # `(layers, N, heads, T, head_dim)`; slots ≥ length are empty
-    v: Tensor        # the same shape
-    length: int = 0  # tokens seen
-
-    def extend(self, layer, k, v):
-        "Write one token's k and v `(N, heads, 1, head_dim)` for `layer`; return all that this layer has seen."
-        if self.length >= self.k.shape[3]:
-            raise BitflowError(f"the KV cache holds {self.k.shape[3]} tokens and is full")
-        self.k[layer, :, :, self.length] = k[:, :, 0]
-        self.v[layer, :, :, self.length] = v[:, :, 0]
-        return self.k[layer, :, :, :self.length + 1], self.v[layer, :, :, :self.length + 1]
-
-    def advance(self):
-        "The cache after a whole step: the same memory, one token longer."
-        return KVCache(self.k, self.v, self.length + 1)
-
-# %% ../nbs/04_transformer.ipynb #c84e4146
-def attend(
-    q: Tensor,     # queries `(N, heads, S, head_dim)`
-    k: Tensor,     # keys `(N, heads, T, head_dim)`
-    v: Tensor,     # values, the same shape as k
-    causal: bool,  # token t sees tokens ≤ t only (then S = T)
-) -> Tensor:       # `(N, heads, S, head_dim)`
-    "softmax(q kᵀ/√head_dim) v. PyTorch's fused kernel on accelerators; the plain equation on CPUs, where few tokens make it faster."
-    if q.device.type != "cpu":
-        return nnf.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v
-
-# %% ../nbs/04_transformer.ipynb #82e86491
-class Attention(nn.Module):
-    "Pre-norm multi-head self-attention over tokens `(N, T, width)`; scale head_dim^−½."
+# %% ../nbs/04_transformer.ipynb #7db8c7cf
+class HeadProjections(nn.Module):
+    "What stands before `attend`: pre-norm, then queries, keys and values for every head."
     def __init__(self, cfg: TransformerConfig, causal: bool):
         super().__init__()
         self.head_dim, self.causal = cfg.head_dim, causal
         self.norm = NORMS[cfg.norm](cfg.width)
         self.qkv, self.proj = nn.Linear(cfg.width, 3 * cfg.width), nn.Linear(cfg.width, cfg.width)
-        self.q_norm, self.k_norm = ((RMSNorm(cfg.head_dim), RMSNorm(cfg.head_dim)) if cfg.qk_norm
-                                    else (nn.Identity(), nn.Identity()))
+        self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk")
 
     def heads(self, x, angles):
-        "Queries, keys and values, each `(N, heads, T, head_dim)`."
+        "Tokens `(N, T, width)` to queries, keys and values, each `(N, heads, T, head_dim)`; keys and queries turned by `angles`."
         N, T, W = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(N, T, 3, W // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if angles is None else (rotate(q, angles), rotate(k, angles), v)
 
+# %% ../nbs/04_transformer.ipynb #5a3df77a
+class Attention(HeadProjections):
+    "Pre-norm multi-head self-attention over tokens `(N, T, width)`; scale head_dim^−½."
     def merge(self, y):
         "Heads side by side again, `(N, T, width)`, then the output projection."
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def forward(self, x, angles=None):
-        q, k, v = self.heads(x, angles)
-        return self.merge(attend(q, k, v, self.causal))
+        "All tokens at once, `(N, T, width)` to the same shape."
+        return self.merge(attend(*self.heads(x, angles), self.causal))
 
     def step(self, x, cache, layer, angles=None):
         "The same for one token `(N, 1, width)`, looking back at what `cache` holds for `layer`."
@@ -169,7 +156,7 @@ class Attention(nn.Module):
         k, v = cache.extend(layer, k, v)
         return self.merge(attend(q, k, v, causal=False))
 
-# %% ../nbs/04_transformer.ipynb #2354a3a8
+# %% ../nbs/04_transformer.ipynb #231d40c3
 class Layer(nn.Module):
     "Attention, then MLP, each added to what came in."
     def __init__(self, cfg: TransformerConfig, causal: bool):
@@ -177,16 +164,18 @@ class Layer(nn.Module):
         self.attention, self.mlp = Attention(cfg, causal), MLPS[cfg.mlp](cfg)
 
     def forward(self, x, angles=None):
+        "All tokens at once, `(N, T, width)` to the same shape."
         x = x + self.attention(x, angles)
         return x + self.mlp(x)
 
     def step(self, x, cache, layer, angles=None):
+        "One token `(N, 1, width)`; `layer` is this layer's number in `cache`."
         x = x + self.attention.step(x, cache, layer, angles)
         return x + self.mlp(x)
 
-# %% ../nbs/04_transformer.ipynb #62631aa7
-class Transformer(nn.Module):
-    "A stack of layers over `side²` tokens of a square image; causal or bidirectional."
+# %% ../nbs/04_transformer.ipynb #833f17ec
+class LayerStack(nn.Module):
+    "Layers one after another over the `side²` tokens of a square image, all tokens at once."
     def __init__(self, cfg: TransformerConfig, side: int, causal: bool):
         super().__init__()
         self.cfg, self.num_tokens = cfg, side * side
@@ -201,6 +190,28 @@ class Transformer(nn.Module):
             x = layer(x, angles)
         return x
 
+# %% ../nbs/04_transformer.ipynb #97b72df8
+@dataclass(frozen=True)
+class KVCache:
+    "Keys and values of the tokens seen so far, passed in and passed back. Caches of one walk share memory: `length` says how much of it each may read."
+    k: Tensor        # `(layers, N, heads, T, head_dim)`, preallocated; slots ≥ length are empty
+    v: Tensor        # the same shape
+    length: int = 0  # tokens seen
+
+    def extend(self, layer, k, v):
+        "Write one token's k and v `(N, heads, 1, head_dim)` for `layer`; return all that this layer has seen. `BitflowError` when full."
+        if self.length >= self.k.shape[3]:
+            raise BitflowError(f"the KV cache holds {self.k.shape[3]} tokens and is full")
+        self.k[layer, :, :, self.length], self.v[layer, :, :, self.length] = k[:, :, 0], v[:, :, 0]
+        return self.k[layer, :, :, :self.length + 1], self.v[layer, :, :, :self.length + 1]
+
+    def advance(self):
+        "The cache after a whole step: the same memory, one token longer."
+        return KVCache(self.k, self.v, self.length + 1)
+
+# %% ../nbs/04_transformer.ipynb #d16f5df3
+class Transformer(LayerStack):
+    "A stack of layers over `side²` tokens of a square image; causal or bidirectional. A causal one can also go token by token."
     def step(self, x, cache, flip=False):
         "The next token alone, `(N, 1, width)`: returns its output and the longer cache."
         t = cache.length
