@@ -71,7 +71,7 @@ GPU = TrainConfig(steps=20_000, batch_size=256, lr=1e-3, sample_every=2000, chec
 def mnist_mini() -> Preset:
     "10,000 embedded digits at 16×16, 16 tokens: minutes on two cores."
     return make_preset("mnist-mini", DataConfig("mnist-mini", 16), 4, 4, TransformerConfig(), TransformerConfig(),
-                       TrainConfig(steps=2000, lr=4e-3), TrainConfig(steps=1500, lr=4e-3), DIGITS)
+                       TrainConfig(steps=2500, lr=4e-3), TrainConfig(steps=1500, lr=4e-3), DIGITS)
 
 # %% ../nbs/config.ipynb #8bf4b75e
 def mnist_mini_smoke() -> Preset:
