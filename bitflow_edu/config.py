@@ -87,7 +87,7 @@ def mnist_like(name: str) -> Preset:
 
 # %% ../nbs/config.ipynb #7bfd3ab0
 def colour(name: str) -> Preset:
-    "32×32 colour images, 64 tokens, F of about 26M parameters: one GPU."
+    "32×32 colour images, 64 tokens, F of about 29M parameters: one GPU."
     wide = dict(width=384, num_layers=4)
     return make_preset(name, DataConfig(name, 32, 3), 4, 4, TransformerConfig(**wide), TransformerConfig(**wide, **MODERN),
                        replace(GPU, steps=60_000, lr=5e-4), replace(GPU, steps=60_000, lr=5e-4), num_samples=10_000)

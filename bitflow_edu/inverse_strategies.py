@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .data import BitflowError, add_noise, unpatchify
+from .data import BitflowError, add_noise
 from .reverse_model import ReverseModel, ReverseOutput
 from .tarflow import TARFlow, Trajectory
 
@@ -91,7 +91,7 @@ def check_strategy(model: ReverseModel, strategy: str):
     if model.cfg.token_states != (strategy == "hidden-distillation"):
         raise BitflowError(f"strategy {strategy!r} needs a G with token_states={not model.cfg.token_states}")
 
-# %% ../nbs/11_inverse_strategies.ipynb #cf96d8b6
+# %% ../nbs/11_inverse_strategies.ipynb #c811a1f9
 def reverse_loss(
     forward_model: TARFlow,   # F, frozen
     strategy=hidden_alignment,
@@ -105,7 +105,6 @@ def reverse_loss(
         noisy = add_noise(x, forward_model.cfg.noise_std, generator)
         with torch.no_grad():
             trajectory = forward_model(noisy, c)
-        out = model(trajectory.z, c)
-        terms = strategy(trajectory, out, x if model.cfg.denoise else noisy, distance, image_distance)
+        terms = strategy(trajectory, model(trajectory.z, c), x if model.cfg.denoise else noisy, distance, image_distance)
         return terms.total, {"image": terms.image.detach(), **{f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}}
     return loss

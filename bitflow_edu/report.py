@@ -166,7 +166,7 @@ TEXTS = {
 # %% ../nbs/report.ipynb #5e2553ea
 SPEED_NOTE = """<p>The exact inverse runs the same small network over and over, each time for one more token; each step waits for the one before. For
 a single image the processor spends most of that time starting tiny operations, and one pass saves it. In a batch of 64 the processor
-is busy anyway, and the advantage shrinks to the difference in arithmetic. The hundredfold speed-ups that BiFlow's authors report come from larger
+is busy anyway, and the advantage shrinks: one pass does no less arithmetic than the exact inverse (compare the MFLOP), it only does it at once. The hundredfold speed-ups that BiFlow's authors report come from larger
 images (256 tokens and more a flow block, so thousands of serial steps) on accelerators, which do wide work at once and serial work no faster
 than a laptop. The times are medians (quartiles in brackets), measured side by side in this run; other work on the machine while it ran would spoil them.</p>"""
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import BitflowError, Images
 
 # %% auto #0
@@ -39,7 +39,7 @@ class TrainConfig:
     ema: float = 0.999             # decay of the averaged weights
     label_dropout: float = 0.1     # share of labels replaced by −1, "no label"
     precision: str = "auto"        # "fp32", "bf16" (autocast), or "auto": bf16 where the processor multiplies it fast
-    seed: int = 0                  # of data order, dropped labels and noise
+    seed: int = 0                  # of data order, dropped labels and noise; callers seed the weights with it
     log_every: int = 20            # steps between lines of metrics.jsonl
     sample_every: int = 500        # steps between sample grids
     checkpoint_every: int = 500    # steps between checkpoints
@@ -497,12 +497,14 @@ class MetricsLog:
     "Metrics as JSON lines; a resumed run drops lines newer than its checkpoint."
     def __init__(self, path: Path, step: int):
         old = read_metrics(path) if path.exists() else []
-        write_atomically(path, "".join(json.dumps(m) + "\n" for m in old if m["step"] <= step))
-        self.file = path.open("a", buffering=1)
+        with writing(path):
+            write_atomically(path, "".join(json.dumps(m) + "\n" for m in old if m["step"] <= step))
+            self.file = path.open("a", buffering=1)
 
     def write(self, **metrics):
         "Add a line, at once."
-        self.file.write(json.dumps(metrics) + "\n")
+        with writing(self.file.name):
+            self.file.write(json.dumps(metrics) + "\n")
 
     def close(self):
         "Nothing more will be written."
