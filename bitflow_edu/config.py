@@ -44,16 +44,10 @@ class Preset:
 # %% ../nbs/config.ipynb #b23389f3
 def make_preset(
     name: str,
-    data: DataConfig,
-    patch_size: int,                       # p
-    num_blocks: int,                       # B
-    forward: TransformerConfig,            # of each block of F
-    reverse: TransformerConfig,            # of each block of G
-    train_forward: TrainConfig,
-    train_reverse: TrainConfig,
-    objective: ObjectiveConfig = ObjectiveConfig(),
-    noise_std: float = 0.1,                # σ
-    num_samples: int = 2000,
+    data: DataConfig, patch_size: int, num_blocks: int,            # images, p and B
+    forward: TransformerConfig, reverse: TransformerConfig,        # of each block of F, of G
+    train_forward: TrainConfig, train_reverse: TrainConfig,        # how each is trained
+    objective: ObjectiveConfig = ObjectiveConfig(), noise_std: float = 0.1, num_samples: int = 2000,
 ) -> Preset:
     "A preset whose F and G fit the data and each other."
     shape = dict(image_size=data.image_size, channels=data.channels, num_classes=data.num_classes, patch_size=patch_size, num_blocks=num_blocks)

@@ -112,7 +112,7 @@ def accuracy(
     c: Tensor,  # labels that they should show `(N,)`
 ) -> float:     # share in [0, 1]
     "How often the classifier sees the label that was asked for, in images as they would be stored."
-    return (in_batches(classifier, as_stored(x)).argmax(dim=1) == c).float().mean().item()
+    return (in_batches(classifier, as_stored(x), 100).argmax(dim=1) == c).float().mean().item()
 
 # %% ../nbs/06_evaluation.ipynb #dbb4674e
 def load_classifier(device: str = "cpu") -> Classifier:
@@ -169,7 +169,7 @@ def fd(
     real: Tensor,  # real images `(M, C, H, W)`
 ) -> float:
     "Fréchet distance between the classifier's features of two sets of images: `FD[mnist-cnn]` with the course's own."
-    return frechet_distance(*(in_batches(classifier.features, as_stored(images)) for images in (x, real)))
+    return frechet_distance(*(in_batches(classifier.features, as_stored(images), 100) for images in (x, real)))
 
 # %% ../nbs/06_evaluation.ipynb #03f3ae14
 def covered(

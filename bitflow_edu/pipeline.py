@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+import numpy as np
 import torch
 from torch import Tensor, nn
 from .config import ObjectiveConfig, Preset
@@ -48,7 +49,7 @@ def grid_labels(cfg, n: int) -> Tensor:
     return torch.arange(n) % cfg.num_classes
 
 # %% ../nbs/pipeline.ipynb #f2a07041
-def sample_grid(model: nn.Module, sample, n: int = 40) -> "np.ndarray":
+def sample_grid(model: nn.Module, sample, n: int = 40) -> np.ndarray:
     "A picture of n samples, for watching a training: always the same noise."
     device = next(model.parameters()).device
     z, c = sample_noise(model.cfg, n, seed=0, device=device), grid_labels(model.cfg, n).to(device)

@@ -18,7 +18,7 @@ from .tarflow import TARFlow
 from .training import read_metrics, write_atomically
 
 # %% auto #0
-__all__ = ['TABLE', 'STYLE', 'INTRO', 'TEXTS', 'SPEED_NOTE', 'METRIC_NOTE', 'embed', 'draw_rows', 'sample_rows',
+__all__ = ['TABLE', 'STYLE', 'INTRO', 'TEXTS', 'SPEED_NOTE', 'METRIC_NOTE', 'embed', 'draw_rows', 'sample_rows', 'both_ways',
            'draw_trajectory', 'draw_state', 'reconstruction_rows', 'draw_training', 'cell', 'table', 'headline',
            'section', 'facts', 'page', 'write_report']
 
@@ -49,22 +49,24 @@ def sample_rows(samples: dict, test: Images, n: int = 10) -> dict:
     real = torch.stack([test.pixels[(test.labels == i % len(test.classes)).nonzero()[0, 0]] for i in range(n)])
     return {**{METHODS[row]: x[:n] for row, x in samples.items()}, "real digits": Images(real, torch.arange(n), test.classes).x}
 
-# %% ../nbs/report.ipynb #29b36654
+# %% ../nbs/report.ipynb #c0596f3c
 @torch.no_grad()
+def both_ways(forward: TARFlow, reverse: ReverseModel, x, c) -> tuple[list, list]:
+    "Images `(N, C, H, W)` on F's way, x and x^0 … x^B, and under them what G has on its way: x', φ_0(h^0) … z."
+    x, c = x.to(next(forward.parameters()).device), c.to(next(forward.parameters()).device)
+    states = forward(add_noise(x, forward.cfg.noise_std, torch.Generator(x.device).manual_seed(0)), c).states
+    out, p, C = reverse(states[-1], c), forward.cfg.patch_size, forward.cfg.channels
+    return [x, *(unpatchify(s, p, C) for s in states)], [out.image, *(unpatchify(s, p, C) for s in (*out.projected, states[-1]))]
+
+# %% ../nbs/report.ipynb #29b36654
 def draw_trajectory(forward: TARFlow, reverse: ReverseModel, test: Images, index: int = 0) -> Figure:
     "x^0 … x^B of one test image, and under each the state that G projects when it starts from x^B."
-    device = next(forward.parameters()).device
-    part = test[index:index + 1]
-    x, c = part.x.to(device), part.labels.to(device)
-    states = forward(add_noise(x, forward.cfg.noise_std, torch.Generator(device).manual_seed(0)), c).states
-    out = reverse(states[-1], c)
-    B, p, C = forward.cfg.num_blocks, forward.cfg.patch_size, forward.cfg.channels
+    B, part = forward.cfg.num_blocks, test[index:index + 1]
+    rows = both_ways(forward, reverse, part.x, part.labels)
+    names = (["x", *(f"$x^{i}$" for i in range(B)), f"$x^{B} = z$"], ["x' (clean)", *(f"$φ_{i}(h^{i})$" for i in range(B)), "z, the input"])
     fig = Figure(figsize=(1.35 * (B + 2), 3.1), layout="constrained")
     axes = fig.subplots(2, B + 2)
-    top = [x, *(unpatchify(s, p, C) for s in states)]
-    bottom = [out.image, *(unpatchify(s, p, C) for s in out.projected), unpatchify(states[-1], p, C)]
-    names = ["x", *(f"$x^{i}$" for i in range(B)), f"$x^{B} = z$"], ["x' (clean)", *(f"$φ_{i}(h^{i})$" for i in range(B)), "z, the input"]
-    for row, images, titles in zip(axes, (top, bottom), names):
+    for row, images, titles in zip(axes, rows, names):
         for ax, image, title in zip(row, images, titles):
             draw_state(ax, image[0].float().cpu(), title)
     axes[0, 0].set_ylabel("F: data → noise")
