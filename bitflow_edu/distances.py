@@ -60,6 +60,7 @@ def feature_distance(
 ):                    # a distance: images `(N, C, H, W)`, images → `(N,)`
     "Compare unit-length features at every position and depth, as LPIPS does (Zhang et al., arXiv 1801.03924)."
     def distance(a, b):
+        "Gradients flow to a, not to b."
         with torch.no_grad():
             target = net.features(b)
         unit = (nnf.normalize(m, dim=1) for m in net.features(a))
@@ -74,6 +75,7 @@ def adaptive(
 ):                    # a distance with the same minimum and another pull
     "D_p = sg(w)·D with w = (D + c)^−p (PAPER: adaptive weighting)."
     def weighted(a, b):
+        "sg((D + c)^−p)·D of each sample."
         d = distance(a, b)
         return (d.detach() + c) ** -p * d
     return weighted
@@ -84,5 +86,6 @@ def mixture(
 ):                  # a distance
     "A weighted sum of distances."
     def distance(a, b):
+        "Σ weight·D of each sample."
         return sum(weight * part(a, b) for weight, part in parts)
     return distance
