@@ -6,6 +6,7 @@ ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 ENV    := $(or $(ACTIVE),$(CURDIR)/.venv)
 BIN    := $(ENV)/bin
 STAMP  := $(ENV)/.bitflow_edu-installed
+NB     ?= nbs/*.ipynb nbs/solutions/*.ipynb
 
 export PATH := $(BIN):$(PATH)
 
@@ -42,10 +43,11 @@ test: $(STAMP)  ## everything that CI runs: generated files, pytest, every noteb
 lab: $(STAMP)  ## start JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs
 
-notebooks: $(STAMP)  ## execute every chapter at reading scale and store its outputs
-	@for nb in nbs/[0-9]*.ipynb nbs/*.ipynb nbs/solutions/*.ipynb; do case "$$done" in *" $$nb "*) continue;; esac; done="$$done $$nb "; \
-	  echo "executing $$nb"; $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$nb || exit 1; done
+notebooks: $(STAMP)  ## execute every chapter at reading scale and store its outputs (NB=nbs/07*.ipynb: only that)
+	@for nb in $(NB); do echo "executing $$nb"; \
+	  $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace $$nb || exit 1; done
 	$(BIN)/nbdev_clean
+	$(BIN)/python nbs/make_readme.py
 
 export: $(STAMP)  ## write bitflow_edu/ and README.md from the notebooks
 	$(BIN)/nbdev_clean

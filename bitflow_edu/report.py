@@ -104,13 +104,16 @@ def draw_training(folder: Path) -> Figure:
 
 # %% ../nbs/report.ipynb #69684171
 TABLE = (("serial steps an image", "serial_steps", None, "{:.0f}"), ("parameters", "params", None, "{:,.0f}"),
-         ("ms an image, batch 1", "ms_per_image", 1, "{:.2f}"), ("ms an image, batch 64", "ms_per_image", 64, "{:.3f}"),
+         ("ms an image, batch 1", "ms_per_image", 1, "{:.2f}"), ("one pass is faster", "speedup", 1, "{:.1f}×"),
+         ("ms an image, batch 64", "ms_per_image", 64, "{:.3f}"), ("one pass is faster", "speedup", 64, "{:.1f}×"),
          ("MFLOP an image", "flops_per_image", None, "{:.0f}"), ("FD[mnist-cnn]", "fd[mnist-cnn]", None, "{:.2f}"),
-         ("label accuracy", "label_accuracy", None, "{:.3f}"))
+         ("label accuracy", "label_accuracy", None, "{:.3f}"), ("test bits/dim of F", "bits_per_dim", None, "{:.3f}"),
+         ("largest round-trip error", "round_trip_max_error", None, "{:.1e}"))
 
 # %% ../nbs/report.ipynb #ff1cf541
 def cell(result: dict, row: str, metric: str, batch, form: str) -> str:
     "A figure as text, with its quartiles where there are any; a dash where nothing was measured."
+    row, metric = ("one-pass", f"speedup_vs_{row}") if metric == "speedup" else (row, metric)
     found = [m for m in result["measurements"] if (m["row"], m["metric"]) == (row, metric) and batch in (None, m["batch"])]
     if not found:
         return "–"
