@@ -6,9 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
-from torch import Tensor
 from .data import asset
-from .inverse_strategies import mse
 from .training import load_model
 
 # %% auto #0

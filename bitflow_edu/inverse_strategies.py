@@ -102,9 +102,9 @@ def reverse_loss(
     forward_model = forward_model.eval().requires_grad_(False)
 
     def loss(model, x, c, generator):
+        "The strategy's total for a batch, and its terms to log."
         noisy = add_noise(x, forward_model.cfg.noise_std, generator)
-        with torch.no_grad():
-            trajectory = forward_model(noisy, c)
+        with torch.no_grad(): trajectory = forward_model(noisy, c)
         terms = strategy(trajectory, model(trajectory.z, c), x if model.cfg.denoise else noisy, distance, image_distance)
         return terms.total, {"image": terms.image.detach(), **{f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}}
     return loss

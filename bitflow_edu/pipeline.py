@@ -9,6 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+# %% auto #0
+__all__ = ['METHODS', 'find_device', 'build', 'grid_labels', 'sample_grid', 'train_forward', 'image_distance', 'train_reverse',
+           'draw', 'draw_all', 'quality', 'fidelity', 'speed', 'num_parameters', 'flops', 'cost', 'Evaluation',
+           'judge_for', 'evaluate']
+
+# %% ../nbs/pipeline.ipynb #9bf6a130
 from .config import ObjectiveConfig, Preset
 from .data import BitflowError, Images, check_labels
 from .distances import adaptive, feature_distance, load_feature_net, mixture
@@ -18,12 +25,7 @@ from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, 
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, bits_per_dim, forward_loss
-from .training import TrainConfig, train
-
-# %% auto #0
-__all__ = ['METHODS', 'find_device', 'build', 'grid_labels', 'sample_grid', 'train_forward', 'image_distance', 'train_reverse',
-           'draw', 'draw_all', 'quality', 'fidelity', 'speed', 'num_parameters', 'flops', 'cost', 'Evaluation',
-           'judge_for', 'evaluate']
+from .training import train
 
 # %% ../nbs/pipeline.ipynb #310468bf
 def find_device(name: str = "auto") -> str:

@@ -3,15 +3,12 @@
 # %% ../nbs/report.ipynb #31551de8
 from __future__ import annotations
 import base64, html, io, json
-from dataclasses import dataclass
 from pathlib import Path
-import matplotlib
 from matplotlib.figure import Figure
 import torch
-from .config import Preset
 from .data import Images, add_noise, unpatchify
 from .evaluation import figure
-from .pipeline import METHODS, Evaluation
+from .pipeline import METHODS
 from .plotting import image_grid, plot_curves
 from .reverse_model import ReverseModel, one_pass
 from .tarflow import TARFlow
