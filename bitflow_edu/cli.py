@@ -405,7 +405,7 @@ RUN[Evaluate] = run_evaluate
 def peak_memory_mb() -> float:
     "The most memory this process has held, in MB."
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 if sys.platform == "darwin" else 1024) / (2**20 if sys.platform == "darwin" else 1)
+    return peak / (2**20 if sys.platform == "darwin" else 1024)  # macOS counts bytes, Linux kibibytes
 
 # %% ../nbs/19_command_line.ipynb #856fc2d1
 def train_pair(preset: Preset, train, out: Path, device: str, resume: bool):

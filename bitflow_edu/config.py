@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 from .data import BitflowError, DataConfig
-from .inverse_strategies import find_strategy
+from .inverse_strategies import find_strategy, needs_token_states
 from .reverse_model import ReverseConfig
 from .tarflow import TARFlowConfig
 from .training import TrainConfig
@@ -52,7 +52,7 @@ def make_preset(
     "A preset whose F and G fit the data and each other."
     shape = dict(image_size=data.image_size, channels=data.channels, num_classes=data.num_classes, patch_size=patch_size, num_blocks=num_blocks)
     return Preset(name, data, TARFlowConfig(**shape, noise_std=noise_std, transformer=forward),
-                  ReverseConfig(**shape, token_states=objective.strategy == "hidden-distillation", transformer=reverse),
+                  ReverseConfig(**shape, token_states=needs_token_states(objective.strategy), transformer=reverse),
                   train_forward, train_reverse, objective, num_samples)
 
 # %% ../nbs/config.ipynb #a58a7381
@@ -104,4 +104,4 @@ def find_preset(name: str) -> Preset:
 def with_strategy(preset: Preset, strategy: str) -> Preset:
     "The same preset with another strategy, and the G that it needs."
     objective = replace(preset.objective, strategy=strategy)
-    return replace(preset, objective=objective, reverse=replace(preset.reverse, token_states=strategy == "hidden-distillation"))
+    return replace(preset, objective=objective, reverse=replace(preset.reverse, token_states=needs_token_states(strategy)))

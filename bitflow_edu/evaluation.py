@@ -18,7 +18,7 @@ from .training import load_model, write_atomically
 __all__ = ['ClassifierConfig', 'conv_stage', 'at_size', 'Classifier', 'augment', 'classifier_loss', 'in_batches', 'as_stored',
            'accuracy', 'load_classifier', 'check_features', 'moments', 'matrix_sqrt', 'frechet_distance', 'fd',
            'covered', 'precision_recall', 'polynomial_kernel', 'kid', 'inception_score', 'timed', 'processor',
-           'hardware', 'versions', 'git', 'commit', 'measurement', 'results_text', 'save_results', 'figure']
+           'hardware', 'versions', 'git', 'commit', 'measurement', 'results_text', 'save_results', 'measured', 'figure']
 
 # %% ../nbs/06_evaluation.ipynb #3c301848
 @dataclass(frozen=True)
@@ -314,6 +314,16 @@ def save_results(
     write_atomically(folder / f"{name}.json", results_text(head, measurements))
     return folder / f"{name}.json"
 
+# %% ../nbs/06_evaluation.ipynb #b2f309f4
+def measured(
+    result: dict,      # a results file, loaded
+    row: str,          # method
+    metric: str,       # metric
+    batch: int = None, # where there are several
+) -> list:             # of measurements, empty where there are none
+    "The lines of a results file for one method and metric."
+    return [m for m in result["measurements"] if (m["row"], m["metric"]) == (row, metric) and batch in (None, m["batch"])]
+
 # %% ../nbs/06_evaluation.ipynb #6ad23bf7
 def figure(
     result: dict,      # a results file, loaded
@@ -322,7 +332,7 @@ def figure(
     batch: int = None, # where there are several
 ):                     # its value
     "Look a figure up in a results file. Raises `BitflowError` where it holds none, naming what it has."
-    found = [m for m in result["measurements"] if (m["row"], m["metric"]) == (row, metric) and batch in (None, m["batch"])]
+    found = measured(result, row, metric, batch)
     if not found:
         has = sorted({m["metric"] for m in result["measurements"] if m["row"] == row}) or sorted({m["row"] for m in result["measurements"]})
         raise BitflowError(f"{result['name']} has no {metric} of {row}" + (f" at batch {batch}" if batch else "") + f"; it has {', '.join(has)}")

@@ -11,7 +11,7 @@ from .tarflow import TARFlow, Trajectory
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'mse', 'StrategyLoss', 'naive_distillation', 'hidden_alignment', 'hidden_distillation', 'find_strategy',
-           'check_pair', 'check_strategy', 'reverse_loss']
+           'check_pair', 'needs_token_states', 'check_strategy', 'reverse_loss']
 
 # %% ../nbs/11_inverse_strategies.ipynb #9213e753
 def mse(
@@ -86,9 +86,13 @@ def check_pair(forward_model: TARFlow, model: ReverseModel):
             raise BitflowError(f"G's {name} is {getattr(g, name)} but F's is {getattr(f, name)}; they must agree")
 
 
+def needs_token_states(strategy: str) -> bool:
+    "Whether a strategy's G passes its states on in token space: hidden distillation's does."
+    return strategy == "hidden-distillation"
+
 def check_strategy(model: ReverseModel, strategy: str):
-    "Refuse a G that does not suit the strategy: only hidden distillation passes states on in token space."
-    if model.cfg.token_states != (strategy == "hidden-distillation"):
+    "Refuse a G that does not suit the strategy."
+    if model.cfg.token_states != needs_token_states(strategy):
         raise BitflowError(f"strategy {strategy!r} needs a G with token_states={not model.cfg.token_states}")
 
 # %% ../nbs/11_inverse_strategies.ipynb #c811a1f9

@@ -19,7 +19,7 @@ __all__ = ['METHODS', 'find_device', 'build', 'grid_labels', 'sample_grid', 'tra
 from .config import ObjectiveConfig, Preset
 from .data import BitflowError, Images, check_labels
 from .distances import adaptive, feature_distance, load_feature_net, mixture
-from .evaluation import Classifier, accuracy, as_stored, fd, load_classifier, measurement, timed
+from .evaluation import Classifier, as_stored, frechet_distance, in_batches, load_classifier, measurement, timed
 from .exact_inverse import exact_inverse, round_trip_error, score_denoise, serial_steps
 from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, reverse_loss
 from .plotting import image_grid
@@ -109,10 +109,13 @@ def quality(samples: dict, train: Images, test: Images, seed: int, judge: Classi
     n = len(next(iter(samples.values())))
     pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]
     rows = {**{row: (x, torch.arange(n) % len(test.classes)) for row, x in samples.items()}, "real": (train[pick].x, train.labels[pick])}
-    found = []
+    seen, found = (lambda x: in_batches(judge.features, as_stored(x), 100)), []
+    reference = seen(test.x)
     for row, (x, c) in rows.items():
-        found.append(measurement(row, "fd[mnist-cnn]", fd(judge, x, test.x), n=len(x), seed=seed, reference=f"{len(test)} test images"))
-        found.append(measurement(row, "label_accuracy", accuracy(judge, as_stored(x), c), n=len(x), seed=seed))
+        features = seen(x)
+        right = (in_batches(judge.head, features).argmax(dim=1) == c).float().mean().item()
+        found.append(measurement(row, "fd[mnist-cnn]", frechet_distance(features, reference), n=len(x), seed=seed, reference=f"{len(test)} test images"))
+        found.append(measurement(row, "label_accuracy", right, n=len(x), seed=seed))
     return found
 
 # %% ../nbs/pipeline.ipynb #981edbaf

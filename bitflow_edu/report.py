@@ -7,9 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 import torch
 from .data import Images, add_noise, unpatchify
-from .evaluation import figure
+from .evaluation import figure, measured
 from .pipeline import METHODS
-from .plotting import image_grid, plot_curves
+from .plotting import image_grid, plot_curves, stretch
 from .reverse_model import ReverseModel, one_pass
 from .tarflow import TARFlow
 from .training import read_metrics, write_atomically
@@ -73,8 +73,7 @@ def draw_trajectory(forward: TARFlow, reverse: ReverseModel, test: Images, index
 # %% ../nbs/report.ipynb #45cd6242
 def draw_state(ax, image, title):
     "One state, stretched to its own range of values."
-    low, high = image.min(), image.max()
-    ax.imshow(((image - low) / (high - low + 1e-8)).permute(1, 2, 0).squeeze(-1), cmap="gray")
+    ax.imshow(stretch(image), cmap="gray")
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
 
@@ -111,7 +110,7 @@ TABLE = (("serial steps an image", "serial_steps", None, "{:.0f}"), ("parameters
 def cell(result: dict, row: str, metric: str, batch, form: str) -> str:
     "A figure as text, with its quartiles where there are any; a dash where nothing was measured."
     row, metric = ("one-pass", f"speedup_vs_{row}") if metric == "speedup" else (row, metric)
-    found = [m for m in result["measurements"] if (m["row"], m["metric"]) == (row, metric) and batch in (None, m["batch"])]
+    found = measured(result, row, metric, batch)
     if not found:
         return "–"
     m, scale = found[0], 1e-6 if metric == "flops_per_image" else 1
@@ -186,7 +185,7 @@ def section(key: str, picture: str) -> str:
 # %% ../nbs/report.ipynb #c4fd349f
 def facts(result: dict) -> str:
     "How the figures were made: counts, protocols, machine, versions, configuration."
-    f = lambda row, metric: next(m for m in result["measurements"] if (m["row"], m["metric"]) == (row, metric))
+    f = lambda row, metric: measured(result, row, metric)[0]
     bpd, trip = f("exact", "bits_per_dim"), f("exact", "round_trip_max_error")
     n = next((m["n"] for m in result["measurements"] if m["metric"] == "label_accuracy"), None)
     return (f"<ul><li>{n} samples of each method from the same noise and labels, seed {bpd['seed']}, against {bpd['n']} test images.</li>"

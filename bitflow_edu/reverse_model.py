@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from .data import BitflowError, unpatchify
-from .tarflow import ClassEmbedding, TARFlowConfig, check_geometry
+from .tarflow import ClassEmbedding, TokenGeometry, check_geometry
 from .transformer import NORMS, Transformer, TransformerConfig
 
 # %% auto #0
@@ -35,7 +35,7 @@ def check_reverse(cfg):
 
 # %% ../nbs/10_reverse_model.ipynb #01867be3
 @dataclass(frozen=True)
-class ReverseConfig:
+class ReverseConfig(TokenGeometry):
     "The shape of the reverse model G."
     image_size: int = 16    # pixels a side
     channels: int = 1       # C
@@ -49,8 +49,6 @@ class ReverseConfig:
 
     def __post_init__(self):
         check_reverse(self)
-
-    num_tokens, token_dim = TARFlowConfig.num_tokens, TARFlowConfig.token_dim
 
 # %% ../nbs/10_reverse_model.ipynb #6d921f9f
 class ReverseBlock(nn.Module):
