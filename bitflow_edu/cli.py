@@ -8,29 +8,30 @@ from pathlib import Path
 from typing import Annotated, Optional, Union
 import torch
 from . import pipeline
-from .config import Preset, find_preset, with_strategy
+from .config import Preset, check_pair_preset, find_preset, with_strategy
+from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, load_data
 from .evaluation import measurement, save_results
 from .plotting import image_grid
 from .report import draw_rows, sample_rows, write_report
-from .reverse_model import ReverseModel, sample_noise
-from .tarflow import TARFlow
-from .training import load_model, newest_checkpoint, save_grid
+from .reverse_model import ReverseModel
+from .tarflow import TARFlow, TARFlowConfig
+from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 
 # %% auto #0
 __all__ = ['NAMES', 'RUN', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train', 'Picture', 'Sample', 'Evaluate',
            'Info', 'command_type', 'one_line', 'read_words', 'parse', 'option_words', 'command_line', 'main',
-           'load_any', 'describe_model', 'describe_preset', 'run_info', 'check_writable', 'refuse_existing',
-           'with_options', 'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels',
-           'check_new_file', 'method_of', 'run_sample', 'show', 'load_pair', 'run_evaluate', 'peak_memory_mb',
-           'train_pair', 'save_demo', 'check_folders', 'run_demo']
+           'load_any', 'describe_model', 'describe_training', 'show', 'describe_preset', 'run_info', 'check_writable',
+           'refuse_existing', 'with_options', 'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse',
+           'parse_labels', 'check_new_file', 'method_of', 'run_sample', 'forward_folder', 'load_pair', 'measure',
+           'run_evaluate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
 class Common:
     "Options of every command."
     preset: str = "mnist-mini"
-    """Configuration: mnist-mini, mnist-mini-smoke, mnist, fashion-mnist, cifar10 or image-folder."""
+    """Configuration: mnist-mini, mnist-mini-smoke, mnist, fashion-mnist, cifar10 or image-folder; flows alone: mnist-nice, mnist-realnvp, mnist-glow, mnist-tarflow, mnist-glow-smoke."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
     seed: int = 0
@@ -111,6 +112,8 @@ class Sample(Picture):
     """Classes to draw, e.g. 3 or 0,1,7; default all in turn; -1 for none in particular."""
     denoise: bool = False
     """Remove the noise with F's score (F only; G denoises by itself)."""
+    temperature: float = 1.0
+    """Scale of the noise; below 1: safer and less varied."""
     columns: int = 10
     """Images a row."""
     device: str = "auto"
@@ -219,32 +222,50 @@ def main(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/19_command_line.ipynb #3b425c3f
 def load_any(folder: Path, device: str):
-    "The F or the G in a checkpoint, whichever it is."
+    "The F (a TARFlow or a coupling flow) or the G in a checkpoint, whichever it is."
     try:
         kind = json.loads((newest_checkpoint(folder) / "config.json").read_text())["kind"]
     except (OSError, ValueError, KeyError, TypeError):
         kind = None
-    return load_model(folder, ReverseModel if kind == "ReverseModel" else TARFlow, device)
+    kinds = {"ReverseModel": ReverseModel, "CouplingFlow": CouplingFlow}
+    return load_model(folder, kinds.get(kind, TARFlow), device)
 
 # %% ../nbs/19_command_line.ipynb #542be3a9
 def describe_model(model):
     "Print a model's kind, size and shape."
+    if isinstance(model, CouplingFlow):
+        return print(f"CouplingFlow {pipeline.num_parameters(model):,} parameters: {model.cfg.kind}, {model.cfg.levels} levels of {model.cfg.steps} steps, width {model.cfg.width}")
     t = model.cfg.transformer
     extra = " + 1 denoising" if getattr(model.cfg, "denoise", False) else ""
     print(f"{type(model).__name__:8s} {pipeline.num_parameters(model):,} parameters: {model.cfg.num_blocks}{extra} blocks of {t.num_layers} layers, "
           f"width {t.width}, {model.cfg.num_tokens} tokens of {model.cfg.token_dim} values")
 
 # %% ../nbs/19_command_line.ipynb #f0e6b959
+def describe_training(model, cfg: TrainConfig):
+    "Print a model and its training budget."
+    describe_model(model)
+    budget = f"{cfg.steps} steps" if cfg.steps else f"{cfg.minutes} minutes"
+    print(f"         trained for {budget} of {cfg.batch_size} images, learning rate {cfg.lr}")
+
+
+def show(measurements: list):
+    "Print measurements, a line each."
+    for m in measurements:
+        print(f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}" + (f" batch {m['batch']}" if m["batch"] else ""))
+
+# %% ../nbs/19_command_line.ipynb #7ba37d77
 def describe_preset(preset: Preset):
     "Print a preset's data, models, budgets and the arithmetic of every method."
     d, f = preset.data, preset.forward
     print(f"preset   {preset.name}: {d.name}, {d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes")
-    print(f"tokens   {f.num_tokens} of {f.token_dim} values, patches of {f.patch_size}x{f.patch_size}")
-    forward, reverse = pipeline.build(TARFlow, f, 0), pipeline.build(ReverseModel, preset.reverse, 0)
-    for model, cfg in ((forward, preset.train_forward), (reverse, preset.train_reverse)):
-        describe_model(model)
-        budget = f"{cfg.steps} steps" if cfg.steps else f"{cfg.minutes} minutes"
-        print(f"         trained for {budget} of {cfg.batch_size} images, learning rate {cfg.lr}")
+    if isinstance(f, TARFlowConfig):
+        print(f"tokens   {f.num_tokens} of {f.token_dim} values, patches of {f.patch_size}x{f.patch_size}")
+    forward = pipeline.build(pipeline.FLOWS[type(f)], f, 0)
+    describe_training(forward, preset.train_forward)
+    if preset.reverse is None:
+        return show([m for m in pipeline.flow_cost(forward, 0, timing=False) if m["unit"] == "FLOP"])
+    reverse = pipeline.build(ReverseModel, preset.reverse, 0)
+    describe_training(reverse, preset.train_reverse)
     for row in pipeline.METHODS:
         print(f"{row:14s} {pipeline.flops(row, forward, reverse) / 1e6:8.1f} MFLOP an image")
 
@@ -290,6 +311,10 @@ def with_patch_size(preset: Preset, patch_size: int | None) -> Preset:
     "The preset with another patch size, for F and for G."
     if patch_size is None:
         return preset
+    if not isinstance(preset.forward, TARFlowConfig):
+        raise BitflowError(f"--patch-size {patch_size}: the flow of preset {preset.name} has no tokens; leave the option out")
+    if preset.reverse is None:
+        return replace(preset, forward=replace(preset.forward, patch_size=patch_size))
     return replace(preset, forward=replace(preset.forward, patch_size=patch_size), reverse=replace(preset.reverse, patch_size=patch_size))
 
 # %% ../nbs/19_command_line.ipynb #1d311984
@@ -314,6 +339,7 @@ def check_fits(model, data):
 # %% ../nbs/19_command_line.ipynb #22cdc790
 def run_train_reverse(args: TrainReverse):
     "`bitflow train reverse`"
+    check_pair_preset(find_preset(args.preset))
     preset = with_options(find_preset(args.preset), args, "reverse")
     preset = with_strategy(preset, args.strategy) if args.strategy else preset
     folder, device = args.out or Path(f"runs/{preset.name}-reverse"), pipeline.find_device(args.device)
@@ -348,6 +374,8 @@ def check_new_file(path: Path):
 
 def method_of(model, args: Sample) -> str:
     "How a model is drawn from, a key of `METHODS`."
+    if args.denoise and not getattr(model.cfg, "noise_std", 0) and not isinstance(model, ReverseModel):
+        raise BitflowError(f"--denoise: the flow in {args.checkpoint} was trained without Gaussian noise, so there is none to remove; leave the option out")
     if not isinstance(model, ReverseModel):
         return "exact+denoise" if args.denoise else "exact"
     if args.denoise:
@@ -359,10 +387,15 @@ def run_sample(args: Sample):
     "`bitflow sample`"
     if args.n < 1 or args.columns < 1:
         raise BitflowError(f"--n {args.n} and --columns {args.columns} must be at least 1")
+    if not 0 <= args.temperature < float("inf"):
+        raise BitflowError(f"--temperature {args.temperature} must be a number of at least 0; 1 is the noise that was trained with")
     check_new_file(args.out)
     device = pipeline.find_device(args.device)
     model = load_any(args.checkpoint, device)
-    z, c = sample_noise(model.cfg, args.n, args.seed, device), parse_labels(args.labels, model.cfg, args.n).to(device)
+    z = pipeline.noise_for(model.cfg, args.n, args.seed, device, args.temperature)
+    if args.labels is not None and isinstance(model, CouplingFlow):
+        raise BitflowError(f"--labels {args.labels}: the flow in {args.checkpoint} reads no labels; leave the option out")
+    c = parse_labels(args.labels, model.cfg, args.n).to(device)
     row = method_of(model, args)
     x = pipeline.draw(row, model, model, z, c)
     save_grid(image_grid(x, args.columns), args.out)
@@ -371,18 +404,29 @@ def run_sample(args: Sample):
 RUN[Sample] = run_sample
 
 # %% ../nbs/19_command_line.ipynb #aa198c7c
-def show(measurements: list):
-    "Print measurements, a line each."
-    for m in measurements:
-        print(f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}" + (f" batch {m['batch']}" if m["batch"] else ""))
+def forward_folder(args: Evaluate, preset: Preset) -> Path:
+    "Where F is."
+    return args.forward or Path(f"runs/{preset.name}-forward")
 
 
 def load_pair(args: Evaluate, preset: Preset, device: str):
     "The F, and the G or None, that a user wants measured."
-    forward = load_model(args.forward or Path(f"runs/{preset.name}-forward"), TARFlow, device)
+    if args.reverse is not None:
+        check_pair_preset(preset)
+    forward = load_model(forward_folder(args, preset), pipeline.FLOWS[type(preset.forward)], device)
     reverse = args.reverse and load_model(args.reverse, ReverseModel, device)
     check_fits(forward, preset.data)
     return forward, reverse
+
+
+def measure(args: Evaluate, preset: Preset, forward, reverse, device: str) -> list:
+    "All figures: of a pair, or of a flow alone where the preset has no G."
+    train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
+    n = preset.num_samples if args.n is None else args.n
+    if preset.reverse is not None:
+        return pipeline.evaluate(forward, reverse, train, test, n, args.seed, device, args.timing).measurements
+    found = pipeline.evaluate_flow(forward, train, test, n, args.seed, preset.conditional, args.timing).measurements
+    return found + pipeline.training_record(forward_folder(args, preset))
 
 # %% ../nbs/19_command_line.ipynb #7b7d1326
 def run_evaluate(args: Evaluate):
@@ -391,9 +435,7 @@ def run_evaluate(args: Evaluate):
     out = args.out or Path(f"results/evaluate-{preset.name}.json")
     check_new_file(out)
     forward, reverse = load_pair(args, preset, device)
-    train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
-    n = preset.num_samples if args.n is None else args.n
-    found = pipeline.evaluate(forward, reverse, train, test, n, args.seed, device, args.timing).measurements
+    found = measure(args, preset, forward, reverse, device)
     config = {"forward": dataclasses.asdict(forward.cfg), "reverse": reverse and dataclasses.asdict(reverse.cfg)}
     save_results(out.parent, out.name.removesuffix(".json"), preset.name, command_line(args), config, found, time.perf_counter() - start)
     show(found)
@@ -432,6 +474,7 @@ def check_folders(args: Demo):
 def run_demo(args: Demo):
     "`bitflow demo`"
     start, device, report = time.perf_counter(), pipeline.find_device(args.device), args.out / "report.html"
+    check_pair_preset(find_preset(args.preset))
     preset = with_options(with_options(find_preset(args.preset), args, "forward"), args, "reverse")
     if args.resume and report.exists():
         return print(f"{args.out} is finished; its report: {report}")

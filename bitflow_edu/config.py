@@ -4,6 +4,8 @@
 from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
+from functools import partial
+from .coupling import CouplingConfig
 from .data import BitflowError, DataConfig
 from .inverse_strategies import find_strategy, needs_token_states
 from .reverse_model import ReverseConfig
@@ -12,8 +14,9 @@ from .training import TrainConfig
 from .transformer import MODERN, TransformerConfig
 
 # %% auto #0
-__all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'PRESETS', 'ObjectiveConfig', 'Preset', 'make_preset', 'mnist_mini',
-           'mnist_mini_smoke', 'mnist_like', 'colour', 'find_preset', 'with_strategy']
+__all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'LIKELIHOOD', 'ALONE', 'PRESETS', 'ObjectiveConfig', 'Preset', 'make_preset',
+           'mnist_mini', 'mnist_mini_smoke', 'mnist_like', 'colour', 'flow_alone', 'find_preset', 'check_pair_preset',
+           'with_strategy']
 
 # %% ../nbs/config.ipynb #53cf9f50
 @dataclass(frozen=True)
@@ -33,13 +36,18 @@ class ObjectiveConfig:
 class Preset:
     "All that a run needs to know."
     name: str
-    data: DataConfig                # which images
-    forward: TARFlowConfig          # the shape of F
-    reverse: ReverseConfig          # the shape of G
-    train_forward: TrainConfig      # how F is trained
-    train_reverse: TrainConfig      # how G is trained
-    objective: ObjectiveConfig      # what G is asked to match
-    num_samples: int = 2000         # images drawn for an evaluation
+    data: DataConfig                          # which images
+    forward: TARFlowConfig | CouplingConfig   # the shape of F
+    reverse: ReverseConfig | None             # the shape of G; None: a flow alone, trained for its likelihood
+    train_forward: TrainConfig                # how F is trained
+    train_reverse: TrainConfig | None         # how G is trained
+    objective: ObjectiveConfig | None         # what G is asked to match
+    num_samples: int = 2000                   # images drawn for an evaluation
+
+    @property
+    def conditional(self):
+        "Whether F is told labels."
+        return self.train_forward.label_dropout < 1
 
 # %% ../nbs/config.ipynb #b23389f3
 def make_preset(
@@ -87,9 +95,25 @@ def colour(name: str) -> Preset:
                        replace(GPU, steps=60_000, lr=5e-4), replace(GPU, steps=60_000, lr=5e-4), num_samples=10_000)
 
 # %% ../nbs/config.ipynb #33490814
+LIKELIHOOD = TrainConfig(steps=6000, lr=2e-3, label_dropout=1.0, sample_every=2000, checkpoint_every=1000)
+
+
+def flow_alone(name: str, forward, train: TrainConfig = LIKELIHOOD, data: str = "mnist") -> Preset:
+    "A flow trained for its likelihood, on digits of its own size."
+    return Preset(name, DataConfig(data, forward.image_size), forward, None, train, None, None)
+
+# %% ../nbs/config.ipynb #587c45c1
+ALONE = {"mnist-nice": CouplingConfig("nice", levels=1, steps=4, width=97, alpha=1e-5),
+         "mnist-realnvp": CouplingConfig("realnvp", steps=4, width=152, alpha=1e-5),
+         "mnist-glow": CouplingConfig("glow", steps=8, width=160, alpha=1e-5),
+         "mnist-tarflow": TARFlowConfig(image_size=28, noise_std=0.0, logit_alpha=1e-5, transformer=TransformerConfig(width=112, head_dim=28, num_layers=1))}
+
+# %% ../nbs/config.ipynb #ce4b36bc
 PRESETS = {"mnist-mini": mnist_mini, "mnist-mini-smoke": mnist_mini_smoke, "mnist": lambda: mnist_like("mnist"),
            "fashion-mnist": lambda: mnist_like("fashion-mnist"), "cifar10": lambda: colour("cifar10"),
-           "image-folder": lambda: colour("image-folder")}
+           "image-folder": lambda: colour("image-folder"),
+           **{name: partial(flow_alone, name, forward) for name, forward in ALONE.items()},
+           "mnist-glow-smoke": partial(flow_alone, "mnist-glow-smoke", CouplingConfig("glow", 16, steps=2, width=16), replace(SECONDS, label_dropout=1.0), "mnist-mini")}
 
 # %% ../nbs/config.ipynb #592c6df3
 def find_preset(name: str) -> Preset:
@@ -101,7 +125,15 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]()
 
 # %% ../nbs/config.ipynb #5f002ceb
+def check_pair_preset(preset: Preset):
+    "Refuse a preset that describes a flow alone, where a pair of F and G is needed."
+    if preset.reverse is None:
+        pairs = ", ".join(name for name in PRESETS if name not in ALONE and not name.startswith("mnist-glow"))
+        raise BitflowError(f"preset {preset.name} describes a flow alone, trained for its likelihood; a pair of F and G is needed here: {pairs}")
+
+# %% ../nbs/config.ipynb #d2ccead3
 def with_strategy(preset: Preset, strategy: str) -> Preset:
     "The same preset with another strategy, and the G that it needs."
+    check_pair_preset(preset)
     objective = replace(preset.objective, strategy=strategy)
     return replace(preset, objective=objective, reverse=replace(preset.reverse, token_states=needs_token_states(strategy)))

@@ -65,7 +65,7 @@ def exact_inverse(
     c: Tensor,  # labels `(N,)`, −1: none
 ) -> Tensor:    # noisy images x̃ `(N, C, H, W)`
     "F⁻¹(z), exact but serial."
-    return unpatchify(exact_trajectory(model, z, c)[0], model.cfg.patch_size, model.cfg.channels)
+    return model.to_line.inverse(unpatchify(exact_trajectory(model, z, c)[0], model.cfg.patch_size, model.cfg.channels))
 
 # %% ../nbs/08_exact_inverse.ipynb #a0154dbb
 @torch.no_grad()

@@ -84,6 +84,8 @@ def check_pair(forward_model: TARFlow, model: ReverseModel):
     for name in ("image_size", "channels", "patch_size", "num_classes", "num_blocks"):
         if getattr(f, name) != getattr(g, name):
             raise BitflowError(f"G's {name} is {getattr(g, name)} but F's is {getattr(f, name)}; they must agree")
+    if f.logit_alpha:
+        raise BitflowError(f"F works on logits of pixels (logit_alpha {f.logit_alpha}), but G is compared with pixels; train an F with logit_alpha 0")
 
 
 def needs_token_states(strategy: str) -> bool:

@@ -2,7 +2,7 @@
 
 # %% ../nbs/pipeline.ipynb #d08963ca
 from __future__ import annotations
-import dataclasses
+import dataclasses, json, math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['METHODS', 'find_device', 'build', 'grid_labels', 'sample_grid', 'train_forward', 'image_distance', 'train_reverse',
-           'draw', 'draw_all', 'quality', 'fidelity', 'speed', 'num_parameters', 'flops', 'cost', 'Evaluation',
-           'judge_for', 'evaluate']
+__all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'sample_grid', 'stage_one_loss',
+           'train_forward', 'image_distance', 'train_reverse', 'draw', 'draw_all', 'quality', 'fidelity', 'speed',
+           'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough', 'judge_for', 'evaluate',
+           'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow', 'training_record']
 
 # %% ../nbs/pipeline.ipynb #9bf6a130
-from .config import ObjectiveConfig, Preset
+from .bijections import check_invertible
+from .config import ObjectiveConfig, Preset, check_pair_preset
+from .coupling import CouplingConfig, CouplingFlow, bits_per_dim, uniform_noise_loss
 from .data import BitflowError, Images, check_labels
 from .distances import adaptive, feature_distance, load_feature_net, mixture
 from .evaluation import Classifier, as_stored, frechet_distance, in_batches, load_classifier, measurement, timed
@@ -24,8 +27,8 @@ from .exact_inverse import exact_inverse, round_trip_error, score_denoise, seria
 from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, reverse_loss
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
-from .tarflow import TARFlow, bits_per_dim, forward_loss
-from .training import train
+from .tarflow import TARFlow, TARFlowConfig, forward_loss
+from .training import newest_checkpoint, train
 
 # %% ../nbs/pipeline.ipynb #310468bf
 def find_device(name: str = "auto") -> str:
@@ -51,18 +54,40 @@ def grid_labels(cfg, n: int) -> Tensor:
     return torch.arange(n) % cfg.num_classes
 
 # %% ../nbs/pipeline.ipynb #f2a07041
+FLOWS = {TARFlowConfig: TARFlow, CouplingConfig: CouplingFlow}
+
+
+def noise_for(cfg, n: int, seed: int = 0, device: str = "cpu", temperature: float = 1.0) -> Tensor:
+    "Noise for n images: `(n, T, D)` for F and G, `(n, C·H·W)` for a coupling flow; temperature scales it."
+    if isinstance(cfg, CouplingConfig):
+        z = np.random.default_rng(seed).standard_normal((n, cfg.dims), dtype=np.float32)
+        return temperature * torch.from_numpy(z).to(device)
+    return temperature * sample_noise(cfg, n, seed, device)
+
+
+def undo(model: TARFlow | CouplingFlow, z: Tensor, c: Tensor) -> Tensor:
+    "F⁻¹(z), exactly: images `(N, C, H, W)`."
+    return model.inverse(z) if isinstance(model, CouplingFlow) else exact_inverse(model, z, c)
+
+# %% ../nbs/pipeline.ipynb #031992cf
 def sample_grid(model: nn.Module, sample, n: int = 40) -> np.ndarray:
     "A picture of n samples, for watching a training: always the same noise."
     device = next(model.parameters()).device
-    z, c = sample_noise(model.cfg, n, seed=0, device=device), grid_labels(model.cfg, n).to(device)
+    z, c = noise_for(model.cfg, n, seed=0, device=device), grid_labels(model.cfg, n).to(device)
     return image_grid(sample(model, z, c), columns=10)
 
-# %% ../nbs/pipeline.ipynb #031992cf
-def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu", resume: bool = False) -> TARFlow:
+# %% ../nbs/pipeline.ipynb #905354f9
+def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
+    "What F minimises: likelihood of images with Gaussian noise where it has a σ, else with uniform dequantisation."
+    return forward_loss if getattr(cfg, "noise_std", 0) else uniform_noise_loss
+
+
+def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu", resume: bool = False) -> nn.Module:
     "Stage 1: F by maximum likelihood on noisy images."
     cfg = preset.train_forward
-    return train(build(TARFlow, preset.forward, cfg.seed, device), forward_loss, data, cfg, folder, resume,
-                 partial(sample_grid, sample=exact_inverse), {"preset": preset.name, "stage": "forward"})
+    model = build(FLOWS[type(preset.forward)], preset.forward, cfg.seed, device)
+    return train(model, stage_one_loss(preset.forward), data, cfg, folder, resume,
+                 partial(sample_grid, sample=undo), {"preset": preset.name, "stage": "forward"})
 
 # %% ../nbs/pipeline.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
@@ -75,6 +100,7 @@ def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
 # %% ../nbs/pipeline.ipynb #933c6de4
 def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, device: str = "cpu", resume: bool = False) -> ReverseModel:
     "Stage 2: G on F's trajectories, with F frozen."
+    check_pair_preset(preset)
     cfg, objective = preset.train_reverse, preset.objective
     model = build(ReverseModel, preset.reverse, cfg.seed, device)
     check_pair(forward, model)
@@ -92,15 +118,15 @@ def draw(row: str, forward: TARFlow | None, reverse: ReverseModel | None, z: Ten
     check_labels(c[c != -1], (forward or reverse).cfg.num_classes)
     if row == "one-pass":
         return one_pass(reverse, z, c)
-    x = exact_inverse(forward, z, c)
+    x = undo(forward, z, c)
     return score_denoise(forward, x, c) if row == "exact+denoise" else x
 
 # %% ../nbs/pipeline.ipynb #b79e640c
-def draw_all(forward, reverse, n: int, seed: int, device: str = "cpu", batch_size: int = 500) -> dict:
+def draw_all(forward, reverse, n: int, seed: int, device: str = "cpu", batch_size: int = 500, rows: tuple = tuple(METHODS)) -> dict:
     "n images by every method: row → images `(n, C, H, W)`, on the CPU."
-    z, c = sample_noise(forward.cfg, n, seed), grid_labels(forward.cfg, n)
+    z, c = noise_for(forward.cfg, n, seed), grid_labels(forward.cfg, n)
     parts = list(zip(z.split(batch_size), c.split(batch_size)))
-    rows = [row for row in METHODS if reverse is not None or row != "one-pass"]
+    rows = [row for row in rows if reverse is not None or row != "one-pass"]
     return {row: torch.cat([draw(row, forward, reverse, a.to(device), b.to(device)).cpu() for a, b in parts]) for row in rows}
 
 # %% ../nbs/pipeline.ipynb #06a0558e
@@ -152,14 +178,19 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/pipeline.ipynb #37c991ce
+def count_flops(fn) -> int:
+    "Floating point operations of the matrix products and convolutions in a call, counted by PyTorch while it runs."
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        fn()
+    return counter.get_total_flops()
+
+# %% ../nbs/pipeline.ipynb #a3d97c87
 def flops(row: str, forward: TARFlow, reverse: ReverseModel) -> int:
     "Floating point operations of the matrix products for one image, counted by PyTorch while it runs."
-    from torch.utils.flop_counter import FlopCounterMode
     device = next(reverse.parameters()).device
     z, c = sample_noise(forward.cfg, 1, device=device), grid_labels(forward.cfg, 1).to(device)
-    with FlopCounterMode(display=False) as counter:
-        draw(row, forward, reverse, z, c)
-    return counter.get_total_flops()
+    return count_flops(partial(draw, row, forward, reverse, z, c))
 
 # %% ../nbs/pipeline.ipynb #a4d0b408
 def cost(forward: TARFlow, reverse: ReverseModel) -> list:
@@ -180,6 +211,12 @@ class Evaluation:
     measurements: list  # of `measurement`
 
 # %% ../nbs/pipeline.ipynb #5934e8a2
+def check_enough(n: int):
+    "Refuse a number of samples that has no covariance."
+    if n < 2:
+        raise BitflowError(f"{n} samples are too few for a distance of distributions; draw at least 2, better 2000")
+
+
 def judge_for(data: Images, channels: int) -> Classifier | None:
     "The digit classifier where the data are digits; None elsewhere: its features say nothing about other images."
     digits = channels == 1 and tuple(name[0] for name in data.classes) == tuple("0123456789")
@@ -189,8 +226,7 @@ def judge_for(data: Images, channels: int) -> Classifier | None:
 def evaluate(forward: TARFlow, reverse: ReverseModel | None, train: Images, test: Images, n: int, seed: int = 0,
              device: str = "cpu", timing: bool = True) -> Evaluation:
     "All figures of a trained pair (or of F alone)."
-    if n < 2:
-        raise BitflowError(f"{n} samples are too few for a distance of distributions; draw at least 2, better 2000")
+    check_enough(n)
     if reverse is not None:
         check_pair(forward, reverse)
     samples, judge = draw_all(forward, reverse, n, seed, device), judge_for(test, forward.cfg.channels)
@@ -199,3 +235,58 @@ def evaluate(forward: TARFlow, reverse: ReverseModel | None, train: Images, test
     if reverse is not None and timing:
         found += cost(forward, reverse) + speed(forward, reverse, device)
     return Evaluation(samples, found)
+
+# %% ../nbs/pipeline.ipynb #f68120d2
+@torch.no_grad()
+def likelihood(model: nn.Module, test: Images, seed: int, conditional: bool, draws: tuple = (1, 8)) -> list:
+    "Test bits/dim for each number of draws, with mean and standard error over images."
+    found = []
+    for k in draws:
+        bpd = bits_per_dim(model, test, seed, conditional=conditional, draws=k)
+        protocol = f"uniform dequantisation, {k} draw{'s' if k > 1 else ''} an image, labels {'given' if conditional else 'not given'}"
+        found.append(measurement("exact", "bits_per_dim" if k == 1 else f"bits_per_dim[{k} draws]", bpd.mean().item(), "bits", len(test), seed,
+                                 protocol=protocol, standard_error=(bpd.std() / len(bpd) ** 0.5).item()))
+    return found
+
+# %% ../nbs/pipeline.ipynb #f014ac94
+def flow_round_trip(model: nn.Module, test: Images) -> float:
+    "The largest |x − F⁻¹(F(x))| over 1,000 test images, in units of x."
+    device = next(model.parameters()).device
+    x, c = test[:1000].x.to(device), test.labels[:1000].to(device)
+    return check_invertible(model, x, math.inf) if isinstance(model, CouplingFlow) else round_trip_error(model, x, c)
+
+# %% ../nbs/pipeline.ipynb #36a018a1
+def flow_cost(model: nn.Module, seed: int, timing: bool, batches: tuple = (1, 64)) -> list:
+    "Parameters, serial steps, FLOPs of a density and of a sample, and milliseconds a sample."
+    device = next(model.parameters()).device
+    x, c = torch.zeros(1, model.cfg.channels, model.cfg.image_size, model.cfg.image_size, device=device), torch.tensor([-1], device=device)
+    draw_n = lambda n: partial(undo, model, noise_for(model.cfg, n, seed, device), c.expand(n))
+    found = [measurement("exact", "params", num_parameters(model)),
+             measurement("exact", "serial_steps", 1 if isinstance(model, CouplingFlow) else serial_steps(model)),
+             measurement("exact", "flops_per_density", count_flops(lambda: model.log_prob(x, c)), "FLOP"),
+             measurement("exact", "flops_per_image", count_flops(draw_n(1)), "FLOP")]
+    for batch in batches if timing else ():
+        t = timed(draw_n(batch))
+        found.append(measurement("exact", "ms_per_image", t["median_ms"] / batch, "ms", t["repeats"], batch=batch, low=t["low_ms"] / batch, high=t["high_ms"] / batch))
+    return found
+
+# %% ../nbs/pipeline.ipynb #2b7803ad
+def evaluate_flow(model: nn.Module, train: Images, test: Images, n: int, seed: int = 0, conditional: bool = False, timing: bool = True) -> Evaluation:
+    "All figures of a flow alone, a TARFlow or a coupling flow: bits/dim first, then what its samples are worth and cost."
+    check_enough(n)
+    device = next(model.parameters()).device.type
+    samples, judge = draw_all(model, None, n, seed, device, rows=("exact",)), judge_for(test, model.cfg.channels)
+    found = likelihood(model, test, seed, conditional)
+    found.append(measurement("exact", "round_trip_max_error", flow_round_trip(model, test), "x", min(1000, len(test)), seed))
+    found += quality(samples, train, test, seed, judge) if judge else []
+    found = [m for m in found if conditional or m["metric"] != "label_accuracy"]  # nothing was asked for
+    return Evaluation(samples, found + flow_cost(model, seed, timing))
+
+# %% ../nbs/pipeline.ipynb #77184167
+def training_record(folder: Path) -> list:
+    "Optimiser steps and seconds that a checkpoint took; nothing for weights that came without a training state."
+    state = newest_checkpoint(Path(folder)) / "training_state.json"
+    if not state.exists():
+        return []
+    counters = json.loads(state.read_text())
+    return [measurement("exact", "train_steps", counters["step"]), measurement("exact", "train_s", counters["seconds"], "s")]

@@ -4,11 +4,13 @@
 from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from torch import Tensor
 from .data import to_pixels, unpatchify
 
 # %% auto #0
-__all__ = ['PALETTE', 'image_grid', 'frame_grid', 'show_images', 'stretch', 'plot_trajectory', 'plot_curves']
+__all__ = ['PALETTE', 'image_grid', 'frame_grid', 'show_images', 'stretch', 'plot_trajectory', 'plot_curves', 'plane',
+           'plot_density', 'plot_grid_warp', 'plot_matrix']
 
 # %% ../nbs/plotting.ipynb #1a807260
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, colour-blind safe
@@ -94,3 +96,65 @@ def plot_curves(
     ax.grid(alpha=0.3)
     if len(curves) > 1: ax.legend(frameon=False)
     return ax
+
+# %% ../nbs/plotting.ipynb #47f0ff6b
+def plane(
+    limit: float,     # from −limit to limit on both axes
+    resolution: int,  # points a side
+) -> Tensor:          # `(resolution², 2)`, y changes slowest
+    "The points of a square grid in the plane."
+    ticks = torch.linspace(-limit, limit, resolution)
+    return torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1).reshape(-1, 2)
+
+
+def plot_density(
+    log_prob,               # points `(N, 2)` → nats `(N,)`
+    limit: float = 4.0,     # the plane is drawn from −limit to limit
+    points: Tensor = None,  # `(N, 2)`, drawn as dots
+    title: str = "",        # above the picture
+    ax=None,                # axes to draw on; default a new figure
+    resolution: int = 120,  # points a side
+):                          # the axes
+    "Draw a density over the plane, dark where it is high."
+    ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
+    with torch.no_grad():
+        density = log_prob(plane(limit, resolution)).exp().reshape(resolution, resolution)
+    ax.imshow(density.cpu(), extent=(-limit, limit, -limit, limit), origin="lower", cmap="Blues", interpolation="bilinear")
+    if points is not None:
+        ax.scatter(*points.cpu().T, s=1.5, color=PALETTE[1], alpha=0.5, linewidths=0)
+    ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(-limit, limit), ylim=(-limit, limit))
+    return ax
+
+# %% ../nbs/plotting.ipynb #fee5b5e3
+def plot_grid_warp(
+    warp,                # points `(N, 2)` → points `(N, 2)`
+    limit: float = 2.0,  # the grid covers [−limit, limit]²
+    lines: int = 17,     # in each direction
+    title: str = "",     # above the picture
+    ax=None,             # axes to draw on; default a new figure
+    detail: int = 100,   # points a line
+):                       # the axes
+    "Draw the image of a square grid under a map: one colour for each direction of its lines."
+    ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
+    along, across = torch.meshgrid(torch.linspace(-limit, limit, detail), torch.linspace(-limit, limit, lines), indexing="ij")
+    for grid, color in ((torch.stack([along, across], dim=-1), PALETTE[0]), (torch.stack([across, along], dim=-1), PALETTE[1])):
+        with torch.no_grad():
+            moved = warp(grid.reshape(-1, 2)).reshape(grid.shape).cpu()
+        ax.plot(moved[..., 0], moved[..., 1], color=color, linewidth=0.7)
+    ax.set(title=title, xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
+    return ax
+
+# %% ../nbs/plotting.ipynb #414d5b4f
+def plot_matrix(
+    matrix: Tensor,      # `(rows, columns)`
+    title: str = "",     # above the picture
+    xlabel: str = "input",  # horizontal axis
+    ylabel: str = "output", # vertical axis
+    ax=None,             # axes to draw on; default a new figure
+):                       # the image, e.g. for a colour bar
+    "Draw |entries| of a matrix on a logarithmic scale; exact zeros are white, the largest is darkest."
+    ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
+    size = matrix.detach().abs().cpu().numpy()
+    image = ax.imshow(np.ma.log10(np.ma.masked_equal(size, 0)), cmap="viridis_r", interpolation="nearest", vmin=np.log10(size.max() + 1e-30) - 3, vmax=np.log10(size.max() + 1e-30))
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return image

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 from torch import Tensor
-from .data import BitflowError, Images, add_noise, dequantize, patchify
+from .bijections import Identity
+from .coupling import Logit
+from .data import BitflowError, add_noise, patchify
 from .transformer import Transformer, TransformerConfig
 
 # %% auto #0
 __all__ = ['TokenGeometry', 'TARFlowConfig', 'check_geometry', 'ClassEmbedding', 'BlockParts', 'FlowBlock', 'Trajectory',
-           'check_input', 'TARFlow', 'log_prob', 'nll_per_dim', 'forward_loss', 'bits_per_dim']
+           'check_input', 'TARFlow', 'log_prob', 'nll_per_dim', 'forward_loss']
 
 # %% ../nbs/07_tarflow.ipynb #a9a0c3a7
 class TokenGeometry:
@@ -36,13 +38,16 @@ class TARFlowConfig(TokenGeometry):
     patch_size: int = 4      # p
     num_classes: int = 10    # labels 0 … num_classes − 1; −1 means no label
     num_blocks: int = 4      # B
-    noise_std: float = 0.1   # σ of the noise augmentation
+    noise_std: float = 0.1   # σ of the noise augmentation; 0: uniform dequantisation instead, for likelihood
+    logit_alpha: float = 0.0 # α of a logit that pixels go through first (chapter 02); 0: none, as published
     embed_std: float = 0.3   # initial size of position and class embeddings (the published 0.01 learns labels late)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
     def __post_init__(self):
         check_geometry(self)
         if self.noise_std < 0 or self.num_blocks < 1:
             raise BitflowError(f"noise_std {self.noise_std} must not be negative and num_blocks {self.num_blocks} be at least 1")
+        if not 0 <= self.logit_alpha < 0.5:
+            raise BitflowError(f"logit_alpha is {self.logit_alpha}; it must lie in [0, 0.5), where 0 means no logit")
 
 # %% ../nbs/07_tarflow.ipynb #dbafb255
 def check_geometry(
@@ -128,15 +133,21 @@ class TARFlow(nn.Module):
     def __init__(self, cfg: TARFlowConfig):
         super().__init__()
         self.cfg = cfg
+        self.to_line = Logit(cfg.logit_alpha) if cfg.logit_alpha else Identity()
         self.blocks = nn.ModuleList([FlowBlock(cfg, flip=i % 2 == 1) for i in range(cfg.num_blocks)])
 
     def forward(self, x, c):
         "Images `(N, C, H, W)` and labels `(N,)` (−1: none) to their `Trajectory`."
-        states, logdet = [patchify(check_input(x, self.cfg), self.cfg.patch_size)], x.new_zeros(len(x))
+        y, logdet = self.to_line(check_input(x, self.cfg))
+        states = [patchify(y, self.cfg.patch_size)]
         for block in self.blocks:
             state, block_logdet = block(states[-1], c)
             states, logdet = [*states, state], logdet + block_logdet
         return Trajectory(tuple(states), logdet)
+
+    def log_prob(self, x, c):
+        "log p(x | c), nats `(N,)`, of images `(N, C, H, W)`; label −1: log p(x)."
+        return log_prob(self(x, c))
 
 # %% ../nbs/07_tarflow.ipynb #82fd4ee0
 def log_prob(
@@ -164,20 +175,3 @@ def forward_loss(
     "Stage 1: maximum likelihood on x̃ = x + σ ε."
     trajectory = model(add_noise(x, model.cfg.noise_std, generator), c)
     return nll_per_dim(trajectory), {"z_rms": trajectory.z.detach().square().mean().sqrt()}
-
-# %% ../nbs/07_tarflow.ipynb #89002c08
-@torch.no_grad()
-def bits_per_dim(
-    model: TARFlow,
-    data: Images,           # images as pixels
-    seed: int = 0,          # of the dequantisation noise
-    batch_size: int = 250,  # images at a time
-    conditional: bool = True,  # give the labels to the model
-) -> Tensor:                # bits a dimension of every image, `(N,)`
-    "Bits/dim of 8-bit images under uniform dequantisation: −log p/(dims·ln 2) + 7, one draw of noise."
-    device, generator, bpd = next(model.parameters()).device, torch.Generator().manual_seed(seed), []
-    c = data.labels if conditional else -torch.ones_like(data.labels)
-    for pixels, part in zip(data.pixels.split(batch_size), c.split(batch_size)):
-        x = dequantize(pixels, generator).to(device)
-        bpd.append(-log_prob(model(x, part.to(device))).cpu() / (x[0].numel() * math.log(2)) + 7)
-    return torch.cat(bpd)

@@ -63,9 +63,11 @@ def check_rates(cfg: TrainConfig):
     "Refuse shares and decays outside their range, and unknown precisions."
     if cfg.precision not in ("fp32", "bf16", "auto"):
         raise BitflowError(f"unknown precision {cfg.precision!r}; choose fp32, bf16 or auto")
-    for name in ("ema", "label_dropout", "warmup"):
+    for name in ("ema", "warmup"):
         if not 0 <= getattr(cfg, name) < 1:
             raise BitflowError(f"{name} is {getattr(cfg, name)}; it must lie in [0, 1)")
+    if not 0 <= cfg.label_dropout <= 1:
+        raise BitflowError(f"label_dropout is {cfg.label_dropout}; it must lie in [0, 1]; at 1 no label is ever shown")
     if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
         raise BitflowError(f"betas are {cfg.betas}; give two numbers in [0, 1)")
     if not 0 <= cfg.weight_decay < math.inf:
