@@ -95,25 +95,26 @@ def colour(name: str) -> Preset:
                        replace(GPU, steps=60_000, lr=5e-4), replace(GPU, steps=60_000, lr=5e-4), num_samples=10_000)
 
 # %% ../nbs/config.ipynb #33490814
-LIKELIHOOD = TrainConfig(steps=6000, lr=2e-3, label_dropout=1.0, sample_every=2000, checkpoint_every=1000)
+LIKELIHOOD = TrainConfig(label_dropout=1.0, sample_every=1000, checkpoint_every=500)
 
 
-def flow_alone(name: str, forward, train: TrainConfig = LIKELIHOOD, data: str = "mnist") -> Preset:
+def flow_alone(name: str, forward, steps: int, lr: float, train: TrainConfig = LIKELIHOOD, data: str = "mnist") -> Preset:
     "A flow trained for its likelihood, on digits of its own size."
-    return Preset(name, DataConfig(data, forward.image_size), forward, None, train, None, None)
+    return Preset(name, DataConfig(data, forward.image_size), forward, None, replace(train, steps=steps, lr=lr), None, None)
 
 # %% ../nbs/config.ipynb #587c45c1
-ALONE = {"mnist-nice": CouplingConfig("nice", levels=1, steps=4, width=97, alpha=1e-5),
-         "mnist-realnvp": CouplingConfig("realnvp", steps=4, width=152, alpha=1e-5),
-         "mnist-glow": CouplingConfig("glow", steps=8, width=160, alpha=1e-5),
-         "mnist-tarflow": TARFlowConfig(image_size=28, noise_std=0.0, logit_alpha=1e-5, transformer=TransformerConfig(width=112, head_dim=28, num_layers=1))}
+ALONE = {  # shape of the flow, steps, learning rate
+    "mnist-nice": (CouplingConfig("nice", levels=1, steps=4, width=97, alpha=1e-5), 100_000, 2e-3),
+    "mnist-realnvp": (CouplingConfig("realnvp", steps=4, width=152, alpha=1e-5), 1650, 5e-3),
+    "mnist-glow": (CouplingConfig("glow", steps=8, width=160, alpha=1e-5), 3750, 5e-3),
+    "mnist-tarflow": (TARFlowConfig(image_size=28, noise_std=0.0, logit_alpha=1e-5, transformer=TransformerConfig(width=112, head_dim=28, num_layers=1)), 10_000, 4e-3)}
 
 # %% ../nbs/config.ipynb #ce4b36bc
 PRESETS = {"mnist-mini": mnist_mini, "mnist-mini-smoke": mnist_mini_smoke, "mnist": lambda: mnist_like("mnist"),
            "fashion-mnist": lambda: mnist_like("fashion-mnist"), "cifar10": lambda: colour("cifar10"),
            "image-folder": lambda: colour("image-folder"),
-           **{name: partial(flow_alone, name, forward) for name, forward in ALONE.items()},
-           "mnist-glow-smoke": partial(flow_alone, "mnist-glow-smoke", CouplingConfig("glow", 16, steps=2, width=16), replace(SECONDS, label_dropout=1.0), "mnist-mini")}
+           **{name: partial(flow_alone, name, *parts) for name, parts in ALONE.items()},
+           "mnist-glow-smoke": partial(flow_alone, "mnist-glow-smoke", CouplingConfig("glow", 16, steps=2, width=16), 30, 2e-3, replace(SECONDS, label_dropout=1.0), "mnist-mini")}
 
 # %% ../nbs/config.ipynb #592c6df3
 def find_preset(name: str) -> Preset:

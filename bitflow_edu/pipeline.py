@@ -289,4 +289,5 @@ def training_record(folder: Path) -> list:
     if not state.exists():
         return []
     counters = json.loads(state.read_text())
-    return [measurement("exact", "train_steps", counters["step"]), measurement("exact", "train_s", counters["seconds"], "s")]
+    return [measurement("exact", "train_steps", counters["step"]),
+            measurement("exact", "train_s", counters["seconds"], "s", threads=counters.get("threads"))]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 from torch import Tensor
-from .bijections import Identity
-from .coupling import Logit
+from .bijections import Compose, Identity
+from .coupling import ActNorm, Logit
 from .data import BitflowError, add_noise, patchify
 from .transformer import Transformer, TransformerConfig
 
@@ -133,7 +133,7 @@ class TARFlow(nn.Module):
     def __init__(self, cfg: TARFlowConfig):
         super().__init__()
         self.cfg = cfg
-        self.to_line = Logit(cfg.logit_alpha) if cfg.logit_alpha else Identity()
+        self.to_line = Compose(Logit(cfg.logit_alpha), ActNorm(cfg.channels)) if cfg.logit_alpha else Identity()
         self.blocks = nn.ModuleList([FlowBlock(cfg, flip=i % 2 == 1) for i in range(cfg.num_blocks)])
 
     def forward(self, x, c):

@@ -372,7 +372,7 @@ def write_state(state: TrainState, folder: Path):
     "Write everything a checkpoint holds, and wait until it is on the disk."
     save_model(state.averaged, folder)
     save_tensors(state_tensors(state), folder / "training_state.safetensors")
-    write_atomically(folder / "training_state.json", json.dumps({"step": state.step, "seconds": state.seconds}))
+    write_atomically(folder / "training_state.json", json.dumps({"step": state.step, "seconds": state.seconds, "threads": torch.get_num_threads()}))
     to_disk(folder)
 
 # %% ../nbs/05_training.ipynb #81b8be1a
