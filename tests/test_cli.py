@@ -3,14 +3,21 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from bitflow_edu import pipeline
 from bitflow_edu.cli import main
-from bitflow_edu.config import PRESETS
-from bitflow_edu.data import asset
+from bitflow_edu.config import PRESETS, find_preset
+from bitflow_edu.data import BitflowError, asset
+from bitflow_edu.inverse_strategies import check_pair
+from bitflow_edu.reverse_model import ReverseModel
+from bitflow_edu.tarflow import TARFlow
+from bitflow_edu.transformer import TransformerConfig
 
 SMOKE = ["--preset", "mnist-mini-smoke"]
 
@@ -81,11 +88,49 @@ def test_evaluate(runs, tmp_path, capsys):
     assert "one-pass" not in (tmp_path / "f.json").read_text().split('"measurements"')[1]
 
 
+def test_a_flow_alone(tmp_path, capsys):
+    """Trained for its likelihood, gone on with, measured under one protocol, drawn from; no pair, no labels, no noise to remove."""
+    glow, run = ["--preset", "mnist-glow-smoke"], tmp_path / "glow"
+    assert main(["train", "forward", *glow, "--steps", "4", "--out", str(run)]) == 0
+    assert main(["train", "forward", *glow, "--steps", "4", "--out", str(run), "--resume"]) == 0
+    out = tmp_path / "e.json"
+    assert main(["evaluate", *glow, "--forward", str(run), "--n", "20", "--out", str(out)]) == 0
+    found = {m["metric"]: m for m in json.loads(out.read_text())["measurements"] if m["row"] == "exact" and m["batch"] is None}
+    assert {"bits_per_dim", "bits_per_dim[8 draws]", "round_trip_max_error", "fd[mnist-cnn]", "params", "flops_per_density", "train_steps", "train_s"} <= set(found)
+    assert "label_accuracy" not in found, "no label was asked for"
+    assert found["bits_per_dim[8 draws]"]["value"] < found["bits_per_dim"]["value"] < 9 and found["bits_per_dim"]["n"] == 2000
+    assert "not given" in found["bits_per_dim"]["protocol"] and found["train_steps"]["value"] == 4
+    assert main(["sample", "--checkpoint", str(run), "--n", "4", "--temperature", "0.5", "--out", str(tmp_path / "s.png")]) == 0
+    refused(["sample", "--checkpoint", run, "--labels", "3", "--out", tmp_path / "l.png"], capsys, "reads no labels")
+    refused(["sample", "--checkpoint", run, "--denoise", "--out", tmp_path / "l.png"], capsys, "--denoise")
+    refused(["sample", "--checkpoint", run, "--temperature", "-1", "--out", tmp_path / "l.png"], capsys, "-1")
+    refused(["train", "forward", *glow, "--patch-size", "2", "--out", tmp_path / "p"], capsys, "--patch-size 2")
+    refused(["train", "reverse", *glow, "--out", tmp_path / "g"], capsys, "flow alone", "mnist-mini")
+    refused(["demo", *glow, "--out", tmp_path / "d"], capsys, "flow alone")
+    refused(["evaluate", *SMOKE, "--forward", run, "--out", tmp_path / "x.json"], capsys, "CouplingFlow", "TARFlow")
+    refused(["evaluate", *glow, "--forward", run, "--reverse", run, "--out", tmp_path / "x.json"], capsys, "flow alone")
+    assert not (tmp_path / "l.png").exists() and not (tmp_path / "d").exists()
+
+
+def test_a_tarflow_alone_goes_through_the_same_steps(digits):
+    """On logits, without labels: the preset of chapter 07's table, at the size of the embedded digits."""
+    small = replace(find_preset("mnist-tarflow").forward, image_size=16, transformer=TransformerConfig(width=16, head_dim=8, num_layers=1))
+    flow = pipeline.build(TARFlow, small, 0).train()
+    loss, _ = pipeline.stage_one_loss(small)(flow, digits.x[:8], -torch.ones(8, dtype=torch.int64), torch.Generator().manual_seed(0))
+    found = pipeline.evaluate_flow(flow.eval(), digits, digits[:50], n=10, timing=False).measurements
+    bpd = {m["metric"]: m["value"] for m in found if m["row"] == "exact"}
+    assert torch.isfinite(loss) and bpd["bits_per_dim[8 draws]"] < bpd["bits_per_dim"] and bpd["round_trip_max_error"] < 1e-3
+    assert bpd["serial_steps"] == 4 * 15
+    reverse = find_preset("mnist-mini").reverse
+    with pytest.raises(BitflowError, match="logit"):
+        check_pair(flow, pipeline.build(ReverseModel, reverse, 0))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_info(preset, capsys):
     assert main(["info", "--preset", preset]) == 0
     said = capsys.readouterr().out
-    assert "parameters" in said and "MFLOP" in said
+    assert "parameters" in said and "FLOP" in said
 
 
 def test_info_of_a_checkpoint(runs, capsys):

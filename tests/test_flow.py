@@ -1,13 +1,14 @@
 """The forward model and its exact inverse: Jacobians, causality, round trips."""
 import pytest
 import torch
-from conftest import small_flow
+from conftest import shake, small_flow
 from hypothesis import given, settings, strategies as st
 
+from bitflow_edu.coupling import bits_per_dim
 from bitflow_edu.data import BitflowError, unpatchify
 from bitflow_edu.exact_inverse import (exact_inverse, exact_trajectory, invert_block, invert_block_uncached, round_trip_error,
                                        score_denoise, serial_steps)
-from bitflow_edu.tarflow import TARFlow, TARFlowConfig, bits_per_dim, log_prob, nll_per_dim
+from bitflow_edu.tarflow import TARFlow, TARFlowConfig, log_prob, nll_per_dim
 from bitflow_edu.transformer import KVCache, TransformerConfig
 
 shapes = dict(side=st.integers(1, 4), patch=st.integers(1, 3), channels=st.sampled_from([1, 3]), blocks=st.integers(1, 4),
@@ -28,6 +29,20 @@ def test_logdet_is_that_of_autograds_jacobian(modern, channels, side, patch):
     x, c = images(flow, n=1, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda v: flow(v, c).z.flatten(), x).reshape(x.numel(), x.numel())
     torch.testing.assert_close(flow(x, c).logdet[0], torch.linalg.slogdet(jacobian).logabsdet, rtol=0, atol=1e-8)
+
+
+def test_a_flow_on_logits_of_pixels():
+    """Its log|det| counts the logit, its inverse gives pixels, and α out of range is refused."""
+    cfg = TARFlowConfig(image_size=4, patch_size=2, num_classes=3, logit_alpha=1e-3, transformer=TransformerConfig(width=16, head_dim=8, num_layers=1))
+    flow = shake(TARFlow(cfg).double(), 0).train()
+    x, c = 1.9 * torch.rand(5, 1, 4, 4, dtype=torch.float64) - 0.95, torch.tensor([0, 1, 2, -1, -1])
+    flow(x, c)
+    J = torch.autograd.functional.jacobian(lambda v: flow(v, c[:1]).z.flatten(), x[:1]).reshape(16, 16)
+    torch.testing.assert_close(flow(x[:1], c[:1]).logdet[0], torch.linalg.slogdet(J).logabsdet, rtol=0, atol=1e-8)
+    torch.testing.assert_close(exact_inverse(flow, flow(x, c).z, c), x)
+    torch.testing.assert_close(flow.log_prob(x, c), log_prob(flow(x, c)))
+    with pytest.raises(BitflowError, match="logit_alpha is 0.5"):
+        TARFlowConfig(logit_alpha=0.5)
 
 
 @pytest.mark.parametrize("flip", [False, True])
