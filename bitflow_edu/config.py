@@ -129,7 +129,7 @@ def find_preset(name: str) -> Preset:
 def check_pair_preset(preset: Preset):
     "Refuse a preset that describes a flow alone, where a pair of F and G is needed."
     if preset.reverse is None:
-        pairs = ", ".join(name for name in PRESETS if name not in ALONE and not name.startswith("mnist-glow"))
+        pairs = ", ".join(name for name, make in PRESETS.items() if make().reverse is not None)
         raise BitflowError(f"preset {preset.name} describes a flow alone, trained for its likelihood; a pair of F and G is needed here: {pairs}")
 
 # %% ../nbs/config.ipynb #d2ccead3
