@@ -10,25 +10,25 @@ from .coupling import bounded
 from .data import BitflowError
 
 # %% auto #0
-__all__ = ['made_degrees', 'made_masks', 'MaskedLinear', 'MADE', 'MAF', 'IAF', 'Flip', 'maf_points']
+__all__ = ['made_degrees', 'made_masks', 'MaskedLinear', 'MADE', 'one_by_one', 'MAF', 'IAF', 'Flip', 'maf_points']
 
-# %% ../nbs/03_autoregressive_flows.ipynb #d74eed59
+# %% ../nbs/03_autoregressive_flows.ipynb #d3e61edd
 def made_degrees(
     dims: int,            # D, numbers a point
-    hidden: tuple,        # widths of the hidden layers
+    hidden: tuple,        # widths of the hidden layers; below D−1 some connections are lost
 ) -> list:                # one int64 vector a layer, inputs first
     "Which input a unit may look up to: input d has degree d (from 1), hidden units take 1 … D−1 in turn (MADE, arXiv 1502.03509)."
     if dims < 1 or any(width < 1 for width in hidden):
         raise BitflowError(f"dims is {dims} and hidden widths are {tuple(hidden)}; all must be at least 1")
     return [torch.arange(1, dims + 1), *(torch.arange(width) % max(dims - 1, 1) + 1 for width in hidden)]
 
-
+# %% ../nbs/03_autoregressive_flows.ipynb #e7e3c1a5
 def made_masks(
     dims: int,       # D
     hidden: tuple,   # widths of the hidden layers
     per_dim: int = 2, # outputs a dimension, e.g. α and μ
 ) -> list:           # 0/1 matrices `(out, in)`, one a linear layer
-    "Masks that leave only paths from inputs 1 … d−1 to output d."
+    "Masks that leave only paths from inputs 1 … d−1 to output d (MADE, arXiv 1502.03509)."
     degrees = made_degrees(dims, hidden)
     masks = [(after[:, None] >= before[None]).float() for before, after in zip(degrees[:-1], degrees[1:])]
     return [*masks, (degrees[0][:, None] > degrees[-1][None]).float().repeat(per_dim, 1)]
@@ -44,30 +44,44 @@ class MaskedLinear(nn.Linear):
         "x `(N, in)` to `(N, out)`."
         return nn.functional.linear(x, self.weight * self.mask, self.bias)
 
-# %% ../nbs/03_autoregressive_flows.ipynb #e43c8771
+# %% ../nbs/03_autoregressive_flows.ipynb #64059ed1
 class MADE(nn.Module):
     "Advice for every number of a point from the numbers before it, all in one pass (Germain et al., arXiv 1502.03509)."
-    def __init__(self, dims: int, hidden: tuple = (64, 64)):
+    def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = None):
         super().__init__()
         layers = [MaskedLinear(mask) for mask in made_masks(dims, hidden)]
         nn.init.zeros_(layers[-1].weight), nn.init.zeros_(layers[-1].bias)
-        self.dims, self.net = dims, nn.Sequential(*(piece for layer in layers[:-1] for piece in (layer, nn.SiLU())), layers[-1])
+        self.dims, self.bound = dims, bound  # bound: largest |α|, or None
+        self.net = nn.Sequential(*(piece for layer in layers[:-1] for piece in (layer, nn.SiLU())), layers[-1])
 
     def forward(self, x):
         "Points `(N, D)` to α and μ, each `(N, D)`: those of number d depend on x_1 … x_{d−1} alone."
-        return self.net(x).chunk(2, dim=1)
+        alpha, mu = self.net(x).chunk(2, dim=1)
+        return bounded(alpha, self.bound), mu
 
-# %% ../nbs/03_autoregressive_flows.ipynb #64059ed1
+# %% ../nbs/03_autoregressive_flows.ipynb #b62d12ff
+def one_by_one(
+    advice,     # points `(N, D)` → α and μ, each `(N, D)`, those of number d from the numbers before it
+    z: Tensor,  # noise `(N, D)`
+) -> Tensor:    # points `(N, D)`
+    "Solve z_d = (x_d − μ_d)·exp(−α_d) for x in D calls of the advice: each call makes one more number known."
+    x = torch.zeros_like(z)
+    for d in range(z.shape[1]):
+        alpha, mu = advice(x)
+        new = z[:, d] * safe_exp(alpha[:, d]) + mu[:, d]
+        x = torch.cat([x[:, :d], new[:, None], x[:, d + 1:]], dim=1)
+    return x
+
+# %% ../nbs/03_autoregressive_flows.ipynb #22e366c0
 class MAF(Bijection):
     "Masked autoregressive flow: z_d = (x_d − μ_d(x_{<d}))·exp(−α_d(x_{<d})) (Papamakarios et al., arXiv 1705.07057)."
     def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = 3.0):
         super().__init__()
-        self.made, self.bound = MADE(dims, hidden), bound
+        self.made, self.bound = MADE(dims, hidden, bound), bound
 
     def advice(self, x):
         "α (bounded) and μ, each `(N, D)`."
-        alpha, mu = self.made(x)
-        return bounded(alpha, self.bound), mu
+        return self.made(x)
 
     def forward(self, x):
         "Points `(N, D)` to z, and log|det| = −Σ α `(N,)`: one pass, the Jacobian is triangular."
@@ -76,12 +90,7 @@ class MAF(Bijection):
 
     def inverse(self, z):
         "z `(N, D)` to points, in D passes: number d needs those before it."
-        x = torch.zeros_like(z)
-        for d in range(z.shape[1]):
-            alpha, mu = self.advice(x)
-            new = z[:, d] * safe_exp(alpha[:, d]) + mu[:, d]
-            x = torch.cat([x[:, :d], new[:, None], x[:, d + 1:]], dim=1)
-        return x
+        return one_by_one(self.advice, z)
 
 # %% ../nbs/03_autoregressive_flows.ipynb #e51f7659
 class IAF(Inverse):

@@ -10,8 +10,9 @@ from torch import Tensor
 from .data import BitflowError
 
 # %% auto #0
-__all__ = ['Bijection', 'safe_exp', 'Affine', 'Identity', 'Compose', 'Inverse', 'Linear', 'bisect', 'SoftSteps', 'StandardNormal',
-           'StandardLogistic', 'Flow', 'fit', 'full_jacobian', 'jacobian_check', 'check_invertible']
+__all__ = ['Bijection', 'safe_exp', 'Affine', 'Layered', 'Compose', 'Identity', 'Inverse', 'full_jacobian', 'StandardNormal',
+           'StandardLogistic', 'Flow', 'jacobian_check', 'Linear', 'RisingCurve', 'bisect', 'SoftSteps',
+           'likelihood_step', 'fit', 'check_finite', 'check_invertible']
 
 # %% ../nbs/01_change_of_variables.ipynb #40022e4c
 class Bijection(nn.Module, ABC):
@@ -52,23 +53,22 @@ class Affine(Bijection):
         return (z - self.shift) * safe_exp(-self.log_scale)
 
 # %% ../nbs/01_change_of_variables.ipynb #058a23e7
-class Identity(Bijection):
-    "Leaves everything as it is."
-    def forward(self, x):
-        "x, and log|det| = 0 `(N,)`."
-        return x, x.new_zeros(len(x))
-
-    def inverse(self, z):
-        "z itself."
-        return z
-
-
-class Compose(Bijection):
-    "One bijection after the other: log-determinants add."
+class Layered(nn.Module):
+    "Bijections in a row, and a view of what happens between them."
     def __init__(self, *layers: Bijection):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
+    def states(self, x):
+        "x, and what every layer made of it: a list of `len(layers) + 1` tensors."
+        found = [x]
+        for layer in self.layers:
+            found.append(layer(found[-1])[0])
+        return found
+
+# %% ../nbs/01_change_of_variables.ipynb #bb731861
+class Compose(Layered, Bijection):
+    "One bijection after the other: log-determinants add."
     def forward(self, x):
         "x through all layers; the sum of their log|det| `(N,)`."
         total = x.new_zeros(len(x))
@@ -83,12 +83,16 @@ class Compose(Bijection):
             z = layer.inverse(z)
         return z
 
-    def states(self, x):
-        "x, and what every layer made of it: a list of `len(layers) + 1` tensors."
-        found = [x]
-        for layer in self.layers:
-            found.append(layer(found[-1])[0])
-        return found
+# %% ../nbs/01_change_of_variables.ipynb #acbf4d3d
+class Identity(Bijection):
+    "Leaves everything as it is."
+    def forward(self, x):
+        "x, and log|det| = 0 `(N,)`."
+        return x, x.new_zeros(len(x))
+
+    def inverse(self, z):
+        "z itself."
+        return z
 
 # %% ../nbs/01_change_of_variables.ipynb #9c56548b
 class Inverse(Bijection):
@@ -106,65 +110,18 @@ class Inverse(Bijection):
         "z to layer(z)."
         return self.layer(z)[0]
 
-# %% ../nbs/01_change_of_variables.ipynb #9848eed7
-class Linear(Bijection):
-    "z = W x + b with a full matrix: the determinant costs D³. Starts as a random rotation."
-    def __init__(self, dims: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(dims, dims)).Q)
-        self.bias = nn.Parameter(torch.zeros(dims))
+# %% ../nbs/01_change_of_variables.ipynb #92c96bad
+def full_jacobian(
+    bijection: Bijection,
+    x: Tensor,  # one input, without the batch axis
+) -> Tensor:    # ∂z/∂x, `(K, K)` with K values in x
+    "The Jacobian at one input, by automatic differentiation: K backward passes."
+    def one(v):
+        "The map on a single input, flat."
+        return bijection(v[None])[0].flatten()
+    return torch.autograd.functional.jacobian(one, x).reshape(x.numel(), x.numel())
 
-    def forward(self, x):
-        "x `(N, dims)` to z `(N, dims)`, and log|det W| `(N,)`."
-        return x @ self.weight.T + self.bias, torch.linalg.slogdet(self.weight).logabsdet.expand(len(x))
-
-    def inverse(self, z):
-        "z `(N, dims)` to x, by solving W x = z − b."
-        return torch.linalg.solve(self.weight, (z - self.bias).T).T
-
-# %% ../nbs/01_change_of_variables.ipynb #3afece91
-def bisect(
-    rising,         # Tensor → Tensor of the same shape, increasing in every element
-    target: Tensor, # values to reach
-    low: Tensor, high: Tensor,  # where rising ≤ target and rising ≥ target
-) -> Tensor:        # x with rising(x) = target
-    "Undo a rising function without a formula: halve the interval until floating point can halve no more."
-    for _ in range(2 + round(-math.log2(torch.finfo(target.dtype).eps)) * 2):
-        middle = low + (high - low) / 2
-        above = rising(middle) > target
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return low + (high - low) / 2
-
-# %% ../nbs/01_change_of_variables.ipynb #2fe8e0e1
-class SoftSteps(Bijection):
-    "Each dimension through its own rising curve: z = e^a·x + Σ_k e^{h_k}·σ(e^{s_k}·(x − b_k)). The inverse has no formula."
-    def __init__(self, dims: int, steps: int = 8):
-        super().__init__()
-        self.log_slope = nn.Parameter(torch.zeros(dims, 1))              # a
-        self.log_height = nn.Parameter(torch.full((dims, steps), -2.0))  # h_k
-        self.log_steepness = nn.Parameter(torch.ones(dims, steps))       # s_k
-        self.place = nn.Parameter(torch.linspace(-2, 2, steps).repeat(dims, 1))  # b_k
-
-    def curve(self, x):
-        "x `(N, dims)` to z and dz/dx, both `(N, dims)`."
-        slope, height, steepness = safe_exp(self.log_slope), safe_exp(self.log_height), safe_exp(self.log_steepness)
-        s = torch.sigmoid(steepness * (x[..., None] - self.place))
-        return ((slope * x[..., None]).squeeze(-1) + (height * s).sum(-1), slope.squeeze(-1) + (height * steepness * s * (1 - s)).sum(-1))
-
-    def forward(self, x):
-        "x `(N, dims)` to z of the same shape, and log|det| `(N,)`: the Jacobian is diagonal."
-        z, slope = self.curve(x)
-        return z, slope.log().sum(dim=1)
-
-    def inverse(self, z):
-        "z `(N, dims)` to x: bisection, then one Newton step, which is what lets gradients through."
-        with torch.no_grad():
-            slope, reach = self.log_slope.exp().squeeze(-1), self.log_height.exp().sum(-1)
-            x = bisect(lambda x: self.curve(x)[0], z, (z - reach) / slope, z / slope)
-        value, slope = self.curve(x)
-        return x - (value - z) / slope.detach()
-
-# %% ../nbs/01_change_of_variables.ipynb #398730f7
+# %% ../nbs/01_change_of_variables.ipynb #e52266af
 class StandardNormal:
     "Noise whose every dimension is N(0, 1)."
     def log_prob(self, z):
@@ -175,7 +132,7 @@ class StandardNormal:
         "Noise of a shape."
         return torch.randn(shape, generator=generator)
 
-
+# %% ../nbs/01_change_of_variables.ipynb #ec89bb08
 class StandardLogistic:
     "Noise with the density σ(z)·σ(−z) in every dimension, heavier in its tails: NICE's choice (arXiv 1410.8516)."
     def log_prob(self, z):
@@ -203,41 +160,7 @@ class Flow(nn.Module):
         "n new points `(n, dims)`: noise, taken back."
         return self.bijection.inverse(self.base.sample(n, self.dims, generator=generator))
 
-# %% ../nbs/01_change_of_variables.ipynb #a3a5bd8b
-def fit(
-    flow: Flow,               # trained in place
-    x: Tensor,                # points `(N, dims)`
-    steps: int = 1000,        # of Adam
-    batch_size: int = 256,    # points a step
-    lr: float = 5e-3,         # peak learning rate, falling to 0 along half a cosine
-    seed: int = 0,            # of the batches
-) -> list:                    # −mean log p of every step, nats
-    "Maximum likelihood: make the data probable. Raises `BitflowError` when the loss is no longer finite."
-    optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator, losses = torch.Generator().manual_seed(seed), []
-    for step in range(steps):
-        loss = -flow.log_prob(x[torch.randint(len(x), (batch_size,), generator=generator)]).mean()
-        if not torch.isfinite(loss):
-            raise BitflowError(f"the loss is {loss.item()} at step {step}; lower the learning rate (now {lr:g}) or rescale the data")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
-        optimizer.step(), schedule.step()
-        losses.append(loss.item())
-    return losses
-
 # %% ../nbs/01_change_of_variables.ipynb #5836e97a
-def full_jacobian(
-    bijection: Bijection,
-    x: Tensor,  # one input, without the batch axis
-) -> Tensor:    # ∂z/∂x, `(K, K)` with K values in x
-    "The Jacobian at one input, by automatic differentiation: K backward passes."
-    def one(v):
-        return bijection(v[None])[0].flatten()
-    return torch.autograd.functional.jacobian(one, x).reshape(x.numel(), x.numel())
-
-
 def jacobian_check(
     bijection: Bijection,
     x: Tensor,  # a few inputs `(N, …)`
@@ -248,7 +171,112 @@ def jacobian_check(
     exact = torch.stack([torch.linalg.slogdet(full_jacobian(bijection, one)).logabsdet for one in x])
     return (logdet - exact).abs().max().item()
 
-# %% ../nbs/01_change_of_variables.ipynb #6fc0aa74
+# %% ../nbs/01_change_of_variables.ipynb #9848eed7
+class Linear(Bijection):
+    "z = W x + b with a full matrix: the determinant costs D³. Starts as a random rotation."
+    def __init__(self, dims: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(dims, dims)).Q)
+        self.bias = nn.Parameter(torch.zeros(dims))
+
+    def forward(self, x):
+        "x `(N, dims)` to z `(N, dims)`, and log|det W| `(N,)`."
+        return x @ self.weight.T + self.bias, torch.linalg.slogdet(self.weight).logabsdet.expand(len(x))
+
+    def inverse(self, z):
+        "z `(N, dims)` to x, by solving W x = z − b."
+        return torch.linalg.solve(self.weight, (z - self.bias).T).T
+
+# %% ../nbs/01_change_of_variables.ipynb #2f0be364
+class RisingCurve(nn.Module):
+    "A rising curve a dimension: z = e^a·x + Σ_k e^{h_k}·σ(e^{s_k}·(x − b_k))."
+    def __init__(self, dims: int, steps: int = 8):
+        super().__init__()
+        self.log_slope = nn.Parameter(torch.zeros(dims, 1))              # a
+        self.log_height = nn.Parameter(torch.full((dims, steps), -2.0))  # h_k
+        self.log_steepness = nn.Parameter(torch.ones(dims, steps))       # s_k
+        self.place = nn.Parameter(torch.linspace(-2, 2, steps).repeat(dims, 1))  # b_k
+
+    def curve(self, x):
+        "x `(N, dims)` to z and dz/dx, both `(N, dims)`."
+        slope, height, steepness = safe_exp(self.log_slope), safe_exp(self.log_height), safe_exp(self.log_steepness)
+        s = torch.sigmoid(steepness * (x[..., None] - self.place))
+        return ((slope * x[..., None]).squeeze(-1) + (height * s).sum(-1), slope.squeeze(-1) + (height * steepness * s * (1 - s)).sum(-1))
+
+# %% ../nbs/01_change_of_variables.ipynb #3afece91
+def bisect(
+    rising,         # Tensor → Tensor of the same shape, increasing in every element
+    target: Tensor, # values to reach
+    low: Tensor, high: Tensor,  # where rising ≤ target and rising ≥ target
+) -> Tensor:        # x with rising(x) = target
+    "Undo a rising function without a formula: halve the interval until floating point can halve no more."
+    for _ in range(2 + round(-math.log2(torch.finfo(target.dtype).eps)) * 2):
+        middle = low + (high - low) / 2
+        above = rising(middle) > target
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return low + (high - low) / 2
+
+# %% ../nbs/01_change_of_variables.ipynb #b3675596
+class SoftSteps(RisingCurve, Bijection):
+    "Each dimension through its own rising curve: z = e^a·x + Σ_k e^{h_k}·σ(e^{s_k}·(x − b_k)). The inverse has no formula."
+    def forward(self, x):
+        "x `(N, dims)` to z of the same shape, and log|det| `(N,)`: the Jacobian is diagonal."
+        z, slope = self.curve(x)
+        return z, slope.log().sum(dim=1)
+
+    def inverse(self, z):
+        "z `(N, dims)` to x: bisection, then one Newton step, which is what lets gradients through."
+        with torch.no_grad():
+            slope, reach = self.log_slope.exp().squeeze(-1), self.log_height.exp().sum(-1)
+            x = bisect(lambda x: self.curve(x)[0], z, (z - reach) / slope, z / slope)
+        value, slope = self.curve(x)
+        return x - (value - z) / slope.detach()
+
+# %% ../nbs/01_change_of_variables.ipynb #c6080410
+def likelihood_step(
+    flow: Flow,      # changed in place
+    batch: Tensor,   # points `(N, dims)`
+    optimizer,       # over the flow's parameters
+    step: int,       # for the error message
+) -> float:          # −mean log p of the batch, nats
+    "One step of maximum likelihood. Raises `BitflowError` when the loss is not finite."
+    loss = -flow.log_prob(batch).mean()
+    if not torch.isfinite(loss):
+        raise BitflowError(f"the loss is {loss.item()} at step {step}; lower the learning rate (now {optimizer.param_groups[0]['lr']:g}) or rescale the data")
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
+    optimizer.step()
+    return loss.item()
+
+# %% ../nbs/01_change_of_variables.ipynb #0d19c768
+def fit(
+    flow: Flow,               # trained in place
+    x: Tensor,                # points `(N, dims)`
+    steps: int = 1000, batch_size: int = 256,  # of Adam, and points a step
+    lr: float = 5e-3,         # peak learning rate, falling to 0 along half a cosine
+    seed: int = 0,            # of the batches
+) -> list:                    # −mean log p of every step, nats
+    "Maximum likelihood: make the data probable. Raises `BitflowError` when the loss is no longer finite."
+    optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for step in range(steps):
+        losses.append(likelihood_step(flow, x[torch.randint(len(x), (batch_size,), generator=generator)], optimizer, step))
+        schedule.step()
+    return losses
+
+# %% ../nbs/01_change_of_variables.ipynb #0c53e1ec
+def check_finite(
+    bijection: Bijection,  # whose name goes into the message
+    **values: Tensor,      # what it made, by name
+):
+    "Refuse infinities and NaN. Raises `BitflowError`, naming where they are and how many."
+    for name, value in values.items():
+        if bad := int((~torch.isfinite(value)).sum()):
+            raise BitflowError(f"{bad} values of {name} are not finite: {type(bijection).__name__} overflows; bound its log-scale")
+
+# %% ../nbs/01_change_of_variables.ipynb #1cea7681
 @torch.no_grad()
 def check_invertible(
     bijection: Bijection,
@@ -258,9 +286,7 @@ def check_invertible(
     "Go there and back. Raises `BitflowError` when a layer loses x, naming what was seen."
     z, logdet = bijection(x)
     back = bijection.inverse(z)
-    for name, value in (("z", z), ("log|det|", logdet), ("x on the way back", back)):
-        if bad := int((~torch.isfinite(value)).sum()):
-            raise BitflowError(f"{bad} values of {name} are not finite: {type(bijection).__name__} overflows; bound its log-scale")
+    check_finite(bijection, **{"z": z, "log|det|": logdet, "x on the way back": back})
     error = (back - x).abs().max().item()
     if error > tolerance:
         raise BitflowError(f"{type(bijection).__name__} does not come back: the largest error is {error:.3g}, allowed is {tolerance:g} "

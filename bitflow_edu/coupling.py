@@ -11,12 +11,13 @@ from .bijections import Affine, Bijection, Compose, StandardNormal, safe_exp
 from .data import BitflowError, Images, dequantize
 
 # %% auto #0
-__all__ = ['KINDS', 'mlp', 'conv_net', 'every_other', 'half_of', 'check_even', 'AdditiveCoupling', 'bounded', 'AffineCoupling',
-           'check_image', 'Squeeze', 'ActNorm', 'Invertible1x1', 'HalfCoupling', 'Flatten', 'Split', 'Logit',
-           'nice_layers', 'realnvp_level', 'glow_level', 'multi_scale', 'CouplingConfig', 'CouplingFlow', 'to_bits',
-           'uniform_noise_loss', 'bits_per_dim', 'realnvp_points']
+__all__ = ['KINDS', 'mlp', 'every_other', 'AdditiveCoupling', 'bounded', 'advice', 'AffineCoupling', 'realnvp_points', 'conv_net',
+           'check_image', 'Squeeze', 'check_even', 'half_of', 'ChannelAffine', 'standardise', 'ActNorm', 'LUMatrix',
+           'Invertible1x1', 'HalfCoupling', 'Flatten', 'Split', 'to_bits', 'check_range', 'Logit', 'nice_layers',
+           'realnvp_level', 'glow_level', 'multi_scale', 'ImageShape', 'check_coupling', 'CouplingConfig',
+           'CouplingLayers', 'CouplingFlow', 'uniform_noise_loss', 'batch_bits', 'bits_per_dim']
 
-# %% ../nbs/02_affine_coupling.ipynb #8f4cbc68
+# %% ../nbs/02_affine_coupling.ipynb #4ae2d738
 def mlp(
     inputs: int, outputs: int,  # sizes of first and last layer
     width: int = 64, depth: int = 2,  # of the hidden layers
@@ -28,17 +29,7 @@ def mlp(
     nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
     return nn.Sequential(*layers, last)
 
-
-def conv_net(
-    inputs: int, outputs: int,  # channels
-    width: int = 64,            # channels between
-) -> nn.Sequential:
-    "3×3, 1×1, 3×3 convolutions as in Glow (arXiv 1807.03039); the last starts at zero."
-    last = nn.Conv2d(width, outputs, 3, padding=1)
-    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), last)
-
-# %% ../nbs/02_affine_coupling.ipynb #b95a8eab
+# %% ../nbs/02_affine_coupling.ipynb #acf8bb85
 def every_other(
     *shape: int,      # of one input
     parity: int = 0,  # 0: the first value is 1
@@ -46,22 +37,6 @@ def every_other(
     "A mask that alternates along every axis: every other dimension of a vector, a checkerboard over an image `(1, H, W)`."
     index = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")).sum(dim=0)
     return ((index + parity) % 2 == 0).float()
-
-
-def half_of(
-    channels: int,    # C
-    parity: int = 0,  # 0: the first half is 1
-) -> Tensor:          # `(C, 1, 1)`
-    "A mask over channels: one half of them. Raises `BitflowError` for an odd number."
-    check_even(channels)
-    first = torch.arange(channels) < channels // 2
-    return (first if parity == 0 else ~first).float()[:, None, None]
-
-
-def check_even(channels: int):
-    "Refuse a number of channels that has no halves."
-    if channels < 2 or channels % 2:
-        raise BitflowError(f"{channels} channels cannot be split into two halves; squeeze first (it makes four channels of one), or choose an even number")
 
 # %% ../nbs/02_affine_coupling.ipynb #68284196
 class AdditiveCoupling(Bijection):
@@ -91,7 +66,17 @@ def bounded(
     "A log-scale that cannot run away: b·tanh(raw/b)."
     return raw if bound is None else bound * torch.tanh(raw / bound)
 
-# %% ../nbs/02_affine_coupling.ipynb #cfbd6a03
+# %% ../nbs/02_affine_coupling.ipynb #ac278f53
+def advice(
+    net: nn.Module,       # puts out two values for each that is to be changed
+    seen: Tensor,         # x_a `(N, C, …)`: what passes through
+    bound: float | None,  # largest |log-scale|; None: none
+) -> tuple:               # s (bounded) and t
+    "What a network says about x_b when it sees x_a: log-scale and shift."
+    s, t = net(seen).to(seen.dtype).chunk(2, dim=1)
+    return bounded(s, bound), t
+
+# %% ../nbs/02_affine_coupling.ipynb #c2aade7e
 class AffineCoupling(Bijection):
     "RealNVP (arXiv 1605.08803, eq. 4–5): y_a = x_a, y_b = x_b·exp(s(x_a)) + t(x_a)."
     def __init__(self, mask: Tensor, net: nn.Module, bound: float | None = 2.0):
@@ -99,22 +84,36 @@ class AffineCoupling(Bijection):
         self.net, self.bound = net, bound
         self.register_buffer("mask", mask)  # 1: passes, 0: changed
 
-    def advice(self, x):
-        "s and t, both shaped like x and zero where the mask lets x pass."
-        s, t = self.net(x * self.mask).to(x.dtype).chunk(2, dim=1)
-        return bounded(s, self.bound) * (1 - self.mask), t * (1 - self.mask)
-
     def forward(self, x):
         "x `(N, …)` to y of the same shape, and log|det| = Σ s `(N,)`."
-        s, t = self.advice(x)
+        s, t = ((1 - self.mask) * value for value in advice(self.net, x * self.mask, self.bound))
         return x * safe_exp(s) + t, s.flatten(1).sum(dim=1)
 
     def inverse(self, y):
         "y to x, as fast as forward."
-        s, t = self.advice(y)
+        s, t = ((1 - self.mask) * value for value in advice(self.net, y * self.mask, self.bound))
         return (y - t) * safe_exp(-s)
 
-# %% ../nbs/02_affine_coupling.ipynb #ac278f53
+# %% ../nbs/02_affine_coupling.ipynb #36290062
+def realnvp_points(
+    dims: int = 2,      # of a point
+    layers: int = 8,    # couplings
+    width: int = 64,    # of their networks
+) -> Compose:
+    "RealNVP for points: affine couplings that pass every other dimension in turn."
+    return Compose(*(AffineCoupling(every_other(dims, parity=i % 2), mlp(dims, 2 * dims, width)) for i in range(layers)))
+
+# %% ../nbs/02_affine_coupling.ipynb #468bc74f
+def conv_net(
+    inputs: int, outputs: int,  # channels
+    width: int = 64,            # channels between
+) -> nn.Sequential:
+    "3×3, 1×1, 3×3 convolutions as in Glow (arXiv 1807.03039); the last starts at zero."
+    last = nn.Conv2d(width, outputs, 3, padding=1)
+    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), last)
+
+# %% ../nbs/02_affine_coupling.ipynb #32551443
 def check_image(
     x: Tensor,    # images or feature maps
     divisor: int = 1, # of height and width
@@ -126,7 +125,7 @@ def check_image(
         raise BitflowError(f"an image of {x.shape[2]}x{x.shape[3]} cannot be squeezed: height and width must be divisible by {divisor}; "
                            "pad or resize the images, or use fewer levels")
 
-
+# %% ../nbs/02_affine_coupling.ipynb #b64160b3
 class Squeeze(Bijection):
     "`(N, C, H, W)` to `(N, 4C, H/2, W/2)`: every 2×2 square becomes four channels. Nothing is computed, log|det| = 0."
     def forward(self, x):
@@ -141,43 +140,78 @@ class Squeeze(Bijection):
             raise BitflowError(f"{z.shape[1]} channels cannot be unsqueezed: the number must be divisible by 4")
         return nn.functional.pixel_shuffle(z, 2)
 
-# %% ../nbs/02_affine_coupling.ipynb #c2aade7e
-class ActNorm(Bijection):
-    "Glow's ActNorm: z = (x + shift)·exp(log_scale) a channel; the first batch sets mean 0 and variance 1."
+# %% ../nbs/02_affine_coupling.ipynb #520a2cab
+def check_even(
+    channels: int,
+) -> int:  # half of them
+    "Halve a number of channels. Raises `BitflowError` for one that has no halves."
+    if channels < 2 or channels % 2:
+        raise BitflowError(f"{channels} channels cannot be split into two halves; squeeze first (it makes four channels of one), or choose an even number")
+    return channels // 2
+
+
+def half_of(
+    channels: int,    # C
+    parity: int = 0,  # 0: the first half is 1
+) -> Tensor:          # `(C, 1, 1)`
+    "A mask over channels: one half of them. Raises `BitflowError` for an odd number."
+    first = torch.arange(channels) < check_even(channels)
+    return (first if parity == 0 else ~first).float()[:, None, None]
+
+# %% ../nbs/02_affine_coupling.ipynb #b993353f
+class ChannelAffine(Bijection):
+    "z = (x + shift)·exp(log_scale), one pair of learned numbers for each channel."
     def __init__(self, channels: int):
         super().__init__()
         self.log_scale, self.shift = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer("ready", torch.tensor(False))
-
-    @torch.no_grad()
-    def initialise(self, x):
-        "Look at a batch `(N, C, …)` once; a channel that never changes keeps its scale."
-        values = x.transpose(0, 1).flatten(1).float()
-        std = values.std(dim=1, correction=0)
-        self.shift.copy_(-values.mean(dim=1))
-        self.log_scale.copy_(torch.where(std > 1e-6, -std.clamp(min=1e-6).log(), 0.0))
-        self.ready.fill_(True)
 
     def shaped(self, parameter, x):
         "A number a channel, laid out to fit `(N, C, …)`."
         return parameter.view(-1, *[1] * (x.ndim - 2))
 
     def forward(self, x):
+        "x `(N, C, …)` to z of the same shape, and log|det| = H·W·Σ log_scale `(N,)`."
+        z = (x + self.shaped(self.shift, x)) * safe_exp(self.shaped(self.log_scale, x))
+        return z, (self.log_scale.sum() * x[0, 0].numel()).expand(len(x))
+
+    def inverse(self, z):
+        "z `(N, C, …)` to x."
+        return z * safe_exp(-self.shaped(self.log_scale, z)) - self.shaped(self.shift, z)
+
+# %% ../nbs/02_affine_coupling.ipynb #eca821e6
+@torch.no_grad()
+def standardise(
+    layer: ChannelAffine,  # changed in place
+    x: Tensor,             # a batch `(N, C, …)`
+):
+    "Set a layer so that this batch comes out with mean 0 and variance 1; a channel that never changes keeps its scale."
+    values = x.transpose(0, 1).flatten(1).float()
+    std = values.std(dim=1, correction=0)
+    layer.shift.copy_(-values.mean(dim=1))
+    layer.log_scale.copy_(torch.where(std > 1e-6, -std.clamp(min=1e-6).log(), 0.0))
+
+# %% ../nbs/02_affine_coupling.ipynb #a5b63767
+class ActNorm(ChannelAffine):
+    "Glow's ActNorm (arXiv 1807.03039, §3.1): a scale and shift for each channel that start from the first batch seen in training."
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.register_buffer("ready", torch.tensor(False))
+
+    def forward(self, x):
         "x `(N, C, …)` to z of the same shape, and log|det| `(N,)`. In training mode the first batch initialises."
         if not self.ready and self.training:
-            self.initialise(x)
-        scale = safe_exp(self.shaped(self.log_scale, x))
-        return (x + self.shaped(self.shift, x)) * scale, (self.log_scale.sum() * x[0, 0].numel()).expand(len(x))
+            standardise(self, x), self.ready.fill_(True)
+        return super().forward(x)
 
     def inverse(self, z):
         "z to x. Raises `BitflowError` before the first batch was seen."
         if not self.ready:
             raise BitflowError("this ActNorm has seen no data yet, so its scale means nothing; train the flow, or call it once in training mode, before sampling")
-        return z * safe_exp(-self.shaped(self.log_scale, z)) - self.shaped(self.shift, z)
+        return super().inverse(z)
 
-# %% ../nbs/02_affine_coupling.ipynb #bb168e16
-class Invertible1x1(Bijection):
-    "Glow's invertible 1×1 convolution, W = P L (U + diag(sign·exp(log_s))): log|det| is a sum (arXiv 1807.03039, eq. 10–11)."
+# %% ../nbs/02_affine_coupling.ipynb #3105aa72
+class LUMatrix(nn.Module):
+    "An invertible matrix as P L (U + diag(sign·exp(log_s))); it starts as a random rotation."
     def __init__(self, channels: int):
         super().__init__()
         P, L, U = torch.linalg.lu(torch.linalg.qr(torch.randn(channels, channels)).Q)
@@ -191,6 +225,9 @@ class Invertible1x1(Bijection):
         eye = torch.eye(len(self.log_s), dtype=self.log_s.dtype, device=self.log_s.device)
         return self.lower.tril(-1) + eye, self.upper.triu(1) + torch.diag(self.sign * safe_exp(self.log_s))
 
+# %% ../nbs/02_affine_coupling.ipynb #11311206
+class Invertible1x1(LUMatrix, Bijection):
+    "Glow's invertible 1×1 convolution: log|det| is a sum (arXiv 1807.03039, eq. 10–11)."
     def forward(self, x):
         "x `(N, C, …)` to W x, and log|det| = H·W·Σ log_s `(N,)`; in full precision, also under autocast."
         with torch.autocast(x.device.type, enabled=False):
@@ -205,32 +242,26 @@ class Invertible1x1(Bijection):
         x = torch.linalg.solve_triangular(U, torch.linalg.solve_triangular(L, columns, upper=False, unitriangular=True), upper=True)
         return x.unflatten(1, (len(z), *z.shape[2:])).transpose(0, 1)
 
-# %% ../nbs/02_affine_coupling.ipynb #131157f7
+# %% ../nbs/02_affine_coupling.ipynb #f906fe68
 class HalfCoupling(Bijection):
     "An affine coupling between two halves of the channels, cut apart instead of masked: no work on zeros (Glow)."
     def __init__(self, channels: int, width: int = 64, bound: float | None = 2.0):
         super().__init__()
-        check_even(channels)
-        self.net, self.bound = conv_net(channels // 2, channels, width), bound
-
-    def advice(self, a):
-        "s and t for the second half, from the first `(N, C/2, H, W)`."
-        s, t = self.net(a).to(a.dtype).chunk(2, dim=1)
-        return bounded(s, self.bound), t
+        self.net, self.bound = conv_net(check_even(channels), channels, width), bound
 
     def forward(self, x):
         "x `(N, C, H, W)` to z of the same shape, and log|det| `(N,)`."
         a, b = x.chunk(2, dim=1)
-        s, t = self.advice(a)
+        s, t = advice(self.net, a, self.bound)
         return torch.cat([a, b * safe_exp(s) + t], dim=1), s.flatten(1).sum(dim=1)
 
     def inverse(self, z):
         "z to x."
         a, b = z.chunk(2, dim=1)
-        s, t = self.advice(a)
+        s, t = advice(self.net, a, self.bound)
         return torch.cat([a, (b - t) * safe_exp(-s)], dim=1)
 
-# %% ../nbs/02_affine_coupling.ipynb #186c241d
+# %% ../nbs/02_affine_coupling.ipynb #d94dcccb
 class Flatten(Bijection):
     "`(N, *shape)` to `(N, dims)` and back."
     def __init__(self, *shape: int):
@@ -245,13 +276,12 @@ class Flatten(Bijection):
         "`(N, dims)` to `(N, *shape)`."
         return z.unflatten(1, self.shape)
 
-
+# %% ../nbs/02_affine_coupling.ipynb #05ecafab
 class Split(Bijection):
     "Multi-scale: one half of the channels goes on into `inner`, the other is done, and normalised by what the first says of it."
     def __init__(self, inner: Bijection, channels: int, side: int, width: int = 64):
         super().__init__()
-        check_even(channels)
-        self.inner, self.prior, self.shape = inner, HalfCoupling(channels, width), (channels // 2, side, side)
+        self.inner, self.prior, self.shape = inner, HalfCoupling(channels, width), (check_even(channels), side, side)
 
     def forward(self, x):
         "x `(N, C, H, W)` to z `(N, C·H·W)`: first the inner flow's, then the half that left here."
@@ -262,11 +292,27 @@ class Split(Bijection):
 
     def inverse(self, z):
         "z `(N, C·H·W)` to x `(N, C, H, W)`."
-        left = math.prod(self.shape)
-        a, b = self.inner.inverse(z[:, :-left]), z[:, -left:].unflatten(1, self.shape)
-        return self.prior.inverse(torch.cat([a, b], dim=1))
+        inner, left = z.tensor_split([-math.prod(self.shape)], dim=1)
+        return self.prior.inverse(torch.cat([self.inner.inverse(inner), left.unflatten(1, self.shape)], dim=1))
 
-# %% ../nbs/02_affine_coupling.ipynb #696414b4
+# %% ../nbs/02_affine_coupling.ipynb #4d2cfbbb
+def to_bits(
+    log_prob: Tensor,  # nats `(N,)`, of images scaled to [-1, 1]
+    dims: int,         # values an image
+) -> Tensor:           # `(N,)`
+    "Bits a dimension of 8-bit images: −log p/(dims·ln 2) + 7, where 7 = log₂ 128 undoes the scaling of a bin to width 1/128."
+    return -log_prob / (dims * math.log(2)) + 7
+
+# %% ../nbs/02_affine_coupling.ipynb #f546f767
+def check_range(
+    x: Tensor,  # pixels, any shape
+):
+    "Refuse pixel values outside [-1, 1], and NaN."
+    low, high = x.min().item(), x.max().item()
+    if not (low >= -1 and high <= 1):
+        raise BitflowError(f"pixel values run from {low:.4g} to {high:.4g}, but must lie in [-1, 1]; scale the images (load_data does)")
+
+# %% ../nbs/02_affine_coupling.ipynb #93f361b3
 class Logit(Bijection):
     "Pixels in [-1, 1] to the whole line: logit(α + (1 − 2α)·(x + 1)/2) (RealNVP §4.1; α = 0.05 there)."
     def __init__(self, alpha: float = 0.05):
@@ -275,9 +321,7 @@ class Logit(Bijection):
 
     def forward(self, x):
         "Raises `BitflowError` for values outside [-1, 1], or NaN."
-        low, high = x.min().item(), x.max().item()
-        if not (low >= -1 and high <= 1):
-            raise BitflowError(f"pixel values run from {low:.4g} to {high:.4g}, but must lie in [-1, 1]; scale the images (load_data does)")
+        check_range(x)
         p = self.alpha + (1 - 2 * self.alpha) * (x + 1) / 2
         slope = math.log((1 - 2 * self.alpha) / 2) - p.log() - (-p).log1p()
         return p.logit(), slope.flatten(1).sum(dim=1)
@@ -286,15 +330,13 @@ class Logit(Bijection):
         "Any z to pixels; a little beyond [-1, 1] is possible."
         return 2 * (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha) - 1
 
-# %% ../nbs/02_affine_coupling.ipynb #a49efbe4
+# %% ../nbs/02_affine_coupling.ipynb #0adfef21
 def nice_layers(cfg) -> Bijection:
-    "Four additive couplings on the flat image, every other pixel in turn, then a learned scale a pixel (NICE)."
-    shape = (cfg.channels, cfg.image_size, cfg.image_size)
-    dims = math.prod(shape)
-    couplings = [AdditiveCoupling(every_other(dims, parity=i % 2), mlp(dims, dims, cfg.width)) for i in range(cfg.steps)]
-    return Compose(Flatten(*shape), *couplings, Affine(dims))
+    "Additive couplings on the flat image, every other pixel in turn, then a learned scale a pixel (NICE)."
+    couplings = [AdditiveCoupling(every_other(cfg.dims, parity=i % 2), mlp(cfg.dims, cfg.dims, cfg.width)) for i in range(cfg.steps)]
+    return Compose(Flatten(*cfg.shape), *couplings, Affine(cfg.dims))
 
-
+# %% ../nbs/02_affine_coupling.ipynb #099a1f94
 def realnvp_level(channels, side, cfg) -> list:
     "Checkerboard couplings, a squeeze, channel couplings; ActNorm stands where the paper has batch norm."
     layers = []
@@ -305,7 +347,7 @@ def realnvp_level(channels, side, cfg) -> list:
         layers += [AffineCoupling(half_of(4 * channels, parity=i % 2), conv_net(4 * channels, 8 * channels, cfg.width)), ActNorm(4 * channels)]
     return layers
 
-
+# %% ../nbs/02_affine_coupling.ipynb #8cc96375
 def glow_level(channels, side, cfg) -> list:
     "A squeeze, then steps of ActNorm, 1×1 convolution and coupling (Glow)."
     steps = [(ActNorm(4 * channels), Invertible1x1(4 * channels), HalfCoupling(4 * channels, cfg.width)) for _ in range(cfg.steps)]
@@ -330,9 +372,33 @@ KINDS = {"nice": nice_layers,
          "realnvp": lambda cfg: multi_scale(realnvp_level, cfg, cfg.channels, cfg.image_size, cfg.levels),
          "glow": lambda cfg: multi_scale(glow_level, cfg, cfg.channels, cfg.image_size, cfg.levels)}
 
+# %% ../nbs/02_affine_coupling.ipynb #cfb8e259
+class ImageShape:
+    "What follows from a config's `channels` and `image_size`."
+    @property
+    def shape(self):
+        "(C, H, W) of an image."
+        return self.channels, self.image_size, self.image_size
 
+    @property
+    def dims(self):
+        "Values an image, C·H·W."
+        return math.prod(self.shape)
+
+# %% ../nbs/02_affine_coupling.ipynb #81a4136c
+def check_coupling(cfg):
+    "Refuse a kind that does not exist, sizes below 1 and an α that leaves nothing."
+    if cfg.kind not in KINDS:
+        raise BitflowError(f"unknown kind of coupling flow {cfg.kind!r}; choose {', '.join(KINDS)}")
+    for name in ("image_size", "channels", "num_classes", "levels", "steps", "width"):
+        if getattr(cfg, name) < 1:
+            raise BitflowError(f"{name} is {getattr(cfg, name)}; it must be at least 1")
+    if not 0 < cfg.alpha < 0.5:
+        raise BitflowError(f"alpha is {cfg.alpha}; it must lie between 0 and 0.5")
+
+# %% ../nbs/02_affine_coupling.ipynb #a6d9bb33
 @dataclass(frozen=True)
-class CouplingConfig:
+class CouplingConfig(ImageShape):
     "The shape of a coupling flow over images."
     kind: str = "glow"     # "nice", "realnvp" or "glow"
     image_size: int = 28   # pixels a side
@@ -343,23 +409,12 @@ class CouplingConfig:
     width: int = 128       # hidden channels of a coupling's network
     alpha: float = 0.05    # of the logit that pixels go through first
 
-    @property
-    def dims(self):
-        "Values an image, C·H·W."
-        return self.channels * self.image_size ** 2
-
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise BitflowError(f"unknown kind of coupling flow {self.kind!r}; choose {', '.join(KINDS)}")
-        for name in ("image_size", "channels", "num_classes", "levels", "steps", "width"):
-            if getattr(self, name) < 1:
-                raise BitflowError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.alpha < 0.5:
-            raise BitflowError(f"alpha is {self.alpha}; it must lie between 0 and 0.5")
+        check_coupling(self)
 
-# %% ../nbs/02_affine_coupling.ipynb #cfb8e259
-class CouplingFlow(Bijection):
-    "NICE, RealNVP or Glow: images in [-1, 1] to flat noise, and their density."
+# %% ../nbs/02_affine_coupling.ipynb #7995efae
+class CouplingLayers(nn.Module):
+    "What a coupling flow is made of: the logit, the layers of its kind, and the noise's density."
     Config = CouplingConfig
 
     def __init__(self, cfg: CouplingConfig):
@@ -368,12 +423,18 @@ class CouplingFlow(Bijection):
         self.to_line, self.layers = Logit(cfg.alpha), KINDS[cfg.kind](cfg)
         self.to(memory_format=torch.channels_last)  # convolutions on a CPU are a third faster so
 
+    def check_input(self, x):
+        "x itself. Raises `BitflowError` for images `(N, C, H, W)` of another size than the config's."
+        if x.shape[1:] != self.cfg.shape:
+            raise BitflowError(f"this flow was built for images (N, {', '.join(map(str, self.cfg.shape))}) and got {tuple(x.shape)}; resize the images")
+        return x
+
+# %% ../nbs/02_affine_coupling.ipynb #617845a9
+class CouplingFlow(CouplingLayers, Bijection):
+    "NICE, RealNVP or Glow: images in [-1, 1] to flat noise, and their density."
     def forward(self, x):
         "Images `(N, C, H, W)` to z `(N, C·H·W)` and log|det| `(N,)`."
-        wanted = (self.cfg.channels, self.cfg.image_size, self.cfg.image_size)
-        if x.shape[1:] != wanted:
-            raise BitflowError(f"this flow was built for images (N, {', '.join(map(str, wanted))}) and got {tuple(x.shape)}; resize the images")
-        y, first = self.to_line(x)
+        y, first = self.to_line(self.check_input(x))
         z, logdet = self.layers(y)
         return z, first + logdet
 
@@ -387,22 +448,21 @@ class CouplingFlow(Bijection):
         z, logdet = self(x)
         return self.base.log_prob(z) + logdet
 
-# %% ../nbs/02_affine_coupling.ipynb #81a4136c
-def to_bits(
-    log_prob: Tensor,  # nats `(N,)`, of images scaled to [-1, 1]
-    dims: int,         # values an image
-) -> Tensor:           # `(N,)`
-    "Bits a dimension of 8-bit images: −log p/(dims·ln 2) + 7, where 7 = log₂ 128 undoes the scaling of a bin to width 1/128."
-    return -log_prob / (dims * math.log(2)) + 7
-
-
+# %% ../nbs/02_affine_coupling.ipynb #b5d4177b
 def uniform_noise_loss(model, x, c, generator):
     "Maximum likelihood under uniform dequantisation, in bits/dim; a loss for `train`. x holds the middles of the bins."
     u = torch.rand(x.shape, generator=generator, device=x.device) * (1 - 2 ** -16) - 0.5
     return to_bits(model.log_prob(x + u / 128, c), x[0].numel()).mean(), {}
 
-# %% ../nbs/02_affine_coupling.ipynb #a6d9bb33
+# %% ../nbs/02_affine_coupling.ipynb #7bfdb62c
 @torch.no_grad()
+def batch_bits(model, pixels: Tensor, c: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    "Bits/dim `(N,)` of a batch of 8-bit images: −log of the mean density over `draws` points of each image's bin."
+    device = next(model.parameters()).device
+    nats = torch.stack([model.log_prob(dequantize(pixels, generator).to(device), c.to(device)).cpu() for _ in range(draws)])
+    return to_bits(nats.logsumexp(dim=0) - math.log(draws), pixels[0].numel())
+
+# %% ../nbs/02_affine_coupling.ipynb #99b1823e
 def bits_per_dim(
     model,                  # has `log_prob(x, c)`: a `CouplingFlow`, a `TARFlow`
     data: Images,           # images as pixels
@@ -414,18 +474,7 @@ def bits_per_dim(
     "Bits/dim of 8-bit images under uniform dequantisation: an upper bound, −log of the mean density over `draws` points of each bin."
     if draws < 1:
         raise BitflowError(f"draws is {draws}; at least one draw of noise is needed")
-    device, generator, bpd = next(model.parameters()).device, torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
     c = data.labels if conditional else -torch.ones_like(data.labels)
-    for pixels, part in zip(data.pixels.split(batch_size), c.split(batch_size)):
-        nats = torch.stack([model.log_prob(dequantize(pixels, generator).to(device), part.to(device)).cpu() for _ in range(draws)])
-        bpd.append(to_bits(nats.logsumexp(dim=0) - math.log(draws), pixels[0].numel()))
-    return torch.cat(bpd)
-
-# %% ../nbs/02_affine_coupling.ipynb #36290062
-def realnvp_points(
-    dims: int = 2,      # of a point
-    layers: int = 8,    # couplings
-    width: int = 64,    # of their networks
-) -> Compose:
-    "RealNVP for points: affine couplings that pass every other dimension in turn."
-    return Compose(*(AffineCoupling(every_other(dims, parity=i % 2), mlp(dims, 2 * dims, width)) for i in range(layers)))
+    batches = zip(data.pixels.split(batch_size), c.split(batch_size))
+    return torch.cat([batch_bits(model, pixels, part, draws, generator) for pixels, part in batches])

@@ -39,7 +39,7 @@ def invert_block(
     cache, x = block.transformer.empty_cache(len(y)), [y[:, :1]]
     for t in range(1, y.shape[1]):
         h, cache = block.transformer.step(block.proj_in(x[-1]) + offset[:, t - 1:t], cache, block.flip)
-        alpha, mu = block.proj_out(h).chunk(2, dim=-1)
+        alpha, mu = block.read_out(h, y.dtype)
         x.append(y[:, t:t + 1] * alpha.exp() + mu)
     return block.order(torch.cat(x, dim=1))
 

@@ -2,8 +2,8 @@
 
 # %% ../nbs/07_tarflow.ipynb #58d9fbee
 from __future__ import annotations
-import math
-from dataclasses import dataclass, field
+import math, re
+from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -13,8 +13,9 @@ from .data import BitflowError, add_noise, patchify
 from .transformer import Transformer, TransformerConfig
 
 # %% auto #0
-__all__ = ['TokenGeometry', 'TARFlowConfig', 'check_geometry', 'ClassEmbedding', 'BlockParts', 'FlowBlock', 'Trajectory',
-           'check_input', 'TARFlow', 'log_prob', 'nll_per_dim', 'forward_loss']
+__all__ = ['TokenGeometry', 'TARFlowConfig', 'check_geometry', 'ClassEmbedding', 'BlockParts', 'shifted', 'FlowBlock',
+           'Trajectory', 'check_input', 'block_config', 'TARFlow', 'log_prob', 'nll_per_dim', 'forward_loss',
+           'to_apple_name', 'apple_shapes', 'apple_config', 'check_apple', 'load_apple_state_dict', 'apple_state_dict']
 
 # %% ../nbs/07_tarflow.ipynb #a9a0c3a7
 class TokenGeometry:
@@ -40,6 +41,9 @@ class TARFlowConfig(TokenGeometry):
     num_blocks: int = 4      # B
     noise_std: float = 0.1   # σ of the noise augmentation; 0: uniform dequantisation instead, for likelihood
     logit_alpha: float = 0.0 # α of a logit that pixels go through first (chapter 02); 0: none, as published
+    clip: float = 0.0        # c: α and μ are clipped to [−c, c] (chapter 09); 0: not at all, as published
+    block_layers: tuple[int, ...] = ()  # layers of each block, near the data first (deep–shallow, chapter 09); empty: all alike
+    prior_var: bool = False  # keep a variance for every value of z, as published checkpoints do (`var`)
     embed_std: float = 0.3   # initial size of position and class embeddings (the published 0.01 learns labels late)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
     def __post_init__(self):
@@ -48,6 +52,10 @@ class TARFlowConfig(TokenGeometry):
             raise BitflowError(f"noise_std {self.noise_std} must not be negative and num_blocks {self.num_blocks} be at least 1")
         if not 0 <= self.logit_alpha < 0.5:
             raise BitflowError(f"logit_alpha is {self.logit_alpha}; it must lie in [0, 0.5), where 0 means no logit")
+        if not self.clip >= 0:
+            raise BitflowError(f"clip is {self.clip}; it must be 0 (none) or greater")
+        if self.block_layers and (len(self.block_layers) != self.num_blocks or min(self.block_layers) < 1):
+            raise BitflowError(f"block_layers {self.block_layers} must name at least 1 layer for each of the {self.num_blocks} blocks")
 
 # %% ../nbs/07_tarflow.ipynb #dbafb255
 def check_geometry(
@@ -75,7 +83,7 @@ class BlockParts(nn.Module):
     "What f_i is made of: embeddings, a causal transformer, a zero-initialised output, and the order in which it reads."
     def __init__(self, cfg: TARFlowConfig, flip: bool):
         super().__init__()
-        width, self.flip = cfg.transformer.width, flip
+        width, self.flip, self.clip = cfg.transformer.width, flip, cfg.clip
         self.proj_in = nn.Linear(cfg.token_dim, width)
         self.pos_embed = nn.Parameter(cfg.embed_std * torch.randn(cfg.num_tokens, width))
         self.class_embed = ClassEmbedding(cfg.num_classes, width, cfg.embed_std)
@@ -83,19 +91,30 @@ class BlockParts(nn.Module):
         self.proj_out = nn.Linear(width, 2 * cfg.token_dim)
         for parameter in self.proj_out.parameters():
             nn.init.zeros_(parameter)
+    def read_out(self, features, dtype):
+        "α and μ, each `(N, S, D)`, from the transformer's output `(N, S, width)`, clipped where the config says so."
+        out = self.proj_out(features).to(dtype)
+        return (out.clamp(-self.clip, self.clip) if self.clip else out).chunk(2, dim=-1)
+
     def order(self, tokens):
         "Raster order to the block's own order, or back: odd blocks read from the end. Tokens `(…, T, D)`."
         return tokens.flip(-2) if self.flip else tokens
 
 # %% ../nbs/07_tarflow.ipynb #f7e49f1b
+def shifted(
+    advice: Tensor,  # α or μ as the transformer puts them out, `(N, T, D)`
+) -> Tensor:         # `(N, T, D)`
+    "Moved on by one token: what was said at token t is for token t + 1, and the first token gets 0."
+    return torch.cat([torch.zeros_like(advice[:, :1]), advice[:, :-1]], dim=1)
+
+
 class FlowBlock(BlockParts):
     "f_i: one causal transformer that shifts and scales each token by what stands before it (arXiv 2412.06329; x^i → x^{i+1})."
     def parameters_of(self, x, c):
         "α and μ, each `(N, T, D)`, from tokens in the block's order: shifted by one, zero for the first token."
         h = self.proj_in(x) + self.order(self.pos_embed) + self.class_embed(c)
-        out = self.proj_out(self.transformer(h, self.flip)).to(x.dtype)
-        out = torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1)
-        return out.chunk(2, dim=-1)
+        alpha, mu = self.read_out(self.transformer(h, self.flip), x.dtype)
+        return shifted(alpha), shifted(mu)
 
     def forward(self, x, c):
         "x^i `(N, T, D)` and labels `(N,)` to x^{i+1}, and log|det ∂f_i/∂x^i| `(N,)`, summed over dimensions."
@@ -127,6 +146,12 @@ def check_input(
     return x
 
 # %% ../nbs/07_tarflow.ipynb #5f2fa887
+def block_config(cfg: TARFlowConfig, i: int) -> TARFlowConfig:
+    "The config of block i: the flow's, with the block's own number of layers."
+    layers = cfg.block_layers[i] if cfg.block_layers else cfg.transformer.num_layers
+    return replace(cfg, transformer=replace(cfg.transformer, num_layers=layers))
+
+
 class TARFlow(nn.Module):
     "F = f_{B−1} ∘ … ∘ f_0, data to noise (Zhai et al., arXiv 2412.06329)."
     Config = TARFlowConfig
@@ -134,7 +159,9 @@ class TARFlow(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.to_line = Compose(Logit(cfg.logit_alpha), ActNorm(cfg.channels)) if cfg.logit_alpha else Identity()
-        self.blocks = nn.ModuleList([FlowBlock(cfg, flip=i % 2 == 1) for i in range(cfg.num_blocks)])
+        self.blocks = nn.ModuleList([FlowBlock(block_config(cfg, i), flip=i % 2 == 1) for i in range(cfg.num_blocks)])
+        if cfg.prior_var:
+            self.register_buffer("var", torch.ones(cfg.num_tokens, cfg.token_dim))
 
     def forward(self, x, c):
         "Images `(N, C, H, W)` and labels `(N,)` (−1: none) to their `Trajectory`."
@@ -144,6 +171,10 @@ class TARFlow(nn.Module):
             state, block_logdet = block(states[-1], c)
             states, logdet = [*states, state], logdet + block_logdet
         return Trajectory(tuple(states), logdet)
+
+    def noise(self, z):
+        "Standard noise `(N, T, D)` to what sampling starts from: scaled where the prior has variances of its own."
+        return z * self.var.sqrt() if self.cfg.prior_var else z
 
     def log_prob(self, x, c):
         "log p(x | c), nats `(N,)`, of images `(N, C, H, W)`; label −1: log p(x)."
@@ -175,3 +206,74 @@ def forward_loss(
     "Stage 1: maximum likelihood on x̃ = x + σ ε."
     trajectory = model(add_noise(x, model.cfg.noise_std, generator), c)
     return nll_per_dim(trajectory), {"z_rms": trajectory.z.detach().square().mean().sqrt()}
+
+# %% ../nbs/07_tarflow.ipynb #b3cdcc02
+def to_apple_name(name: str) -> str:
+    "Our name of a parameter, as apple/ml-tarflow writes it."
+    return name.replace(".transformer.layers.", ".attn_blocks.").replace(".class_embed.weight", ".class_embed")
+
+
+def apple_shapes(cfg: TARFlowConfig) -> dict:
+    "Published name → shape, of everything in a published checkpoint of this config but the masks."
+    with torch.device("meta"):
+        shapes = {to_apple_name(name): tuple(t.shape) for name, t in TARFlow(replace(cfg, prior_var=True)).state_dict().items()}
+    return shapes
+
+# %% ../nbs/07_tarflow.ipynb #ec7867b1
+def apple_config(
+    state: dict,         # a published state dict
+    channels: int = 3,   # C of the images
+    head_dim: int = 64,  # published: 64
+    noise_std: float = 0.07,  # σ it was trained with; not in the state dict
+) -> TARFlowConfig:
+    "The shape of a published checkpoint, read off its tensors. Raises `BitflowError` where a first block is missing or fits no square image."
+    try:
+        width, token_dim = state["blocks.0.proj_in.weight"].shape
+        num_tokens = len(state["blocks.0.pos_embed"])
+    except KeyError as e:
+        raise BitflowError(f"{e} is missing: this is no TARFlow state dict; give the one inside a checkpoint of apple/ml-tarflow") from None
+    count = lambda pattern: len({m.group(1) for m in map(re.compile(pattern).match, state) if m})
+    patch, side = math.isqrt(token_dim // channels), math.isqrt(num_tokens)
+    if channels * patch ** 2 != token_dim or side ** 2 != num_tokens:
+        raise BitflowError(f"{num_tokens} tokens of {token_dim} values are no square image with {channels} channels; give its channels")
+    embed, var = state.get("blocks.0.class_embed"), state.get("var")
+    return TARFlowConfig(side * patch, channels, patch, 1 if embed is None else len(embed), count(r"blocks\.(\d+)\."), noise_std,
+                         prior_var=var is not None and bool((var != 1).any()),
+                         transformer=TransformerConfig(width, count(r"blocks\.0\.attn_blocks\.(\d+)\."), head_dim))
+
+# %% ../nbs/07_tarflow.ipynb #1ddafda3
+def check_apple(state: dict, cfg: TARFlowConfig):
+    "Refuse a published state dict that does not fit, listing every name that is missing, not known, or of another shape."
+    wanted = apple_shapes(cfg)
+    found = {name: tuple(t.shape) for name, t in state.items() if not name.endswith("attn_mask")}
+    wanted = {name: shape for name, shape in wanted.items() if name in found or not (name == "var" or name.endswith("class_embed") and cfg.num_classes == 1)}
+    wrong = [f"missing {name}" for name in wanted if name not in found] + [f"not known {name}" for name in found if name not in wanted]
+    wrong += [f"{name} is {found[name]}, not {shape}" for name, shape in wanted.items() if name in found and found[name] != shape]
+    if wrong:
+        raise BitflowError("the state dict does not fit this TARFlow: " + "; ".join(sorted(wrong)))
+
+# %% ../nbs/07_tarflow.ipynb #a21e0e61
+def load_apple_state_dict(
+    state: dict,                 # published name → tensor
+    cfg: TARFlowConfig = None,   # default: `apple_config(state)`
+) -> TARFlow:                    # in evaluation mode
+    "A TARFlow with published weights (apple/ml-tarflow, `transformer_flow.Model`). Raises `BitflowError` listing all names that do not fit."
+    cfg = cfg or apple_config(state)
+    check_apple(state, cfg)
+    model = TARFlow(cfg)
+    own = {name: state[to_apple_name(name)].to(tensor.dtype) if to_apple_name(name) in state else torch.zeros_like(tensor)
+           for name, tensor in model.state_dict().items()}  # an unconditional model has no class embedding: zero is the same
+    model.load_state_dict(own)
+    return model.eval()
+
+
+def apple_state_dict(model: TARFlow) -> dict:
+    "A flow in the original architecture under the published names, masks and `var` included."
+    cfg = model.cfg
+    if cfg.clip or cfg.block_layers or cfg.logit_alpha or cfg.transformer != TransformerConfig(cfg.transformer.width, cfg.transformer.num_layers, cfg.transformer.head_dim):
+        raise BitflowError("the published code knows neither clipping, logits, deep–shallow blocks nor modern parts; only the original architecture can be written")
+    T, state = cfg.num_tokens, {to_apple_name(name): t.detach().clone() for name, t in model.state_dict().items()}
+    if cfg.num_classes == 1 and not any(t.any() for name, t in state.items() if name.endswith("class_embed")):
+        state = {name: t for name, t in state.items() if not name.endswith("class_embed")}  # it came without labels
+    masks = {f"blocks.{i}.attn_mask": torch.ones(T, T).tril() for i in range(cfg.num_blocks)}
+    return {"var": torch.ones(T, cfg.token_dim), **state, **masks}

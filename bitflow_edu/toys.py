@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from .data import BitflowError
 
+
+
 # %% auto #0
 __all__ = ['RING', 'TOYS', 'Toy', 'mixture_log_prob', 'draw_eight_gaussians', 'moons_at', 'draw_two_moons', 'two_moons_log_prob',
            'draw_checkerboard', 'checkerboard_log_prob', 'twist', 'arms', 'draw_pinwheel', 'pinwheel_log_prob']
@@ -68,13 +70,14 @@ def draw_checkerboard(n, generator):
     field = torch.randint(8, (n,), generator=generator)
     row = field // 2
     column = 2 * (field % 2) + row % 2
-    return torch.stack([column, row], dim=1) + torch.rand(n, 2, generator=generator) - 2
+    inside = torch.rand(n, 2, generator=generator).clamp(max=1 - 2 ** -22)  # nearer to 1, float32 would round it into the next field
+    return torch.stack([column, row], dim=1) + inside - 2
 
 def checkerboard_log_prob(x):
     "1/8 on the dark fields, nothing elsewhere."
     cell = (x + 2).floor()
     dark = ((cell >= 0) & (cell < 4)).all(dim=1) & ((cell[:, 0] + cell[:, 1]) % 2 == 0)
-    return torch.where(dark, -math.log(8.0), -math.inf).to(x.dtype)
+    return torch.full_like(x[:, 0], -math.log(8.0)).masked_fill(~dark, -math.inf)
 
 # %% ../nbs/toys.ipynb #10f6115f
 def twist(

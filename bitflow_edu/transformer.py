@@ -18,14 +18,17 @@ def attend(
     q: Tensor,     # queries `(N, heads, S, head_dim)`
     k: Tensor,     # keys `(N, heads, T, head_dim)`
     v: Tensor,     # values, the same shape as k
-    causal: bool,  # token t sees tokens ≤ t only (then S = T)
+    causal: bool,  # a token sees none after it; where S < T, the queries are the last S tokens
 ) -> Tensor:       # `(N, heads, S, head_dim)`
     "softmax(q kᵀ/√head_dim) v. PyTorch's fused kernel on accelerators; the plain equation on CPUs, where it trains faster in bfloat16."
+    S, T = q.shape[-2], k.shape[-2]
+    future = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S) if causal and S > 1 else None
     if q.device.type != "cpu":
-        return nnf.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        mask = None if future is None or S == T else ~future
+        return nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=future is not None and S == T)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    if future is not None:
+        scores = scores.masked_fill(future, float("-inf"))
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 # %% ../nbs/04_transformer.ipynb #30dd9a88
@@ -150,11 +153,11 @@ class Attention(HeadProjections):
         "All tokens at once, `(N, T, width)` to the same shape."
         return self.merge(attend(*self.heads(x, angles), self.causal))
 
-    def step(self, x, cache, layer, angles=None):
-        "The same for one token `(N, 1, width)`, looking back at what `cache` holds for `layer`."
+    def step(self, x, cache, layer, angles=None, temperature=1.0):
+        "The same for the next S tokens `(N, S, width)`, looking back at what `cache` holds for `layer`; temperature divides the scores."
         q, k, v = self.heads(x, angles)
         k, v = cache.extend(layer, k, v)
-        return self.merge(attend(q, k, v, causal=False))
+        return self.merge(attend(q / temperature, k, v, self.causal))
 
 # %% ../nbs/04_transformer.ipynb #231d40c3
 class Layer(nn.Module):
@@ -168,9 +171,9 @@ class Layer(nn.Module):
         x = x + self.attention(x, angles)
         return x + self.mlp(x)
 
-    def step(self, x, cache, layer, angles=None):
-        "One token `(N, 1, width)`; `layer` is this layer's number in `cache`."
-        x = x + self.attention.step(x, cache, layer, angles)
+    def step(self, x, cache, layer, angles=None, temperature=1.0):
+        "The next S tokens `(N, S, width)`; `layer` is this layer's number in `cache`."
+        x = x + self.attention.step(x, cache, layer, angles, temperature)
         return x + self.mlp(x)
 
 # %% ../nbs/04_transformer.ipynb #833f17ec
@@ -199,27 +202,27 @@ class KVCache:
     length: int = 0  # tokens seen
 
     def extend(self, layer, k, v):
-        "Write one token's k and v `(N, heads, 1, head_dim)` for `layer`; return all that this layer has seen. `BitflowError` when full."
-        if self.length >= self.k.shape[3]:
-            raise BitflowError(f"the KV cache holds {self.k.shape[3]} tokens and is full")
-        self.k[layer, :, :, self.length], self.v[layer, :, :, self.length] = k[:, :, 0], v[:, :, 0]
-        return self.k[layer, :, :, :self.length + 1], self.v[layer, :, :, :self.length + 1]
+        "Write k and v `(N, heads, S, head_dim)` of the next S tokens for `layer`; return all that this layer has seen. `BitflowError` when full."
+        end = self.length + k.shape[2]
+        if end > self.k.shape[3]:
+            raise BitflowError(f"the KV cache holds {self.k.shape[3]} tokens, {self.length} of them written: it is too full for {k.shape[2]} more")
+        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def advance(self):
-        "The cache after a whole step: the same memory, one token longer."
-        return KVCache(self.k, self.v, self.length + 1)
+    def advance(self, tokens: int = 1):
+        "The cache after a whole step: the same memory, so many tokens longer."
+        return KVCache(self.k, self.v, self.length + tokens)
 
 # %% ../nbs/04_transformer.ipynb #d16f5df3
 class Transformer(LayerStack):
     "A stack of layers over `side²` tokens of a square image; causal or bidirectional. A causal one can also go token by token."
-    def step(self, x, cache, flip=False):
-        "The next token alone, `(N, 1, width)`: returns its output and the longer cache."
-        t = cache.length
-        at = self.num_tokens - 1 - t if flip else t
-        angles = None if self.angles is None else self.angles[at:at + 1]
+    def step(self, x, cache, flip=False, temperature=1.0):
+        "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
+        angles = self.angles if self.angles is None or not flip else self.angles.flip(0)
+        angles = angles if angles is None else angles[cache.length:cache.length + x.shape[1]]
         for i, layer in enumerate(self.layers):
-            x = layer.step(x, cache, i, angles)
-        return x, cache.advance()
+            x = layer.step(x, cache, i, angles, temperature)
+        return x, cache.advance(x.shape[1])
 
     def empty_cache(self, batch: int) -> KVCache:
         "A cache for `batch` images, in the weights' type and device."
