@@ -456,8 +456,13 @@ def uniform_noise_loss(model, x, c, generator):
 
 # %% ../nbs/02_affine_coupling.ipynb #7bfdb62c
 @torch.no_grad()
-def batch_bits(model, pixels: Tensor, c: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    "Bits/dim `(N,)` of a batch of 8-bit images: −log of the mean density over `draws` points of each image's bin."
+def batch_bits(
+    model,                 # has `log_prob(x, c)`
+    pixels: Tensor,        # uint8 `(N, C, H, W)`
+    c: Tensor,             # labels `(N,)`, −1: none
+    draws: int, generator: torch.Generator,  # how many draws of noise an image, and where they come from
+) -> Tensor:               # bits/dim `(N,)`
+    "Bits/dim of a batch of 8-bit images: −log of the mean density over `draws` points of each image's bin."
     device = next(model.parameters()).device
     nats = torch.stack([model.log_prob(dequantize(pixels, generator).to(device), c.to(device)).cpu() for _ in range(draws)])
     return to_bits(nats.logsumexp(dim=0) - math.log(draws), pixels[0].numel())

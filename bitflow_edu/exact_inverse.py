@@ -2,14 +2,19 @@
 
 # %% ../nbs/08_exact_inverse.ipynb #656a0ce0
 from __future__ import annotations
+import warnings
+from dataclasses import dataclass
+from functools import partial
 import torch
 from torch import Tensor
 from .data import BitflowError, unpatchify
 from .tarflow import FlowBlock, TARFlow, log_prob
 
 # %% auto #0
-__all__ = ['invert_block_uncached', 'invert_block', 'exact_trajectory', 'exact_inverse', 'round_trip_error', 'serial_steps',
-           'score_denoise']
+__all__ = ['GUIDANCE', 'invert_block_uncached', 'linear', 'variance_aware', 'Guidance', 'Walk', 'start_walk', 'invert_block',
+           'check_noise', 'exact_trajectory', 'to_images', 'exact_inverse', 'round_trip_error', 'serial_steps',
+           'score_denoise', 'Convergence', 'check_iteration', 'solve_segment', 'invert_block_jacobi',
+           'jacobi_trajectory', 'jacobi_inverse']
 
 # %% ../nbs/08_exact_inverse.ipynb #7988bc3d
 @torch.no_grad()
@@ -26,46 +31,131 @@ def invert_block_uncached(
         x = torch.cat([x[:, :t], y[:, t:t + 1] * alpha[:, t:t + 1].exp() + mu[:, t:t + 1], y[:, t + 1:]], dim=1)
     return block.order(x)
 
+# %% ../nbs/08_exact_inverse.ipynb #046f97c6
+def linear(alpha, mu, alpha_u, mu_u, g):
+    "Past the advice with a label, away from that without: a + g·(a − a_u), for α and for μ (TARFlow)."
+    return alpha + g * (alpha - alpha_u), mu + g * (mu - mu_u)
+
+
+def variance_aware(alpha, mu, alpha_u, mu_u, w):
+    "STARFlow's rule (arXiv 2506.06276): what two Gaussians' densities make when one is divided by the other; σ = exp(α) can only shrink."
+    s = (2 * (alpha - alpha_u).clamp(max=0)).exp()
+    share = 1 + w - w * s
+    return alpha - 0.5 * share.log(), mu + w * s / share * (mu - mu_u)
+
+
+GUIDANCE = {"linear": linear, "annealed": linear, "variance-aware": variance_aware}
+
+# %% ../nbs/08_exact_inverse.ipynb #e198b8b8
+@dataclass(frozen=True)
+class Guidance:
+    "How far α and μ are pushed away from what they would be without a label."
+    scale: float = 1.0        # g, or w of the variance-aware rule; 0 changes nothing
+    kind: str = "linear"      # "linear", "annealed" (g·t/(T−1) at token t) or "variance-aware"
+    temperature: float = 1.0  # divides the attention scores of the branch without label; where there are no labels, this alone makes the difference
+
+    def __post_init__(self):
+        if self.kind not in GUIDANCE:
+            raise BitflowError(f"unknown kind of guidance {self.kind!r}; choose {', '.join(GUIDANCE)}")
+        if not (0 <= self.scale < float("inf") and 0 < self.temperature < float("inf")):
+            raise BitflowError(f"guidance scale {self.scale} must be at least 0, temperature {self.temperature} above 0")
+
+    def push(self, alpha, mu, place):
+        "α and μ of both branches, each `(2N, S, D)`, and how far along the tokens are `(S, 1)`, to the pushed α and μ `(N, S, D)`."
+        (a, a_u), (m, m_u) = alpha.chunk(2), mu.chunk(2)
+        return GUIDANCE[self.kind](a, m, a_u, m_u, self.scale * place if self.kind == "annealed" else self.scale)
+
 # %% ../nbs/08_exact_inverse.ipynb #5d99a1e4
+@dataclass(frozen=True)
+class Walk:
+    "What stays the same while a block is undone: its inputs' offsets, and how its advice is pushed."
+    block: FlowBlock
+    offset: Tensor           # position and class embeddings `(N or 2N, T, width)`, in the block's order
+    temperature: Tensor      # of each image's attention `(N or 2N, 1, 1, 1)`
+    guidance: Guidance = None
+
+    def advice(self, tokens, cache):
+        "α and μ for the S tokens that follow `tokens` `(N, S, D)`, each `(N, S, D)`, and the longer cache."
+        t, S, T = cache.length, tokens.shape[1], self.offset.shape[1]
+        h = self.block.proj_in(tokens if self.guidance is None else torch.cat([tokens, tokens])) + self.offset[:, t:t + S]
+        h, cache = self.block.transformer.step(h, cache, self.block.flip, self.temperature)
+        alpha, mu = self.block.read_out(h, tokens.dtype)
+        if self.guidance is not None:
+            alpha, mu = self.guidance.push(alpha, mu, torch.arange(t + 1, t + S + 1, device=h.device)[:, None] / (T - 1))
+        return alpha, mu, cache
+
+# %% ../nbs/08_exact_inverse.ipynb #80e07b74
+def start_walk(
+    block: FlowBlock,
+    c: Tensor,                  # labels `(N,)`, −1: none
+    guidance: Guidance = None,
+) -> tuple:                     # the walk, and an empty cache for it
+    "Get ready to undo a block. With guidance, both branches go in one batch: first with labels, then without."
+    labels, heat = c, torch.ones(len(c), device=c.device)
+    if guidance is not None:
+        labels, heat = torch.cat([c, -torch.ones_like(c)]), torch.cat([heat, heat * guidance.temperature])
+    offset = block.order(block.pos_embed) + block.class_embed(labels)
+    return Walk(block, offset, heat.to(offset.dtype)[:, None, None, None], guidance), block.transformer.empty_cache(len(labels))
+
+# %% ../nbs/08_exact_inverse.ipynb #58b58df0
 @torch.no_grad()
 def invert_block(
     block: FlowBlock,
-    y: Tensor,  # x^{i+1} `(N, T, D)`
-    c: Tensor,  # labels `(N,)`
-) -> Tensor:    # x^i `(N, T, D)`
+    y: Tensor,                  # x^{i+1} `(N, T, D)`
+    c: Tensor,                  # labels `(N,)`
+    guidance: Guidance = None,
+) -> Tensor:                    # x^i `(N, T, D)`
     "f_i⁻¹ with a KV cache: x_t = y_t·exp(α_t) + μ_t, where one new token a step is run through the transformer."
     y = block.order(y)
-    offset = block.order(block.pos_embed) + block.class_embed(c)
-    cache, x = block.transformer.empty_cache(len(y)), [y[:, :1]]
+    walk, cache = start_walk(block, c, guidance)
+    x = [y[:, :1]]
     for t in range(1, y.shape[1]):
-        h, cache = block.transformer.step(block.proj_in(x[-1]) + offset[:, t - 1:t], cache, block.flip)
-        alpha, mu = block.read_out(h, y.dtype)
+        alpha, mu, cache = walk.advice(x[-1], cache)
         x.append(y[:, t:t + 1] * alpha.exp() + mu)
     return block.order(torch.cat(x, dim=1))
 
 # %% ../nbs/08_exact_inverse.ipynb #46145d05
+def check_noise(model: TARFlow, z: Tensor, c: Tensor, guidance: Guidance | None):
+    "Refuse noise of another shape, and guidance where the model never saw a hidden label."
+    if z.shape[1:] != (model.cfg.num_tokens, model.cfg.token_dim):
+        raise BitflowError(f"noise of shape {tuple(z.shape)} does not fit: F takes (N, {model.cfg.num_tokens}, {model.cfg.token_dim})")
+    if guidance is not None and not model.cfg.label_dropout and bool((c >= 0).any()):
+        raise BitflowError("this F was trained without label dropout (label_dropout 0), so it does not know what an image without label looks like; "
+                           "train one with label dropout, or leave the guidance out")
+
+
 def exact_trajectory(
     model: TARFlow,
     z: Tensor,      # noise tokens `(N, T, D)`
     c: Tensor,      # labels `(N,)`, −1: none
     invert=invert_block,  # (block, y, c) → x: how one block is undone
+    guidance: Guidance = None,  # passed on to `invert` where given
 ) -> list[Tensor]:  # x^0 … x^B, each `(N, T, D)`
     "The whole way back: B blocks of T−1 serial steps."
-    if z.shape[1:] != (model.cfg.num_tokens, model.cfg.token_dim):
-        raise BitflowError(f"noise of shape {tuple(z.shape)} does not fit: F takes (N, {model.cfg.num_tokens}, {model.cfg.token_dim})")
+    check_noise(model, z, c, guidance)
+    invert = invert if guidance is None else partial(invert, guidance=guidance)
     states = [z]
     for block in reversed(model.blocks):
         states.append(invert(block, states[-1], c))
     return states[::-1]
 
 # %% ../nbs/08_exact_inverse.ipynb #ca6a06e1
+def to_images(
+    model: TARFlow,
+    tokens: Tensor,  # x^0 `(N, T, D)`
+) -> Tensor:         # `(N, C, H, W)`
+    "The start of a trajectory as images."
+    return model.to_line.inverse(unpatchify(tokens, model.cfg.patch_size, model.cfg.channels))
+
+
 def exact_inverse(
     model: TARFlow,
     z: Tensor,  # noise tokens `(N, T, D)`
     c: Tensor,  # labels `(N,)`, −1: none
+    guidance: Guidance = None,
 ) -> Tensor:    # noisy images x̃ `(N, C, H, W)`
-    "F⁻¹(z), exact but serial."
-    return model.to_line.inverse(unpatchify(exact_trajectory(model, z, c)[0], model.cfg.patch_size, model.cfg.channels))
+    "F⁻¹(z), exact but serial; with guidance, of the flow that it makes of F."
+    return to_images(model, exact_trajectory(model, z, c, guidance=guidance)[0])
 
 # %% ../nbs/08_exact_inverse.ipynb #a0154dbb
 @torch.no_grad()
@@ -95,3 +185,92 @@ def score_denoise(
         x = x.detach().requires_grad_(True)
         score, = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)
     return (x + model.cfg.noise_std ** 2 * score).detach()
+
+# %% ../nbs/08_exact_inverse.ipynb #d5754506
+@dataclass(frozen=True)
+class Convergence:
+    "How the fixed-point iteration of a block went."
+    iterations: tuple[int, ...]  # passes that each segment took
+    change: float                # largest change in a segment's last pass, in units of x
+    fell_back: bool = False      # it did not get there, and the block was undone token by token
+
+
+def check_iteration(tolerance, segments, max_iterations, T):
+    "Refuse what no iteration can use."
+    if not 0 <= tolerance < float("inf"):
+        raise BitflowError(f"tolerance is {tolerance}; it must not be negative (units of x; 0 goes on until nothing changes)")
+    if not 1 <= segments <= max(T - 1, 1):
+        raise BitflowError(f"{segments} segments do not fit {T} tokens; choose 1 (Jacobi) to {max(T - 1, 1)} (token by token)")
+    if max_iterations is not None and max_iterations < 1:
+        raise BitflowError(f"max_iterations is {max_iterations}; at least one pass is needed")
+
+# %% ../nbs/08_exact_inverse.ipynb #ea69f08e
+def solve_segment(
+    walk: Walk, cache,            # how to ask for α and μ; all tokens before the segment's are in the cache, but the last
+    before: Tensor,               # the last known token `(N, 1, D)`
+    y: Tensor, guess: Tensor,     # the segment's tokens of x^{i+1}, and a first guess of x^i, each `(N, S, D)`
+    tolerance: float,             # largest change of a pass that counts as none
+    max_iterations: int,          # S passes are always enough
+) -> tuple:                       # x^i `(N, S, D)`, the longer cache, passes, last change
+    "Jacobi: ask for all α and μ of the segment at the present guess, take what they give as the next guess, until it stays."
+    for i in range(1, max_iterations + 1):
+        alpha, mu, after = walk.advice(torch.cat([before, guess[:, :-1]], dim=1), cache)
+        new = y * alpha.exp() + mu
+        change = (new - guess).abs().max().item()
+        guess = new
+        if change <= tolerance or change != change:
+            break
+    return guess, after, i, change
+
+# %% ../nbs/08_exact_inverse.ipynb #17728643
+@torch.no_grad()
+def invert_block_jacobi(
+    block: FlowBlock,
+    y: Tensor,                  # x^{i+1} `(N, T, D)`
+    c: Tensor,                  # labels `(N,)`
+    tolerance: float = 1e-4,    # largest change of a pass that counts as none, in units of x
+    segments: int = 1,          # 1: Jacobi; more: Gauss–Seidel–Jacobi, one segment after the other; T − 1: token by token
+    max_iterations: int = None, # passes a segment may take; default as many as it has tokens, which is always enough
+    start: Tensor = None,       # first guess of x^i `(N, T, D)`; default y
+    guidance: Guidance = None,
+) -> tuple:                     # x^i `(N, T, D)`, and its `Convergence`
+    "f_i⁻¹ as a fixed point of x = y·exp(α(x)) + μ(x) (arXiv 2505.12849). Falls back to the exact walk, with a warning, where it does not converge."
+    T = y.shape[1]
+    check_iteration(tolerance, segments, max_iterations, T)
+    y, guess = block.order(y), block.order(y if start is None else start)
+    walk, cache = start_walk(block, c, guidance)
+    x, passes, changes, edges = [y[:, :1]], [], [0.0], [1 + (T - 1) * s // segments for s in range(segments + 1)]
+    for a, b in zip(edges[:-1], edges[1:]) if T > 1 else ():
+        limit = b - a if max_iterations is None else min(max_iterations, b - a)
+        part, cache, i, change = solve_segment(walk, cache, x[-1][:, -1:], y[:, a:b], guess[:, a:b], tolerance, limit)
+        x, passes, changes = [*x, part], [*passes, i], [*changes, change]
+        if not change <= tolerance and limit < b - a or change != change:
+            warnings.warn(f"Jacobi did not converge (change {change:.3g} after {i} passes, tolerance {tolerance:g}); undoing the block token by token", stacklevel=2)
+            return invert_block(block, block.order(y), c, guidance), Convergence(tuple(passes), change, fell_back=True)
+    return block.order(torch.cat(x, dim=1)), Convergence(tuple(passes), max(changes))
+
+# %% ../nbs/08_exact_inverse.ipynb #6ba162ea
+def jacobi_trajectory(
+    model: TARFlow,
+    z: Tensor,                # noise tokens `(N, T, D)`
+    c: Tensor,                # labels `(N,)`, −1: none
+    tolerance: float = 1e-4,  # as in `invert_block_jacobi`
+    segments=1,               # for every block, or one number a block, near the data first
+    starts: list = None,      # guesses of x^0 … x^{B−1}: a warm start
+    guidance: Guidance = None,
+) -> tuple:                   # x^0 … x^B, each `(N, T, D)`, and a `Convergence` for each block
+    "The whole way back by fixed-point iteration."
+    check_noise(model, z, c, guidance)
+    counts = [segments] * model.cfg.num_blocks if isinstance(segments, int) else list(segments)
+    if len(counts) != model.cfg.num_blocks:
+        raise BitflowError(f"{len(counts)} numbers of segments for {model.cfg.num_blocks} blocks; give one number, or one for each block")
+    states, found = [z], []
+    for i in reversed(range(model.cfg.num_blocks)):
+        x, how = invert_block_jacobi(model.blocks[i], states[-1], c, tolerance, counts[i], start=starts and starts[i], guidance=guidance)
+        states, found = [*states, x], [how, *found]
+    return states[::-1], found
+
+
+def jacobi_inverse(model: TARFlow, z: Tensor, c: Tensor, tolerance: float = 1e-4, segments=1, guidance: Guidance = None) -> Tensor:
+    "F⁻¹(z) `(N, C, H, W)` by fixed-point iteration, to a tolerance a block."
+    return to_images(model, jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)[0][0])

@@ -3,7 +3,7 @@
 # %% ../nbs/pipeline.ipynb #d08963ca
 from __future__ import annotations
 import dataclasses, json, math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -67,7 +67,7 @@ def noise_for(cfg, n: int, seed: int = 0, device: str = "cpu", temperature: floa
 
 def undo(model: TARFlow | CouplingFlow, z: Tensor, c: Tensor) -> Tensor:
     "F⁻¹(z), exactly: images `(N, C, H, W)`."
-    return model.inverse(z) if isinstance(model, CouplingFlow) else exact_inverse(model, z, c)
+    return model.inverse(z) if isinstance(model, CouplingFlow) else exact_inverse(model, model.noise(z), c)
 
 # %% ../nbs/pipeline.ipynb #031992cf
 def sample_grid(model: nn.Module, sample, n: int = 40) -> np.ndarray:
@@ -85,7 +85,8 @@ def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
 def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu", resume: bool = False) -> nn.Module:
     "Stage 1: F by maximum likelihood on noisy images."
     cfg = preset.train_forward
-    model = build(FLOWS[type(preset.forward)], preset.forward, cfg.seed, device)
+    forward = preset.forward if isinstance(preset.forward, CouplingConfig) else replace(preset.forward, label_dropout=cfg.label_dropout)
+    model = build(FLOWS[type(forward)], forward, cfg.seed, device)
     return train(model, stage_one_loss(preset.forward), data, cfg, folder, resume,
                  partial(sample_grid, sample=undo), {"preset": preset.name, "stage": "forward"})
 

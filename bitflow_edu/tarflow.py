@@ -41,6 +41,7 @@ class TARFlowConfig(TokenGeometry):
     num_blocks: int = 4      # B
     noise_std: float = 0.1   # σ of the noise augmentation; 0: uniform dequantisation instead, for likelihood
     logit_alpha: float = 0.0 # α of a logit that pixels go through first (chapter 02); 0: none, as published
+    label_dropout: float = 0.1  # share of labels hidden in training; 0: label −1 means nothing to it
     clip: float = 0.0        # c: α and μ are clipped to [−c, c] (chapter 09); 0: not at all, as published
     block_layers: tuple[int, ...] = ()  # layers of each block, near the data first (deep–shallow, chapter 09); empty: all alike
     prior_var: bool = False  # keep a variance for every value of z, as published checkpoints do (`var`)

@@ -1,0 +1,134 @@
+"""Guidance and fixed-point iteration against the plain token-by-token inverse."""
+import warnings
+
+import pytest
+import torch
+from conftest import small_flow
+from dataclasses import replace
+from hypothesis import given, settings, strategies as st
+
+from bitflow_edu.data import BitflowError, asset
+from bitflow_edu.exact_inverse import (GUIDANCE, Guidance, exact_inverse, exact_trajectory, invert_block, invert_block_jacobi, jacobi_inverse,
+                                       jacobi_trajectory)
+from bitflow_edu.reverse_model import sample_noise
+from bitflow_edu.tarflow import TARFlow
+from bitflow_edu.training import load_model
+
+
+@torch.no_grad()
+def guided_plainly(block, y, c, guidance):
+    """The rule token by token, each branch by a whole pass of the block, nothing cached; temperature 1 only."""
+    y, T = block.order(y), y.shape[1]
+    x = y.clone()
+    for t in range(1, T):
+        (a, m), (a_u, m_u) = (block.parameters_of(x, labels) for labels in (c, torch.full_like(c, -1)))
+        g = guidance.scale * (t / (T - 1) if guidance.kind == "annealed" else 1)
+        if guidance.kind == "variance-aware":
+            ratio = torch.minimum((a - a_u).exp(), torch.tensor(1.0)) ** 2
+            sigma = a.exp() / (1 + g - g * ratio) ** 0.5
+            shift = m + g * ratio / (1 + g - g * ratio) * (m - m_u)
+        else:
+            sigma, shift = (a + g * (a - a_u)).exp(), m + g * (m - m_u)
+        x[:, t] = (y * sigma + shift)[:, t]
+    return block.order(x)
+
+
+@pytest.mark.parametrize("kind", GUIDANCE)
+@pytest.mark.parametrize("flip", [0, 1])
+def test_guidance_is_its_equation(kind, flip):
+    block, guidance = small_flow(dtype=torch.float64).blocks[flip], Guidance(1.5, kind)
+    y, c = torch.randn(3, 9, 4, dtype=torch.float64), torch.tensor([0, 2, 1])
+    torch.testing.assert_close(invert_block(block, y, c, guidance), guided_plainly(block, y, c, guidance))
+
+
+def test_no_push_changes_nothing():
+    flow, z, c = small_flow(), torch.randn(2, 9, 4), torch.tensor([0, 2])
+    for kind in GUIDANCE:
+        torch.testing.assert_close(exact_inverse(flow, z, c, Guidance(0.0, kind)), exact_inverse(flow, z, c))
+    torch.testing.assert_close(exact_inverse(flow, z, -torch.ones_like(c), Guidance(2.0)), exact_inverse(flow, z, -torch.ones_like(c)))
+
+
+def test_temperature_alone_pushes_where_there_are_no_labels():
+    flow, z, c = small_flow(), torch.randn(2, 9, 4), torch.tensor([-1, -1])
+    hot = exact_inverse(flow, z, c, Guidance(1.0, temperature=2.0))
+    assert (hot - exact_inverse(flow, z, c)).abs().max() > 1e-3
+
+
+def test_temperature_divides_the_scores():
+    """Queries divided by τ are the same as a head scale divided by τ."""
+    from bitflow_edu.transformer import attend
+    q, k, v = torch.randn(3, 1, 2, 5, 4).unbind()
+    scores = (q @ k.mT) / 2 / 3
+    expected = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(attend(q / 3, k, v, causal=True), expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(side=st.integers(1, 4), patch=st.integers(1, 2), modern=st.booleans(), segments=st.integers(1, 15), seed=st.integers(0, 1000), guided=st.booleans())
+def test_every_number_of_segments_gives_the_exact_inverse(side, patch, modern, segments, seed, guided):
+    flow = small_flow(side, patch, modern=modern, seed=seed, dtype=torch.float64)
+    T, guidance = side * side, Guidance(1.0, "annealed") if guided else None
+    z = torch.randn(2, T, patch ** 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    c = torch.tensor([0, 2])
+    states, found = jacobi_trajectory(flow, z, c, tolerance=0.0, segments=min(segments, max(T - 1, 1)), guidance=guidance)
+    for a, b in zip(states, exact_trajectory(flow, z, c, guidance=guidance)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert not any(how.fell_back for how in found)
+
+
+def test_trained_weights_converge_before_the_last_token_is_reached():
+    F = load_model(asset("mnist-mini/forward"), TARFlow)
+    z, c = F.noise(sample_noise(F.cfg, 20)), torch.arange(20) % 10
+    states, found = jacobi_trajectory(F, z, c, tolerance=1e-4)
+    assert (states[0] - exact_trajectory(F, z, c)[0]).abs().max() < 1e-3
+    assert min(sum(how.iterations) for how in found) < 15 and len(found) == 4
+    torch.testing.assert_close(jacobi_inverse(F, z, c, 1e-6), exact_inverse(F, z, c), rtol=0, atol=1e-4)
+
+
+def test_a_warm_start_saves_passes():
+    F = load_model(asset("mnist-mini/forward"), TARFlow)
+    z, c = sample_noise(F.cfg, 4), torch.arange(4)
+    exact = exact_trajectory(F, z, c)
+    cold, warm = (sum(sum(how.iterations) for how in jacobi_trajectory(F, z, c, 1e-4, starts=starts)[1]) for starts in (None, exact))
+    assert warm == 4 < cold
+
+
+def test_where_it_does_not_converge_it_says_so_and_is_exact():
+    flow = small_flow(side=4)
+    y, c = torch.randn(2, 16, 4), torch.tensor([0, 1])
+    with pytest.warns(UserWarning, match="did not converge"):
+        x, how = invert_block_jacobi(flow.blocks[1], y, c, tolerance=0.0, max_iterations=2)
+    assert how.fell_back and torch.equal(x, invert_block(flow.blocks[1], y, c))
+    wild = small_flow(side=4)
+    wild.blocks[0].proj_out.bias.data.fill_(60.0)
+    with pytest.warns(UserWarning, match="did not converge"):
+        _, how = invert_block_jacobi(wild.blocks[0], 1e30 * torch.randn(2, 16, 4), c)
+    assert how.fell_back
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        invert_block_jacobi(flow.blocks[0], y, c, tolerance=0.0)
+
+
+@pytest.mark.parametrize("make,word", [
+    (lambda f, z, c: Guidance(kind="strong"), "strong"),
+    (lambda f, z, c: Guidance(-1.0), "-1"),
+    (lambda f, z, c: Guidance(temperature=0.0), "temperature 0"),
+    (lambda f, z, c: jacobi_inverse(f, z, c, tolerance=-1e-4), "tolerance is -0.0001"),
+    (lambda f, z, c: jacobi_inverse(f, z, c, segments=0), "0 segments"),
+    (lambda f, z, c: jacobi_inverse(f, z, c, segments=9), "9 segments"),
+    (lambda f, z, c: jacobi_inverse(f, z, c, segments=(1, 2)), "3 blocks"),
+    (lambda f, z, c: jacobi_inverse(f, z[:, :5], c), "does not fit"),
+    (lambda f, z, c: invert_block_jacobi(f.blocks[0], z, c, max_iterations=0), "max_iterations is 0"),
+])
+def test_bad_input(make, word):
+    with pytest.raises(BitflowError, match=word):
+        make(small_flow(), torch.randn(2, 9, 4), torch.tensor([0, 1]))
+
+
+def test_guidance_needs_label_dropout():
+    flow = small_flow()
+    flow.cfg = replace(flow.cfg, label_dropout=0.0)
+    z = torch.randn(2, 9, 4)
+    with pytest.raises(BitflowError, match="without label dropout"):
+        exact_inverse(flow, z, torch.tensor([0, 1]), Guidance(1.0))
+    exact_inverse(flow, z, torch.tensor([-1, -1]), Guidance(1.0, temperature=2.0))
