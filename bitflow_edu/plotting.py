@@ -9,8 +9,8 @@ from torch import Tensor
 from .data import to_pixels, unpatchify
 
 # %% auto #0
-__all__ = ['PALETTE', 'image_grid', 'frame_grid', 'show_images', 'stretch', 'plot_trajectory', 'plot_curves', 'plane',
-           'plot_density', 'plot_grid_warp', 'plot_matrix']
+__all__ = ['PALETTE', 'image_grid', 'frame_grid', 'show_images', 'stretch', 'plot_trajectory', 'plot_curves', 'plot_histogram',
+           'plane', 'plot_density', 'plot_points', 'plot_grid_warp', 'plot_matrix', 'plot_mask']
 
 # %% ../nbs/plotting.ipynb #1a807260
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, colour-blind safe
@@ -97,6 +97,26 @@ def plot_curves(
     if len(curves) > 1: ax.legend(frameon=False)
     return ax
 
+# %% ../nbs/plotting.ipynb #60e959c2
+def plot_histogram(
+    samples: dict,        # name → values, any shape
+    curves: dict = {},    # name → (x values, densities), drawn as lines
+    limits: tuple = None, # of the horizontal axis and of the bins
+    title: str = "",      # above the picture
+    xlabel: str = "x",    # horizontal axis
+    ax=None,              # axes to draw on; default a new figure
+    bins: int = 80,       # of each histogram
+):                        # the axes
+    "Draw histograms of area 1, a single one in grey, and curves over them."
+    ax = ax or plt.subplots(figsize=(4, 2.8), layout="constrained")[1]
+    for (name, values), color in zip(samples.items(), ("lightgrey",) if len(samples) == 1 else PALETTE):
+        ax.hist(np.asarray(values).ravel(), bins=bins, range=limits, density=True, color=color, alpha=0.7 if len(samples) > 1 else 1, label=name)
+    for (name, (x, y)), color in zip(curves.items(), PALETTE):
+        ax.plot(np.ravel(x), np.ravel(y), color=color, label=name)
+    ax.set(title=title, xlabel=xlabel, ylabel="density", xlim=limits)
+    if len(samples) + len(curves) > 1: ax.legend(frameon=False, fontsize=8)
+    return ax
+
 # %% ../nbs/plotting.ipynb #47f0ff6b
 def plane(
     limit: float,     # from −limit to limit on both axes
@@ -123,6 +143,25 @@ def plot_density(
     if points is not None:
         ax.scatter(*points.cpu().T, s=1.5, color=PALETTE[1], alpha=0.5, linewidths=0)
     ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(-limit, limit), ylim=(-limit, limit))
+    return ax
+
+# %% ../nbs/plotting.ipynb #d815218d
+def plot_points(
+    points: Tensor,       # `(N, 2)`
+    color=PALETTE[0],     # a colour for all; numbers `(N,)` for a scale; whole numbers for the palette
+    limit: float = None,  # the plane is drawn from −limit to limit; default what fits
+    title: str = "",      # above the picture
+    ax=None,              # axes to draw on; default a new figure
+):                        # the axes
+    "Draw points of the plane."
+    ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
+    color = color.cpu() if isinstance(color, Tensor) else color
+    if isinstance(color, Tensor) and not color.is_floating_point():
+        color = [PALETTE[int(c) % len(PALETTE)] for c in color]
+    ax.scatter(*points.detach().cpu().T, c=color, cmap="cividis", s=2, linewidths=0)
+    ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$")
+    if limit is None: ax.set_aspect("equal", adjustable="datalim")
+    else: ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     return ax
 
 # %% ../nbs/plotting.ipynb #fee5b5e3
@@ -158,3 +197,16 @@ def plot_matrix(
     image = ax.imshow(np.ma.log10(np.ma.masked_equal(size, 0)), cmap="viridis_r", interpolation="nearest", vmin=np.log10(size.max() + 1e-30) - 3, vmax=np.log10(size.max() + 1e-30))
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return image
+
+# %% ../nbs/plotting.ipynb #8303ff02
+def plot_mask(
+    mask: Tensor,        # zeros and ones `(rows, columns)`
+    title: str = "",     # above the picture
+    xlabel: str = "column", ylabel: str = "row",  # the axes
+    ax=None,             # axes to draw on; default a new figure
+):                       # the axes
+    "Draw a mask: 1 is bright, 0 is dark."
+    ax = ax or plt.subplots(figsize=(2.4, 2.4), layout="constrained")[1]
+    ax.imshow(mask.cpu(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return ax

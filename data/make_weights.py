@@ -1,28 +1,36 @@
 #!/usr/bin/env python3
-"""Copy the trained models of a demo into mnist-mini/, in bfloat16: the chapters load them from there.
+"""Copy trained models to where the chapters load them from.
 
-Usage: make_weights.py RUN      (RUN holds forward/ and reverse/, as `bitflow demo` leaves them)
+Usage: make_weights.py RUN                a pair, as `bitflow demo` leaves it (RUN/forward, RUN/reverse), to mnist-mini/, in bfloat16
+       make_weights.py RUN --to NAME      a flow alone, as `bitflow train forward` leaves it, to NAME/, in float32
 """
 import argparse
 from pathlib import Path
 
 import torch
 
-from bitflow_edu.reverse_model import ReverseModel
-from bitflow_edu.tarflow import TARFlow
-from bitflow_edu.training import load_model, save_model
+from bitflow_edu.cli import load_any
+from bitflow_edu.training import save_model
+
+HERE = Path(__file__).resolve().parent
+
+
+def store(run, folder, dtype):
+    """Load a model, store it, print its size."""
+    save_model(load_any(run, "cpu"), folder, dtype=dtype)
+    print(f"{folder}: {(folder / 'model.safetensors').stat().st_size:,} bytes")
 
 
 def main():
-    """Load each model, store it smaller, print its size."""
+    """A pair, or a flow alone."""
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("run", type=Path)
-    ap.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "mnist-mini")
+    ap.add_argument("--to", help="folder name below data/, for a flow alone")
     args = ap.parse_args()
-    for name, kind in (("forward", TARFlow), ("reverse", ReverseModel)):
-        folder = args.out / name
-        save_model(load_model(args.run / name, kind), folder, dtype=torch.bfloat16)
-        print(f"{folder}: {(folder / 'model.safetensors').stat().st_size:,} bytes")
+    if args.to:
+        return store(args.run, HERE / args.to, None)
+    for name in ("forward", "reverse"):
+        store(args.run / name, HERE / "mnist-mini" / name, torch.bfloat16)
 
 
 if __name__ == "__main__":
