@@ -23,8 +23,8 @@ __all__ = ['NAMES', 'RUN', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainRev
            'Info', 'command_type', 'one_line', 'read_words', 'parse', 'option_words', 'command_line', 'main',
            'load_any', 'describe_model', 'describe_training', 'show', 'describe_preset', 'run_info', 'check_writable',
            'refuse_existing', 'with_options', 'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse',
-           'parse_labels', 'check_new_file', 'method_of', 'run_sample', 'forward_folder', 'load_pair', 'measure',
-           'run_evaluate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
+           'parse_labels', 'check_new_file', 'method_of', 'check_sample', 'run_sample', 'forward_folder', 'load_pair',
+           'measure', 'run_evaluate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def describe_training(model, cfg: TrainConfig):
     budget = f"{cfg.steps} steps" if cfg.steps else f"{cfg.minutes} minutes"
     print(f"         trained for {budget} of {cfg.batch_size} images, learning rate {cfg.lr}")
 
-
+# %% ../nbs/19_command_line.ipynb #10c418bc
 def show(measurements: list):
     "Print measurements, a line each."
     for m in measurements:
@@ -383,13 +383,18 @@ def method_of(model, args: Sample) -> str:
     return "one-pass"
 
 # %% ../nbs/19_command_line.ipynb #7f2f73c5
-def run_sample(args: Sample):
-    "`bitflow sample`"
+def check_sample(args: Sample):
+    "Refuse what nobody can draw, before anything is loaded."
     if args.n < 1 or args.columns < 1:
         raise BitflowError(f"--n {args.n} and --columns {args.columns} must be at least 1")
     if not 0 <= args.temperature < float("inf"):
         raise BitflowError(f"--temperature {args.temperature} must be a number of at least 0; 1 is the noise that was trained with")
     check_new_file(args.out)
+
+# %% ../nbs/19_command_line.ipynb #faf96365
+def run_sample(args: Sample):
+    "`bitflow sample`"
+    check_sample(args)
     device = pipeline.find_device(args.device)
     model = load_any(args.checkpoint, device)
     z = pipeline.noise_for(model.cfg, args.n, args.seed, device, args.temperature)
@@ -408,7 +413,7 @@ def forward_folder(args: Evaluate, preset: Preset) -> Path:
     "Where F is."
     return args.forward or Path(f"runs/{preset.name}-forward")
 
-
+# %% ../nbs/19_command_line.ipynb #3155b043
 def load_pair(args: Evaluate, preset: Preset, device: str):
     "The F, and the G or None, that a user wants measured."
     if args.reverse is not None:
@@ -418,7 +423,7 @@ def load_pair(args: Evaluate, preset: Preset, device: str):
     check_fits(forward, preset.data)
     return forward, reverse
 
-
+# %% ../nbs/19_command_line.ipynb #01d4a2cc
 def measure(args: Evaluate, preset: Preset, forward, reverse, device: str) -> list:
     "All figures: of a pair, or of a flow alone where the preset has no G."
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))

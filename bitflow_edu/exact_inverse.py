@@ -11,10 +11,10 @@ from .data import BitflowError, unpatchify
 from .tarflow import FlowBlock, TARFlow, log_prob
 
 # %% auto #0
-__all__ = ['GUIDANCE', 'invert_block_uncached', 'linear', 'variance_aware', 'Guidance', 'Walk', 'start_walk', 'invert_block',
-           'check_noise', 'exact_trajectory', 'to_images', 'exact_inverse', 'round_trip_error', 'serial_steps',
-           'score_denoise', 'Convergence', 'check_iteration', 'solve_segment', 'invert_block_jacobi',
-           'jacobi_trajectory', 'jacobi_inverse']
+__all__ = ['GUIDANCE', 'invert_block_uncached', 'Walk', 'start_walk', 'invert_block', 'check_noise', 'exact_trajectory',
+           'to_images', 'exact_inverse', 'round_trip_error', 'serial_steps', 'score_denoise', 'linear',
+           'variance_aware', 'Guidance', 'Convergence', 'check_iteration', 'solve_segment', 'solve_in_segments',
+           'fall_back', 'invert_block_jacobi', 'segment_counts', 'jacobi_trajectory', 'jacobi_inverse']
 
 # %% ../nbs/08_exact_inverse.ipynb #7988bc3d
 @torch.no_grad()
@@ -31,60 +31,24 @@ def invert_block_uncached(
         x = torch.cat([x[:, :t], y[:, t:t + 1] * alpha[:, t:t + 1].exp() + mu[:, t:t + 1], y[:, t + 1:]], dim=1)
     return block.order(x)
 
-# %% ../nbs/08_exact_inverse.ipynb #046f97c6
-def linear(alpha, mu, alpha_u, mu_u, g):
-    "Past the advice with a label, away from that without: a + g·(a − a_u), for α and for μ (TARFlow)."
-    return alpha + g * (alpha - alpha_u), mu + g * (mu - mu_u)
-
-
-def variance_aware(alpha, mu, alpha_u, mu_u, w):
-    "STARFlow's rule (arXiv 2506.06276): what two Gaussians' densities make when one is divided by the other; σ = exp(α) can only shrink."
-    s = (2 * (alpha - alpha_u).clamp(max=0)).exp()
-    share = 1 + w - w * s
-    return alpha - 0.5 * share.log(), mu + w * s / share * (mu - mu_u)
-
-
-GUIDANCE = {"linear": linear, "annealed": linear, "variance-aware": variance_aware}
-
-# %% ../nbs/08_exact_inverse.ipynb #e198b8b8
-@dataclass(frozen=True)
-class Guidance:
-    "How far α and μ are pushed away from what they would be without a label."
-    scale: float = 1.0        # g, or w of the variance-aware rule; 0 changes nothing
-    kind: str = "linear"      # "linear", "annealed" (g·t/(T−1) at token t) or "variance-aware"
-    temperature: float = 1.0  # divides the attention scores of the branch without label; where there are no labels, this alone makes the difference
-
-    def __post_init__(self):
-        if self.kind not in GUIDANCE:
-            raise BitflowError(f"unknown kind of guidance {self.kind!r}; choose {', '.join(GUIDANCE)}")
-        if not (0 <= self.scale < float("inf") and 0 < self.temperature < float("inf")):
-            raise BitflowError(f"guidance scale {self.scale} must be at least 0, temperature {self.temperature} above 0")
-
-    def push(self, alpha, mu, place):
-        "α and μ of both branches, each `(2N, S, D)`, and how far along the tokens are `(S, 1)`, to the pushed α and μ `(N, S, D)`."
-        (a, a_u), (m, m_u) = alpha.chunk(2), mu.chunk(2)
-        return GUIDANCE[self.kind](a, m, a_u, m_u, self.scale * place if self.kind == "annealed" else self.scale)
-
-# %% ../nbs/08_exact_inverse.ipynb #5d99a1e4
+# %% ../nbs/08_exact_inverse.ipynb #fe9a631e
 @dataclass(frozen=True)
 class Walk:
     "What stays the same while a block is undone: its inputs' offsets, and how its advice is pushed."
     block: FlowBlock
-    offset: Tensor           # position and class embeddings `(N or 2N, T, width)`, in the block's order
-    temperature: Tensor      # of each image's attention `(N or 2N, 1, 1, 1)`
+    offset: Tensor       # position and class embeddings `(N or 2N, T, width)`, in the block's order
+    place: Tensor        # t/(T−1) of the tokens that advice is for, t = 1 … T−1, `(T−1, 1)`
+    temperature: Tensor  # of each image's attention `(N or 2N, 1, 1, 1)`
     guidance: Guidance = None
-
     def advice(self, tokens, cache):
         "α and μ for the S tokens that follow `tokens` `(N, S, D)`, each `(N, S, D)`, and the longer cache."
-        t, S, T = cache.length, tokens.shape[1], self.offset.shape[1]
+        t, S = cache.length, tokens.shape[1]
         h = self.block.proj_in(tokens if self.guidance is None else torch.cat([tokens, tokens])) + self.offset[:, t:t + S]
         h, cache = self.block.transformer.step(h, cache, self.block.flip, self.temperature)
-        alpha, mu = self.block.read_out(h, tokens.dtype)
-        if self.guidance is not None:
-            alpha, mu = self.guidance.push(alpha, mu, torch.arange(t + 1, t + S + 1, device=h.device)[:, None] / (T - 1))
-        return alpha, mu, cache
+        advice = self.block.read_out(h, tokens.dtype)
+        return (*advice, cache) if self.guidance is None else (*self.guidance.push(*advice, self.place[t:t + S]), cache)
 
-# %% ../nbs/08_exact_inverse.ipynb #80e07b74
+# %% ../nbs/08_exact_inverse.ipynb #3e2b5991
 def start_walk(
     block: FlowBlock,
     c: Tensor,                  # labels `(N,)`, −1: none
@@ -95,7 +59,8 @@ def start_walk(
     if guidance is not None:
         labels, heat = torch.cat([c, -torch.ones_like(c)]), torch.cat([heat, heat * guidance.temperature])
     offset = block.order(block.pos_embed) + block.class_embed(labels)
-    return Walk(block, offset, heat.to(offset.dtype)[:, None, None, None], guidance), block.transformer.empty_cache(len(labels))
+    place = torch.arange(1, offset.shape[1], device=c.device)[:, None] / (offset.shape[1] - 1)
+    return Walk(block, offset, place, heat.to(offset.dtype)[:, None, None, None], guidance), block.transformer.empty_cache(len(labels))
 
 # %% ../nbs/08_exact_inverse.ipynb #58b58df0
 @torch.no_grad()
@@ -123,7 +88,7 @@ def check_noise(model: TARFlow, z: Tensor, c: Tensor, guidance: Guidance | None)
         raise BitflowError("this F was trained without label dropout (label_dropout 0), so it does not know what an image without label looks like; "
                            "train one with label dropout, or leave the guidance out")
 
-
+# %% ../nbs/08_exact_inverse.ipynb #2e1d8e95
 def exact_trajectory(
     model: TARFlow,
     z: Tensor,      # noise tokens `(N, T, D)`
@@ -186,6 +151,40 @@ def score_denoise(
         score, = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)
     return (x + model.cfg.noise_std ** 2 * score).detach()
 
+# %% ../nbs/08_exact_inverse.ipynb #046f97c6
+def linear(alpha, mu, alpha_u, mu_u, g):
+    "Past the advice with a label, away from that without: a + g·(a − a_u), for α and for μ (TARFlow)."
+    return alpha + g * (alpha - alpha_u), mu + g * (mu - mu_u)
+
+
+def variance_aware(alpha, mu, alpha_u, mu_u, w):
+    "STARFlow's rule (arXiv 2506.06276): what two Gaussians' densities make when one is divided by the other; σ = exp(α) can only shrink."
+    s = (2 * (alpha - alpha_u).clamp(max=0)).exp()
+    share = 1 + w - w * s
+    return alpha - 0.5 * share.log(), mu + w * s / share * (mu - mu_u)
+
+
+GUIDANCE = {"linear": linear, "annealed": linear, "variance-aware": variance_aware}
+
+# %% ../nbs/08_exact_inverse.ipynb #e198b8b8
+@dataclass(frozen=True)
+class Guidance:
+    "How far α and μ are pushed away from what they would be without a label."
+    scale: float = 1.0        # g, or w of the variance-aware rule; 0 changes nothing
+    kind: str = "linear"      # "linear", "annealed" (g·t/(T−1) at token t) or "variance-aware"
+    temperature: float = 1.0  # divides the attention scores of the branch without label; where there are no labels, this alone makes the difference
+
+    def __post_init__(self):
+        if self.kind not in GUIDANCE:
+            raise BitflowError(f"unknown kind of guidance {self.kind!r}; choose {', '.join(GUIDANCE)}")
+        if not (0 <= self.scale < float("inf") and 0 < self.temperature < float("inf")):
+            raise BitflowError(f"guidance scale {self.scale} must be at least 0, temperature {self.temperature} above 0")
+
+    def push(self, alpha, mu, place):
+        "α and μ of both branches, each `(2N, S, D)`, and how far along the tokens are `(S, 1)`, to the pushed α and μ `(N, S, D)`."
+        (a, a_u), (m, m_u) = alpha.chunk(2), mu.chunk(2)
+        return GUIDANCE[self.kind](a, m, a_u, m_u, self.scale * place if self.kind == "annealed" else self.scale)
+
 # %% ../nbs/08_exact_inverse.ipynb #d5754506
 @dataclass(frozen=True)
 class Convergence:
@@ -204,7 +203,7 @@ def check_iteration(tolerance, segments, max_iterations, T):
     if max_iterations is not None and max_iterations < 1:
         raise BitflowError(f"max_iterations is {max_iterations}; at least one pass is needed")
 
-# %% ../nbs/08_exact_inverse.ipynb #ea69f08e
+# %% ../nbs/08_exact_inverse.ipynb #17728643
 def solve_segment(
     walk: Walk, cache,            # how to ask for α and μ; all tokens before the segment's are in the cache, but the last
     before: Tensor,               # the last known token `(N, 1, D)`
@@ -216,18 +215,35 @@ def solve_segment(
     for i in range(1, max_iterations + 1):
         alpha, mu, after = walk.advice(torch.cat([before, guess[:, :-1]], dim=1), cache)
         new = y * alpha.exp() + mu
-        change = (new - guess).abs().max().item()
-        guess = new
+        change, guess = (new - guess).abs().max().item(), new
         if change <= tolerance or change != change:
             break
     return guess, after, i, change
 
-# %% ../nbs/08_exact_inverse.ipynb #17728643
+# %% ../nbs/08_exact_inverse.ipynb #27e3be6d
+def solve_in_segments(walk, cache, y, guess, tolerance, segments, max_iterations):
+    "One segment after the other, in the block's order: x^i `(N, T, D)` and its `Convergence`, or what is left where a segment did not converge."
+    T = y.shape[1]
+    x, passes, changes, edges = [y[:, :1]], [], [0.0], [1 + (T - 1) * s // segments for s in range(segments + 1)]
+    for a, b in zip(edges[:-1], edges[1:]) if T > 1 else ():
+        limit = b - a if max_iterations is None else min(max_iterations, b - a)
+        part, cache, i, change = solve_segment(walk, cache, x[-1][:, -1:], y[:, a:b], guess[:, a:b], tolerance, limit)
+        x, passes, changes = [*x, part], [*passes, i], [*changes, change]
+        if not change <= tolerance and limit < b - a or change != change:
+            return torch.cat(x, dim=1), Convergence(tuple(passes), change, fell_back=True)
+    return torch.cat(x, dim=1), Convergence(tuple(passes), max(changes))
+
+# %% ../nbs/08_exact_inverse.ipynb #a687d967
+def fall_back(block, y, c, guidance, tolerance, how):
+    "Say that the iteration did not converge, then undo the block token by token: x^i `(N, T, D)`."
+    warnings.warn(f"Jacobi did not converge (change {how.change:.3g} after {how.iterations[-1]} passes, tolerance {tolerance:g}); "
+                  "undoing the block token by token", stacklevel=4)  # the caller's caller, behind no_grad's wrapper
+    return invert_block(block, y, c, guidance)
+
+# %% ../nbs/08_exact_inverse.ipynb #6317f1c1
 @torch.no_grad()
 def invert_block_jacobi(
-    block: FlowBlock,
-    y: Tensor,                  # x^{i+1} `(N, T, D)`
-    c: Tensor,                  # labels `(N,)`
+    block: FlowBlock, y: Tensor, c: Tensor,  # as in `invert_block`
     tolerance: float = 1e-4,    # largest change of a pass that counts as none, in units of x
     segments: int = 1,          # 1: Jacobi; more: Gauss–Seidel–Jacobi, one segment after the other; T − 1: token by token
     max_iterations: int = None, # passes a segment may take; default as many as it has tokens, which is always enough
@@ -235,25 +251,22 @@ def invert_block_jacobi(
     guidance: Guidance = None,
 ) -> tuple:                     # x^i `(N, T, D)`, and its `Convergence`
     "f_i⁻¹ as a fixed point of x = y·exp(α(x)) + μ(x) (arXiv 2505.12849). Falls back to the exact walk, with a warning, where it does not converge."
-    T = y.shape[1]
-    check_iteration(tolerance, segments, max_iterations, T)
-    y, guess = block.order(y), block.order(y if start is None else start)
-    walk, cache = start_walk(block, c, guidance)
-    x, passes, changes, edges = [y[:, :1]], [], [0.0], [1 + (T - 1) * s // segments for s in range(segments + 1)]
-    for a, b in zip(edges[:-1], edges[1:]) if T > 1 else ():
-        limit = b - a if max_iterations is None else min(max_iterations, b - a)
-        part, cache, i, change = solve_segment(walk, cache, x[-1][:, -1:], y[:, a:b], guess[:, a:b], tolerance, limit)
-        x, passes, changes = [*x, part], [*passes, i], [*changes, change]
-        if not change <= tolerance and limit < b - a or change != change:
-            warnings.warn(f"Jacobi did not converge (change {change:.3g} after {i} passes, tolerance {tolerance:g}); undoing the block token by token", stacklevel=2)
-            return invert_block(block, block.order(y), c, guidance), Convergence(tuple(passes), change, fell_back=True)
-    return block.order(torch.cat(x, dim=1)), Convergence(tuple(passes), max(changes))
+    check_iteration(tolerance, segments, max_iterations, y.shape[1])
+    guess = block.order(y if start is None else start)
+    x, how = solve_in_segments(*start_walk(block, c, guidance), block.order(y), guess, tolerance, segments, max_iterations)
+    return (fall_back(block, y, c, guidance, tolerance, how) if how.fell_back else block.order(x)), how
 
-# %% ../nbs/08_exact_inverse.ipynb #6ba162ea
+# %% ../nbs/08_exact_inverse.ipynb #849e663e
+def segment_counts(model: TARFlow, segments) -> list:
+    "Segments of each block, near the data first, from one number or one for each."
+    counts = [segments] * model.cfg.num_blocks if isinstance(segments, int) else list(segments)
+    if len(counts) != model.cfg.num_blocks:
+        raise BitflowError(f"{len(counts)} numbers of segments for {model.cfg.num_blocks} blocks; give one number, or one for each block")
+    return counts
+
+# %% ../nbs/08_exact_inverse.ipynb #8eeff922
 def jacobi_trajectory(
-    model: TARFlow,
-    z: Tensor,                # noise tokens `(N, T, D)`
-    c: Tensor,                # labels `(N,)`, −1: none
+    model: TARFlow, z: Tensor, c: Tensor,  # as in `exact_trajectory`
     tolerance: float = 1e-4,  # as in `invert_block_jacobi`
     segments=1,               # for every block, or one number a block, near the data first
     starts: list = None,      # guesses of x^0 … x^{B−1}: a warm start
@@ -261,16 +274,13 @@ def jacobi_trajectory(
 ) -> tuple:                   # x^0 … x^B, each `(N, T, D)`, and a `Convergence` for each block
     "The whole way back by fixed-point iteration."
     check_noise(model, z, c, guidance)
-    counts = [segments] * model.cfg.num_blocks if isinstance(segments, int) else list(segments)
-    if len(counts) != model.cfg.num_blocks:
-        raise BitflowError(f"{len(counts)} numbers of segments for {model.cfg.num_blocks} blocks; give one number, or one for each block")
-    states, found = [z], []
+    states, found, counts = [z], [], segment_counts(model, segments)
     for i in reversed(range(model.cfg.num_blocks)):
         x, how = invert_block_jacobi(model.blocks[i], states[-1], c, tolerance, counts[i], start=starts and starts[i], guidance=guidance)
         states, found = [*states, x], [how, *found]
     return states[::-1], found
 
-
+# %% ../nbs/08_exact_inverse.ipynb #7575f79e
 def jacobi_inverse(model: TARFlow, z: Tensor, c: Tensor, tolerance: float = 1e-4, segments=1, guidance: Guidance = None) -> Tensor:
     "F⁻¹(z) `(N, C, H, W)` by fixed-point iteration, to a tolerance a block."
     return to_images(model, jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)[0][0])

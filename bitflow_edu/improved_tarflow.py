@@ -11,9 +11,35 @@ from .tarflow import TARFlow, TARFlowConfig
 from .transformer import MODERN
 
 # %% auto #0
-__all__ = ['with_parts', 'improved', 'deep_shallow', 'variants', 'BlockReport', 'report_blocks']
+__all__ = ['BlockReport', 'report_blocks', 'with_parts', 'improved', 'deep_shallow', 'variants']
 
-# %% ../nbs/09_improved_tarflow.ipynb #90dc426a
+# %% ../nbs/09_improved_tarflow.ipynb #0243edc3
+@dataclass(frozen=True)
+class BlockReport:
+    "What a block does to a batch, and how well it is undone."
+    alpha_max: float    # largest |α|: the block multiplies by at most e^this, or divides
+    mu_max: float       # largest |μ|
+    rms: float          # of the block's output x^{i+1}
+    error: float        # largest error of undoing this block alone, in units of x^i
+    total: float        # largest error of x^i after undoing all blocks down to this one
+
+# %% ../nbs/09_improved_tarflow.ipynb #906ad844
+@torch.no_grad()
+def report_blocks(
+    model: TARFlow,
+    x: Tensor,  # images `(N, C, H, W)`
+    c: Tensor,  # labels `(N,)`
+) -> list:      # a `BlockReport` for each block, near the data first
+    "Sizes and inverse errors, block by block."
+    states, found = model(x, c).states, []
+    back, worst, rms = states[-1], (lambda v: v.abs().max().item()), (lambda v: v.square().mean().sqrt().item())
+    for block, before, after in zip(model.blocks[::-1], states[-2::-1], states[:0:-1]):
+        alpha, mu = block.parameters_of(block.order(before), c)
+        back, alone = invert_block(block, back, c), invert_block(block, after, c)
+        found.append(BlockReport(worst(alpha), worst(mu), rms(after), worst(alone - before), worst(back - before)))
+    return found[::-1]
+
+# %% ../nbs/09_improved_tarflow.ipynb #5075869a
 def with_parts(
     cfg: TARFlowConfig,
     **parts,              # fields of `TransformerConfig`, e.g. norm="rms"
@@ -21,7 +47,7 @@ def with_parts(
     "A flow's config with other transformer parts."
     return replace(cfg, transformer=replace(cfg.transformer, **parts))
 
-
+# %% ../nbs/09_improved_tarflow.ipynb #c5b5e549
 def improved(
     cfg: TARFlowConfig,
     clip: float = 3.0,    # c: α and μ stay in [−c, c]; e³ ≈ 20 is the most that a token is stretched
@@ -50,30 +76,3 @@ def variants(
     parts = {"RMSNorm": dict(norm="rms"), "SwiGLU": dict(mlp="swiglu"), "rotary": dict(rotary=True), "QK-norm": dict(qk_norm=True)}
     rows = {"original": cfg, "clip": replace(cfg, clip=clip), **{name: with_parts(cfg, **part) for name, part in parts.items()}}
     return {**rows, "improved": improved(cfg, clip), "deep–shallow": deep_shallow(cfg)}
-
-# %% ../nbs/09_improved_tarflow.ipynb #659abb24
-@dataclass(frozen=True)
-class BlockReport:
-    "What a block does to a batch, and how well it is undone."
-    alpha_max: float    # largest |α|: the block multiplies by at most e^this, or divides
-    mu_max: float       # largest |μ|
-    rms: float          # of the block's output x^{i+1}
-    error: float        # largest error of undoing this block alone, in units of x^i
-    total: float        # largest error of x^i after undoing all blocks down to this one
-
-
-@torch.no_grad()
-def report_blocks(
-    model: TARFlow,
-    x: Tensor,  # images `(N, C, H, W)`
-    c: Tensor,  # labels `(N,)`
-) -> list:      # a `BlockReport` for each block, near the data first
-    "Sizes and inverse errors, block by block."
-    states, back, found = model(x, c).states, model(x, c).z, []
-    for i in reversed(range(len(model.blocks))):
-        block, before, after = model.blocks[i], states[i], states[i + 1]
-        alpha, mu = block.parameters_of(block.order(before), c)
-        back, alone = invert_block(block, back, c), invert_block(block, after, c)
-        found.append(BlockReport(alpha.abs().max().item(), mu.abs().max().item(), after.square().mean().sqrt().item(),
-                                 (alone - before).abs().max().item(), (back - before).abs().max().item()))
-    return found[::-1]

@@ -126,7 +126,7 @@ def plane(
     ticks = torch.linspace(-limit, limit, resolution)
     return torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1).reshape(-1, 2)
 
-
+# %% ../nbs/plotting.ipynb #a93363e4
 def plot_density(
     log_prob,               # points `(N, 2)` → nats `(N,)`
     limit: float = 4.0,     # the plane is drawn from −limit to limit

@@ -253,7 +253,7 @@ def check_apple(state: dict, cfg: TARFlowConfig):
     if wrong:
         raise BitflowError("the state dict does not fit this TARFlow: " + "; ".join(sorted(wrong)))
 
-# %% ../nbs/07_tarflow.ipynb #a21e0e61
+# %% ../nbs/07_tarflow.ipynb #89fdc9a1
 def load_apple_state_dict(
     state: dict,                 # published name → tensor
     cfg: TARFlowConfig = None,   # default: `apple_config(state)`
@@ -267,7 +267,7 @@ def load_apple_state_dict(
     model.load_state_dict(own)
     return model.eval()
 
-
+# %% ../nbs/07_tarflow.ipynb #88cae351
 def apple_state_dict(model: TARFlow) -> dict:
     "A flow in the original architecture under the published names, masks and `var` included."
     cfg = model.cfg
