@@ -40,8 +40,10 @@ def mixture_log_prob(
     std: float,       # of every component, in both directions
 ) -> Tensor:          # nats `(N,)`
     "The density of K equally likely round Gaussians."
-    square = torch.cdist(x, centres.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist").square()
-    return torch.logsumexp(-0.5 * square / std**2, dim=1) - math.log(2 * math.pi * std**2 * len(centres))
+    def exponents(part):
+        return -0.5 * torch.cdist(part, centres.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist").square() / std**2
+    parts = [exponents(part).logsumexp(dim=1) for part in x.split(10_000)]  # a fine grid and many centres would fill the memory
+    return torch.cat(parts) - math.log(2 * math.pi * std**2 * len(centres))
 
 # %% ../nbs/toys.ipynb #e9f360be
 RING = 2 * torch.stack([torch.cos(torch.arange(8) * math.pi / 4), torch.sin(torch.arange(8) * math.pi / 4)], dim=1)
