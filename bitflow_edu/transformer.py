@@ -153,11 +153,11 @@ class Attention(HeadProjections):
         "All tokens at once, `(N, T, width)` to the same shape."
         return self.merge(attend(*self.heads(x, angles), self.causal))
 
-    def step(self, x, cache, layer, angles=None, temperature=1.0):
-        "The same for the next S tokens `(N, S, width)`, looking back at what `cache` holds for `layer`; temperature divides the scores."
+    def step(self, x, cache, layer, angles=None, temperature=None):
+        "The same for the next S tokens `(N, S, width)`, looking back at what `cache` holds for `layer`; a temperature divides the scores."
         q, k, v = self.heads(x, angles)
         k, v = cache.extend(layer, k, v)
-        return self.merge(attend(q / temperature, k, v, self.causal))
+        return self.merge(attend(q if temperature is None else q / temperature, k, v, self.causal))
 
 # %% ../nbs/04_transformer.ipynb #231d40c3
 class Layer(nn.Module):
@@ -171,7 +171,7 @@ class Layer(nn.Module):
         x = x + self.attention(x, angles)
         return x + self.mlp(x)
 
-    def step(self, x, cache, layer, angles=None, temperature=1.0):
+    def step(self, x, cache, layer, angles=None, temperature=None):
         "The next S tokens `(N, S, width)`; `layer` is this layer's number in `cache`."
         x = x + self.attention.step(x, cache, layer, angles, temperature)
         return x + self.mlp(x)
@@ -216,7 +216,7 @@ class KVCache:
 # %% ../nbs/04_transformer.ipynb #d16f5df3
 class Transformer(LayerStack):
     "A stack of layers over `side²` tokens of a square image; causal or bidirectional. A causal one can also go token by token."
-    def step(self, x, cache, flip=False, temperature=1.0):
+    def step(self, x, cache, flip=False, temperature=None):
         "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
         angles = self.angles if self.angles is None or not flip else self.angles.flip(0)
         angles = angles if angles is None else angles[cache.length:cache.length + x.shape[1]]
