@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Optional, Union
 import torch
-from . import pipeline
+from . import bench, pipeline
 from .config import Preset, check_pair_preset, find_preset, with_strategy
 from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, load_data
@@ -20,11 +20,12 @@ from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 
 # %% auto #0
 __all__ = ['NAMES', 'RUN', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train', 'Picture', 'Sample', 'Evaluate',
-           'Info', 'command_type', 'one_line', 'read_words', 'parse', 'option_words', 'command_line', 'main',
+           'Info', 'Bench', 'command_type', 'one_line', 'read_words', 'parse', 'option_words', 'command_line', 'main',
            'load_any', 'describe_model', 'describe_training', 'show', 'describe_preset', 'run_info', 'check_writable',
            'refuse_existing', 'with_options', 'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse',
            'parse_labels', 'check_new_file', 'method_of', 'check_sample', 'run_sample', 'forward_folder', 'load_pair',
-           'measure', 'run_evaluate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
+           'measure', 'run_evaluate', 'bench_model', 'run_bench', 'peak_memory_mb', 'train_pair', 'save_demo',
+           'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -143,8 +144,25 @@ class Info(Common):
     checkpoint: Optional[Path] = None
     """Run or checkpoint to describe instead of a preset."""
 
+# %% ../nbs/19_command_line.ipynb #2f00d807
+@dataclass(frozen=True)
+class Bench:
+    "Measure the exact inverse, or a training step, against plain implementations in the same run."
+    what: str = "inverse"
+    """inverse or training."""
+    geometry: str = "mnist"
+    """Shape with random weights: mnist, 64-tokens or 256-tokens."""
+    checkpoint: Optional[Path] = None
+    """Run or checkpoint of F to measure instead."""
+    segments: int = 2
+    """Segments of Gauss-Seidel-Jacobi."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda or mps."""
+    out: Optional[Path] = None
+    """Results file to write; default results/bench-<what>-<geometry>.json."""
+
 # %% ../nbs/19_command_line.ipynb #debbc86d
-NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Info: "info"}
+NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Bench: "bench", Info: "info"}
 
 # %% ../nbs/19_command_line.ipynb #9c943ba7
 def command_type():
@@ -154,7 +172,7 @@ def command_type():
     stage = Union[Annotated[TrainForward, sub("forward")], Annotated[TrainReverse, sub("reverse")]]
     train = dataclasses.make_dataclass("Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__})
     return Union[Annotated[Demo, sub("demo")], Annotated[train, sub("train")], Annotated[Sample, sub("sample")],
-                 Annotated[Evaluate, sub("evaluate")], Annotated[Info, sub("info")]]
+                 Annotated[Evaluate, sub("evaluate")], Annotated[Bench, sub("bench")], Annotated[Info, sub("info")]]
 
 # %% ../nbs/19_command_line.ipynb #c5d983f8
 def one_line(message: str) -> str:
@@ -447,6 +465,26 @@ def run_evaluate(args: Evaluate):
     print(f"figures in {out}")
 
 RUN[Evaluate] = run_evaluate
+
+# %% ../nbs/19_command_line.ipynb #2ff50d37
+def bench_model(args: Bench, device: str) -> TARFlow:
+    "The F that is measured: from a checkpoint, or with random weights."
+    return load_model(args.checkpoint, TARFlow, device) if args.checkpoint else bench.random_flow(args.geometry, device)
+
+
+def run_bench(args: Bench):
+    "`bitflow bench`"
+    if args.what not in ("inverse", "training"):
+        raise BitflowError(f"--what {args.what!r} cannot be measured; choose inverse or training")
+    out, start, device = args.out or Path(f"results/bench-{args.what}-{args.geometry}.json"), time.perf_counter(), pipeline.find_device(args.device)
+    check_new_file(out)
+    model = bench_model(args, device)
+    found = bench.bench_inverse(model, segments=args.segments, device=device) if args.what == "inverse" else bench.bench_training(model.cfg, device=device)
+    save_results(out.parent, out.name.removesuffix(".json"), "", command_line(args), dataclasses.asdict(model.cfg), found, time.perf_counter() - start)
+    show(found)
+    print(f"figures in {out}")
+
+RUN[Bench] = run_bench
 
 # %% ../nbs/19_command_line.ipynb #da325fee
 def peak_memory_mb() -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bitflow_edu import pipeline
+from bitflow_edu import bench, pipeline
 from bitflow_edu.cli import main
 from bitflow_edu.config import PRESETS, find_preset
 from bitflow_edu.data import BitflowError, asset
@@ -110,6 +110,21 @@ def test_a_flow_alone(tmp_path, capsys):
     refused(["evaluate", *SMOKE, "--forward", run, "--out", tmp_path / "x.json"], capsys, "CouplingFlow", "TARFlow")
     refused(["evaluate", *glow, "--forward", run, "--reverse", run, "--out", tmp_path / "x.json"], capsys, "flow alone")
     assert not (tmp_path / "l.png").exists() and not (tmp_path / "d").exists()
+
+
+def test_bench(tmp_path, capsys, runs, monkeypatch):
+    monkeypatch.setitem(bench.GEOMETRIES, "mnist", (8, 4))
+    for what, metric in (("inverse", "speedup_vs_plain"), ("training", "training_speedup_vs_plain")):
+        out = tmp_path / f"{what}.json"
+        assert main(["bench", "--what", what, "--out", str(out)]) == 0
+        found = [m for m in json.loads(out.read_text())["measurements"] if m["metric"] == metric]
+        assert {m["row"] for m in found} >= {"plain", "exact"} and all(m["value"] == 1 for m in found if m["row"] == "plain")
+    differences = [m["value"] for m in json.loads((tmp_path / "inverse.json").read_text())["measurements"] if m["metric"] == "max_difference_from_plain"]
+    assert len(differences) == 16 and max(differences) < 1e-3
+    assert main(["bench", "--checkpoint", str(runs / "f"), "--out", str(tmp_path / "c.json")]) == 0
+    refused(["bench", "--what", "coffee", "--out", tmp_path / "x.json"], capsys, "coffee")
+    refused(["bench", "--geometry", "mnits", "--out", tmp_path / "x.json"], capsys, "mnits", "256-tokens")
+    refused(["bench", "--out", tmp_path / "c.json"], capsys, "exists already")
 
 
 def test_a_tarflow_alone_goes_through_the_same_steps(digits):
