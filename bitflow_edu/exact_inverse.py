@@ -38,7 +38,7 @@ class Walk:
     block: FlowBlock
     offset: Tensor       # position and class embeddings `(N or 2N, T, width)`, in the block's order
     place: Tensor        # t/(T−1) of the tokens that advice is for, t = 1 … T−1, `(T−1, 1)`
-    temperature: Tensor  # of each image's attention `(N or 2N, 1, 1, 1)`
+    temperature: Tensor  # of each image's attention `(N or 2N, 1, 1, 1)`; None: 1 for all
     guidance: Guidance = None
     def advice(self, tokens, cache):
         "α and μ for the S tokens that follow `tokens` `(N, S, D)`, each `(N, S, D)`, and the longer cache."
@@ -55,12 +55,13 @@ def start_walk(
     guidance: Guidance = None,
 ) -> tuple:                     # the walk, and an empty cache for it
     "Get ready to undo a block. With guidance, both branches go in one batch: first with labels, then without."
-    labels, heat = c, torch.ones(len(c), device=c.device)
-    if guidance is not None:
-        labels, heat = torch.cat([c, -torch.ones_like(c)]), torch.cat([heat, heat * guidance.temperature])
+    labels = c if guidance is None else torch.cat([c, -torch.ones_like(c)])
     offset = block.order(block.pos_embed) + block.class_embed(labels)
     place = torch.arange(1, offset.shape[1], device=c.device)[:, None] / (offset.shape[1] - 1)
-    return Walk(block, offset, place, heat.to(offset.dtype)[:, None, None, None], guidance), block.transformer.empty_cache(len(labels))
+    heat = None
+    if guidance is not None and guidance.temperature != 1:
+        heat = torch.where(torch.arange(len(labels), device=c.device) < len(c), 1.0, guidance.temperature).to(offset.dtype)[:, None, None, None]
+    return Walk(block, offset, place, heat, guidance), block.transformer.empty_cache(len(labels))
 
 # %% ../nbs/08_exact_inverse.ipynb #58b58df0
 @torch.no_grad()
