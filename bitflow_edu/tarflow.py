@@ -108,7 +108,7 @@ def shifted(
     "Moved on by one token: what was said at token t is for token t + 1, and the first token gets 0."
     return torch.cat([torch.zeros_like(advice[:, :1]), advice[:, :-1]], dim=1)
 
-
+# %% ../nbs/07_tarflow.ipynb #2d8fb649
 class FlowBlock(BlockParts):
     "f_i: one causal transformer that shifts and scales each token by what stands before it (arXiv 2412.06329; x^i → x^{i+1})."
     def parameters_of(self, x, c):
