@@ -215,7 +215,7 @@ class Evaluation:
 def check_enough(n: int):
     "Refuse a number of samples that has no covariance."
     if n < 2:
-        raise BitflowError(f"{n} samples are too few for a distance of distributions; draw at least 2, better 2000")
+        raise BitflowError(f"{n} finite samples are too few for a distance of distributions; draw at least 2, better 2000")
 
 
 def judge_for(data: Images, channels: int) -> Classifier | None:
@@ -273,11 +273,15 @@ def flow_cost(model: nn.Module, seed: int, timing: bool, batches: tuple = (1, 64
 
 # %% ../nbs/pipeline.ipynb #2b7803ad
 def evaluate_flow(model: nn.Module, train: Images, test: Images, n: int, seed: int = 0, conditional: bool = False, timing: bool = True) -> Evaluation:
-    "All figures of a flow alone, a TARFlow or a coupling flow: bits/dim first, then what its samples are worth and cost."
+    "All figures of a flow alone, a TARFlow or a coupling flow: bits/dim first, then what its samples (those that are finite) are worth and cost."
     check_enough(n)
     device = next(model.parameters()).device.type
-    samples, judge = draw_all(model, None, n, seed, device, rows=("exact",)), judge_for(test, model.cfg.channels)
+    drawn, judge = draw_all(model, None, n, seed, device, rows=("exact",))["exact"], judge_for(test, model.cfg.channels)
+    whole = drawn.isfinite().flatten(1).all(dim=1)  # without clipping, an inverse can overflow (chapter 09)
+    check_enough(int(whole.sum()))
+    samples = {"exact": drawn[whole]}
     found = likelihood(model, test, seed, conditional)
+    found.append(measurement("exact", "broken_samples", 1 - whole.float().mean().item(), n=n, seed=seed))
     found.append(measurement("exact", "round_trip_max_error", flow_round_trip(model, test), "x", min(1000, len(test)), seed))
     found += quality(samples, train, test, seed, judge) if judge else []
     found = [m for m in found if conditional or m["metric"] != "label_accuracy"]  # nothing was asked for

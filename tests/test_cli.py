@@ -135,7 +135,19 @@ def test_a_tarflow_alone_goes_through_the_same_steps(digits):
     found = pipeline.evaluate_flow(flow.eval(), digits, digits[:50], n=10, timing=False).measurements
     bpd = {m["metric"]: m["value"] for m in found if m["row"] == "exact"}
     assert torch.isfinite(loss) and bpd["bits_per_dim[8 draws]"] < bpd["bits_per_dim"] and bpd["round_trip_max_error"] < 1e-3
-    assert bpd["serial_steps"] == 4 * 15
+    assert bpd["serial_steps"] == 4 * 15 and bpd["broken_samples"] == 0
+
+
+def test_samples_that_overflow_are_counted(digits, monkeypatch):
+    """Without clipping an inverse can overflow: the likelihood is measured all the same, and the share of such samples stands beside it."""
+    flow = pipeline.build(TARFlow, replace(find_preset("mnist-mini-smoke").forward, noise_std=0.0), 0).eval()
+    whole = pipeline.undo
+    monkeypatch.setattr(pipeline, "undo", lambda model, z, c: torch.where(torch.arange(len(z))[:, None, None, None] % 5 == 0, torch.nan, whole(model, z, c)))
+    found = {m["metric"]: m for m in pipeline.evaluate_flow(flow, digits, digits[:50], n=20, timing=False).measurements if m["row"] == "exact"}
+    assert abs(found["broken_samples"]["value"] - 0.2) < 1e-6 and found["fd[mnist-cnn]"]["n"] == 16 and found["bits_per_dim"]["value"] > 0
+    monkeypatch.setattr(pipeline, "undo", lambda model, z, c: torch.full((len(z), 1, 16, 16), torch.nan))
+    with pytest.raises(BitflowError, match="0 finite samples"):
+        pipeline.evaluate_flow(flow, digits, digits[:50], n=20, timing=False)
     reverse = find_preset("mnist-mini").reverse
     with pytest.raises(BitflowError, match="logit"):
         check_pair(flow, pipeline.build(ReverseModel, reverse, 0))
