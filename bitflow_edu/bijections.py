@@ -28,13 +28,13 @@ class Bijection(nn.Module, ABC):
 # %% ../nbs/01_change_of_variables.ipynb #ce78ca26
 def safe_exp(
     log_scale: Tensor,  # any shape
-    limit: float = 30.0,  # largest |log-scale|: e^30 ≈ 1e13 is more than the 7 digits of float32 can undo
+    limit: float = 30.0,  # largest |log-scale|: e^30 ≈ 1e13, float32 has 7 digits
 ) -> Tensor:            # exp(log_scale)
     "exp, refused where the layer could no longer be undone in floating point. Raises `BitflowError`."
     worst = log_scale.detach().abs().max().item() if log_scale.numel() else 0.0
     if not worst <= limit:  # NaN as well
-        raise BitflowError(f"a layer's log-scale reached {worst:.4g} (limit {limit:g}): multiplying by e^{worst:.4g} and back loses all digits, "
-                           "so the layer cannot be undone; bound its log-scale, lower the learning rate, or rescale the data")
+        raise BitflowError(f"a layer's log-scale reached {worst:.4g} (limit {limit:g}): one of its directions shrinks by e^{worst:.4g}, "
+                           "and a shift added after that swallows the digits, so the flow cannot be undone; bound its log-scale, lower the learning rate, or rescale the data")
     return log_scale.exp()
 
 # %% ../nbs/01_change_of_variables.ipynb #c3ecb3ad

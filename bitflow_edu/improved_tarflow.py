@@ -61,7 +61,7 @@ def deep_shallow(
     shallow: int = 1,     # layers of every block but the first
 ) -> TARFlowConfig:       # as many layers in all
     "STARFlow's shape (arXiv 2506.06276): one deep block near the data, shallow blocks after it."
-    total = cfg.num_blocks * cfg.transformer.num_layers
+    total = sum(cfg.block_layers) or cfg.num_blocks * cfg.transformer.num_layers
     deep = total - shallow * (cfg.num_blocks - 1)
     if shallow < 1 or deep < shallow:
         raise BitflowError(f"{total} layers in {cfg.num_blocks} blocks leave {deep} for the deep one with {shallow} in each shallow one; choose fewer")

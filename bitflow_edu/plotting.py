@@ -158,7 +158,7 @@ def plot_points(
     color = color.cpu() if isinstance(color, Tensor) else color
     if isinstance(color, Tensor) and not color.is_floating_point():
         color = [PALETTE[int(c) % len(PALETTE)] for c in color]
-    ax.scatter(*points.detach().cpu().T, c=color, cmap="cividis", s=2, linewidths=0)
+    ax.scatter(*points.detach().cpu().T, c=color, cmap="cividis" if isinstance(color, Tensor) else None, s=2, linewidths=0)
     ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$")
     if limit is None: ax.set_aspect("equal", adjustable="datalim")
     else: ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
