@@ -41,6 +41,7 @@ def mixture_log_prob(
 ) -> Tensor:          # nats `(N,)`
     "The density of K equally likely round Gaussians."
     def exponents(part):
+        "Of every component, for some of the points."
         return -0.5 * torch.cdist(part, centres.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist").square() / std**2
     parts = [exponents(part).logsumexp(dim=1) for part in x.split(10_000)]  # a fine grid and many centres would fill the memory
     return torch.cat(parts) - math.log(2 * math.pi * std**2 * len(centres))
