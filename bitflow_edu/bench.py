@@ -123,6 +123,7 @@ def training_step(model: TARFlow, loss, precision: str):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device in ("cpu", "cuda"))
 
     def step():
+        "Forward, backward, AdamW."
         optimizer.zero_grad(set_to_none=True)
         with autocast(precision, device):
             value = loss()
@@ -138,6 +139,7 @@ def bench_training(cfg: TARFlowConfig, batch: int = 64, repeats: int = 15, devic
     x, c = torch.randn(batch, cfg.channels, cfg.image_size, cfg.image_size, generator=g).to(device), (torch.arange(batch) % cfg.num_classes).to(device)
 
     def plain_loss():
+        "The same loss from the plain states."
         z, logdet = plain_states(model, patchify(x, cfg.patch_size), c)
         return 0.5 * z.square().mean() - logdet.mean() / z[0].numel()
 
