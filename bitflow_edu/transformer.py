@@ -20,10 +20,10 @@ def attend(
     v: Tensor,     # values, the same shape as k
     causal: bool,  # a token sees none after it; where S < T, the queries are the last S tokens
 ) -> Tensor:       # `(N, heads, S, head_dim)`
-    "softmax(q kᵀ/√head_dim) v. PyTorch's fused kernel on accelerators; the plain equation on CPUs, where it trains faster in bfloat16."
+    "softmax(q kᵀ/√head_dim) v. PyTorch's fused kernel on accelerators and for single tokens; else the plain equation on CPUs, where it trains faster in bfloat16."
     S, T = q.shape[-2], k.shape[-2]
     future = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S) if causal and S > 1 else None
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or S == 1 and q.shape[:2].numel() < 64:  # one token of few images: the fused kernel saves calls
         mask = None if future is None or S == T else ~future
         return nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=future is not None and S == T)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
@@ -203,11 +203,12 @@ class KVCache:
 
     def extend(self, layer, k, v):
         "Write k and v `(N, heads, S, head_dim)` of the next S tokens for `layer`; return all that this layer has seen. `BitflowError` when full."
-        end = self.length + k.shape[2]
-        if end > self.k.shape[3]:
-            raise BitflowError(f"the KV cache holds {self.k.shape[3]} tokens, {self.length} of them written: it is too full for {k.shape[2]} more")
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        keys, values, S = self.k[layer], self.v[layer], k.shape[2]
+        if self.length + S > keys.shape[2]:
+            raise BitflowError(f"the KV cache holds {keys.shape[2]} tokens, {self.length} of them written: it is too full for {S} more")
+        keys.narrow(2, self.length, S).copy_(k)
+        values.narrow(2, self.length, S).copy_(v)
+        return keys.narrow(2, 0, self.length + S), values.narrow(2, 0, self.length + S)
 
     def advance(self, tokens: int = 1):
         "The cache after a whole step: the same memory, so many tokens longer."
