@@ -77,7 +77,7 @@ class MAF(Bijection):
     "Masked autoregressive flow: z_d = (x_d − μ_d(x_{<d}))·exp(−α_d(x_{<d})) (Papamakarios et al., arXiv 1705.07057)."
     def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = 3.0):
         super().__init__()
-        self.made, self.bound = MADE(dims, hidden, bound), bound
+        self.made = MADE(dims, hidden, bound)
 
     def advice(self, x):
         "α (bounded) and μ, each `(N, D)`."

@@ -8,7 +8,7 @@ from torch import Tensor
 from .data import BitflowError, patchify
 from .evaluation import measurement, timed
 from .exact_inverse import Guidance, exact_trajectory, jacobi_trajectory
-from .pipeline import build
+from .pipeline import build, time_per_image
 from .reverse_model import sample_noise
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
 from .training import autocast
@@ -29,7 +29,7 @@ def plain_layer(layer, x: Tensor, seen: dict) -> Tensor:
     x = x + a.proj(y.transpose(1, 2).reshape(N, 1, -1))
     return x + layer.mlp(x)
 
-
+# %% ../nbs/bench.ipynb #3e94500a
 def plain_advice(block, token: Tensor, place: Tensor, c: Tensor, caches: list):
     "α and μ `(N, 1, D)` for the token after `token` `(N, 1, D)`, whose position embedding is `place`."
     h = block.proj_in(token) + place + block.class_embed(c)
@@ -87,7 +87,7 @@ def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: 
             "jacobi": lambda: jacobi_trajectory(model, z, c, tolerance, 1, guidance=guidance)[0][0],
             "gs-jacobi": lambda: jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)[0][0]}
 
-
+# %% ../nbs/bench.ipynb #23e14698
 def bench_inverse(
     model: TARFlow,
     batches: tuple = (1, 64),  # images at once
@@ -109,11 +109,10 @@ def bench_inverse(
                 found.append(measurement(row, "max_difference_from_plain", (ways[row]() - truth).abs().max().item(), "x", batch=batch, guidance=scale))
     return found
 
-
+# %% ../nbs/bench.ipynb #1a8afce3
 def row_of(row: str, t: dict, plain: dict, batch: int, scale: float) -> list:
     "A way's time an image, and its ratio to the plain one's."
-    return [measurement(row, "ms_per_image", t["median_ms"] / batch, "ms", t["repeats"], batch=batch, guidance=scale,
-                        low=t["low_ms"] / batch, high=t["high_ms"] / batch),
+    return [time_per_image(row, t, batch, guidance=scale),
             measurement(row, "speedup_vs_plain", plain["median_ms"] / t["median_ms"], "×", t["repeats"], batch=batch, guidance=scale)]
 
 # %% ../nbs/bench.ipynb #afee104e
@@ -131,7 +130,7 @@ def training_step(model: TARFlow, loss, precision: str):
         optimizer.step()
     return step
 
-
+# %% ../nbs/bench.ipynb #d7475c0f
 def bench_training(cfg: TARFlowConfig, batch: int = 64, repeats: int = 15, device: str = "cpu", precision: str = "auto") -> list:
     "A training step of the plain version and of the library, same weights, same images."
     model = build(TARFlow, cfg, 0, device)

@@ -22,10 +22,10 @@ from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 __all__ = ['NAMES', 'RUN', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train', 'Picture', 'Sample', 'Evaluate',
            'Info', 'Bench', 'command_type', 'one_line', 'read_words', 'parse', 'option_words', 'command_line', 'main',
            'load_any', 'describe_model', 'describe_training', 'show', 'describe_preset', 'run_info', 'check_writable',
-           'refuse_existing', 'with_options', 'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse',
-           'parse_labels', 'check_new_file', 'method_of', 'check_sample', 'run_sample', 'forward_folder', 'load_pair',
-           'measure', 'run_evaluate', 'bench_model', 'run_bench', 'peak_memory_mb', 'train_pair', 'save_demo',
-           'check_folders', 'run_demo']
+           'refuse_existing', 'run_folder', 'with_options', 'with_patch_size', 'run_train_forward', 'check_fits',
+           'run_train_reverse', 'parse_labels', 'check_new_file', 'method_of', 'check_sample', 'run_sample',
+           'load_pair', 'measure', 'write_figures', 'run_evaluate', 'bench_model', 'run_bench', 'peak_memory_mb',
+           'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -312,9 +312,16 @@ def refuse_existing(folder: Path, resume: bool):
         raise BitflowError(f"{folder} exists already; go on with --resume, or name another folder with --out")
     check_writable(folder)
 
+# %% ../nbs/19_command_line.ipynb #a1d81ae3
+def run_folder(given: Path | None, preset: Preset, stage: str) -> Path:
+    "The folder that was named, or where a preset's runs go otherwise."
+    return given or Path(f"runs/{preset.name}-{stage}")
+
 # %% ../nbs/19_command_line.ipynb #0a73f421
 def with_options(preset: Preset, args: Budget, stage: str) -> Preset:
     "The preset with what the command line says about the training of one stage."
+    if stage == "reverse":
+        check_pair_preset(preset)
     cfg = getattr(preset, f"train_{stage}")
     if args.steps is not None and args.minutes is not None:
         raise BitflowError(f"--steps {args.steps} and --minutes {args.minutes} exclude each other; give one of them")
@@ -339,7 +346,7 @@ def with_patch_size(preset: Preset, patch_size: int | None) -> Preset:
 def run_train_forward(args: TrainForward):
     "`bitflow train forward`"
     preset = with_patch_size(with_options(find_preset(args.preset), args, "forward"), args.patch_size)
-    folder, device = args.out or Path(f"runs/{preset.name}-forward"), pipeline.find_device(args.device)
+    folder, device = run_folder(args.out, preset, "forward"), pipeline.find_device(args.device)
     refuse_existing(folder, args.resume)
     pipeline.train_forward(preset, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
     print(f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}")
@@ -357,12 +364,11 @@ def check_fits(model, data):
 # %% ../nbs/19_command_line.ipynb #22cdc790
 def run_train_reverse(args: TrainReverse):
     "`bitflow train reverse`"
-    check_pair_preset(find_preset(args.preset))
     preset = with_options(find_preset(args.preset), args, "reverse")
     preset = with_strategy(preset, args.strategy) if args.strategy else preset
-    folder, device = args.out or Path(f"runs/{preset.name}-reverse"), pipeline.find_device(args.device)
+    folder, device = run_folder(args.out, preset, "reverse"), pipeline.find_device(args.device)
     refuse_existing(folder, args.resume)
-    forward = load_model(args.forward or Path(f"runs/{preset.name}-forward"), TARFlow, device)
+    forward = load_model(run_folder(args.forward, preset, "forward"), TARFlow, device)
     check_fits(forward, preset.data)
     preset = with_patch_size(preset, forward.cfg.patch_size)
     pipeline.train_reverse(preset, forward, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
@@ -426,17 +432,12 @@ def run_sample(args: Sample):
 
 RUN[Sample] = run_sample
 
-# %% ../nbs/19_command_line.ipynb #aa198c7c
-def forward_folder(args: Evaluate, preset: Preset) -> Path:
-    "Where F is."
-    return args.forward or Path(f"runs/{preset.name}-forward")
-
 # %% ../nbs/19_command_line.ipynb #3155b043
 def load_pair(args: Evaluate, preset: Preset, device: str):
     "The F, and the G or None, that a user wants measured."
     if args.reverse is not None:
         check_pair_preset(preset)
-    forward = load_model(forward_folder(args, preset), pipeline.FLOWS[type(preset.forward)], device)
+    forward = load_model(run_folder(args.forward, preset, "forward"), pipeline.FLOWS[type(preset.forward)], device)
     reverse = args.reverse and load_model(args.reverse, ReverseModel, device)
     check_fits(forward, preset.data)
     return forward, reverse
@@ -449,7 +450,14 @@ def measure(args: Evaluate, preset: Preset, forward, reverse, device: str) -> li
     if preset.reverse is not None:
         return pipeline.evaluate(forward, reverse, train, test, n, args.seed, device, args.timing).measurements
     found = pipeline.evaluate_flow(forward, train, test, n, args.seed, preset.conditional, args.timing).measurements
-    return found + pipeline.training_record(forward_folder(args, preset))
+    return found + pipeline.training_record(run_folder(args.forward, preset, "forward"))
+
+# %% ../nbs/19_command_line.ipynb #3486afb9
+def write_figures(out: Path, preset: str, args, config: dict, found: list, start: float):
+    "Write a results file, and print what it holds."
+    save_results(out.parent, out.name.removesuffix(".json"), preset, command_line(args), config, found, time.perf_counter() - start)
+    show(found)
+    print(f"figures in {out}")
 
 # %% ../nbs/19_command_line.ipynb #7b7d1326
 def run_evaluate(args: Evaluate):
@@ -460,9 +468,7 @@ def run_evaluate(args: Evaluate):
     forward, reverse = load_pair(args, preset, device)
     found = measure(args, preset, forward, reverse, device)
     config = {"forward": dataclasses.asdict(forward.cfg), "reverse": reverse and dataclasses.asdict(reverse.cfg)}
-    save_results(out.parent, out.name.removesuffix(".json"), preset.name, command_line(args), config, found, time.perf_counter() - start)
-    show(found)
-    print(f"figures in {out}")
+    write_figures(out, preset.name, args, config, found, start)
 
 RUN[Evaluate] = run_evaluate
 
@@ -480,9 +486,7 @@ def run_bench(args: Bench):
     check_new_file(out)
     model = bench_model(args, device)
     found = bench.bench_inverse(model, segments=args.segments, device=device) if args.what == "inverse" else bench.bench_training(model.cfg, device=device)
-    save_results(out.parent, out.name.removesuffix(".json"), "", command_line(args), dataclasses.asdict(model.cfg), found, time.perf_counter() - start)
-    show(found)
-    print(f"figures in {out}")
+    write_figures(out, "", args, dataclasses.asdict(model.cfg), found, start)
 
 RUN[Bench] = run_bench
 
@@ -517,7 +521,6 @@ def check_folders(args: Demo):
 def run_demo(args: Demo):
     "`bitflow demo`"
     start, device, report = time.perf_counter(), pipeline.find_device(args.device), args.out / "report.html"
-    check_pair_preset(find_preset(args.preset))
     preset = with_options(with_options(find_preset(args.preset), args, "forward"), args, "reverse")
     if args.resume and report.exists():
         return print(f"{args.out} is finished; its report: {report}")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'sample_grid', 'stage_one_loss',
-           'train_forward', 'image_distance', 'train_reverse', 'draw', 'draw_all', 'quality', 'fidelity', 'speed',
-           'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough', 'judge_for', 'evaluate',
-           'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow', 'training_record']
+           'train_forward', 'image_distance', 'train_reverse', 'draw', 'draw_all', 'quality', 'fidelity',
+           'time_per_image', 'speed', 'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough',
+           'judge_for', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow', 'training_record']
 
 # %% ../nbs/pipeline.ipynb #9bf6a130
 from .bijections import check_invertible
@@ -160,6 +160,11 @@ def fidelity(forward: TARFlow, reverse: ReverseModel | None, test: Images, seed:
     return found
 
 # %% ../nbs/pipeline.ipynb #b38c3c23
+def time_per_image(row: str, t: dict, batch: int, **more) -> dict:
+    "What `timed` found for a batch, as milliseconds an image."
+    return measurement(row, "ms_per_image", t["median_ms"] / batch, "ms", t["repeats"], batch=batch, low=t["low_ms"] / batch, high=t["high_ms"] / batch, **more)
+
+
 def speed(forward: TARFlow, reverse: ReverseModel, device: str = "cpu", batches: tuple = (1, 64), repeats: int = 15) -> list:
     "Milliseconds an image of every method, side by side, and how much faster than the exact inverse."
     found = []
@@ -167,8 +172,7 @@ def speed(forward: TARFlow, reverse: ReverseModel, device: str = "cpu", batches:
         z, c = sample_noise(forward.cfg, batch, device=device), grid_labels(forward.cfg, batch).to(device)
         times = {row: timed(partial(draw, row, forward, reverse, z, c), repeats) for row in METHODS}
         for row, t in times.items():
-            found.append(measurement(row, "ms_per_image", t["median_ms"] / batch, "ms", repeats, batch=batch,
-                                     low=t["low_ms"] / batch, high=t["high_ms"] / batch))
+            found.append(time_per_image(row, t, batch))
         for row in ("exact", "exact+denoise"):
             found.append(measurement("one-pass", f"speedup_vs_{row}", times[row]["median_ms"] / times["one-pass"]["median_ms"], "×", repeats, batch=batch))
     return found
@@ -267,8 +271,7 @@ def flow_cost(model: nn.Module, seed: int, timing: bool, batches: tuple = (1, 64
              measurement("exact", "flops_per_density", count_flops(lambda: model.log_prob(x, c)), "FLOP"),
              measurement("exact", "flops_per_image", count_flops(draw_n(1)), "FLOP")]
     for batch in batches if timing else ():
-        t = timed(draw_n(batch))
-        found.append(measurement("exact", "ms_per_image", t["median_ms"] / batch, "ms", t["repeats"], batch=batch, low=t["low_ms"] / batch, high=t["high_ms"] / batch))
+        found.append(time_per_image("exact", timed(draw_n(batch)), batch))
     return found
 
 # %% ../nbs/pipeline.ipynb #2b7803ad

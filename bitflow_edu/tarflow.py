@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 from torch import Tensor
-from .bijections import Compose, Identity
+from .bijections import Compose, Identity, StandardNormal
 from .coupling import ActNorm, Logit
 from .data import BitflowError, add_noise, patchify
 from .transformer import Transformer, TransformerConfig
@@ -186,8 +186,7 @@ def log_prob(
     trajectory: Trajectory,
 ) -> Tensor:  # nats `(N,)`
     "log p(x) = log p_0(z) + log|det|, with p_0 = N(0, I)."
-    z = trajectory.z.flatten(1)
-    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1) + trajectory.logdet
+    return StandardNormal().log_prob(trajectory.z) + trajectory.logdet
 
 # %% ../nbs/07_tarflow.ipynb #c018b75f
 def nll_per_dim(

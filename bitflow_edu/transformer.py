@@ -219,8 +219,10 @@ class Transformer(LayerStack):
     "A stack of layers over `side²` tokens of a square image; causal or bidirectional. A causal one can also go token by token."
     def step(self, x, cache, flip=False, temperature=None):
         "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
-        angles = self.angles if self.angles is None or not flip else self.angles.flip(0)
-        angles = angles if angles is None else angles[cache.length:cache.length + x.shape[1]]
+        angles, S = self.angles, x.shape[1]
+        if angles is not None:
+            at = self.num_tokens - cache.length - S if flip else cache.length
+            angles = angles[at:at + S].flip(0) if flip else angles[at:at + S]
         for i, layer in enumerate(self.layers):
             x = layer.step(x, cache, i, angles, temperature)
         return x, cache.advance(x.shape[1])
