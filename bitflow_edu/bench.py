@@ -2,21 +2,25 @@
 
 # %% ../nbs/bench.ipynb #c3d651c4
 from __future__ import annotations
+import weakref
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from .data import BitflowError, patchify
 from .evaluation import measurement, timed
-from .exact_inverse import Guidance, exact_trajectory, jacobi_trajectory
+from .exact_inverse import Guidance, compile_blocks, exact_trajectory, jacobi_trajectory, pack
 from .pipeline import build, time_per_image
-from .reverse_model import sample_noise
+from .reverse_model import ReverseConfig, ReverseModel, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
 from .training import autocast
 from .transformer import TransformerConfig
 
 # %% auto #0
 __all__ = ['GEOMETRIES', 'plain_layer', 'plain_advice', 'plain_inverse', 'plain_states', 'plain_attention', 'inverse_ways',
-           'bench_inverse', 'row_of', 'training_step', 'bench_training', 'random_flow']
+           'bench_inverse', 'row_of', 'training_step', 'bench_training', 'geometry', 'random_flow', 'PeakMemory',
+           'peak_bytes', 'token_calls', 'bench_tokens']
 
 # %% ../nbs/bench.ipynb #44c260b4
 def plain_layer(layer, x: Tensor, seen: dict) -> Tensor:
@@ -79,13 +83,19 @@ def plain_attention(a, h: Tensor, mask: Tensor) -> Tensor:
     return a.proj(nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(N, T, -1))
 
 # %% ../nbs/bench.ipynb #c3209453
-def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments) -> dict:
-    "Name → a call that gives x^0 `(N, T, D)`."
-    guidance = Guidance(scale) if scale else None
-    return {"plain": lambda: plain_inverse(model, z, c, scale),
+def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool = False) -> dict:
+    "Name → a call that gives x^0 `(N, T, D)`. On a CPU the weights are packed first, for a token of every image in \"packed\" and \"compiled\", for all tokens in Jacobi."
+    guidance, rows = Guidance(scale) if scale else None, len(z) * (2 if scale else 1)
+    one, all_tokens = (pack(model, n) if z.device.type == "cpu" else model for n in (rows, rows * z.shape[1]))
+    ways = {"plain": lambda: plain_inverse(model, z, c, scale),
             "exact": lambda: exact_trajectory(model, z, c, guidance=guidance)[0],
-            "jacobi": lambda: jacobi_trajectory(model, z, c, tolerance, 1, guidance=guidance)[0][0],
-            "gs-jacobi": lambda: jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)[0][0]}
+            "packed": lambda: exact_trajectory(one, z, c, guidance=guidance)[0],
+            "jacobi": lambda: jacobi_trajectory(all_tokens, z, c, tolerance, 1, guidance=guidance)[0][0],
+            "gs-jacobi": lambda: jacobi_trajectory(all_tokens, z, c, tolerance, segments, guidance=guidance)[0][0]}
+    if compiled and rows < 32:  # the compiler cannot see into weights that are packed for many rows
+        invert = compile_blocks(one)
+        ways["compiled"] = lambda: exact_trajectory(one, z, c, invert, guidance)[0]
+    return ways
 
 # %% ../nbs/bench.ipynb #23e14698
 def bench_inverse(
@@ -96,13 +106,14 @@ def bench_inverse(
     segments: int = 2,         # of Gauss–Seidel–Jacobi
     repeats: int = 5,          # timed calls
     device: str = "cpu",
+    compiled: bool = False,    # with the compiled walk, which needs a C++ compiler
 ) -> list:                     # of `measurement`
     "Every way back side by side, for each batch size and guidance scale."
     found = []
     for batch in batches:
         z, c = sample_noise(model.cfg, batch, device=device), torch.arange(batch, device=device) % model.cfg.num_classes
         for scale in scales:
-            ways = inverse_ways(model, z, c, scale, tolerance, segments)
+            ways = inverse_ways(model, z, c, scale, tolerance, segments, compiled)
             truth, times = ways["plain"](), {row: timed(way, repeats, warmup=1) for row, way in ways.items()}
             for row, t in times.items():
                 found += row_of(row, t, times["plain"], batch, scale)
@@ -152,14 +163,77 @@ def bench_training(cfg: TARFlowConfig, batch: int = 64, repeats: int = 15, devic
 GEOMETRIES = {"mnist": (28, 4), "64-tokens": (32, 4), "256-tokens": (64, 4)}  # image size, patch size
 
 
-def random_flow(geometry: str, device: str = "cpu") -> TARFlow:
-    "A flow of 4 blocks × 4 layers of width 128 with random weights, its output projections included. Raises `BitflowError` for an unknown name."
-    if geometry not in GEOMETRIES:
-        raise BitflowError(f"unknown geometry {geometry!r}; choose {', '.join(GEOMETRIES)}")
-    size, patch = GEOMETRIES[geometry]
-    model = build(TARFlow, TARFlowConfig(image_size=size, patch_size=patch, transformer=TransformerConfig(width=128, num_layers=4)), 0)
+def geometry(name: str) -> TARFlowConfig:
+    "4 blocks × 4 layers of width 128 for that number of tokens. Raises `BitflowError` for an unknown name."
+    if name not in GEOMETRIES:
+        raise BitflowError(f"unknown geometry {name!r}; choose {', '.join(GEOMETRIES)}")
+    size, patch = GEOMETRIES[name]
+    return TARFlowConfig(image_size=size, patch_size=patch, transformer=TransformerConfig(width=128, num_layers=4))
+
+
+def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
+    "A flow with random weights, its output projections included."
+    model = build(TARFlow, cfg, 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in model.blocks:
             block.proj_out.weight.copy_(0.02 * torch.randn(block.proj_out.weight.shape, generator=generator))
     return model.eval().to(device)
+
+# %% ../nbs/bench.ipynb #eb150b02
+class PeakMemory(TorchDispatchMode):
+    "Bytes of the tensors that are made inside `with PeakMemory() as m` and alive: `m.live` now, `m.peak` at most."
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        "Run the operation, then count the memory that is new."
+        before = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for storage in (v.untyped_storage() for v in tree_leaves(out) if isinstance(v, Tensor)):
+            if storage._cdata not in before | self.known:
+                self.take(storage)
+        return out
+
+    def take(self, storage):
+        "Count a storage until it is freed."
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.give_back, key, size)
+
+    def give_back(self, key, size):
+        "It was freed."
+        self.known.discard(key)
+        self.live -= size
+
+
+def peak_bytes(call) -> int:
+    "The most bytes of tensors alive at once during `call()`, beyond what was there before."
+    with PeakMemory() as memory:
+        call()
+    return memory.peak
+
+# %% ../nbs/bench.ipynb #96c04982
+def token_calls(side: int, batch: int, num_layers: int = 2) -> dict:
+    "Name → a call, for 4 blocks of width 128 over `side²` tokens of 16 values; random weights."
+    shape = dict(image_size=4 * side, patch_size=4, transformer=TransformerConfig(width=128, num_layers=num_layers))
+    model, dense = random_flow(TARFlowConfig(**shape)), build(ReverseModel, ReverseConfig(**shape), 0).eval()
+    z, c = sample_noise(model.cfg, batch), torch.arange(batch) % model.cfg.num_classes
+    x = torch.randn(batch, 1, 4 * side, 4 * side, generator=torch.Generator().manual_seed(0))
+    step = training_step(model, lambda: nll_per_dim(model(x, c)), "float32")
+    return {"training": step, "exact": lambda: exact_trajectory(model, z, c)[0], "jacobi": lambda: jacobi_trajectory(model, z, c)[0][0],
+            "dense": lambda: torch.no_grad()(dense)(z, c)}
+
+
+def bench_tokens(sides: tuple = (7, 10, 16, 24, 32), batch: int = 1, repeats: int = 3) -> list:
+    "Time and peak memory of training, exact inverse, Jacobi and one dense pass, for side² tokens each; a list of `measurement`."
+    found = []
+    for side in sides:
+        for row, call in token_calls(side, batch).items():
+            t = timed(call, repeats, warmup=1)
+            found += [measurement(row, "ms", t["median_ms"], "ms", repeats, batch=batch, tokens=side ** 2, low=t["low_ms"], high=t["high_ms"]),
+                      measurement(row, "peak_mb", peak_bytes(call) / 2 ** 20, "MB", 1, batch=batch, tokens=side ** 2)]
+    return found

@@ -19,13 +19,13 @@ from .tarflow import TARFlow, TARFlowConfig
 from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 
 # %% auto #0
-__all__ = ['NAMES', 'RUN', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train', 'Picture', 'Sample', 'Evaluate',
-           'Info', 'Bench', 'command_type', 'one_line', 'read_words', 'parse', 'option_words', 'command_line', 'main',
-           'load_any', 'describe_model', 'describe_training', 'show', 'describe_preset', 'run_info', 'check_writable',
-           'refuse_existing', 'run_folder', 'with_options', 'with_patch_size', 'run_train_forward', 'check_fits',
-           'run_train_reverse', 'parse_labels', 'check_new_file', 'method_of', 'check_sample', 'run_sample',
-           'load_pair', 'measure', 'write_figures', 'run_evaluate', 'bench_model', 'run_bench', 'peak_memory_mb',
-           'train_pair', 'save_demo', 'check_folders', 'run_demo']
+__all__ = ['NAMES', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train', 'Picture', 'Sample',
+           'Evaluate', 'Info', 'Bench', 'command_type', 'one_line', 'read_words', 'parse', 'option_words',
+           'command_line', 'main', 'load_any', 'describe_model', 'describe_training', 'show', 'describe_preset',
+           'run_info', 'check_writable', 'refuse_existing', 'run_folder', 'with_options', 'with_patch_size',
+           'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'check_new_file', 'method_of',
+           'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures', 'run_evaluate', 'bench_model',
+           'parse_segments', 'run_bench', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -149,13 +149,15 @@ class Info(Common):
 class Bench:
     "Measure the exact inverse, or a training step, against plain implementations in the same run."
     what: str = "inverse"
-    """inverse or training."""
+    """inverse, training or tokens (time and memory against the number of tokens, 49 to 1,024)."""
     geometry: str = "mnist"
     """Shape with random weights: mnist, 64-tokens or 256-tokens."""
     checkpoint: Optional[Path] = None
     """Run or checkpoint of F to measure instead."""
-    segments: int = 2
-    """Segments of Gauss-Seidel-Jacobi."""
+    segments: str = "2"
+    """Segments of Gauss-Seidel-Jacobi: one number, or one for each block, e.g. 1,1,1,48."""
+    compiled: bool = False
+    """Measure the compiled walk, too; needs a C++ compiler."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
     out: Optional[Path] = None
@@ -475,18 +477,32 @@ RUN[Evaluate] = run_evaluate
 # %% ../nbs/19_command_line.ipynb #2ff50d37
 def bench_model(args: Bench, device: str) -> TARFlow:
     "The F that is measured: from a checkpoint, or with random weights."
-    return load_model(args.checkpoint, TARFlow, device) if args.checkpoint else bench.random_flow(args.geometry, device)
+    return load_model(args.checkpoint, TARFlow, device) if args.checkpoint else bench.random_flow(bench.geometry(args.geometry), device)
+
+
+MEASURED = {"inverse": lambda args, model, device: bench.bench_inverse(model, segments=parse_segments(args.segments), device=device, compiled=args.compiled),
+            "training": lambda args, model, device: bench.bench_training(model.cfg, device=device),
+            "tokens": lambda args, model, device: bench.bench_tokens()}
+
+
+def parse_segments(text: str):
+    "A number of segments, or a list with one for each block."
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BitflowError(f"--segments {text!r} is no number and no list of numbers like 1,1,1,48") from None
+    return counts[0] if len(counts) == 1 else counts
 
 
 def run_bench(args: Bench):
     "`bitflow bench`"
-    if args.what not in ("inverse", "training"):
-        raise BitflowError(f"--what {args.what!r} cannot be measured; choose inverse or training")
-    out, start, device = args.out or Path(f"results/bench-{args.what}-{args.geometry}.json"), time.perf_counter(), pipeline.find_device(args.device)
+    if args.what not in MEASURED:
+        raise BitflowError(f"--what {args.what!r} cannot be measured; choose {', '.join(MEASURED)}")
+    of = "" if args.what == "tokens" else f"-{args.geometry}"
+    out, start, device = args.out or Path(f"results/bench-{args.what}{of}.json"), time.perf_counter(), pipeline.find_device(args.device)
     check_new_file(out)
     model = bench_model(args, device)
-    found = bench.bench_inverse(model, segments=args.segments, device=device) if args.what == "inverse" else bench.bench_training(model.cfg, device=device)
-    write_figures(out, "", args, dataclasses.asdict(model.cfg), found, start)
+    write_figures(out, "", args, dataclasses.asdict(model.cfg), MEASURED[args.what](args, model, device), start)
 
 RUN[Bench] = run_bench
 

@@ -2,19 +2,22 @@
 
 # %% ../nbs/08_exact_inverse.ipynb #656a0ce0
 from __future__ import annotations
-import warnings
+import copy, warnings
 from dataclasses import dataclass
 from functools import partial
 import torch
+import torch.nn as nn
 from torch import Tensor
 from .data import BitflowError, unpatchify
 from .tarflow import FlowBlock, TARFlow, log_prob
+from .transformer import KVCache
 
 # %% auto #0
-__all__ = ['GUIDANCE', 'invert_block_uncached', 'Walk', 'start_walk', 'invert_block', 'check_noise', 'exact_trajectory',
-           'to_images', 'exact_inverse', 'round_trip_error', 'serial_steps', 'score_denoise', 'linear',
+__all__ = ['GUIDANCE', 'invert_block_uncached', 'Walk', 'ask', 'start_walk', 'invert_block', 'check_noise', 'exact_trajectory',
+           'undo_blocks', 'to_images', 'exact_inverse', 'round_trip_error', 'serial_steps', 'score_denoise', 'linear',
            'variance_aware', 'Guidance', 'Convergence', 'check_iteration', 'solve_segment', 'solve_in_segments',
-           'fall_back', 'invert_block_jacobi', 'segment_counts', 'jacobi_trajectory', 'jacobi_inverse']
+           'fall_back', 'invert_block_jacobi', 'segment_counts', 'jacobi_trajectory', 'jacobi_inverse', 'FixedCache',
+           'next_token', 'compile_blocks', 'capture_inverse', 'PackedLinear', 'pack']
 
 # %% ../nbs/08_exact_inverse.ipynb #7988bc3d
 @torch.no_grad()
@@ -40,13 +43,19 @@ class Walk:
     place: Tensor        # t/(T−1) of the tokens that advice is for, t = 1 … T−1, `(T−1, 1)`
     temperature: Tensor  # of each image's attention `(N or 2N, 1, 1, 1)`; None: 1 for all
     guidance: Guidance = None
+
     def advice(self, tokens, cache):
         "α and μ for the S tokens that follow `tokens` `(N, S, D)`, each `(N, S, D)`, and the longer cache."
-        t, S = cache.length, tokens.shape[1]
-        h = self.block.proj_in(tokens if self.guidance is None else torch.cat([tokens, tokens])) + self.offset[:, t:t + S]
-        h, cache = self.block.transformer.step(h, cache, self.block.flip, self.temperature)
-        advice = self.block.read_out(h, tokens.dtype)
-        return (*advice, cache) if self.guidance is None else (*self.guidance.push(*advice, self.place[t:t + S]), cache)
+        now = slice(cache.length, cache.length + tokens.shape[1])
+        return ask(self.block, self.guidance, tokens, self.offset[:, now], self.place[now], self.temperature, cache)
+
+
+def ask(block: FlowBlock, guidance, tokens, offset, place, temperature, cache):
+    "One step of a `Walk`, with the offsets and places of these tokens alone."
+    h = block.proj_in(tokens if guidance is None else torch.cat([tokens, tokens])) + offset
+    h, cache = block.transformer.step(h, cache, block.flip, temperature)
+    advice = block.read_out(h, tokens.dtype)
+    return (*advice, cache) if guidance is None else (*guidance.push(*advice, place), cache)
 
 # %% ../nbs/08_exact_inverse.ipynb #3e2b5991
 def start_walk(
@@ -99,8 +108,12 @@ def exact_trajectory(
 ) -> list[Tensor]:  # x^0 … x^B, each `(N, T, D)`
     "The whole way back: B blocks of T−1 serial steps."
     check_noise(model, z, c, guidance)
-    invert = invert if guidance is None else partial(invert, guidance=guidance)
-    states = [z]
+    return undo_blocks(model, z, c, invert, guidance)
+
+
+def undo_blocks(model, z, c, invert, guidance):
+    "`exact_trajectory` without a look at its arguments."
+    invert, states = invert if guidance is None else partial(invert, guidance=guidance), [z]
     for block in reversed(model.blocks):
         states.append(invert(block, states[-1], c))
     return states[::-1]
@@ -285,3 +298,93 @@ def jacobi_trajectory(
 def jacobi_inverse(model: TARFlow, z: Tensor, c: Tensor, tolerance: float = 1e-4, segments=1, guidance: Guidance = None) -> Tensor:
     "F⁻¹(z) `(N, C, H, W)` by fixed-point iteration, to a tolerance a block."
     return to_images(model, jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)[0][0])
+
+# %% ../nbs/08_exact_inverse.ipynb #5291353d
+class FixedCache(KVCache):
+    "A cache for one token a step whose shapes never change: `length` is a tensor `(1,)`, and empty slots are masked. What a compiled step needs."
+    def __init__(self, k, v, length):
+        vars(self).update(k=k, v=v, length=length)
+
+    def attend(self, layer, q, k, v, causal):
+        "Take in the token's k and v, and look at all slots that are filled."
+        keys, values = self.k[layer].index_copy_(2, self.length, k), self.v[layer].index_copy_(2, self.length, v)
+        filled = torch.arange(keys.shape[2], device=k.device)[None] <= self.length
+        scores = ((keys * q).sum(-1) * q.shape[-1] ** -0.5).masked_fill(~filled, float("-inf"))
+        return (scores.softmax(-1)[..., None] * values).sum(2, keepdim=True)  # sums, not products of matrices: compiled, they are one loop
+
+    def own(self, table, S, flip):
+        "The row of a table `(T, …)` that belongs to the token."
+        return table[len(table) - 1 - self.length if flip else self.length]
+
+    def advance(self, tokens=1):
+        "One token longer."
+        return FixedCache(self.k, self.v, self.length + tokens)
+
+# %% ../nbs/08_exact_inverse.ipynb #5491ec8a
+def next_token(block: FlowBlock, guidance, token, y, offset, place, temperature, k, v, length):
+    "x_t `(N, 1, D)` from x_{t−1} and y_t, both `(N, 1, D)`: all that a step does, in tensors of fixed shapes."
+    alpha, mu, _ = ask(block, guidance, token, offset, place, temperature, FixedCache(k, v, length))
+    return y * alpha.exp() + mu
+
+
+def compile_blocks(model: TARFlow):
+    "A compiled `invert` for `exact_trajectory`, best for few images. Needs a C++ compiler; the first call, and each new batch size or guidance, takes seconds."
+    steps = {block: torch.compile(partial(next_token, block), dynamic=False) for block in model.blocks}
+
+    @torch.no_grad()
+    def invert(block, y, c, guidance=None):
+        "As `invert_block`."
+        walk, cache = start_walk(block, c, guidance)
+        by_token = lambda v: v.transpose(0, 1).unsqueeze(2).contiguous()  # token t's values are one piece of memory
+        y, offset, at = by_token(block.order(y)), by_token(walk.offset), torch.arange(y.shape[1], device=y.device)[:, None]
+        x = [y[0]]
+        for t in range(1, len(y)):
+            x.append(steps[block](guidance, x[-1], y[t], offset[t - 1], walk.place[t - 1], walk.temperature, cache.k, cache.v, at[t - 1]))
+        return block.order(torch.cat(x, dim=1))
+    return invert
+
+# %% ../nbs/08_exact_inverse.ipynb #5e6dfa46
+def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, labelled: bool = True):
+    "The exact inverse of `batch` images as one CUDA graph: (z, c) → x^0 `(N, T, D)`, `labelled` if any c is. `BitflowError` where the model is not on a GPU."
+    device = model.blocks[0].pos_embed.device
+    if device.type != "cuda":
+        raise BitflowError(f"a CUDA graph needs a model on a GPU; this one is on {device}: `compile_blocks` and `pack` are for processors")
+    z = torch.zeros(batch, model.cfg.num_tokens, model.cfg.token_dim, device=device)
+    c = torch.full((batch,), 0 if labelled else -1, device=device)
+    exact_trajectory(model, z, c, guidance=guidance)  # checks, and warms up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x = undo_blocks(model, z, c, invert_block, guidance)[0]
+
+    def replay(noise, labels):
+        "x^0 for noise and labels of the captured shapes."
+        z.copy_(noise), c.copy_(labels)
+        graph.replay()
+        return x.clone()
+    return replay
+
+# %% ../nbs/08_exact_inverse.ipynb #4432a65f
+class PackedLinear(nn.Module):
+    "A linear layer for inference on many rows, its weights in oneDNN's own order."
+    def __init__(self, linear: nn.Linear, rows: int):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows), linear.bias
+
+    def forward(self, x):
+        "`(…, in)` to `(…, out)`."
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack(model: nn.Module, rows: int) -> nn.Module:
+    "A copy for inference on a CPU in float32, its linear layers laid out for products with `rows` rows (images × tokens at once). `BitflowError` elsewhere."
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        raise BitflowError(f"only float32 models on a CPU, with oneDNN, can be packed; this one is {weight.dtype} on {weight.device}")
+    packed = copy.deepcopy(model).requires_grad_(False).eval()
+    for module in list(packed.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and rows >= 32:
+                setattr(module, name, PackedLinear(child, rows))
+            elif isinstance(child, nn.Linear):
+                child.weight.data = child.weight.data.t().contiguous().t()  # column by column, which suits a few rows
+    return packed

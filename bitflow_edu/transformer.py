@@ -156,8 +156,7 @@ class Attention(HeadProjections):
     def step(self, x, cache, layer, angles=None, temperature=None):
         "The same for the next S tokens `(N, S, width)`, looking back at what `cache` holds for `layer`; a temperature divides the scores."
         q, k, v = self.heads(x, angles)
-        k, v = cache.extend(layer, k, v)
-        return self.merge(attend(q if temperature is None else q / temperature, k, v, self.causal))
+        return self.merge(cache.attend(layer, q if temperature is None else q / temperature, k, v, self.causal))
 
 # %% ../nbs/04_transformer.ipynb #231d40c3
 class Layer(nn.Module):
@@ -210,6 +209,15 @@ class KVCache:
         values.narrow(2, self.length, S).copy_(v)
         return keys.narrow(2, 0, self.length + S), values.narrow(2, 0, self.length + S)
 
+    def attend(self, layer, q, k, v, causal):
+        "Take in k and v of the next S tokens for `layer`, then let their queries look at all that it has seen: `(N, heads, S, head_dim)`."
+        return attend(q, *self.extend(layer, k, v), causal)
+
+    def own(self, table, S, flip):
+        "The rows of a table `(T, …)` in raster order that belong to the next S tokens; `flip`: these come from its end."
+        at = len(table) - self.length - S if flip else self.length
+        return table[at:at + S].flip(0) if flip else table[at:at + S]
+
     def advance(self, tokens: int = 1):
         "The cache after a whole step: the same memory, so many tokens longer."
         return KVCache(self.k, self.v, self.length + tokens)
@@ -219,16 +227,13 @@ class Transformer(LayerStack):
     "A stack of layers over `side²` tokens of a square image; causal or bidirectional. A causal one can also go token by token."
     def step(self, x, cache, flip=False, temperature=None):
         "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
-        angles, S = self.angles, x.shape[1]
-        if angles is not None:
-            at = self.num_tokens - cache.length - S if flip else cache.length
-            angles = angles[at:at + S].flip(0) if flip else angles[at:at + S]
+        angles = None if self.angles is None else cache.own(self.angles, x.shape[1], flip)
         for i, layer in enumerate(self.layers):
             x = layer.step(x, cache, i, angles, temperature)
         return x, cache.advance(x.shape[1])
 
     def empty_cache(self, batch: int) -> KVCache:
         "A cache for `batch` images, in the weights' type and device."
-        w, cfg = self.layers[0].attention.qkv.weight, self.cfg
+        w, cfg = self.layers[0].attention.norm.weight, self.cfg
         shape = (cfg.num_layers, batch, cfg.width // cfg.head_dim, self.num_tokens, cfg.head_dim)
         return KVCache(w.new_zeros(shape), w.new_zeros(shape))

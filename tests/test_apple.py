@@ -1,6 +1,7 @@
 """The original architecture against a plain, independent implementation under the published parameter names."""
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 import torch.nn.functional as nnf
 
 from bitflow_edu.data import BitflowError
@@ -169,3 +170,17 @@ def test_clipping_bounds_the_advice_and_the_stretch(clip):
     trajectory = flow(x, c)
     assert torch.isfinite(trajectory.z).all() and torch.isfinite(log_prob(trajectory)).all()
     torch.testing.assert_close(exact_inverse(flow, trajectory.z, c), x, rtol=0, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(clip=st.floats(0.1, 3.0), scale=st.floats(0.01, 100.0), seed=st.integers(0, 99))
+def test_under_clipping_no_weights_overflow(clip, scale, seed):
+    small = TransformerConfig(width=16, head_dim=8, num_layers=1)
+    flow, g = TARFlow(TARFlowConfig(image_size=8, patch_size=2, num_classes=3, clip=clip, transformer=small)), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.copy_(scale * torch.randn(p.shape, generator=g))
+    x, c = 3 * torch.randn(2, 1, 8, 8, generator=g), torch.tensor([0, -1])
+    trajectory = flow(x, c)
+    assert torch.isfinite(trajectory.z).all() and torch.isfinite(log_prob(trajectory)).all()
+    assert torch.isfinite(exact_inverse(flow, torch.randn(trajectory.z.shape, generator=g), c)).all()

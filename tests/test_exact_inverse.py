@@ -1,4 +1,5 @@
 """Guidance and fixed-point iteration against the plain token-by-token inverse."""
+import shutil
 import warnings
 
 import pytest
@@ -8,8 +9,8 @@ from dataclasses import replace
 from hypothesis import given, settings, strategies as st
 
 from bitflow_edu.data import BitflowError, asset
-from bitflow_edu.exact_inverse import (GUIDANCE, Guidance, exact_inverse, exact_trajectory, invert_block, invert_block_jacobi, jacobi_inverse,
-                                       jacobi_trajectory)
+from bitflow_edu.exact_inverse import (GUIDANCE, Guidance, PackedLinear, capture_inverse, compile_blocks, exact_inverse, exact_trajectory, invert_block,
+                                       invert_block_jacobi, jacobi_inverse, jacobi_trajectory, pack)
 from bitflow_edu.reverse_model import sample_noise
 from bitflow_edu.tarflow import TARFlow
 from bitflow_edu.training import load_model
@@ -132,3 +133,49 @@ def test_guidance_needs_label_dropout():
     with pytest.raises(BitflowError, match="without label dropout"):
         exact_inverse(flow, z, torch.tensor([0, 1]), Guidance(1.0))
     exact_inverse(flow, z, torch.tensor([-1, -1]), Guidance(1.0, temperature=2.0))
+
+
+def compiled_against_plain(modern, guidance):
+    """The compiled walk's x^0 against the exact one's, for an F with or without the modern parts."""
+    flow, c = small_flow(modern=modern), torch.tensor([1, 2, 0])
+    z = sample_noise(flow.cfg, 3)
+    torch.testing.assert_close(exact_trajectory(flow, z, c, compile_blocks(flow), guidance)[0], exact_trajectory(flow, z, c, guidance=guidance)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("guidance", [None, Guidance(1.0, "annealed", temperature=1.5)])
+def test_a_step_of_fixed_shapes_is_the_step(modern, guidance, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    compiled_against_plain(modern, guidance)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_walk_is_the_walk():
+    compiled_against_plain(False, Guidance(1.0))
+
+
+@pytest.mark.parametrize("rows", [3, 64])
+def test_packed_weights_give_the_same_and_leave_the_model_alone(rows):
+    flow, c = small_flow(), torch.arange(rows) % 3
+    z, before = sample_noise(flow.cfg, rows), {k: v.clone() for k, v in flow.state_dict().items()}
+    packed = pack(flow, rows)
+    torch.testing.assert_close(exact_trajectory(packed, z, c)[0], exact_trajectory(flow, z, c)[0], rtol=1e-4, atol=1e-5)
+    assert any(isinstance(m, PackedLinear) for m in packed.modules()) == (rows >= 32)
+    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items()) and all(p.requires_grad for p in flow.parameters())
+
+
+def test_what_cannot_be_packed_or_captured():
+    with pytest.raises(BitflowError, match="float64 on cpu"):
+        pack(small_flow(dtype=torch.float64), 1)
+    with pytest.raises(BitflowError, match="needs a model on a GPU"):
+        capture_inverse(small_flow(), 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("guidance", [None, Guidance(1.0)])
+def test_a_captured_walk_is_the_walk(guidance):
+    flow = small_flow().cuda()
+    replay, c = capture_inverse(flow, 3, guidance), torch.tensor([1, 2, 0], device="cuda")
+    for seed in range(2):
+        z = sample_noise(flow.cfg, 3, seed, device="cuda")
+        torch.testing.assert_close(replay(z, c), exact_trajectory(flow, z, c, guidance=guidance)[0], rtol=1e-4, atol=1e-5)
