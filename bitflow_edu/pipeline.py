@@ -12,19 +12,21 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'sample_grid', 'stage_one_loss',
-           'train_forward', 'image_distance', 'train_reverse', 'draw', 'draw_all', 'quality', 'fidelity',
-           'time_per_image', 'speed', 'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough',
-           'judge_for', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow', 'training_record']
+           'train_forward', 'image_distance', 'state_distance', 'train_reverse', 'draw', 'draw_all', 'quality',
+           'fidelity', 'time_per_image', 'speed', 'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation',
+           'check_enough', 'judge_for', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow',
+           'training_record']
 
 # %% ../nbs/pipeline.ipynb #9bf6a130
 from .bijections import check_invertible
 from .config import ObjectiveConfig, Preset, check_pair_preset
 from .coupling import CouplingConfig, CouplingFlow, bits_per_dim, uniform_noise_loss
 from .data import BitflowError, Images, check_labels
-from .distances import adaptive, feature_distance, load_feature_net, mixture
+from .distances import adaptive, find_distance, mixture
 from .evaluation import Classifier, as_stored, frechet_distance, in_batches, load_classifier, measurement, timed
 from .exact_inverse import exact_inverse, round_trip_error, score_denoise, serial_steps
-from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, reverse_loss
+from .guidance import guided_run
+from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, normalised, reverse_loss
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, forward_loss
@@ -92,11 +94,16 @@ def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu
 
 # %% ../nbs/pipeline.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
-    "The distance at the image end: MSE, and the digit features where their weight is not zero."
+    "The distance at the image end: MSE, and the perceptual distances where their weight is not zero."
     weigh = partial(adaptive, p=objective.adaptive_power)
     if not objective.feature_weight:
         return weigh(mse)
-    return mixture((1.0, weigh(mse)), (objective.feature_weight, weigh(feature_distance(load_feature_net(device)))))
+    return mixture((1.0, weigh(mse)), *((objective.feature_weight, weigh(find_distance(name, device))) for name in objective.features))
+
+
+def state_distance(objective: ObjectiveConfig):
+    "The distance between token states: MSE, normalised and weighed where the objective says so."
+    return adaptive(normalised(mse) if objective.normalise else mse, objective.adaptive_power)
 
 # %% ../nbs/pipeline.ipynb #933c6de4
 def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, device: str = "cpu", resume: bool = False) -> ReverseModel:
@@ -106,7 +113,8 @@ def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, 
     model = build(ReverseModel, preset.reverse, cfg.seed, device)
     check_pair(forward, model)
     check_strategy(model, objective.strategy)
-    loss = reverse_loss(forward, find_strategy(objective.strategy), adaptive(mse, objective.adaptive_power), image_distance(objective, device))
+    run = guided_run(objective.w_per_block) if model.cfg.max_guidance else None
+    loss = reverse_loss(forward, find_strategy(objective.strategy), state_distance(objective), image_distance(objective, device), objective.depth_weights, run)
     describe = {"preset": preset.name, "stage": "reverse", "objective": dataclasses.asdict(objective)}
     return train(model, loss, data, cfg, folder, resume, partial(sample_grid, sample=one_pass), describe)
 

@@ -2,6 +2,7 @@
 
 # %% ../nbs/10_reverse_model.ipynb #a109b42e
 from __future__ import annotations
+import warnings
 from dataclasses import dataclass, field
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from .tarflow import ClassEmbedding, TokenGeometry, check_geometry
 from .transformer import NORMS, Transformer, TransformerConfig
 
 # %% auto #0
-__all__ = ['sample_noise', 'check_reverse', 'ReverseConfig', 'ReverseBlock', 'projection', 'ReverseOutput', 'ReverseModel',
-           'one_pass']
+__all__ = ['sample_noise', 'check_reverse', 'ReverseConfig', 'ReverseBlock', 'projection', 'ReverseOutput', 'guidance_scales',
+           'with_labels', 'ReverseModel', 'one_pass']
 
 # %% ../nbs/10_reverse_model.ipynb #a6cd2110
 def sample_noise(
@@ -32,6 +33,8 @@ def check_reverse(cfg):
     check_geometry(cfg)
     if cfg.num_blocks < 1:
         raise BitflowError(f"num_blocks is {cfg.num_blocks}; G needs at least one block")
+    if not 0 <= cfg.max_guidance < float("inf"):
+        raise BitflowError(f"max_guidance is {cfg.max_guidance}; the largest w of training is finite and not negative, 0 for a G without w")
 
 # %% ../nbs/10_reverse_model.ipynb #01867be3
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class ReverseConfig(TokenGeometry):
     num_blocks: int = 4     # B, one for every block of F
     denoise: bool = True    # one more block, from h^0 (noisy) to the clean x'
     token_states: bool = False  # pass states on in token space (hidden distillation), not in model width
+    max_guidance: float = 0.0   # G takes a guidance scale w, trained from 0 to this (chapter 14); 0: it takes none
     embed_std: float = 0.3  # initial size of position and class embeddings
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
 
@@ -58,10 +62,12 @@ class ReverseBlock(nn.Module):
         width = cfg.transformer.width
         self.class_embed = ClassEmbedding(cfg.num_classes, width, cfg.embed_std)
         self.transformer = Transformer(cfg.transformer, cfg.image_size // cfg.patch_size, causal=False)
+        self.scale_embed = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width)) if cfg.max_guidance else None
 
-    def forward(self, h, c):
-        "Features `(N, T, width)` and labels `(N,)` (−1: none) to features of the same shape."
-        return self.transformer(h + self.class_embed(c))
+    def forward(self, h, c, w=None):
+        "Features `(N, T, width)`, labels `(N,)` (−1: none) and, where G takes them, guidance scales `(N,)`, to features of the same shape."
+        h = h + self.class_embed(c)
+        return self.transformer(h if self.scale_embed is None else h + self.scale_embed(w[:, None])[:, None])
 
 # %% ../nbs/10_reverse_model.ipynb #b5586ab0
 def projection(cfg: ReverseConfig) -> nn.Sequential:
@@ -75,7 +81,26 @@ class ReverseOutput:
     "What G made of a batch, in the trajectory's order."
     hidden: tuple[Tensor, ...]     # h^0 … h^B, each `(N, T, width)`
     projected: tuple[Tensor, ...]  # φ_0(h^0) … φ_{B−1}(h^{B−1}), each `(N, T, D)`
-    image: Tensor                  # x', clean, `(N, C, H, W)`
+    image: Tensor                  # x' `(N, C, H, W)`: clean; without a denoising block, φ_0(h^0) as an image
+    denoised: bool = True          # whether there was a denoising block
+
+# %% ../nbs/10_reverse_model.ipynb #fa822ccb
+def guidance_scales(cfg: ReverseConfig, w, n: int, device) -> Tensor | None:
+    "w for each image and block, the denoising one last, `(N, B + 1)`: from a number, `(N,)` or `(N, B + 1)`; no w is 0. `BitflowError` where G takes none."
+    if not cfg.max_guidance:
+        if w is not None:
+            raise BitflowError("this G takes no guidance scale w; train one with max_guidance above 0, or guide it at inference (chapter 14)")
+        return None
+    w = torch.as_tensor(0.0 if w is None else w, dtype=torch.float32, device=device)
+    if w.numel() and not (w.min() >= 0 and w.max() <= cfg.max_guidance):
+        warnings.warn(f"w from {w.min():g} to {w.max():g}, but this G was trained with w from 0 to {cfg.max_guidance:g}: what it makes of it is a guess", stacklevel=4)
+    return (w[:, None] if w.dim() == 1 else w).expand(n, cfg.num_blocks + 1)
+
+
+def with_labels(cfg: ReverseConfig, c: Tensor, w=None):
+    "How a block is applied: with labels `(N,)` and, where G takes them, guidance scales."
+    w = guidance_scales(cfg, w, len(c), c.device)
+    return lambda block, h, i: block(h, c, w if w is None else w[:, i])
 
 # %% ../nbs/10_reverse_model.ipynb #a3822b66
 class ReverseModel(nn.Module):
@@ -97,28 +122,32 @@ class ReverseModel(nn.Module):
         "h^B: the noise enters the model's width."
         return self.proj_in(z) + self.pos_embed
 
-    def undo(self, i, h, c):
+    def undo(self, i, h, run):
         "One block back: h^i and φ_i(h^i); with `token_states`, h^i goes on as what φ_i let through."
-        h = self.blocks[i](h, c)
+        h = run(self.blocks[i], h, i)
         projected = self.heads[i](h)
         if self.cfg.token_states:
             h = self.lifts[i](projected) + self.pos_embed
         return h, projected
 
-    def finish(self, h, projected, c):
+    def finish(self, h, projected, run):
         "x' `(N, C, H, W)`: from h^0 through the denoising block, or φ_0(h^0) itself where there is none."
-        tokens = self.out(self.denoiser(h, c)) if self.cfg.denoise else projected
+        tokens = self.out(run(self.denoiser, h, self.cfg.num_blocks)) if self.cfg.denoise else projected
         return unpatchify(tokens, self.cfg.patch_size, self.cfg.channels)
 
-    def forward(self, z, c):
-        "Noise tokens `(N, T, D)` and labels `(N,)` (−1: none) to a `ReverseOutput`."
+    def walk(self, z, run):
+        "Noise tokens `(N, T, D)` to a `ReverseOutput`, where `run(block, h, i)` applies block i; the denoising block is number B."
         hidden, projected = [self.embed(z)], []
         for i in reversed(range(self.cfg.num_blocks)):
-            h, tokens = self.undo(i, hidden[-1], c)
+            h, tokens = self.undo(i, hidden[-1], run)
             hidden.append(h)
             projected.append(tokens)
-        image = self.finish(hidden[-1], projected[-1], c)
-        return ReverseOutput(tuple(hidden[::-1]), tuple(projected[::-1]), image)
+        image = self.finish(hidden[-1], projected[-1], run)
+        return ReverseOutput(tuple(hidden[::-1]), tuple(projected[::-1]), image, self.cfg.denoise)
+
+    def forward(self, z, c, w=None):
+        "Noise tokens `(N, T, D)`, labels `(N,)` (−1: none) and guidance scales (see `with_labels`) to a `ReverseOutput`."
+        return self.walk(z, with_labels(self.cfg, c, w))
 
 # %% ../nbs/10_reverse_model.ipynb #f8d0452a
 @torch.no_grad()
@@ -126,12 +155,13 @@ def one_pass(
     model: ReverseModel,
     z: Tensor,  # noise tokens `(N, T, D)`
     c: Tensor,  # labels `(N,)`, −1: none
+    w=None,     # guidance scale, where G takes one; see `with_labels`
 ) -> Tensor:    # clean images x' `(N, C, H, W)`
     "Sample: one forward pass of G, 1-NFE. States that only training looks at are not computed."
-    h, cfg = model.embed(z), model.cfg
+    h, cfg, run = model.embed(z), model.cfg, with_labels(model.cfg, c, w)
     for i in reversed(range(cfg.num_blocks)):
         if cfg.token_states or not (cfg.denoise or i):
-            h, tokens = model.undo(i, h, c)
+            h, tokens = model.undo(i, h, run)
         else:
-            h, tokens = model.blocks[i](h, c), None
-    return model.finish(h, tokens, c)
+            h, tokens = run(model.blocks[i], h, i), None
+    return model.finish(h, tokens, run)
