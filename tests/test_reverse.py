@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import small_flow, small_reverse
 
-from bitflow_edu.data import BitflowError
+from bitflow_edu.data import BitflowError, add_noise
 from bitflow_edu.distances import adaptive, feature_distance, load_feature_net, mixture
 from bitflow_edu.inverse_strategies import STRATEGIES, check_pair, check_strategy, find_strategy, mse, reverse_loss
 from bitflow_edu.reverse_model import one_pass, sample_noise
@@ -68,7 +68,9 @@ def test_without_denoising_the_target_is_the_noisy_image():
     x, c = batch(flow)
     loss = reverse_loss(flow)
     _, metrics = loss(G, x, c, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(metrics["image"], metrics["depth_0"])
+    out, noisy = G(flow(add_noise(x, flow.cfg.noise_std, torch.Generator().manual_seed(0)), c).z, c), add_noise(x, flow.cfg.noise_std, torch.Generator().manual_seed(0))
+    assert metrics["depth_0"] == 0 and not out.denoised  # the image is φ_0(h^0), and counts once
+    torch.testing.assert_close(metrics["image"], (out.image - noisy).square().mean())
 
 
 def test_hidden_distillation_passes_on_the_projected_states_and_alignment_does_not():
