@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Optional, Union
 import torch
-from . import bench, pipeline
+from . import ablations, bench, pipeline
 from .config import Preset, check_pair_preset, find_preset, with_strategy
 from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, load_data
-from .evaluation import measurement, save_results
+from .evaluation import hardware, measurement, save_results
 from .plotting import image_grid
 from .report import draw_rows, sample_rows, write_report
 from .reverse_model import ReverseModel
@@ -19,13 +19,14 @@ from .tarflow import TARFlow, TARFlowConfig
 from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 
 # %% auto #0
-__all__ = ['NAMES', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train', 'Picture', 'Sample',
-           'Evaluate', 'Info', 'Bench', 'command_type', 'one_line', 'read_words', 'parse', 'option_words',
-           'command_line', 'main', 'load_any', 'describe_model', 'describe_training', 'show', 'describe_preset',
-           'run_info', 'check_writable', 'refuse_existing', 'run_folder', 'with_options', 'with_patch_size',
-           'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'check_new_file', 'method_of',
-           'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures', 'run_evaluate', 'bench_model',
-           'parse_segments', 'run_bench', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
+__all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train',
+           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'command_type', 'one_line', 'read_words',
+           'parse', 'option_words', 'command_line', 'main', 'load_any', 'describe_model', 'describe_training', 'show',
+           'describe_preset', 'run_info', 'check_writable', 'refuse_existing', 'run_folder', 'with_options',
+           'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'check_new_file',
+           'method_of', 'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures', 'run_evaluate',
+           'bench_model', 'parse_segments', 'run_bench', 'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate',
+           'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -163,18 +164,39 @@ class Bench:
     out: Optional[Path] = None
     """Results file to write; default results/bench-<what>-<geometry>.json."""
 
+# %% ../nbs/19_command_line.ipynb #8a0ced83
+@dataclass(frozen=True)
+class Ablate(Common):
+    "Train and measure the rows of a table, beside the paper's figures: bitflow ablate NAME."
+    table: str = "all"
+    """strategies, denoising, norm-control, distances, guidance, scaling, or all."""
+    seeds: int = 2
+    """How many seeds of G and of its noise, from --seed on; all share one F."""
+    steps: Optional[int] = None
+    """Optimiser steps of every G, instead of the preset's."""
+    workers: Optional[int] = None
+    """Trainings at a time; default one for each core, as memory allows."""
+    out: Path = Path("runs/ablate")
+    """Folder of the trainings; those that are there are not repeated."""
+    results: Path = Path("results")
+    """Folder for ablate-<table>-<preset>.json and .png."""
+    resume: bool = False
+    """Go on where it stopped, and write tables anew."""
+
 # %% ../nbs/19_command_line.ipynb #debbc86d
-NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Bench: "bench", Info: "info"}
+NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Ablate: "ablate", Bench: "bench", Info: "info"}
+POSITIONAL = {Ablate: "table"}  # options that are typed as a bare word
 
 # %% ../nbs/19_command_line.ipynb #9c943ba7
 def command_type():
     "All commands as one type, which tyro turns into a parser."
     import tyro
     sub = tyro.conf.subcommand
+    Ablate.__annotations__["table"] = tyro.conf.Positional[str]
     stage = Union[Annotated[TrainForward, sub("forward")], Annotated[TrainReverse, sub("reverse")]]
     train = dataclasses.make_dataclass("Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__})
     return Union[Annotated[Demo, sub("demo")], Annotated[train, sub("train")], Annotated[Sample, sub("sample")],
-                 Annotated[Evaluate, sub("evaluate")], Annotated[Bench, sub("bench")], Annotated[Info, sub("info")]]
+                 Annotated[Evaluate, sub("evaluate")], Annotated[Ablate, sub("ablate")], Annotated[Bench, sub("bench")], Annotated[Info, sub("info")]]
 
 # %% ../nbs/19_command_line.ipynb #c5d983f8
 def one_line(message: str) -> str:
@@ -220,7 +242,9 @@ def command_line(args) -> str:
     words = []
     for f in dataclasses.fields(args):
         value = getattr(args, f.name)
-        if value != f.default:
+        if f.name == POSITIONAL.get(type(args)):
+            words = [value, *words]
+        elif value != f.default:
             words += option_words(f.name, value)
     return shlex.join(["bitflow", *NAMES[type(args)].split(), *words])
 
@@ -505,6 +529,49 @@ def run_bench(args: Bench):
     write_figures(out, "", args, dataclasses.asdict(model.cfg), MEASURED[args.what](args, model, device), start)
 
 RUN[Bench] = run_bench
+
+# %% ../nbs/19_command_line.ipynb #379f91a2
+def tables_asked(args: Ablate) -> list:
+    "The tables to make. Refuses an unknown one, and results that would be overwritten."
+    names = list(ablations.TABLES) if args.table == "all" else [args.table]
+    if names[0] not in ablations.TABLES:
+        raise BitflowError(f"no ablation is named {args.table!r}; choose {', '.join(ablations.TABLES)}, or all")
+    if args.seeds < 1 or (args.workers or 1) < 1:
+        raise BitflowError(f"--seeds {args.seeds} and --workers {args.workers} must be at least 1")
+    for name in names if not args.resume else ():
+        check_new_file(args.results / f"ablate-{name}-{args.preset}.json")
+    return names
+
+
+def workers_for(args: Ablate, device: str) -> int:
+    "Trainings at a time: one on an accelerator, else one for each core and 2 GB of memory."
+    return args.workers or (1 if device != "cpu" else max(min(torch.get_num_threads(), int(hardware()["memory_gb"] or 2) // 2), 1))
+
+# %% ../nbs/19_command_line.ipynb #3707c7ce
+def ablation_preset(args: Ablate) -> Preset:
+    "The preset with the steps asked for."
+    preset = find_preset(args.preset)
+    check_pair_preset(preset)
+    return replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps)) if args.steps else preset
+
+
+def run_ablate(args: Ablate):
+    "`bitflow ablate`"
+    names, preset, device, start = tables_asked(args), ablation_preset(args), pipeline.find_device(args.device), time.perf_counter()
+    if args.data_root:
+        os.environ["BITFLOW_DATA"] = str(args.data_root)
+    seeds = range(args.seed, args.seed + args.seeds)
+    jobs = ablations.jobs_of(names, preset, seeds)
+    figures = ablations.run_jobs(jobs, args.out, device, workers_for(args, device))
+    for name in names:
+        found = ablations.lines_of(name, preset, seeds, figures)
+        config = {"verdict": ablations.verdict(found), "seeds": args.seeds, **dataclasses.asdict(preset)}
+        stem = f"ablate-{name}-{preset.name}"
+        save_results(args.results, stem, preset.name, command_line(replace(args, table=name)), config, found, time.perf_counter() - start)
+        ablations.draw_table(found, f"{name}, {preset.name}").savefig(args.results / f"{stem}.png", dpi=110)
+        print(f"{name}: {config['verdict']}; figures in {args.results / stem}.json")
+
+RUN[Ablate] = run_ablate
 
 # %% ../nbs/19_command_line.ipynb #da325fee
 def peak_memory_mb() -> float:
