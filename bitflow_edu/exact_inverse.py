@@ -266,6 +266,8 @@ def invert_block_jacobi(
 ) -> tuple:                     # x^i `(N, T, D)`, and its `Convergence`
     "f_i⁻¹ as a fixed point of x = y·exp(α(x)) + μ(x) (arXiv 2505.12849). Falls back to the exact walk, with a warning, where it does not converge."
     check_iteration(tolerance, segments, max_iterations, y.shape[1])
+    if segments == y.shape[1] - 1:  # nothing is left to iterate
+        return invert_block(block, y, c, guidance), Convergence((1,) * segments, 0.0)
     guess = block.order(y if start is None else start)
     x, how = solve_in_segments(*start_walk(block, c, guidance), block.order(y), guess, tolerance, segments, max_iterations)
     return (fall_back(block, y, c, guidance, tolerance, how) if how.fell_back else block.order(x)), how
