@@ -2,7 +2,7 @@
 
 # %% ../nbs/bench.ipynb #c3d651c4
 from __future__ import annotations
-import weakref
+import math, weakref
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .data import BitflowError, patchify
 from .evaluation import measurement, timed
-from .exact_inverse import Guidance, compile_blocks, exact_trajectory, jacobi_trajectory, pack
+from .exact_inverse import Guidance, compile_blocks, exact_trajectory, jacobi_trajectory, pack, segment_counts
 from .pipeline import build, time_per_image
 from .reverse_model import ReverseConfig, ReverseModel, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
@@ -84,14 +84,15 @@ def plain_attention(a, h: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../nbs/bench.ipynb #c3209453
 def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool = False) -> dict:
-    "Name → a call that gives x^0 `(N, T, D)`. On a CPU the weights are packed first, for a token of every image in \"packed\" and \"compiled\", for all tokens in Jacobi."
-    guidance, rows = Guidance(scale) if scale else None, len(z) * (2 if scale else 1)
-    one, all_tokens = (pack(model, n) if z.device.type == "cpu" else model for n in (rows, rows * z.shape[1]))
+    "Name → a call that gives x^0 `(N, T, D)`. On a CPU the weights are packed first, for a token of every image in \"packed\" and \"compiled\", for a segment's tokens in Jacobi."
+    guidance, rows, T = Guidance(scale) if scale else None, len(z) * (2 if scale else 1), z.shape[1]
+    of_segments = [rows * math.ceil((T - 1) / n) for n in segment_counts(model, segments)]
+    one, all_tokens, some = (pack(model, n) if z.device.type == "cpu" else model for n in (rows, rows * (T - 1), of_segments))
     ways = {"plain": lambda: plain_inverse(model, z, c, scale),
             "exact": lambda: exact_trajectory(model, z, c, guidance=guidance)[0],
             "packed": lambda: exact_trajectory(one, z, c, guidance=guidance)[0],
             "jacobi": lambda: jacobi_trajectory(all_tokens, z, c, tolerance, 1, guidance=guidance)[0][0],
-            "gs-jacobi": lambda: jacobi_trajectory(all_tokens, z, c, tolerance, segments, guidance=guidance)[0][0]}
+            "gs-jacobi": lambda: jacobi_trajectory(some, z, c, tolerance, segments, guidance=guidance)[0][0]}
     if compiled and rows < 32:  # the compiler cannot see into weights that are packed for many rows
         invert = compile_blocks(one)
         ways["compiled"] = lambda: exact_trajectory(one, z, c, invert, guidance)[0]

@@ -17,7 +17,7 @@ __all__ = ['GUIDANCE', 'invert_block_uncached', 'Walk', 'ask', 'start_walk', 'in
            'undo_blocks', 'to_images', 'exact_inverse', 'round_trip_error', 'serial_steps', 'score_denoise', 'linear',
            'variance_aware', 'Guidance', 'Convergence', 'check_iteration', 'solve_segment', 'solve_in_segments',
            'fall_back', 'invert_block_jacobi', 'segment_counts', 'jacobi_trajectory', 'jacobi_inverse', 'FixedCache',
-           'next_token', 'compile_blocks', 'capture_inverse', 'PackedLinear', 'pack']
+           'next_token', 'compile_blocks', 'capture_inverse', 'PackedLinear', 'lay_out', 'pack']
 
 # %% ../nbs/08_exact_inverse.ipynb #7988bc3d
 @torch.no_grad()
@@ -377,16 +377,22 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def pack(model: nn.Module, rows: int) -> nn.Module:
-    "A copy for inference on a CPU in float32, its linear layers laid out for products with `rows` rows (images × tokens at once). `BitflowError` elsewhere."
-    weight = next(model.parameters())
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        raise BitflowError(f"only float32 models on a CPU, with oneDNN, can be packed; this one is {weight.dtype} on {weight.device}")
-    packed = copy.deepcopy(model).requires_grad_(False).eval()
-    for module in list(packed.modules()):
+def lay_out(part: nn.Module, rows: int):
+    "Lay a module's linear layers out, in place, for products with so many rows."
+    for module in list(part.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and rows >= 32:
                 setattr(module, name, PackedLinear(child, rows))
             elif isinstance(child, nn.Linear):
                 child.weight.data = child.weight.data.t().contiguous().t()  # column by column, which suits a few rows
+
+
+def pack(model: nn.Module, rows) -> nn.Module:
+    "A copy for inference on a CPU in float32, for products with `rows` rows (images × tokens at once; one number, or one for each of `model.blocks`). `BitflowError` elsewhere."
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        raise BitflowError(f"only float32 models on a CPU, with oneDNN, can be packed; this one is {weight.dtype} on {weight.device}")
+    packed = copy.deepcopy(model).requires_grad_(False).eval()
+    for part, n in [(packed, rows)] if isinstance(rows, int) else zip(packed.blocks, rows, strict=True):
+        lay_out(part, n)
     return packed
