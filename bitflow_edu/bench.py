@@ -2,7 +2,7 @@
 
 # %% ../nbs/bench.ipynb #c3d651c4
 from __future__ import annotations
-import math, weakref
+import math, time, weakref
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .data import BitflowError, patchify
 from .evaluation import measurement, timed
-from .exact_inverse import Guidance, compile_blocks, exact_trajectory, jacobi_trajectory, pack, segment_counts
+from .exact_inverse import Guidance, compile_blocks, exact_trajectory, invert_block, invert_block_jacobi, jacobi_trajectory, pack, segment_counts
 from .pipeline import build, time_per_image
 from .reverse_model import ReverseConfig, ReverseModel, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
@@ -19,8 +19,8 @@ from .transformer import TransformerConfig
 
 # %% auto #0
 __all__ = ['GEOMETRIES', 'plain_layer', 'plain_advice', 'plain_inverse', 'plain_states', 'plain_attention', 'inverse_ways',
-           'bench_inverse', 'row_of', 'training_step', 'bench_training', 'geometry', 'random_flow', 'PeakMemory',
-           'peak_bytes', 'token_calls', 'bench_tokens']
+           'timed_shortly', 'bench_blocks', 'bench_inverse', 'row_of', 'training_step', 'bench_training', 'geometry',
+           'random_flow', 'PeakMemory', 'peak_bytes', 'token_calls', 'bench_tokens']
 
 # %% ../nbs/bench.ipynb #44c260b4
 def plain_layer(layer, x: Tensor, seen: dict) -> Tensor:
@@ -98,6 +98,25 @@ def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: 
         ways["compiled"] = lambda: exact_trajectory(one, z, c, invert, guidance)[0]
     return ways
 
+# %% ../nbs/bench.ipynb #56e91223
+def timed_shortly(call, repeats: int, slow_s: float = 3.0) -> dict:
+    "`timed`, with two repeats where a call takes longer than `slow_s` seconds."
+    start = time.perf_counter()
+    call()
+    return timed(call, repeats if time.perf_counter() - start < slow_s else 2, warmup=0)
+
+
+def bench_blocks(model: TARFlow, tolerance: float, repeats: int, device: str = "cpu") -> list:
+    "Each block by itself, one image: how much faster Jacobi is than the walk, and after how many passes it stops; a list of `measurement`."
+    z, c = sample_noise(model.cfg, 1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    states, found, packed = exact_trajectory(model, z, c), [], pack(model, model.cfg.num_tokens - 1) if device == "cpu" else model
+    for i, block in enumerate(model.blocks):
+        walk = timed(lambda: invert_block(block, states[i + 1], c), repeats)["median_ms"]
+        jacobi = timed(lambda: invert_block_jacobi(packed.blocks[i], states[i + 1], c, tolerance), repeats)["median_ms"]
+        passes = invert_block_jacobi(block, states[i + 1], c, tolerance)[1].iterations[0]
+        found.append(measurement("jacobi", "block_speedup_vs_exact", walk / jacobi, "×", repeats, batch=1, block=i, passes=passes))
+    return found
+
 # %% ../nbs/bench.ipynb #23e14698
 def bench_inverse(
     model: TARFlow,
@@ -110,12 +129,12 @@ def bench_inverse(
     compiled: bool = False,    # with the compiled walk, which needs a C++ compiler
 ) -> list:                     # of `measurement`
     "Every way back side by side, for each batch size and guidance scale."
-    found = []
+    found = bench_blocks(model, tolerance, repeats, device)
     for batch in batches:
         z, c = sample_noise(model.cfg, batch, device=device), torch.arange(batch, device=device) % model.cfg.num_classes
         for scale in scales:
             ways = inverse_ways(model, z, c, scale, tolerance, segments, compiled)
-            truth, times = ways["plain"](), {row: timed(way, repeats, warmup=1) for row, way in ways.items()}
+            truth, times = ways["plain"](), {row: timed_shortly(way, repeats) for row, way in ways.items()}
             for row, t in times.items():
                 found += row_of(row, t, times["plain"], batch, scale)
                 found.append(measurement(row, "max_difference_from_plain", (ways[row]() - truth).abs().max().item(), "x", batch=batch, guidance=scale))
