@@ -248,7 +248,7 @@ def token_calls(side: int, batch: int, num_layers: int = 2) -> dict:
             "dense": lambda: torch.no_grad()(dense)(z, c)}
 
 
-def bench_tokens(sides: tuple = (7, 10, 16, 24, 32), batch: int = 1, repeats: int = 3) -> list:
+def bench_tokens(sides: tuple = (7, 10, 16, 24, 32), batch: int = 1, repeats: int = 9) -> list:
     "Time and peak memory of training, exact inverse, Jacobi and one dense pass, for side² tokens each; a list of `measurement`."
     found = []
     for side in sides:
