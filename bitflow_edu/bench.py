@@ -253,7 +253,7 @@ def bench_tokens(sides: tuple = (7, 10, 16, 24, 32), batch: int = 1, repeats: in
     found = []
     for side in sides:
         for row, call in token_calls(side, batch).items():
-            t = timed(call, repeats, warmup=1)
+            t = timed(call, repeats)
             found += [measurement(row, "ms", t["median_ms"], "ms", repeats, batch=batch, tokens=side ** 2, low=t["low_ms"], high=t["high_ms"]),
                       measurement(row, "peak_mb", peak_bytes(call) / 2 ** 20, "MB", 1, batch=batch, tokens=side ** 2)]
     return found
