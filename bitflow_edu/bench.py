@@ -90,9 +90,10 @@ def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: 
     one, all_tokens, some = (pack(model, n) if z.device.type == "cpu" else model for n in (rows, rows * (T - 1), of_segments))
     ways = {"plain": lambda: plain_inverse(model, z, c, scale),
             "exact": lambda: exact_trajectory(model, z, c, guidance=guidance)[0],
-            "packed": lambda: exact_trajectory(one, z, c, guidance=guidance)[0],
-            "jacobi": lambda: jacobi_trajectory(all_tokens, z, c, tolerance, 1, guidance=guidance)[0][0],
-            "gs-jacobi": lambda: jacobi_trajectory(some, z, c, tolerance, segments, guidance=guidance)[0][0]}
+            "packed": lambda: exact_trajectory(one, z, c, guidance=guidance)[0]}
+    if len(z) * T <= 4096:  # beyond, the machine is full, and whole passes take minutes
+        ways |= {"jacobi": lambda: jacobi_trajectory(all_tokens, z, c, tolerance, 1, guidance=guidance)[0][0],
+                 "gs-jacobi": lambda: jacobi_trajectory(some, z, c, tolerance, segments, guidance=guidance)[0][0]}
     if compiled and rows < 32:  # the compiler cannot see into weights that are packed for many rows
         invert = compile_blocks(one)
         ways["compiled"] = lambda: exact_trajectory(one, z, c, invert, guidance)[0]
