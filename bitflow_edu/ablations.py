@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 import torch
 from .config import Preset, with_strategy
 from .data import DataConfig, Images, load_data
@@ -24,8 +25,8 @@ from .training import load_model, write_atomically
 __all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'WAYS', 'Row', 'objective', 'reverse', 'strategy', 'forward',
            'width', 'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'Training',
            'training_of', 'run_training', 'by_one_pass', 'denoised_by_score', 'drawn', 'real_features', 'judged',
-           'reconstruction', 'measure_training', 'measure', 'jobs_of', 'quiet', 'run_jobs', 'lines_of', 'verdict',
-           'rows_of', 'draw_table']
+           'reconstruction', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict', 'rows_of',
+           'draw_table']
 
 # %% ../nbs/ablations.ipynb #457616c8
 @dataclass(frozen=True)
@@ -188,11 +189,11 @@ def drawn(method: str, F, G, n: int, seed: int, w: float, device: str, batch_siz
 
 # %% ../nbs/ablations.ipynb #86bdb3c2
 @lru_cache(maxsize=1)
-def real_features(cfg: DataConfig, channels: int) -> dict | None:
-    "What the judge sees in up to 10,000 real images of each split, and in how many classes; None where there is no judge. Computed once a process."
+def real_features(cfg: DataConfig, channels: int, limit: int) -> dict | None:
+    "The judge, and what it sees in up to `limit` real images of each split; None where there is no judge. Computed once a process."
     data = {split: load_data(cfg, split) for split in ("train", "test")}
     judge = judge_for(data["test"], channels)
-    return judge and {"judge": judge, **{split: in_batches(judge.features, as_stored(images.x[:10_000]), 100) for split, images in data.items()}}
+    return judge and {"judge": judge, **{split: in_batches(judge.features, as_stored(images.x[:limit]), 100) for split, images in data.items()}}
 
 
 def judged(samples: torch.Tensor, real: dict) -> dict:
@@ -227,7 +228,7 @@ def measure_training(training: Training, ways: list, root: Path, device: str, th
 
 def measure(F, G, training: Training, method: str, w: float, device: str) -> dict:
     "Figures of one way to draw."
-    test, real = load_data(training.preset.data, "test"), real_features(training.preset.data, F.cfg.channels)
+    test, real = load_data(training.preset.data, "test"), real_features(training.preset.data, F.cfg.channels, 5 * training.preset.num_samples)
     found = {"reconstruction_mse": reconstruction(F, G, test, method, w, device), "params": num_parameters(G)}
     if real:
         found |= judged(drawn(method, F, G, training.preset.num_samples, training.seed, w, device), real)
@@ -240,22 +241,16 @@ def jobs_of(names: list, preset: Preset, seeds: range) -> dict:
     for row in (row for name in names for row in TABLES[name]()):
         for seed in seeds:
             training = training_of(row, preset, seed)
-            if training.stage == "forward":
-                training = replace(training, seed=0)
             jobs.setdefault(training.key, (training, set()))[1].add((row.method, row.w))
             jobs.setdefault(training.forward.key, (training.forward, set()))
     return dict(jobs.values())
 
 
-def quiet():
-    "No progress bars from worker processes."
-    os.environ["TQDM_DISABLE"] = "1"
-
-
 def run_jobs(jobs: dict, root: Path, device: str, workers: int, say=print) -> dict:
     "Train and measure: key → figures. Forward models first."
     threads, found = max(torch.get_num_threads() // workers, 1), {}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=quiet) as pool:
+    quiet = mock.patch.dict(os.environ, TQDM_DISABLE="1")  # no progress bars from worker processes
+    with quiet, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for stage in ("forward", "reverse"):
             todo = {pool.submit(measure_training, t, sorted(ways), root, device, threads): t for t, ways in jobs.items() if t.stage == stage}
             for future in as_completed(todo):
@@ -269,7 +264,7 @@ def lines_of(name: str, preset: Preset, seeds: range, figures: dict) -> list:
     found = []
     for row in TABLES[name]():
         trainings = [training_of(row, preset, seed) for seed in seeds]
-        by_seed = [figures[(replace(t, seed=0) if t.stage == "forward" else t).key][f"{row.method}@{row.w:g}"] for t in trainings]
+        by_seed = [figures[t.key][f"{row.method}@{row.w:g}"] for t in trainings]
         by_seed = by_seed[:1] if row.method.startswith("exact") else by_seed
         more = dict(method=row.method, w=row.w, paper=row.paper)
         for metric in by_seed[0]:
