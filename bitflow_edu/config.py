@@ -22,7 +22,7 @@ __all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'LIKELIHOOD', 'ALONE', 'PRESETS',
 # %% ../nbs/config.ipynb #53cf9f50
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    "What G is trained to match, and how its errors are weighed (chapters 11 and 12)."
+    "What G is trained to match, and how its errors are weighed (chapters 11, 13 and 14)."
     strategy: str = "hidden-alignment"  # a key of `STRATEGIES`
     feature_weight: float = 0.0         # of each perceptual distance at the image end; 0: MSE alone
     features: tuple[str, ...] = ("digits",)  # those distances, keys of `DISTANCES`

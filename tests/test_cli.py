@@ -112,6 +112,22 @@ def test_a_flow_alone(tmp_path, capsys):
     assert not (tmp_path / "l.png").exists() and not (tmp_path / "d").exists()
 
 
+def test_bench_counts_tokens_and_memory():
+    found = bench.bench_tokens(sides=(2, 4), repeats=2)
+    peak = {(m["row"], m["tokens"]): m["value"] * 2**20 for m in found if m["metric"] == "peak_mb"}
+    assert {m["row"] for m in found} == {"training", "exact", "jacobi", "dense"} and all(m["value"] > 0 for m in found)
+    caches = {side: 2 * 2 * side ** 2 * 128 * 4 for side in (2, 4)}  # k and v of 2 layers, one block at a time
+    assert all(caches[side] < peak["exact", side ** 2] < caches[side] + 200_000 for side in (2, 4))
+    assert peak["training", 4] > peak["dense", 4] > 0
+
+    def call():
+        """Two tensors alive at most; the third takes the first one's place."""
+        a, b = torch.zeros(1000), torch.zeros(1000)
+        del a
+        torch.zeros(500), b.view(10, 100)
+    assert bench.peak_bytes(call) == 8000
+
+
 def test_bench(tmp_path, capsys, runs, monkeypatch):
     monkeypatch.setitem(bench.GEOMETRIES, "mnist", (8, 4))
     for what, metric in (("inverse", "speedup_vs_plain"), ("training", "training_speedup_vs_plain")):
@@ -120,9 +136,10 @@ def test_bench(tmp_path, capsys, runs, monkeypatch):
         found = [m for m in json.loads(out.read_text())["measurements"] if m["metric"] == metric]
         assert {m["row"] for m in found} >= {"plain", "exact"} and all(m["value"] == 1 for m in found if m["row"] == "plain")
     differences = [m["value"] for m in json.loads((tmp_path / "inverse.json").read_text())["measurements"] if m["metric"] == "max_difference_from_plain"]
-    assert len(differences) == 16 and max(differences) < 1e-3
+    assert len(differences) == 20 and max(differences) < 1e-3
     assert main(["bench", "--checkpoint", str(runs / "f"), "--out", str(tmp_path / "c.json")]) == 0
-    refused(["bench", "--what", "coffee", "--out", tmp_path / "x.json"], capsys, "coffee")
+    refused(["bench", "--what", "coffee", "--out", tmp_path / "x.json"], capsys, "coffee", "tokens")
+    refused(["bench", "--segments", "1,two", "--out", tmp_path / "x.json"], capsys, "1,two")
     refused(["bench", "--geometry", "mnits", "--out", tmp_path / "x.json"], capsys, "mnits", "256-tokens")
     refused(["bench", "--out", tmp_path / "c.json"], capsys, "exists already")
 
