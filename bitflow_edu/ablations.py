@@ -49,25 +49,26 @@ def objective(**fields):
     "Change what G is asked to match."
     return lambda preset: replace(preset, objective=replace(preset.objective, **fields))
 
-
+# %% ../nbs/ablations.ipynb #93fdedd4
 def reverse(**fields):
     "Change the shape of G."
     return lambda preset: replace(preset, reverse=replace(preset.reverse, **fields))
 
-
+# %% ../nbs/ablations.ipynb #ad1dd59a
 def strategy(name: str):
     "Change how G learns."
     return lambda preset: with_strategy(preset, name)
 
-
+# %% ../nbs/ablations.ipynb #5c5264e8
 def forward(**fields):
     "Change the shape of F: another F is trained."
     return lambda preset: replace(preset, forward=replace(preset.forward, **fields))
 
-
+# %% ../nbs/ablations.ipynb #d3e8817a
 def width(factor: float):
     "Scale the width of G, in whole heads."
     def change(preset):
+        "The preset with a wider or narrower G."
         t = preset.reverse.transformer
         heads = max(round(factor * t.width / t.head_dim), 1)
         return reverse(transformer=replace(t, width=heads * t.head_dim))(preset)
@@ -88,38 +89,38 @@ def strategies() -> list:
             + [Row(f"{name}, MSE", (MSE, strategy(name)), paper=paper[name]) for name in names]
             + [Row(f"{name}, whole loss", (strategy(name),)) for name in names])
 
-
+# %% ../nbs/ablations.ipynb #56931f5d
 def denoising() -> list:
     "What is done about the noise that F was trained with."
     none = (MSE, reverse(denoise=False))
     return [Row("no denoising", none, paper=100.51), Row("score denoising", none, "one-pass+denoise", paper=42.62), Row("learned denoising", (MSE,), paper=31.88)]
 
-
+# %% ../nbs/ablations.ipynb #ea3751ab
 def norm_control() -> list:
     "The size of the trajectory's states, held by F or divided out of the loss; without adaptive weights, which would hide it."
     clip, normal = forward(clip=CLIP), objective(normalise=True)
     return [Row("none", (PLAIN,), paper=45.54), Row("clip", (PLAIN, clip), paper=31.88), Row("normalise", (PLAIN, normal)), Row("clip + normalise", (PLAIN, clip, normal))]
 
-
+# %% ../nbs/ablations.ipynb #2b1ee883
 def distances() -> list:
     "What \"close\" means at the image end. LPIPS is its shift-tolerant AlexNet; the digit network stands where the paper has ConvNeXt-V2."
     return [Row("MSE", (MSE,), paper=31.88), Row("MSE + LPIPS", (objective(features=("stlpips-alex",)),), paper=14.15),
             Row("MSE + LPIPS + digits", (objective(features=("stlpips-alex", "digits")),), paper=2.46), Row("MSE + digits")]
 
-
+# %% ../nbs/ablations.ipynb #d7dd0707
 def guidance() -> list:
     "No guidance; guidance at inference, twice the work; guidance in training, one pass with w as an input."
     trained = (reverse(max_guidance=W_MAX),)
     return ([Row("no guidance")] + [Row(f"at inference, w = {w:g}", (), "guided", w) for w in SWEEP]
             + [Row(f"in training, w = {w:g}", trained, "one-pass", w) for w in (0.0, *SWEEP)])
 
-
+# %% ../nbs/ablations.ipynb #47fb2707
 def scaling() -> list:
     "G half, once and twice as wide, with MSE alone and with the whole loss."
     sizes = {"half": 0.5, "one": 1.0, "double": 2.0}
     return [Row(f"{size}, {loss}", ((width(f),) if f != 1 else ()) + change) for loss, change in (("MSE", (MSE,)), ("whole loss", ())) for size, f in sizes.items()]
 
-
+# %% ../nbs/ablations.ipynb #007b4663
 TABLES = {"strategies": strategies, "denoising": denoising, "norm-control": norm_control, "distances": distances, "guidance": guidance, "scaling": scaling}
 
 # %% ../nbs/ablations.ipynb #62006dc0
@@ -149,7 +150,7 @@ class Training:
         "The training of its F: all seeds of G share one."
         return Training(self.preset, 0, "forward")
 
-
+# %% ../nbs/ablations.ipynb #2cbfaf47
 def training_of(row: Row, preset: Preset, seed: int) -> Training:
     "What has to be trained for a row."
     return Training(row.preset(preset), seed, "forward" if row.method.startswith("exact") else "reverse")
@@ -195,7 +196,7 @@ def real_features(cfg: DataConfig, channels: int, limit: int) -> dict | None:
     judge = judge_for(data["test"], channels)
     return judge and {"judge": judge, **{split: in_batches(judge.features, as_stored(images.x[:limit]), 100) for split, images in data.items()}}
 
-
+# %% ../nbs/ablations.ipynb #5033dc50
 def judged(samples: torch.Tensor, real: dict) -> dict:
     "Figures of images whose classes come in turn: distance to the test images and to the training images, accuracy, precision, recall."
     judge, n = real["judge"], len(samples)
@@ -206,7 +207,7 @@ def judged(samples: torch.Tensor, real: dict) -> dict:
     return {"fd[mnist-cnn]": frechet_distance(features, real["test"]), "fd_train[mnist-cnn]": frechet_distance(features, real["train"]),
             "label_accuracy": right, "precision": precision, "recall": recall}
 
-
+# %% ../nbs/ablations.ipynb #c884885b
 @torch.no_grad()
 def reconstruction(F, G, test: Images, method: str, w: float, device: str) -> float:
     "Mean squared error of x → F(x) → back, over 1,000 test images."
@@ -225,7 +226,7 @@ def measure_training(training: Training, ways: list, root: Path, device: str, th
         write_atomically(file, json.dumps(found, indent=1) + "\n")
     return found
 
-
+# %% ../nbs/ablations.ipynb #fc2f472e
 def measure(F, G, training: Training, method: str, w: float, device: str) -> dict:
     "Figures of one way to draw."
     test, real = load_data(training.preset.data, "test"), real_features(training.preset.data, F.cfg.channels, 5 * training.preset.num_samples)
@@ -245,7 +246,7 @@ def jobs_of(names: list, preset: Preset, seeds: range) -> dict:
             jobs.setdefault(training.forward.key, (training.forward, set()))
     return dict(jobs.values())
 
-
+# %% ../nbs/ablations.ipynb #425f02f6
 def run_jobs(jobs: dict, root: Path, device: str, workers: int, say=print) -> dict:
     "Train and measure: key → figures. Forward models first."
     threads, found = max(torch.get_num_threads() // workers, 1), {}
@@ -274,7 +275,7 @@ def lines_of(name: str, preset: Preset, seeds: range, figures: dict) -> list:
             found.append(measurement(row.name, f"mean {metric}", statistics.fmean(values), n=preset.num_samples, spread=spread, seeds=len(values), **more))
     return found
 
-
+# %% ../nbs/ablations.ipynb #9cb28ca5
 def verdict(found: list, metric: str = "fd[mnist-cnn]") -> str:
     "How the order of the rows that the paper reports compares: same order, other order, or within the noise (differences smaller than the spreads of both rows)."
     rows = sorted((m for m in found if m["metric"] == f"mean {metric}" and m["paper"] is not None), key=lambda m: m["paper"])
@@ -292,7 +293,7 @@ def rows_of(found: list, metric: str = "fd[mnist-cnn]") -> dict:
     pick = lambda name, metric: [m for m in found if (m["row"], m["metric"]) == (name, metric)]
     return {name: ([m["value"] for m in pick(name, metric)], pick(name, f"mean {metric}")[0]["value"], pick(name, metric)[0]["paper"]) for name in names if pick(name, metric)}
 
-
+# %% ../nbs/ablations.ipynb #40987728
 def draw_table(found: list, title: str, metric: str = "fd[mnist-cnn]"):
     "Bars of the means with a dot for each seed, beside the paper's figures: a matplotlib figure."
     from matplotlib import pyplot as plt

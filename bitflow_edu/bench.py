@@ -75,7 +75,7 @@ def plain_states(model: TARFlow, x: Tensor, c: Tensor):
         x = x.flip(1) if block.flip else x
     return x, logdet
 
-
+# %% ../nbs/bench.ipynb #e8966881
 def plain_attention(a, h: Tensor, mask: Tensor) -> Tensor:
     "Masked attention over all tokens `(N, T, width)`."
     N, T, _ = h.shape
@@ -230,7 +230,7 @@ class PeakMemory(TorchDispatchMode):
         self.known.discard(key)
         self.live -= size
 
-
+# %% ../nbs/bench.ipynb #f9bdaca7
 def peak_bytes(call) -> int:
     "The most bytes of tensors alive at once during `call()`, beyond what was there before."
     with PeakMemory() as memory:
@@ -248,7 +248,7 @@ def token_calls(side: int, batch: int, num_layers: int = 2) -> dict:
     return {"training": step, "exact": lambda: exact_trajectory(model, z, c)[0], "jacobi": lambda: jacobi_trajectory(model, z, c)[0][0],
             "dense": lambda: torch.no_grad()(dense)(z, c)}
 
-
+# %% ../nbs/bench.ipynb #9557c9ef
 def bench_tokens(sides: tuple = (7, 10, 16, 24, 32), batch: int = 1, repeats: int = 9) -> list:
     "Time and peak memory of training, exact inverse, Jacobi and one dense pass, for side² tokens each; a list of `measurement`."
     found = []

@@ -503,12 +503,12 @@ def bench_model(args: Bench, device: str) -> TARFlow:
     "The F that is measured: from a checkpoint, or with random weights."
     return load_model(args.checkpoint, TARFlow, device) if args.checkpoint else bench.random_flow(bench.geometry(args.geometry), device)
 
-
+# %% ../nbs/19_command_line.ipynb #d9d2734d
 MEASURED = {"inverse": lambda args, model, device: bench.bench_inverse(model, segments=parse_segments(args.segments), device=device, compiled=args.compiled),
             "training": lambda args, model, device: bench.bench_training(model.cfg, device=device),
             "tokens": lambda args, model, device: bench.bench_tokens()}
 
-
+# %% ../nbs/19_command_line.ipynb #70ead3fc
 def parse_segments(text: str):
     "A number of segments, or a list with one for each block."
     try:
@@ -517,7 +517,7 @@ def parse_segments(text: str):
         raise BitflowError(f"--segments {text!r} is no number and no list of numbers like 1,1,1,48") from None
     return counts[0] if len(counts) == 1 else counts
 
-
+# %% ../nbs/19_command_line.ipynb #517d57a5
 def run_bench(args: Bench):
     "`bitflow bench`"
     if args.what not in MEASURED:
@@ -554,7 +554,7 @@ def ablation_preset(args: Ablate) -> Preset:
     check_pair_preset(preset)
     return replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps)) if args.steps else preset
 
-
+# %% ../nbs/19_command_line.ipynb #7c320045
 def run_ablate(args: Ablate):
     "`bitflow ablate`"
     names, preset, device, start = tables_asked(args), ablation_preset(args), pipeline.find_device(args.device), time.perf_counter()

@@ -49,7 +49,7 @@ class Walk:
         now = slice(cache.length, cache.length + tokens.shape[1])
         return ask(self.block, self.guidance, tokens, self.offset[:, now], self.place[now], self.temperature, cache)
 
-
+# %% ../nbs/08_exact_inverse.ipynb #0b91371c
 def ask(block: FlowBlock, guidance, tokens, offset, place, temperature, cache):
     "One step of a `Walk`, with the offsets and places of these tokens alone."
     h = block.proj_in(tokens if guidance is None else torch.cat([tokens, tokens])) + offset
@@ -110,7 +110,7 @@ def exact_trajectory(
     check_noise(model, z, c, guidance)
     return undo_blocks(model, z, c, invert, guidance)
 
-
+# %% ../nbs/08_exact_inverse.ipynb #783cf8d5
 def undo_blocks(model, z, c, invert, guidance):
     "`exact_trajectory` without a look at its arguments."
     invert, states = invert if guidance is None else partial(invert, guidance=guidance), [z]
@@ -328,7 +328,7 @@ def next_token(block: FlowBlock, guidance, token, y, offset, place, temperature,
     alpha, mu, _ = ask(block, guidance, token, offset, place, temperature, FixedCache(k, v, length))
     return y * alpha.exp() + mu
 
-
+# %% ../nbs/08_exact_inverse.ipynb #8e50dd31
 def compile_blocks(model: TARFlow):
     "A compiled `invert` for `exact_trajectory`, best for few images. Needs a C++ compiler; the first call, and each new batch size or guidance, takes seconds."
     steps = {block: torch.compile(partial(next_token, block), dynamic=False) for block in model.blocks}
@@ -376,7 +376,7 @@ class PackedLinear(nn.Module):
         "`(…, in)` to `(…, out)`."
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
-
+# %% ../nbs/08_exact_inverse.ipynb #ab296330
 def lay_out(part: nn.Module, rows: int):
     "Lay a module's linear layers out, in place, for products with so many rows."
     for module in list(part.modules()):
@@ -386,7 +386,7 @@ def lay_out(part: nn.Module, rows: int):
             elif isinstance(child, nn.Linear):
                 child.weight.data = child.weight.data.t().contiguous().t()  # column by column, which suits a few rows
 
-
+# %% ../nbs/08_exact_inverse.ipynb #7f763197
 def pack(model: nn.Module, rows) -> nn.Module:
     "A copy for inference on a CPU in float32, for products with `rows` rows (images × tokens at once; one number, or one for each of `model.blocks`). `BitflowError` elsewhere."
     weight = next(model.parameters())
