@@ -20,9 +20,14 @@ def unpush(with_label, without, w):
     "The state that was pushed: (a + w·b)/(1 + w) (PAPER: guidance in training); `push(unpush(a, b, w), b, w)` is a."
     return (with_label + w * without) / (1 + w)
 
-# %% ../nbs/14_guidance.ipynb #59ac1de0
-def both_branches(model: ReverseModel, c: Tensor, w: Tensor, combine):
-    "How a block is applied when it is asked twice, with labels and without, in one batch; w `(N, B + 1)`; `combine(a, b, w)` makes one state of two."
+# %% ../nbs/14_guidance.ipynb #edffe098
+def both_branches(
+    model: ReverseModel,
+    c: Tensor,  # labels `(N,)`, −1: none
+    w: Tensor,  # guidance scales `(N, B + 1)`, the denoising block last
+    combine,    # (a, b, w) → one state of two: `push` or `unpush`
+):              # run(block, h, i), for `ReverseModel.walk`
+    "How a block is applied when it is asked twice, with labels and without, in one batch."
     twice = torch.cat([c, -torch.ones_like(c)])
     def run(block, h, i):
         "h `(N, T, width)` to the combined state of the same shape."
@@ -46,14 +51,24 @@ def guided_pass(
     scales = (w[:, None] if w.dim() == 1 else w).expand(len(z), model.cfg.num_blocks + 1)
     return model.walk(z, both_branches(model, c, scales, push)).image
 
-# %% ../nbs/14_guidance.ipynb #18710eff
-def draw_scales(cfg, n: int, per_block: bool, generator: torch.Generator = None, device="cpu") -> Tensor:
-    "Guidance scales `(n, B + 1)` for a training step, uniform from 0 to cfg.max_guidance: one for all blocks of an image, or one for each."
+# %% ../nbs/14_guidance.ipynb #decf5397
+def draw_scales(
+    cfg,                                # `ReverseConfig`
+    n: int,                             # images
+    per_block: bool,                    # a scale for each block, or one for all blocks of an image
+    generator: torch.Generator = None,  # on the same device
+    device="cpu",
+) -> Tensor:                            # `(n, B + 1)`, the denoising block last
+    "Guidance scales for a training step, uniform from 0 to cfg.max_guidance. `BitflowError` for a G that takes none."
+    if not cfg.max_guidance:
+        raise BitflowError("this G takes no guidance scale w (max_guidance is 0); train it with reverse_loss's ordinary run")
     w = torch.rand(n, cfg.num_blocks + 1 if per_block else 1, generator=generator, device=device)
     return (cfg.max_guidance * w).expand(n, cfg.num_blocks + 1)
 
-
-def guided_run(per_block: bool = False):
+# %% ../nbs/14_guidance.ipynb #f848b533
+def guided_run(
+    per_block: bool = False,  # see `draw_scales`
+):                            # (model, z, c, generator) → `ReverseOutput`
     "How G is run in training with guidance: `run` of `reverse_loss`."
     def run(model, z, c, generator) -> ReverseOutput:
         "The states that remain when the push is taken back: these are compared with F's."
