@@ -12,11 +12,11 @@ import torch
 from .config import Preset, with_strategy
 from .data import DataConfig, Images, load_data
 from .evaluation import as_stored, frechet_distance, in_batches, measurement, precision_recall
-from .exact_inverse import exact_inverse, score_denoise
+from .exact_inverse import score_denoise
 from .guidance import guided_pass
 from .inverse_strategies import mse
 from .plotting import PALETTE
-from .pipeline import grid_labels, judge_for, num_parameters, train_forward, train_reverse
+from .pipeline import draw, grid_labels, judge_for, num_parameters, train_forward, train_reverse
 from .reverse_model import one_pass, sample_noise
 from .tarflow import TARFlow
 from .training import load_model, write_atomically
@@ -24,9 +24,9 @@ from .training import load_model, write_atomically
 # %% auto #0
 __all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'WAYS', 'Row', 'objective', 'reverse', 'strategy', 'forward',
            'width', 'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'Training',
-           'training_of', 'run_training', 'by_one_pass', 'denoised_by_score', 'drawn', 'real_features', 'judged',
-           'reconstruction', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict', 'rows_of',
-           'draw_table']
+           'training_of', 'images_of', 'run_training', 'by_one_pass', 'denoised_by_score', 'drawn', 'real_features',
+           'judged', 'reconstruction', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict',
+           'rows_of', 'draw_table']
 
 # %% ../nbs/ablations.ipynb #457616c8
 @dataclass(frozen=True)
@@ -155,12 +155,18 @@ def training_of(row: Row, preset: Preset, seed: int) -> Training:
     "What has to be trained for a row."
     return Training(row.preset(preset), seed, "forward" if row.method.startswith("exact") else "reverse")
 
+# %% ../nbs/ablations.ipynb #141460d9
+@lru_cache(maxsize=2)
+def images_of(cfg: DataConfig, split: str) -> Images:
+    "The images of a split, read once a process."
+    return load_data(cfg, split)
+
 # %% ../nbs/ablations.ipynb #d4b90aa6
 def run_training(training: Training, root: Path, device: str, threads: int):
     "Train, or go on, or load what is there: the averaged model. F's folder has to be finished before G's is begun."
     torch.set_num_threads(threads)
     folder = root / training.key / "run"
-    data = load_data(training.preset.data, "train")
+    data = images_of(training.preset.data, "train")
     if training.stage == "forward":
         model = train_forward(training.preset, data, folder, device, resume=folder.exists())
     else:
@@ -180,7 +186,7 @@ def denoised_by_score(F, G, z, c, w):
 
 
 WAYS = {"one-pass": by_one_pass, "one-pass+denoise": denoised_by_score, "guided": lambda F, G, z, c, w: guided_pass(G, z, c, w),
-        "exact": lambda F, G, z, c, w: exact_inverse(F, z, c), "exact+denoise": lambda F, G, z, c, w: score_denoise(F, exact_inverse(F, z, c), c)}
+        "exact": lambda F, G, z, c, w: draw("exact", F, None, z, c), "exact+denoise": lambda F, G, z, c, w: draw("exact+denoise", F, None, z, c)}
 
 
 def drawn(method: str, F, G, n: int, seed: int, w: float, device: str, batch_size: int = 500) -> torch.Tensor:
@@ -192,7 +198,7 @@ def drawn(method: str, F, G, n: int, seed: int, w: float, device: str, batch_siz
 @lru_cache(maxsize=1)
 def real_features(cfg: DataConfig, channels: int, limit: int) -> dict | None:
     "The judge, and what it sees in up to `limit` real images of each split; None where there is no judge. Computed once a process."
-    data = {split: load_data(cfg, split) for split in ("train", "test")}
+    data = {split: images_of(cfg, split) for split in ("train", "test")}
     judge = judge_for(data["test"], channels)
     return judge and {"judge": judge, **{split: in_batches(judge.features, as_stored(images.x[:limit]), 100) for split, images in data.items()}}
 
@@ -229,7 +235,7 @@ def measure_training(training: Training, ways: list, root: Path, device: str, th
 # %% ../nbs/ablations.ipynb #fc2f472e
 def measure(F, G, training: Training, method: str, w: float, device: str) -> dict:
     "Figures of one way to draw."
-    test, real = load_data(training.preset.data, "test"), real_features(training.preset.data, F.cfg.channels, 5 * training.preset.num_samples)
+    test, real = images_of(training.preset.data, "test"), real_features(training.preset.data, F.cfg.channels, 5 * training.preset.num_samples)
     found = {"reconstruction_mse": reconstruction(F, G, test, method, w, device), "params": num_parameters(G)}
     if real:
         found |= judged(drawn(method, F, G, training.preset.num_samples, training.seed, w, device), real)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from .coupling import CouplingConfig
 from .data import BitflowError, DataConfig
-from .distances import DISTANCES
+from .distances import check_distance
 from .inverse_strategies import find_strategy, needs_token_states
 from .reverse_model import ReverseConfig
 from .tarflow import TARFlowConfig
@@ -33,9 +33,8 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         find_strategy(self.strategy)
-        unknown = [name for name in self.features if name not in DISTANCES]
-        if unknown:
-            raise BitflowError(f"unknown distance {unknown[0]!r}; choose {', '.join(DISTANCES)}")
+        for name in self.features:
+            check_distance(name)
         if self.feature_weight < 0 or self.adaptive_power < 0:
             raise BitflowError(f"feature_weight {self.feature_weight} and adaptive_power {self.adaptive_power} must not be negative")
 

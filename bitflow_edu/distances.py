@@ -14,8 +14,8 @@ from .training import load_model
 # %% auto #0
 __all__ = ['DISTANCES', 'OFFLINE', 'FeatureNetConfig', 'feature_stages', 'FeatureNet', 'load_feature_net', 'feature_distance',
            'as_photos', 'imagenet_units', 'PhotoFeatures', 'brought', 'fetched', 'digits', 'effnet_maps',
-           'effnet_features', 'effnet_lite0', 'convnext_v2', 'lpips_of', 'lpips_vgg', 'shift_tolerant', 'find_distance',
-           'adaptive', 'mixture']
+           'effnet_features', 'effnet_lite0', 'convnext_v2', 'lpips_of', 'lpips_vgg', 'shift_tolerant',
+           'check_distance', 'find_distance', 'adaptive', 'mixture']
 
 # %% ../nbs/13_distances.ipynb #eb0793f2
 @dataclass(frozen=True)
@@ -172,10 +172,15 @@ DISTANCES = {"digits": digits, "stlpips-alex": partial(shift_tolerant, "alex"), 
 OFFLINE = ("digits", "stlpips-alex", "stlpips-vgg", "effnet-lite0")  # these come with a package
 
 
-def find_distance(name: str, device: str = "cpu"):
-    "The perceptual distance of that name: images `(N, C, H, W)` in [-1, 1], images → `(N,)`. Gradients flow to the first. `BitflowError` for an unknown name, or weights that are missing."
+def check_distance(name: str):
+    "Refuse a name that no distance is registered under, with a `BitflowError`."
     if name not in DISTANCES:
         raise BitflowError(f"unknown distance {name!r}; choose {', '.join(DISTANCES)}")
+
+
+def find_distance(name: str, device: str = "cpu"):
+    "The perceptual distance of that name: images `(N, C, H, W)` in [-1, 1], images → `(N,)`. Gradients flow to the first. `BitflowError` for an unknown name, or weights that are missing."
+    check_distance(name)
     return DISTANCES[name](device)
 
 # %% ../nbs/13_distances.ipynb #bc826324

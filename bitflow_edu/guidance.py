@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from .data import BitflowError
-from .reverse_model import ReverseModel, ReverseOutput
+from .reverse_model import ReverseModel, ReverseOutput, per_block
 
 # %% auto #0
 __all__ = ['push', 'unpush', 'both_branches', 'guided_pass', 'draw_scales', 'guided_run']
@@ -47,9 +47,7 @@ def guided_pass(
     "Guidance at inference, 2-NFE: each block is applied with and without labels, and the difference is pushed (PAPER). w = 0 is `one_pass`."
     if model.cfg.max_guidance:
         raise BitflowError("this G takes w as an input, so one pass is guided already; use one_pass(model, z, c, w)")
-    w = torch.as_tensor(w, dtype=z.dtype, device=z.device)
-    scales = (w[:, None] if w.dim() == 1 else w).expand(len(z), model.cfg.num_blocks + 1)
-    return model.walk(z, both_branches(model, c, scales, push)).image
+    return model.walk(z, both_branches(model, c, per_block(w, len(z), model.cfg.num_blocks, z), push)).image
 
 # %% ../nbs/14_guidance.ipynb #decf5397
 def draw_scales(

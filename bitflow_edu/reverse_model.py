@@ -13,8 +13,8 @@ from .tarflow import ClassEmbedding, TokenGeometry, check_geometry
 from .transformer import NORMS, Transformer, TransformerConfig
 
 # %% auto #0
-__all__ = ['sample_noise', 'check_reverse', 'ReverseConfig', 'ReverseBlock', 'projection', 'ReverseOutput', 'guidance_scales',
-           'with_labels', 'ReverseModel', 'one_pass']
+__all__ = ['sample_noise', 'check_reverse', 'ReverseConfig', 'ReverseBlock', 'projection', 'ReverseOutput', 'per_block',
+           'guidance_scales', 'with_labels', 'ReverseModel', 'one_pass']
 
 # %% ../nbs/10_reverse_model.ipynb #a6cd2110
 def sample_noise(
@@ -85,18 +85,24 @@ class ReverseOutput:
     denoised: bool = True          # whether there was a denoising block
 
 # %% ../nbs/10_reverse_model.ipynb #fa822ccb
+def per_block(w, n: int, num_blocks: int, like: Tensor) -> Tensor:
+    "Guidance scales for each image and block, the denoising one last, `(n, B + 1)`: from a number, `(n,)` or `(n, B + 1)`."
+    w = torch.as_tensor(w, dtype=like.dtype, device=like.device)
+    return (w[:, None] if w.dim() == 1 else w).expand(n, num_blocks + 1)
+
+# %% ../nbs/10_reverse_model.ipynb #13d4fc2d
 def guidance_scales(cfg: ReverseConfig, w, n: int, device) -> Tensor | None:
-    "w for each image and block, the denoising one last, `(N, B + 1)`: from a number, `(N,)` or `(N, B + 1)`; no w is 0. `BitflowError` where G takes none."
+    "w `per_block` for a G that takes it; no w is 0. `BitflowError` where G takes none."
     if not cfg.max_guidance:
         if w is not None:
             raise BitflowError("this G takes no guidance scale w; train one with max_guidance above 0, or guide it at inference (chapter 14)")
         return None
-    w = torch.as_tensor(0.0 if w is None else w, dtype=torch.float32, device=device)
+    w = per_block(0.0 if w is None else w, n, cfg.num_blocks, torch.empty(0, device=device))
     if w.numel() and not (w.min() >= 0 and w.max() <= cfg.max_guidance):
         warnings.warn(f"w from {w.min():g} to {w.max():g}, but this G was trained with w from 0 to {cfg.max_guidance:g}: what it makes of it is a guess", stacklevel=4)
-    return (w[:, None] if w.dim() == 1 else w).expand(n, cfg.num_blocks + 1)
+    return w
 
-
+# %% ../nbs/10_reverse_model.ipynb #b136f4fe
 def with_labels(cfg: ReverseConfig, c: Tensor, w=None):
     "How a block is applied: with labels `(N,)` and, where G takes them, guidance scales."
     w = guidance_scales(cfg, w, len(c), c.device)
