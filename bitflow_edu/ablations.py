@@ -12,21 +12,21 @@ import torch
 from .config import Preset, with_strategy
 from .data import DataConfig, Images, load_data
 from .evaluation import as_stored, frechet_distance, in_batches, measurement, precision_recall
-from .exact_inverse import score_denoise
+from .exact_inverse import Guidance, exact_inverse, score_denoise
 from .guidance import guided_pass
 from .inverse_strategies import mse
 from .plotting import PALETTE
-from .pipeline import draw, grid_labels, judge_for, num_parameters, train_forward, train_reverse
+from .pipeline import grid_labels, judge_for, num_parameters, train_forward, train_reverse
 from .reverse_model import one_pass, sample_noise
 from .tarflow import TARFlow
 from .training import load_model, write_atomically
 
 # %% auto #0
 __all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'WAYS', 'Row', 'objective', 'reverse', 'strategy', 'forward',
-           'width', 'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'Training',
-           'training_of', 'images_of', 'run_training', 'by_one_pass', 'denoised_by_score', 'drawn', 'real_features',
-           'judged', 'reconstruction', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict',
-           'rows_of', 'draw_table']
+           'width', 'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'depth', 'Training',
+           'training_of', 'images_of', 'run_training', 'by_one_pass', 'by_exact_inverse', 'denoised_by_score', 'drawn',
+           'real_features', 'judged', 'reconstruction', 'measure_training', 'measure', 'jobs_of', 'run_jobs',
+           'lines_of', 'verdict', 'rows_of', 'draw_table']
 
 # %% ../nbs/ablations.ipynb #457616c8
 @dataclass(frozen=True)
@@ -103,15 +103,16 @@ def norm_control() -> list:
 
 # %% ../nbs/ablations.ipynb #2b1ee883
 def distances() -> list:
-    "What \"close\" means at the image end. LPIPS is its shift-tolerant AlexNet; the digit network stands where the paper has ConvNeXt-V2."
-    return [Row("MSE", (MSE,), paper=31.88), Row("MSE + LPIPS", (objective(features=("stlpips-alex",)),), paper=14.15),
-            Row("MSE + LPIPS + digits", (objective(features=("stlpips-alex", "digits")),), paper=2.46), Row("MSE + digits")]
+    "What \"close\" means at the image end. LPIPS is its shift-tolerant AlexNet on images enlarged to 32 pixels; the digit network stands where the paper has ConvNeXt-V2."
+    return [Row("MSE", (MSE,), paper=31.88), Row("MSE + LPIPS", (objective(features=("stlpips-alex-32",)),), paper=14.15),
+            Row("MSE + LPIPS + digits", (objective(features=("stlpips-alex-32", "digits")),), paper=2.46), Row("MSE + digits")]
 
 # %% ../nbs/ablations.ipynb #d7dd0707
 def guidance() -> list:
-    "No guidance; guidance at inference, twice the work; guidance in training, one pass with w as an input."
+    "The exact inverse guided; G without guidance; guided at inference, twice the work; guided in training, one pass with w as an input."
     trained = (reverse(max_guidance=W_MAX),)
-    return ([Row("no guidance")] + [Row(f"at inference, w = {w:g}", (), "guided", w) for w in SWEEP]
+    return ([Row(f"exact + score denoising, w = {w:g}", method="exact+denoise", w=w) for w in (0.0, *SWEEP)]
+            + [Row("no guidance")] + [Row(f"at inference, w = {w:g}", (), "guided", w) for w in SWEEP]
             + [Row(f"in training, w = {w:g}", trained, "one-pass", w) for w in (0.0, *SWEEP)])
 
 # %% ../nbs/ablations.ipynb #47fb2707
@@ -121,7 +122,16 @@ def scaling() -> list:
     return [Row(f"{size}, {loss}", ((width(f),) if f != 1 else ()) + change) for loss, change in (("MSE", (MSE,)), ("whole loss", ())) for size, f in sizes.items()]
 
 # %% ../nbs/ablations.ipynb #007b4663
-TABLES = {"strategies": strategies, "denoising": denoising, "norm-control": norm_control, "distances": distances, "guidance": guidance, "scaling": scaling}
+def depth() -> list:
+    "Where in depth alignment helps: every depth, the half near the image, the half near the noise, all with little weight, none."
+    def weights(near_image, near_noise):
+        "A weight for the depths of each half of F."
+        return lambda p: objective(depth_weights=(near_image,) * (p.forward.num_blocks // 2) + (near_noise,) * (p.forward.num_blocks - p.forward.num_blocks // 2))(p)
+    return ([Row("all depths", (MSE,))] + [Row(name, (MSE, weights(*w))) for name, w in {"near the image": (1.0, 0.0), "near the noise": (0.0, 1.0), "all, weight 0.1": (0.1, 0.1)}.items()]
+            + [Row("none (naive)", (MSE, strategy("naive")))])
+
+
+TABLES = {"strategies": strategies, "depth": depth, "denoising": denoising, "norm-control": norm_control, "distances": distances, "guidance": guidance, "scaling": scaling}
 
 # %% ../nbs/ablations.ipynb #62006dc0
 @dataclass(frozen=True)
@@ -180,13 +190,18 @@ def by_one_pass(F, G, z, c, w):
     return one_pass(G, z, c, w if G.cfg.max_guidance else None)
 
 
+def by_exact_inverse(F, G, z, c, w):
+    "F walked back token by token, guided where w is not 0."
+    return exact_inverse(F, z, c, Guidance(w) if w else None)
+
+
 def denoised_by_score(F, G, z, c, w):
     "One pass, then F's score step; for a G that was trained to give noisy images."
     return score_denoise(F, by_one_pass(F, G, z, c, w), c)
 
 
 WAYS = {"one-pass": by_one_pass, "one-pass+denoise": denoised_by_score, "guided": lambda F, G, z, c, w: guided_pass(G, z, c, w),
-        "exact": lambda F, G, z, c, w: draw("exact", F, None, z, c), "exact+denoise": lambda F, G, z, c, w: draw("exact+denoise", F, None, z, c)}
+        "exact": by_exact_inverse, "exact+denoise": lambda F, G, z, c, w: score_denoise(F, by_exact_inverse(F, G, z, c, w), c)}
 
 
 def drawn(method: str, F, G, n: int, seed: int, w: float, device: str, batch_size: int = 500) -> torch.Tensor:

@@ -25,8 +25,8 @@ __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo',
            'describe_preset', 'run_info', 'check_writable', 'refuse_existing', 'run_folder', 'with_options',
            'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'check_new_file',
            'method_of', 'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures', 'run_evaluate',
-           'bench_model', 'parse_segments', 'run_bench', 'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate',
-           'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
+           'bench_model', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for', 'ablation_preset',
+           'run_ablate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Bench:
 class Ablate(Common):
     "Train and measure the rows of a table, beside the paper's figures: bitflow ablate NAME."
     table: str = "all"
-    """strategies, denoising, norm-control, distances, guidance, scaling, or all."""
+    """strategies, depth, denoising, norm-control, distances, guidance, scaling, or all."""
     seeds: int = 2
     """How many seeds of G and of its noise, from --seed on; all share one F."""
     steps: Optional[int] = None
@@ -531,6 +531,11 @@ def run_bench(args: Bench):
 RUN[Bench] = run_bench
 
 # %% ../nbs/19_command_line.ipynb #379f91a2
+def table_stem(name: str, args: Ablate) -> str:
+    "What a table's files are named: after its preset, and the steps where they are not the preset's."
+    return f"ablate-{name}-{args.preset}" + (f"-{args.steps}-steps" if args.steps else "")
+
+
 def tables_asked(args: Ablate) -> list:
     "The tables to make. Refuses an unknown one, and results that would be overwritten."
     names = list(ablations.TABLES) if args.table == "all" else [args.table]
@@ -539,7 +544,7 @@ def tables_asked(args: Ablate) -> list:
     if args.seeds < 1 or (args.workers or 1) < 1:
         raise BitflowError(f"--seeds {args.seeds} and --workers {args.workers} must be at least 1")
     for name in names if not args.resume else ():
-        check_new_file(args.results / f"ablate-{name}-{args.preset}.json")
+        check_new_file(args.results / f"{table_stem(name, args)}.json")
     return names
 
 
@@ -566,7 +571,7 @@ def run_ablate(args: Ablate):
     for name in names:
         found = ablations.lines_of(name, preset, seeds, figures)
         config = {"verdict": ablations.verdict(found), "seeds": args.seeds, **dataclasses.asdict(preset)}
-        stem = f"ablate-{name}-{preset.name}"
+        stem = table_stem(name, args)
         save_results(args.results, stem, preset.name, command_line(replace(args, table=name)), config, found, time.perf_counter() - start)
         ablations.draw_table(found, f"{name}, {preset.name}").savefig(args.results / f"{stem}.png", dpi=110)
         print(f"{name}: {config['verdict']}; figures in {args.results / stem}.json")

@@ -149,10 +149,10 @@ def convnext_v2(device):
     return feature_distance(PhotoFeatures(net, lambda net, x: net(x)).to(device))
 
 # %% ../nbs/13_distances.ipynb #f56d8623
-def lpips_of(make, device):
-    "A LPIPS network (arXiv 1801.03924) as a distance of images in [-1, 1]."
+def lpips_of(make, device, size: int = 64):
+    "A LPIPS network (arXiv 1801.03924) as a distance of images in [-1, 1], enlarged to `size` pixels where they are smaller."
     net = make().to(device).eval().requires_grad_(False)
-    return lambda a, b: net(as_photos(a), as_photos(b)).flatten()
+    return lambda a, b: net(as_photos(a, size), as_photos(b, size)).flatten()
 
 
 def lpips_vgg(device):
@@ -161,15 +161,16 @@ def lpips_vgg(device):
     return lpips_of(lambda: fetched(lambda: make(net="vgg", verbose=False), "VGG-16 for LPIPS"), device)
 
 
-def shift_tolerant(net, device):
+def shift_tolerant(net, device, size: int = 64):
     "LPIPS that forgives small shifts (arXiv 2207.13686), from a package that brings the weights."
     make = brought("stlpips_pytorch.stlpips", "stlpips_pytorch torchsummary ipython").LPIPS
-    return lpips_of(lambda: fetched(lambda: make(net=net, variant="shift_tolerant", verbose=False), f"shift-tolerant LPIPS ({net})"), device)
+    return lpips_of(lambda: fetched(lambda: make(net=net, variant="shift_tolerant", verbose=False), f"shift-tolerant LPIPS ({net})"), device, size)
 
 # %% ../nbs/13_distances.ipynb #66321bf9
-DISTANCES = {"digits": digits, "stlpips-alex": partial(shift_tolerant, "alex"), "stlpips-vgg": partial(shift_tolerant, "vgg"), "effnet-lite0": effnet_lite0,
+DISTANCES = {"digits": digits, "stlpips-alex": partial(shift_tolerant, "alex"), "stlpips-alex-32": partial(shift_tolerant, "alex", size=32),
+             "stlpips-vgg": partial(shift_tolerant, "vgg"), "effnet-lite0": effnet_lite0,
              "lpips-vgg": lpips_vgg, "convnext-v2": convnext_v2}
-OFFLINE = ("digits", "stlpips-alex", "stlpips-vgg", "effnet-lite0")  # these come with a package
+OFFLINE = ("digits", "stlpips-alex", "stlpips-alex-32", "stlpips-vgg", "effnet-lite0")  # these come with a package
 
 
 def check_distance(name: str):

@@ -51,12 +51,12 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["ablate", "denoising", "--preset", "mnist-mini-smoke", "--seeds", "2", "--steps", "4", "--workers", "1", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
     assert cli.main(words) == 0
-    file = tmp_path / "ablate-denoising-mnist-mini-smoke.json"
+    file = tmp_path / "ablate-denoising-mnist-mini-smoke-4-steps.json"
     result = json.loads(file.read_text())
     assert result["command"].startswith("bitflow ablate denoising --preset mnist-mini-smoke") and result["config"]["verdict"]
     fd = [m for m in result["measurements"] if m["metric"] == "fd[mnist-cnn]"]
     assert [(m["row"], m["seed"]) for m in fd] == [(row.name, seed) for row in TABLES["denoising"]() for seed in (0, 1)]
-    assert (tmp_path / "ablate-denoising-mnist-mini-smoke.png").stat().st_size > 1000
+    assert (tmp_path / "ablate-denoising-mnist-mini-smoke-4-steps.png").stat().st_size > 1000
     assert cli.main(words) == 2 and "exists already" in capsys.readouterr().err
     preset = cli.ablation_preset(cli.parse(words))
     jobs = jobs_of(["denoising"], preset, range(2))

