@@ -3,16 +3,18 @@
 # %% ../nbs/bench.ipynb #c3d651c4
 from __future__ import annotations
 import math, time, weakref
+from dataclasses import replace
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .data import BitflowError, patchify
+from .config import PRESETS, check_pair_preset, find_preset
+from .data import BitflowError, patchify, unpatchify
 from .evaluation import measurement, timed
-from .exact_inverse import Guidance, compile_blocks, exact_trajectory, invert_block, invert_block_jacobi, jacobi_trajectory, pack, segment_counts
+from .exact_inverse import Guidance, compile_blocks, exact_trajectory, invert_block, invert_block_jacobi, jacobi_trajectory, pack, score_denoise, segment_counts
 from .pipeline import build, time_per_image
-from .reverse_model import ReverseConfig, ReverseModel, sample_noise
+from .reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
 from .training import autocast
 from .transformer import TransformerConfig
@@ -20,7 +22,8 @@ from .transformer import TransformerConfig
 # %% auto #0
 __all__ = ['GEOMETRIES', 'plain_layer', 'plain_advice', 'plain_inverse', 'plain_states', 'plain_attention', 'inverse_ways',
            'timed_shortly', 'bench_blocks', 'bench_inverse', 'row_of', 'training_step', 'bench_training', 'geometry',
-           'random_flow', 'PeakMemory', 'peak_bytes', 'token_calls', 'bench_tokens']
+           'reverse_shape', 'random_flow', 'pair_ways', 'bench_pair', 'compared', 'PeakMemory', 'peak_bytes',
+           'token_calls', 'bench_tokens']
 
 # %% ../nbs/bench.ipynb #44c260b4
 def plain_layer(layer, x: Tensor, seen: dict) -> Tensor:
@@ -185,11 +188,21 @@ GEOMETRIES = {"mnist": (28, 4), "64-tokens": (32, 4), "256-tokens": (64, 4)}  # 
 
 
 def geometry(name: str) -> TARFlowConfig:
-    "4 blocks × 4 layers of width 128 for that number of tokens. Raises `BitflowError` for an unknown name."
+    "4 blocks × 4 layers of width 128 for that number of tokens, or the F of a preset. Raises `BitflowError` for an unknown name."
     if name not in GEOMETRIES:
-        raise BitflowError(f"unknown geometry {name!r}; choose {', '.join(GEOMETRIES)}")
+        cfg = find_preset(name).forward if name in PRESETS else None
+        if not isinstance(cfg, TARFlowConfig):
+            raise BitflowError(f"unknown geometry {name!r}; choose {', '.join(GEOMETRIES)}, or a preset with a TARFlow")
+        return cfg
     size, patch = GEOMETRIES[name]
     return TARFlowConfig(image_size=size, patch_size=patch, transformer=TransformerConfig(width=128, num_layers=4))
+
+
+def reverse_shape(name: str) -> ReverseConfig:
+    "The preset's G, taking w as an input. Raises `BitflowError` for an unknown preset, and for one without G."
+    preset = find_preset(name)
+    check_pair_preset(preset)
+    return replace(preset.reverse, max_guidance=preset.reverse.max_guidance or 3.0)
 
 
 def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
@@ -200,6 +213,34 @@ def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
         for block in model.blocks:
             block.proj_out.weight.copy_(0.02 * torch.randn(block.proj_out.weight.shape, generator=generator))
     return model.eval().to(device)
+
+# %% ../nbs/bench.ipynb #83d4f918
+def pair_ways(F: TARFlow, G: ReverseModel, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool) -> dict:
+    "Name → a call: one pass of a G that takes w, the score step alone, and `inverse_ways`."
+    x = unpatchify(z, F.cfg.patch_size, F.cfg.channels)
+    return {"one pass": lambda: one_pass(G, z, c, scale), "score step": lambda: score_denoise(F, x, c), **inverse_ways(F, z, c, scale, tolerance, segments, compiled)}
+
+
+def bench_pair(F: TARFlow, G: ReverseModel, batches: tuple = (1, 64), scales: tuple = (0.0, 1.0), tolerance: float = 1e-4, segments=2,
+               repeats: int = 15, compiled: bool = False) -> list:
+    "Milliseconds an image of one pass, of every exact way back and of the score step, side by side; how much faster one pass is than the fastest exact way, alone and with the score step."
+    device, found = next(F.parameters()).device, []
+    for batch in batches:
+        z, c = sample_noise(F.cfg, batch, device=device), torch.arange(batch, device=device) % F.cfg.num_classes
+        for scale in scales:
+            ways = pair_ways(F, G, z, c, scale, tolerance, segments, compiled)
+            times = {row: timed_shortly(way, repeats) for row, way in ways.items()}
+            found += [time_per_image(row, t, batch, guidance=scale) for row, t in times.items()]
+            found += compared({row: t["median_ms"] for row, t in times.items()}, repeats, batch=batch, guidance=scale)
+    return found
+
+
+def compared(ms: dict, repeats: int, **more) -> list:
+    "How much faster one pass is than the library's exact inverse and than the fastest one, alone and with the score step."
+    fastest = min((row for row in ms if row not in ("one pass", "score step")), key=ms.get)
+    opponents = {"exact": ms["exact"], "fastest": ms[fastest], "exact+denoise": ms["exact"] + ms["score step"], "fastest+denoise": ms[fastest] + ms["score step"]}
+    return [measurement("one pass", f"speedup_vs_{name}", value / ms["one pass"], "×", repeats, fastest=fastest, **more) for name, value in opponents.items()]
+
 
 # %% ../nbs/bench.ipynb #eb150b02
 class PeakMemory(TorchDispatchMode):

@@ -12,6 +12,7 @@ from .config import Preset, check_pair_preset, find_preset, with_strategy
 from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, load_data
 from .evaluation import hardware, measurement, save_results
+from .inverse_strategies import check_pair
 from .plotting import image_grid
 from .report import draw_rows, sample_rows, write_report
 from .reverse_model import ReverseModel
@@ -25,8 +26,8 @@ __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo',
            'describe_preset', 'run_info', 'check_writable', 'refuse_existing', 'run_folder', 'with_options',
            'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'check_new_file',
            'method_of', 'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures', 'run_evaluate',
-           'bench_model', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for', 'ablation_preset',
-           'run_ablate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
+           'bench_model', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for',
+           'ablation_preset', 'run_ablate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ class Info(Common):
 class Bench:
     "Measure the exact inverse, or a training step, against plain implementations in the same run."
     what: str = "inverse"
-    """inverse, training or tokens (time and memory against the number of tokens, 49 to 1,024)."""
+    """inverse, training, pair (one pass of G against the ways back of F) or tokens (time and memory against the number of tokens, 49 to 1,024)."""
     geometry: str = "mnist"
-    """Shape with random weights: mnist, 64-tokens or 256-tokens."""
+    """Shape with random weights: mnist, 64-tokens, 256-tokens, or a preset's; for pair a preset's."""
     checkpoint: Optional[Path] = None
     """Run or checkpoint of F to measure instead."""
     segments: str = "2"
@@ -506,7 +507,14 @@ def bench_model(args: Bench, device: str) -> TARFlow:
 # %% ../nbs/19_command_line.ipynb #d9d2734d
 MEASURED = {"inverse": lambda args, model, device: bench.bench_inverse(model, segments=parse_segments(args.segments), device=device, compiled=args.compiled),
             "training": lambda args, model, device: bench.bench_training(model.cfg, device=device),
-            "tokens": lambda args, model, device: bench.bench_tokens()}
+            "tokens": lambda args, model, device: bench.bench_tokens(), "pair": lambda args, model, device: measure_pair(args, model, device)}
+
+
+def measure_pair(args: Bench, model: TARFlow, device: str) -> list:
+    "One pass of a G of the preset's shape against the ways back of F."
+    reverse = pipeline.build(ReverseModel, bench.reverse_shape(args.geometry), 0, device).eval()
+    check_pair(model, reverse)
+    return bench.bench_pair(model, reverse, segments=parse_segments(args.segments), compiled=args.compiled)
 
 # %% ../nbs/19_command_line.ipynb #70ead3fc
 def parse_segments(text: str):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from .data import BitflowError, Images, check_labels, patchify
 from .guidance import guided_pass
-from .inverse_strategies import check_pair, mse
+from .inverse_strategies import check_pair
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, check_input, log_prob

@@ -138,6 +138,14 @@ def test_bench(tmp_path, capsys, runs, monkeypatch):
     differences = [m["value"] for m in json.loads((tmp_path / "inverse.json").read_text())["measurements"] if m["metric"] == "max_difference_from_plain"]
     assert len(differences) == 20 and max(differences) < 1e-3
     assert main(["bench", "--checkpoint", str(runs / "f"), "--out", str(tmp_path / "c.json")]) == 0
+    assert main(["bench", "--what", "pair", "--geometry", "mnist-mini-smoke", "--out", str(tmp_path / "p.json")]) == 0
+    pair = json.loads((tmp_path / "p.json").read_text())["measurements"]
+    ms = {m["row"]: m["value"] for m in pair if (m["metric"], m["batch"], m["guidance"]) == ("ms_per_image", 64, 1.0)}
+    gain = {m["metric"]: m["value"] for m in pair if m["row"] == "one pass" and (m["batch"], m["guidance"]) == (64, 1.0)}
+    assert gain["speedup_vs_exact+denoise"] == pytest.approx((ms["exact"] + ms["score step"]) / ms["one pass"])
+    assert gain["speedup_vs_fastest"] == pytest.approx(min(v for row, v in ms.items() if row not in ("one pass", "score step")) / ms["one pass"])
+    refused(["bench", "--what", "pair", "--geometry", "64-tokens", "--out", tmp_path / "x.json"], capsys, "64-tokens", "mnist-mini")
+    refused(["bench", "--what", "pair", "--geometry", "mnist-glow", "--out", tmp_path / "x.json"], capsys, "mnist-glow")
     refused(["bench", "--what", "coffee", "--out", tmp_path / "x.json"], capsys, "coffee", "tokens")
     refused(["bench", "--segments", "1,two", "--out", tmp_path / "x.json"], capsys, "1,two")
     refused(["bench", "--geometry", "mnits", "--out", tmp_path / "x.json"], capsys, "mnits", "256-tokens")
