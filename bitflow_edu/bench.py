@@ -105,7 +105,8 @@ def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: 
 
 # %% ../nbs/bench.ipynb #56e91223
 def timed_shortly(call, repeats: int, slow_s: float = 3.0) -> dict:
-    "`timed`, with two repeats where a call takes longer than `slow_s` seconds."
+    "`timed`, with two repeats where a call takes longer than `slow_s` seconds; a first call, which may compile, is not looked at."
+    call()
     start = time.perf_counter()
     call()
     return timed(call, repeats if time.perf_counter() - start < slow_s else 2, warmup=0)
