@@ -12,21 +12,17 @@ import torch
 from .config import Preset, with_strategy
 from .data import DataConfig, Images, load_data
 from .evaluation import as_stored, frechet_distance, in_batches, measurement, precision_recall
-from .exact_inverse import Guidance, exact_inverse, score_denoise
-from .guidance import guided_pass
 from .inverse_strategies import mse
 from .plotting import PALETTE
-from .pipeline import grid_labels, judge_for, num_parameters, train_forward, train_reverse
-from .reverse_model import one_pass, sample_noise
+from .pipeline import draw, draw_all, judge_for, num_parameters, train_forward, train_reverse
 from .tarflow import TARFlow
-from .training import load_model, write_atomically
+from .training import load_model, read_metrics, write_atomically
 
 # %% auto #0
-__all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'WAYS', 'Row', 'objective', 'reverse', 'strategy', 'forward',
-           'width', 'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'depth', 'Training',
-           'training_of', 'images_of', 'run_training', 'by_one_pass', 'by_exact_inverse', 'denoised_by_score', 'drawn',
-           'real_features', 'judged', 'reconstruction', 'measure_training', 'measure', 'jobs_of', 'run_jobs',
-           'lines_of', 'verdict', 'rows_of', 'draw_table']
+__all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'Row', 'objective', 'reverse', 'strategy', 'forward', 'width',
+           'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'depth', 'Training',
+           'training_of', 'images_of', 'run_training', 'real_features', 'judged', 'reconstruction', 'anatomy',
+           'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict', 'rows_of', 'draw_table']
 
 # %% ../nbs/ablations.ipynb #457616c8
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Row:
     "One line of a table."
     name: str
     change: tuple = ()        # functions preset → preset, applied in turn
-    method: str = "one-pass"  # how images are drawn, a key of `WAYS`
+    method: str = "one-pass"  # how images are drawn, see `draw`
     w: float = 0.0            # guidance scale
     paper: float = None       # FID that the paper reports for it (ImageNet 256², B/2)
 
@@ -184,31 +180,6 @@ def run_training(training: Training, root: Path, device: str, threads: int):
         model = train_reverse(preset, load_model(root / training.forward.key / "run", TARFlow, device), data, folder, device, resume=folder.exists())
     return model
 
-# %% ../nbs/ablations.ipynb #beedf894
-def by_one_pass(F, G, z, c, w):
-    "One pass, guided where G takes w."
-    return one_pass(G, z, c, w if G.cfg.max_guidance else None)
-
-
-def by_exact_inverse(F, G, z, c, w):
-    "F walked back token by token, guided where w is not 0."
-    return exact_inverse(F, z, c, Guidance(w) if w else None)
-
-
-def denoised_by_score(F, G, z, c, w):
-    "One pass, then F's score step; for a G that was trained to give noisy images."
-    return score_denoise(F, by_one_pass(F, G, z, c, w), c)
-
-
-WAYS = {"one-pass": by_one_pass, "one-pass+denoise": denoised_by_score, "guided": lambda F, G, z, c, w: guided_pass(G, z, c, w),
-        "exact": by_exact_inverse, "exact+denoise": lambda F, G, z, c, w: score_denoise(F, by_exact_inverse(F, G, z, c, w), c)}
-
-
-def drawn(method: str, F, G, n: int, seed: int, w: float, device: str, batch_size: int = 500) -> torch.Tensor:
-    "n images by a method, the classes in turn, on the CPU."
-    z, c = sample_noise(F.cfg, n, seed), grid_labels(F.cfg, n)
-    return torch.cat([WAYS[method](F, G, a.to(device), b.to(device), w).cpu() for a, b in zip(z.split(batch_size), c.split(batch_size))])
-
 # %% ../nbs/ablations.ipynb #86bdb3c2
 @lru_cache(maxsize=1)
 def real_features(cfg: DataConfig, channels: int, limit: int) -> dict | None:
@@ -233,17 +204,33 @@ def judged(samples: torch.Tensor, real: dict) -> dict:
 def reconstruction(F, G, test: Images, method: str, w: float, device: str) -> float:
     "Mean squared error of x → F(x) → back, over 1,000 test images."
     x, c = test.x[:1000].to(device), test.labels[:1000].to(device)
-    return mse(WAYS[method](F, G, F(x, c).z, c, w), x).mean().item()
+    return mse(draw(method, F, G, F(x, c).z, c, w), x).mean().item()
+
+# %% ../nbs/ablations.ipynb #b6135dca
+@torch.no_grad()
+def anatomy(F, training: Training, root: Path, device: str) -> dict:
+    "What a training was made of: the rms of F's states on 1,000 test images, and each term's share of G's loss over the last tenth of its steps."
+    test, log = images_of(training.preset.data, "test"), read_metrics(root / training.key / "run" / "metrics.jsonl")
+    states = F(test.x[:1000].to(device), test.labels[:1000].to(device)).states
+    found = {f"state_rms_{i}": state.square().mean().sqrt().item() for i, state in enumerate(states)}
+    if training.stage == "reverse":
+        last = log[-max(len(log) // 10, 1):]
+        names = [name for name in last[-1] if name == "image" or name.startswith("depth_")]
+        sizes = {name: statistics.fmean(row[name] for row in last) for name in names}
+        found |= {f"share_{name}": size / sum(sizes.values()) for name, size in sizes.items()}
+    return found
+
 
 # %% ../nbs/ablations.ipynb #b25f055a
 def measure_training(training: Training, ways: list, root: Path, device: str, threads: int) -> dict:
-    "Train what is missing and measure every (method, w) in `ways`: \"method@w\" → figures. Kept in the training's folder."
+    "Train what is missing and measure every (method, w) in `ways`: \"method@w\" → figures; under \"training\", its `anatomy`. Kept in the training's folder."
     model, file = run_training(training, root, device, threads), root / training.key / "figures.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     missing = [(method, w) for method, w in ways if f"{method}@{w:g}" not in found]
-    if missing:
+    if missing or "training" not in found:
         forward_model = model if training.stage == "forward" else load_model(root / training.forward.key / "run", TARFlow, device)
         found |= {f"{method}@{w:g}": measure(forward_model, model, training, method, w, device) for method, w in missing}
+        found["training"] = anatomy(forward_model, training, root, device)
         write_atomically(file, json.dumps(found, indent=1) + "\n")
     return found
 
@@ -253,7 +240,7 @@ def measure(F, G, training: Training, method: str, w: float, device: str) -> dic
     test, real = images_of(training.preset.data, "test"), real_features(training.preset.data, F.cfg.channels, 5 * training.preset.num_samples)
     found = {"reconstruction_mse": reconstruction(F, G, test, method, w, device), "params": num_parameters(G)}
     if real:
-        found |= judged(drawn(method, F, G, training.preset.num_samples, training.seed, w, device), real)
+        found |= judged(draw_all(F, G, training.preset.num_samples, training.seed, device, rows=(method,), w=w)[method], real)
     return found
 
 # %% ../nbs/ablations.ipynb #7167917a
@@ -286,7 +273,7 @@ def lines_of(name: str, preset: Preset, seeds: range, figures: dict) -> list:
     found = []
     for row in TABLES[name]():
         trainings = [training_of(row, preset, seed) for seed in seeds]
-        by_seed = [figures[t.key][f"{row.method}@{row.w:g}"] for t in trainings]
+        by_seed = [figures[t.key][f"{row.method}@{row.w:g}"] | figures[t.key]["training"] for t in trainings]
         by_seed = by_seed[:1] if row.method.startswith("exact") else by_seed
         more = dict(method=row.method, w=row.w, paper=row.paper)
         for metric in by_seed[0]:

@@ -117,6 +117,8 @@ class Sample(Picture):
     """Remove the noise with F's score (F only; G denoises by itself)."""
     temperature: float = 1.0
     """Scale of the noise; below 1: safer and less varied."""
+    w: float = 0.0
+    """Guidance scale: towards the label, at the price of variety; a G without w as an input takes two passes."""
     columns: int = 10
     """Images a row."""
     device: str = "auto"
@@ -424,14 +426,16 @@ def check_new_file(path: Path):
 
 
 def method_of(model, args: Sample) -> str:
-    "How a model is drawn from, a key of `METHODS`."
+    "How a model is drawn from, for `draw`."
+    if args.w and isinstance(model, CouplingFlow):
+        raise BitflowError(f"--w {args.w:g}: the flow in {args.checkpoint} reads no labels to be guided by; leave the option out")
     if args.denoise and not getattr(model.cfg, "noise_std", 0) and not isinstance(model, ReverseModel):
         raise BitflowError(f"--denoise: the flow in {args.checkpoint} was trained without Gaussian noise, so there is none to remove; leave the option out")
     if not isinstance(model, ReverseModel):
         return "exact+denoise" if args.denoise else "exact"
     if args.denoise:
         raise BitflowError(f"--denoise needs F, but {args.checkpoint} holds a G, which denoises by itself; leave the option out")
-    return "one-pass"
+    return "guided" if args.w and not model.cfg.max_guidance else "one-pass"
 
 # %% ../nbs/19_command_line.ipynb #7f2f73c5
 def check_sample(args: Sample):
@@ -440,6 +444,8 @@ def check_sample(args: Sample):
         raise BitflowError(f"--n {args.n} and --columns {args.columns} must be at least 1")
     if not 0 <= args.temperature < float("inf"):
         raise BitflowError(f"--temperature {args.temperature} must be a number of at least 0; 1 is the noise that was trained with")
+    if not 0 <= args.w < float("inf"):
+        raise BitflowError(f"--w {args.w} must be a number of at least 0; 0 is no guidance")
     check_new_file(args.out)
 
 # %% ../nbs/19_command_line.ipynb #faf96365
@@ -453,9 +459,9 @@ def run_sample(args: Sample):
         raise BitflowError(f"--labels {args.labels}: the flow in {args.checkpoint} reads no labels; leave the option out")
     c = parse_labels(args.labels, model.cfg, args.n).to(device)
     row = method_of(model, args)
-    x = pipeline.draw(row, model, model, z, c)
+    x = pipeline.draw(row, model, model, z, c, args.w)
     save_grid(image_grid(x, args.columns), args.out)
-    print(f"{args.n} images ({pipeline.METHODS[row]}) in {args.out}")
+    print(f"{args.n} images ({pipeline.METHODS.get(row, row)}) in {args.out}")
 
 RUN[Sample] = run_sample
 

@@ -24,8 +24,8 @@ from .coupling import CouplingConfig, CouplingFlow, bits_per_dim, uniform_noise_
 from .data import BitflowError, Images, check_labels
 from .distances import adaptive, find_distance, mixture
 from .evaluation import Classifier, as_stored, frechet_distance, in_batches, load_classifier, measurement, timed
-from .exact_inverse import exact_inverse, round_trip_error, score_denoise, serial_steps
-from .guidance import guided_run
+from .exact_inverse import Guidance, exact_inverse, round_trip_error, score_denoise, serial_steps
+from .guidance import guided_pass, guided_run
 from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, normalised, reverse_loss
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
@@ -67,9 +67,9 @@ def noise_for(cfg, n: int, seed: int = 0, device: str = "cpu", temperature: floa
     return temperature * sample_noise(cfg, n, seed, device)
 
 
-def undo(model: TARFlow | CouplingFlow, z: Tensor, c: Tensor) -> Tensor:
-    "F⁻¹(z), exactly: images `(N, C, H, W)`."
-    return model.inverse(z) if isinstance(model, CouplingFlow) else exact_inverse(model, model.noise(z), c)
+def undo(model: TARFlow | CouplingFlow, z: Tensor, c: Tensor, guidance: Guidance = None) -> Tensor:
+    "F⁻¹(z), exactly: images `(N, C, H, W)`; guidance is for a TARFlow."
+    return model.inverse(z) if isinstance(model, CouplingFlow) else exact_inverse(model, model.noise(z), c, guidance)
 
 # %% ../nbs/pipeline.ipynb #031992cf
 def sample_grid(model: nn.Module, sample, n: int = 40) -> np.ndarray:
@@ -122,21 +122,23 @@ def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, 
 METHODS = {"exact": "exact inverse", "exact+denoise": "exact inverse + score denoising", "one-pass": "one pass of G"}
 
 # %% ../nbs/pipeline.ipynb #e1e8d124
-def draw(row: str, forward: TARFlow | None, reverse: ReverseModel | None, z: Tensor, c: Tensor) -> Tensor:
-    "Images `(N, C, H, W)` by the method named `row`, a key of `METHODS`."
+def draw(row: str, forward: TARFlow | None, reverse: ReverseModel | None, z: Tensor, c: Tensor, w: float = 0.0) -> Tensor:
+    "Images `(N, C, H, W)` by a method: \"exact\", \"one-pass\" or \"guided\" (two passes), with guidance scale w; \"+denoise\" behind it adds F's score step."
     check_labels(c[c != -1], (forward or reverse).cfg.num_classes)
-    if row == "one-pass":
-        return one_pass(reverse, z, c)
-    x = undo(forward, z, c)
-    return score_denoise(forward, x, c) if row == "exact+denoise" else x
+    name, _, step = row.partition("+")
+    if name == "exact":
+        x = undo(forward, z, c, Guidance(w) if w else None)
+    else:
+        x = guided_pass(reverse, z, c, w) if name == "guided" else one_pass(reverse, z, c, w or None)
+    return score_denoise(forward, x, c) if step else x
 
 # %% ../nbs/pipeline.ipynb #b79e640c
-def draw_all(forward, reverse, n: int, seed: int, device: str = "cpu", batch_size: int = 500, rows: tuple = tuple(METHODS)) -> dict:
-    "n images by every method: row → images `(n, C, H, W)`, on the CPU."
+def draw_all(forward, reverse, n: int, seed: int, device: str = "cpu", batch_size: int = 500, rows: tuple = tuple(METHODS), w: float = 0.0) -> dict:
+    "n images by every method, with guidance scale w: row → images `(n, C, H, W)`, on the CPU."
     z, c = noise_for(forward.cfg, n, seed), grid_labels(forward.cfg, n)
     parts = list(zip(z.split(batch_size), c.split(batch_size)))
     rows = [row for row in rows if reverse is not None or row != "one-pass"]
-    return {row: torch.cat([draw(row, forward, reverse, a.to(device), b.to(device)).cpu() for a, b in parts]) for row in rows}
+    return {row: torch.cat([draw(row, forward, reverse, a.to(device), b.to(device), w).cpu() for a, b in parts]) for row in rows}
 
 # %% ../nbs/pipeline.ipynb #06a0558e
 def quality(samples: dict, train: Images, test: Images, seed: int, judge: Classifier) -> list:

@@ -65,8 +65,8 @@ def test_the_demo_from_end_to_end(tmp_path):
 
 
 def test_sample(runs, tmp_path):
-    for folder, more, size in (("f", [], (169, 33)), ("f", ["--denoise"], (169, 33)), ("g", ["--labels", "3,-1"], (169, 33))):
-        out = tmp_path / f"{folder}{len(more)}.png"
+    for folder, more, size in (("f", [], (169, 33)), ("f", ["--denoise", "--w", "0.5"], (169, 33)), ("g", ["--labels", "3,-1"], (169, 33)), ("g", ["--w", "1"], (169, 33))):
+        out = tmp_path / f"{folder}{''.join(more)}.png"
         assert main(["sample", "--checkpoint", str(runs / folder), "--n", "20", "--out", str(out), *more]) == 0
         assert Image.open(out).size == size
     assert main(["sample", "--checkpoint", str(asset("mnist-mini/reverse")), "--n", "3", "--columns", "3", "--out", str(tmp_path / "new" / "s.png")]) == 0
@@ -103,6 +103,7 @@ def test_a_flow_alone(tmp_path, capsys):
     assert main(["sample", "--checkpoint", str(run), "--n", "4", "--temperature", "0.5", "--out", str(tmp_path / "s.png")]) == 0
     refused(["sample", "--checkpoint", run, "--labels", "3", "--out", tmp_path / "l.png"], capsys, "reads no labels")
     refused(["sample", "--checkpoint", run, "--denoise", "--out", tmp_path / "l.png"], capsys, "--denoise")
+    refused(["sample", "--checkpoint", run, "--w", "1", "--out", tmp_path / "l.png"], capsys, "--w 1")
     refused(["sample", "--checkpoint", run, "--temperature", "-1", "--out", tmp_path / "l.png"], capsys, "-1")
     refused(["train", "forward", *glow, "--patch-size", "2", "--out", tmp_path / "p"], capsys, "--patch-size 2")
     refused(["train", "reverse", *glow, "--out", tmp_path / "g"], capsys, "flow alone", "mnist-mini")
@@ -170,10 +171,10 @@ def test_samples_that_overflow_are_counted(digits, monkeypatch):
     """Without clipping an inverse can overflow: the likelihood is measured all the same, and the share of such samples stands beside it."""
     flow = pipeline.build(TARFlow, replace(find_preset("mnist-mini-smoke").forward, noise_std=0.0), 0).eval()
     whole = pipeline.undo
-    monkeypatch.setattr(pipeline, "undo", lambda model, z, c: torch.where(torch.arange(len(z))[:, None, None, None] % 5 == 0, torch.nan, whole(model, z, c)))
+    monkeypatch.setattr(pipeline, "undo", lambda model, z, c, guidance: torch.where(torch.arange(len(z))[:, None, None, None] % 5 == 0, torch.nan, whole(model, z, c)))
     found = {m["metric"]: m for m in pipeline.evaluate_flow(flow, digits, digits[:50], n=20, timing=False).measurements if m["row"] == "exact"}
     assert abs(found["broken_samples"]["value"] - 0.2) < 1e-6 and found["fd[mnist-cnn]"]["n"] == 16 and found["bits_per_dim"]["value"] > 0
-    monkeypatch.setattr(pipeline, "undo", lambda model, z, c: torch.full((len(z), 1, 16, 16), torch.nan))
+    monkeypatch.setattr(pipeline, "undo", lambda model, z, c, guidance: torch.full((len(z), 1, 16, 16), torch.nan))
     with pytest.raises(BitflowError, match="0 finite samples"):
         pipeline.evaluate_flow(flow, digits, digits[:50], n=20, timing=False)
 
@@ -234,6 +235,7 @@ def test_mistakes_with_checkpoints(capsys, tmp_path, runs):
     refused(["sample", "--checkpoint", runs / "g", "--labels", "12", "--out", tmp_path / "s.png"], capsys, "12")
     refused(["sample", "--checkpoint", runs / "g", "--labels", "x", "--out", tmp_path / "s.png"], capsys, "x")
     refused(["sample", "--checkpoint", runs / "g", "--n", "0", "--out", tmp_path / "s.png"], capsys, "0")
+    refused(["sample", "--checkpoint", runs / "g", "--w", "-1", "--out", tmp_path / "s.png"], capsys, "--w -1")
     refused(["sample", "--checkpoint", runs / "g", "--denoise", "--out", tmp_path / "s.png"], capsys, "--denoise")
     refused(["info", "--checkpoint", tmp_path / "none"], capsys, "none")
     assert not list(tmp_path.iterdir()), "nothing was written"
