@@ -171,10 +171,10 @@ def test_samples_that_overflow_are_counted(digits, monkeypatch):
     """Without clipping an inverse can overflow: the likelihood is measured all the same, and the share of such samples stands beside it."""
     flow = pipeline.build(TARFlow, replace(find_preset("mnist-mini-smoke").forward, noise_std=0.0), 0).eval()
     whole = pipeline.undo
-    monkeypatch.setattr(pipeline, "undo", lambda model, z, c, guidance: torch.where(torch.arange(len(z))[:, None, None, None] % 5 == 0, torch.nan, whole(model, z, c)))
+    monkeypatch.setattr(pipeline, "undo", lambda model, z, c, guidance=None: torch.where(torch.arange(len(z))[:, None, None, None] % 5 == 0, torch.nan, whole(model, z, c)))
     found = {m["metric"]: m for m in pipeline.evaluate_flow(flow, digits, digits[:50], n=20, timing=False).measurements if m["row"] == "exact"}
     assert abs(found["broken_samples"]["value"] - 0.2) < 1e-6 and found["fd[mnist-cnn]"]["n"] == 16 and found["bits_per_dim"]["value"] > 0
-    monkeypatch.setattr(pipeline, "undo", lambda model, z, c, guidance: torch.full((len(z), 1, 16, 16), torch.nan))
+    monkeypatch.setattr(pipeline, "undo", lambda model, z, c, guidance=None: torch.full((len(z), 1, 16, 16), torch.nan))
     with pytest.raises(BitflowError, match="0 finite samples"):
         pipeline.evaluate_flow(flow, digits, digits[:50], n=20, timing=False)
 
