@@ -11,18 +11,18 @@ from unittest import mock
 import torch
 from .config import Preset, with_strategy
 from .data import DataConfig, Images, load_data
-from .evaluation import as_stored, frechet_distance, in_batches, measurement, precision_recall
-from .inverse_strategies import mse
-from .plotting import PALETTE
+from .evaluation import as_stored, frechet_distance, in_batches, measurement, precision_recall, rows_of
+from .inverse_strategies import STRATEGIES, mse
+from .plotting import plot_rows
 from .pipeline import draw, draw_all, judge_for, num_parameters, train_forward, train_reverse
 from .tarflow import TARFlow
 from .training import load_model, read_metrics, write_atomically
 
 # %% auto #0
 __all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'Row', 'objective', 'reverse', 'strategy', 'forward', 'width',
-           'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'depth', 'Training',
-           'training_of', 'images_of', 'run_training', 'real_features', 'judged', 'reconstruction', 'anatomy',
-           'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict', 'rows_of', 'draw_table']
+           'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'depth', 'deeper', 'regimes',
+           'Training', 'training_of', 'images_of', 'run_training', 'real_features', 'judged', 'reconstruction',
+           'anatomy', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict', 'draw_table']
 
 # %% ../nbs/ablations.ipynb #457616c8
 @dataclass(frozen=True)
@@ -127,7 +127,20 @@ def depth() -> list:
             + [Row("none (naive)", (MSE, strategy("naive")))])
 
 
-TABLES = {"strategies": strategies, "depth": depth, "denoising": denoising, "norm-control": norm_control, "distances": distances, "guidance": guidance, "scaling": scaling}
+def deeper(preset: Preset) -> Preset:
+    "Twice as many blocks of half as many layers, for F and G."
+    halved = lambda shape: replace(shape, num_blocks=2 * shape.num_blocks, transformer=replace(shape.transformer, num_layers=max(shape.transformer.num_layers // 2, 1)))
+    return replace(preset, forward=halved(preset.forward), reverse=halved(preset.reverse))
+
+
+def regimes() -> list:
+    "Does another F change the strategies' order? A longer trajectory of thinner blocks, and three times the noise; MSE alone."
+    return [row for regime, change in {"twice the blocks": deeper, "three times the noise": lambda p: forward(noise_std=3 * p.forward.noise_std)(p)}.items()
+            for row in (Row(f"exact + score denoising, {regime}", (change,), "exact+denoise"),
+                        *(Row(f"{name}, {regime}", (change, MSE, strategy(name))) for name in STRATEGIES))]
+
+
+TABLES = {"strategies": strategies, "regimes": regimes, "depth": depth, "denoising": denoising, "norm-control": norm_control, "distances": distances, "guidance": guidance, "scaling": scaling}
 
 # %% ../nbs/ablations.ipynb #62006dc0
 @dataclass(frozen=True)
@@ -294,24 +307,8 @@ def verdict(found: list, metric: str = "fd[mnist-cnn]") -> str:
         return "other order"
     return "same order" if all(gap > noise for gap, noise in gaps) else "within the noise"
 
-# %% ../nbs/ablations.ipynb #456d932e
-def rows_of(found: list, metric: str = "fd[mnist-cnn]") -> dict:
-    "Row → (every seed's values, their mean, the paper's figure), in the table's order."
-    names = list(dict.fromkeys(m["row"] for m in found))
-    pick = lambda name, metric: [m for m in found if (m["row"], m["metric"]) == (name, metric)]
-    return {name: ([m["value"] for m in pick(name, metric)], pick(name, f"mean {metric}")[0]["value"], pick(name, metric)[0]["paper"]) for name in names if pick(name, metric)}
-
-# %% ../nbs/ablations.ipynb #40987728
+# %% ../nbs/ablations.ipynb #b86e9846
 def draw_table(found: list, title: str, metric: str = "fd[mnist-cnn]"):
     "Bars of the means with a dot for each seed, beside the paper's figures: a matplotlib figure."
-    from matplotlib import pyplot as plt
-    rows = rows_of(found, metric)
-    fig, axes = plt.subplots(1, 2, figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained", sharey=True, width_ratios=(3, 2))
-    axes[0].barh(list(rows), [mean for _, mean, _ in rows.values()], color=PALETTE[0], alpha=0.5)
-    for name, (values, _, _) in rows.items():
-        axes[0].plot(values, [name] * len(values), "o", color=PALETTE[0], markersize=4)
-    axes[1].barh(list(rows), [paper or 0 for _, _, paper in rows.values()], color=PALETTE[1], alpha=0.5)
-    axes[0].invert_yaxis()
-    axes[0].set(title=title, xlabel=f"{metric}, a dot for each seed")
-    axes[1].set(title="the paper", xlabel="FID, ImageNet 256²")
-    return fig
+    return plot_rows(rows_of({"name": title, "measurements": found}, metric), title, f"{metric}, a dot for each seed")
+

@@ -18,7 +18,8 @@ from .training import load_model, write_atomically
 __all__ = ['ClassifierConfig', 'conv_stage', 'at_size', 'Classifier', 'augment', 'classifier_loss', 'in_batches', 'as_stored',
            'accuracy', 'load_classifier', 'check_features', 'moments', 'matrix_sqrt', 'frechet_distance', 'fd',
            'covered', 'precision_recall', 'polynomial_kernel', 'kid', 'inception_score', 'timed', 'processor',
-           'hardware', 'versions', 'git', 'commit', 'measurement', 'results_text', 'save_results', 'measured', 'figure']
+           'hardware', 'versions', 'git', 'commit', 'measurement', 'results_text', 'save_results', 'measured', 'figure',
+           'load_result', 'rows_of']
 
 # %% ../nbs/06_evaluation.ipynb #3c301848
 @dataclass(frozen=True)
@@ -337,3 +338,24 @@ def figure(
         has = sorted({m["metric"] for m in result["measurements"] if m["row"] == row}) or sorted({m["row"] for m in result["measurements"]})
         raise BitflowError(f"{result['name']} has no {metric} of {row}" + (f" at batch {batch}" if batch else "") + f"; it has {', '.join(has)}")
     return found[0]["value"]
+
+# %% ../nbs/06_evaluation.ipynb #93d6dd28
+def load_result(
+    name: str,            # of a file in the folder, without .json
+    folder="../results",  # where results are kept; as seen from a notebook of this course
+) -> dict:
+    "A results file. `BitflowError` where it is missing."
+    try:
+        return json.loads((Path(folder) / f"{name}.json").read_text())
+    except FileNotFoundError as e:
+        raise BitflowError(f"there is no {e.filename}; measure it first, or name another folder") from None
+
+
+def rows_of(
+    result: dict,                    # a table of `bitflow ablate`, loaded
+    metric: str = "fd[mnist-cnn]",
+) -> dict:                           # row → (every seed's values, their mean, the paper's figure or None), in the table's order
+    "A table's rows for one metric; rows without it are left out."
+    rows = {name: measured(result, name, metric) for name in dict.fromkeys(m["row"] for m in result["measurements"])}
+    return {name: ([m["value"] for m in seeds], figure(result, name, f"mean {metric}"), seeds[0]["paper"]) for name, seeds in rows.items() if seeds}
+

@@ -10,7 +10,7 @@ from .data import to_pixels, unpatchify
 
 # %% auto #0
 __all__ = ['PALETTE', 'image_grid', 'frame_grid', 'show_images', 'stretch', 'plot_trajectory', 'plot_curves', 'plot_histogram',
-           'plane', 'plot_density', 'plot_points', 'plot_grid_warp', 'plot_matrix', 'plot_mask']
+           'plane', 'plot_density', 'plot_points', 'plot_grid_warp', 'plot_matrix', 'plot_mask', 'plot_rows']
 
 # %% ../nbs/plotting.ipynb #1a807260
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, colour-blind safe
@@ -210,3 +210,24 @@ def plot_mask(
     ax.imshow(mask.cpu(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return ax
+
+# %% ../nbs/plotting.ipynb #2a609156
+def plot_rows(
+    rows: dict,                        # name → (values, their mean, the paper's figure or None), see `rows_of`
+    title: str,                        # of what was measured
+    xlabel: str,                       # the metric
+    paper: str = "FID, ImageNet 256²", # what the paper's figures are
+):                                     # a matplotlib figure
+    "Bars of the means with a dot for each value; beside them the paper's figures, where it has any."
+    known = {name: figure for name, (_, _, figure) in rows.items() if figure is not None}
+    fig, axes = plt.subplots(1, 1 + bool(known), figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained", sharey=True, squeeze=False)
+    axes[0, 0].barh(list(rows), [mean for _, mean, _ in rows.values()], color=PALETTE[0], alpha=0.5)
+    for name, (values, _, _) in rows.items():
+        axes[0, 0].plot(values, [name] * len(values), "o", color=PALETTE[0], markersize=4)
+    axes[0, 0].set(title=title, xlabel=xlabel)
+    axes[0, 0].invert_yaxis()
+    if known:
+        axes[0, 1].barh(list(known), list(known.values()), color=PALETTE[1], alpha=0.5)
+        axes[0, 1].set(title="the paper", xlabel=paper)
+    return fig
+

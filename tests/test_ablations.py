@@ -25,7 +25,7 @@ def test_what_several_tables_share_is_trained_once():
     assert len(together) < separate
     keys = {t.key for t in together}
     assert all(t.forward.key in keys for t in together)  # no G without its F
-    assert len({t.forward.key for t in together}) == 2   # the preset's F, and the clipped one
+    assert len({t.forward.key for t in together}) == 4   # the preset's F, the clipped one, and those of two other regimes
 
 
 def test_a_training_is_known_by_what_it_depends_on():
