@@ -22,7 +22,8 @@ from .training import load_model, read_metrics, write_atomically
 __all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'Row', 'objective', 'reverse', 'strategy', 'forward', 'width',
            'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'depth', 'deeper', 'regimes',
            'Training', 'training_of', 'images_of', 'run_training', 'real_features', 'judged', 'reconstruction',
-           'anatomy', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict', 'draw_table']
+           'anatomy', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict', 'compare',
+           'draw_table']
 
 # %% ../nbs/ablations.ipynb #457616c8
 @dataclass(frozen=True)
@@ -298,14 +299,18 @@ def lines_of(name: str, preset: Preset, seeds: range, figures: dict) -> list:
 
 # %% ../nbs/ablations.ipynb #9cb28ca5
 def verdict(found: list, metric: str = "fd[mnist-cnn]") -> str:
-    "How the order of the rows that the paper reports compares: same order, other order, or within the noise (differences smaller than the spreads of both rows)."
+    "How the order of the rows that the paper reports compares: same order, other order, or within the noise (a difference smaller than both rows' spreads together), in all and from row to row."
     rows = sorted((m for m in found if m["metric"] == f"mean {metric}" and m["paper"] is not None), key=lambda m: m["paper"])
-    gaps = [(b["value"] - a["value"], math.hypot(a["spread"] or 0, b["spread"] or 0)) for a, b in zip(rows[:-1], rows[1:])]
-    if not gaps:
+    steps = {f"{a['row']} before {b['row']}": compare(b["value"] - a["value"], math.hypot(a["spread"] or 0, b["spread"] or 0)) for a, b in zip(rows[:-1], rows[1:])}
+    if not steps:
         return "the paper has no figures for this table"
-    if any(gap < -noise for gap, noise in gaps):
-        return "other order"
-    return "same order" if all(gap > noise for gap, noise in gaps) else "within the noise"
+    whole = next(word for word in ("other order", "within the noise", "same order") if word in steps.values())
+    return f"{whole} ({'; '.join(f'{step}: {word}' for step, word in steps.items())})"
+
+
+def compare(gap: float, noise: float) -> str:
+    "What a gap between two means says about their order."
+    return "same order" if gap > noise else "other order" if gap < -noise else "within the noise"
 
 # %% ../nbs/ablations.ipynb #b86e9846
 def draw_table(found: list, title: str, metric: str = "fd[mnist-cnn]"):

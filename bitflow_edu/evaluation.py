@@ -19,7 +19,7 @@ __all__ = ['ClassifierConfig', 'conv_stage', 'at_size', 'Classifier', 'augment',
            'accuracy', 'load_classifier', 'check_features', 'moments', 'matrix_sqrt', 'frechet_distance', 'fd',
            'covered', 'precision_recall', 'polynomial_kernel', 'kid', 'inception_score', 'timed', 'processor',
            'hardware', 'versions', 'git', 'commit', 'measurement', 'results_text', 'save_results', 'measured', 'figure',
-           'load_result', 'rows_of']
+           'load_result', 'rows_of', 'table_text']
 
 # %% ../nbs/06_evaluation.ipynb #3c301848
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ def load_result(
     except FileNotFoundError as e:
         raise BitflowError(f"there is no {e.filename}; measure it first, or name another folder") from None
 
-
+# %% ../nbs/06_evaluation.ipynb #rowsof01
 def rows_of(
     result: dict,                    # a table of `bitflow ablate`, loaded
     metric: str = "fd[mnist-cnn]",
@@ -359,3 +359,14 @@ def rows_of(
     rows = {name: measured(result, name, metric) for name in dict.fromkeys(m["row"] for m in result["measurements"])}
     return {name: ([m["value"] for m in seeds], figure(result, name, f"mean {metric}"), seeds[0]["paper"]) for name, seeds in rows.items() if seeds}
 
+# %% ../nbs/06_evaluation.ipynb #tabtxt01
+def table_text(
+    result: dict,  # a table of `bitflow ablate`, loaded
+    *metrics: str,
+) -> str:          # a line for each row
+    "A table in letters: the mean over seeds, and in brackets every seed's value."
+    rows, columns = rows_of(result, metrics[0]), [rows_of(result, metric) for metric in metrics]
+    cell = lambda values, mean, _: f"{mean:.4g} (" + ", ".join(f"{v:.4g}" for v in values) + ")"
+    lines = [["", *metrics], *([name, *(cell(*column[name]) for column in columns)] for name in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("   ".join(f"{text:{width}}" for text, width in zip(line, widths)).rstrip() for line in lines)

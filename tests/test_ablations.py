@@ -42,9 +42,10 @@ def table_of(*rows):
 
 
 @pytest.mark.parametrize("rows,word", [([(1, 0.1, 10), (2, 0.1, 20)], "same order"), ([(2, 0.1, 10), (1, 0.1, 20)], "other order"),
-                                       ([(1, 0.5, 10), (1.3, 0.5, 20)], "within the noise"), ([(1, 0.1, None), (2, 0.1, 3)], "no figures")])
+                                       ([(1, 0.5, 10), (1.3, 0.5, 20)], "within the noise"), ([(1, 0.1, None), (2, 0.1, 3)], "the paper has no figures"),
+                                       ([(1, 0.1, 10), (2, 0.1, 20), (1, 0.1, 30)], "other order (row 0 before row 1: same order; row 1 before row 2: other order)")])
 def test_verdict(rows, word):
-    assert word in verdict(table_of(*rows))
+    assert verdict(table_of(*rows)).startswith(word)
 
 
 def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
