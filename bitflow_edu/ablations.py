@@ -76,7 +76,7 @@ MSE = objective(feature_weight=0.0)          # the distance at the image end is 
 PLAIN = objective(feature_weight=0.0, adaptive_power=0.0)  # and no term is re-weighted
 CLIP = 2.0                                   # of the ablation's clipped F; mnist-mini's unclipped one reaches |α| = 2 and |μ| = 8
 W_MAX = 3.0                                  # guidance in training: w is drawn from 0 to this
-SWEEP = (0.25, 0.5, 1.0, 2.0, 3.0)           # guidance scales that are measured
+SWEEP = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)      # guidance scales that are measured
 
 # %% ../nbs/ablations.ipynb #395d258e
 def strategies() -> list:

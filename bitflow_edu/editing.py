@@ -17,9 +17,9 @@ from .tarflow import TARFlow, check_input, log_prob
 
 # %% auto #0
 __all__ = ['check_edit', 'encode', 'decode', 'edit_class', 'reconstruct', 'lerp', 'slerp', 'interpolate', 'check_mask',
-           'token_mask', 'paste', 'hide', 'inpaint', 'keep_known', 'fill_hole', 'influence', 'drift', 'strangeness',
-           'roc_curve', 'auc', 'Canvas', 'Editor', 'as_png', 'editor_png', 'widgets_library', 'cell_colors',
-           'cell_buttons', 'controls', 'editor', 'connect', 'listen']
+           'token_mask', 'paste', 'hide', 'inpaint', 'keep_known', 'fill_hole', 'refine', 'influence', 'drift',
+           'strangeness', 'roc_curve', 'auc', 'Canvas', 'Editor', 'as_png', 'editor_png', 'widgets_library',
+           'cell_colors', 'cell_buttons', 'controls', 'editor', 'connect', 'listen']
 
 # %% ../nbs/15_editing.ipynb #6e63cdb5
 def check_edit(forward: TARFlow, x: Tensor, c: Tensor):
@@ -148,11 +148,14 @@ def inpaint(
     eps: Tensor = None, # ε, noise of the hidden tokens `(N, T, D)`; default drawn with seed 0
     fill=-1.0,          # shown to F in the hole, as in `hide`
     repeats: int = 1,   # encode this often, each time with the last result in the hole
+    steps: int = 0,     # of `refine` behind it
 ) -> Tensor:            # images `(N, C, H, W)`, nothing pasted
     "Decode z' = M⊙z + (1 − M)⊙ε (PAPER: inpainting). More repeats: encode again with the result in the hole, keep ε."
-    if repeats < 1:
-        raise BitflowError(f"repeats is {repeats}; the hole is filled by at least 1")
-    return fill_hole(forward, reverse, x, hide(x, mask, fill), mask, (c, c if to is None else to), w, eps, repeats)
+    if repeats < 1 or steps < 0:
+        raise BitflowError(f"repeats is {repeats} and steps {steps}; the hole is filled by at least 1 repeat and 0 steps")
+    to = c if to is None else to
+    z, y = fill_hole(forward, reverse, x, hide(x, mask, fill), mask, (c, to), w, eps, repeats)
+    return decode(reverse, refine(reverse, z, x, mask, to, w, steps), to, w) if steps else y
 
 # %% ../nbs/15_editing.ipynb #79e45372
 def keep_known(z: Tensor, eps: Tensor, known: Tensor) -> Tensor:
@@ -161,14 +164,38 @@ def keep_known(z: Tensor, eps: Tensor, known: Tensor) -> Tensor:
 
 
 def fill_hole(forward, reverse, x, guess, mask, labels, w, eps, repeats):
-    "The loop of `inpaint`, from a first guess of the whole image; labels to encode and to decode with."
+    "The loop of `inpaint`, from a first guess of the whole image; labels to encode and to decode with. The last z' and what it decodes to."
     check_edit(forward, x, labels[1])
     known = token_mask(mask, forward.cfg.patch_size)
     eps = forward.noise(sample_noise(forward.cfg, len(x), device=x.device) if eps is None else eps)
     for _ in range(repeats):
-        y = decode(reverse, keep_known(encode(forward, guess, labels[0]), eps, known), labels[1], w)
+        z = keep_known(encode(forward, guess, labels[0]), eps, known)
+        y = decode(reverse, z, labels[1], w)
         guess = paste(x, y, mask)
-    return y
+    return z, y
+
+
+def refine(
+    reverse: ReverseModel,
+    z: Tensor,         # noise tokens `(N, T, D)` to start from
+    x: Tensor,         # images `(N, C, H, W)`; hidden pixels are never looked at
+    mask: Tensor,      # as in `check_mask`, True: known
+    c: Tensor,         # labels `(N,)`, −1: none
+    w=None,            # guidance scale, for a G that takes it
+    steps: int = 10,   # of Adam
+    lr: float = 0.05,  # their size, in units of z
+) -> Tensor:           # noise tokens `(N, T, D)`
+    "z moved by gradient until G's known pixels are those given. `BitflowError` for an inverse that takes more than one pass."
+    if not isinstance(reverse, ReverseModel) or (w is not None and not reverse.cfg.max_guidance):
+        raise BitflowError(f"refining needs one pass of a ReverseModel, not {type(reverse).__name__} with w = {w}; leave the steps out, or guide with a G that takes w")
+    z = z.detach().clone().requires_grad_(True)
+    adam = torch.optim.Adam([z], lr)
+    with torch.enable_grad():
+        for _ in range(steps):
+            y = reverse(z, c, w).image
+            z.grad, = torch.autograd.grad((y - paste(x, y, mask)).square().sum(), z)
+            adam.step()
+    return z.detach()
 
 # %% ../nbs/15_editing.ipynb #067856d4
 def influence(

@@ -69,6 +69,12 @@ def test_wrong_labels_images_and_options_are_refused(pair):
         encode(flow, x[..., :4], c)
     with pytest.raises(BitflowError, match="repeats is 0"):
         inpaint(flow, G, x, window(), c, repeats=0)
+    with pytest.raises(BitflowError, match="steps -1"):
+        inpaint(flow, G, x, window(), c, steps=-1)
+    with pytest.raises(BitflowError, match="refining needs one pass"):
+        inpaint(flow, G, x, window(), c, w=1.0, steps=2)
+    with pytest.raises(BitflowError, match="not function with w = None"):
+        inpaint(flow, lambda z, c: torch.zeros(4, 1, 6, 6), x, window(), c, steps=2)
     with pytest.raises(BitflowError, match="at least 2"):
         interpolate(flow, G, x, x, c, steps=1)
     with pytest.raises(BitflowError, match="needs a ReverseModel"):
@@ -104,6 +110,15 @@ def test_hidden_pixels_have_no_influence(pair):
     other = torch.where(window(), x, torch.rand(4, 1, 6, 6))
     for repeats in (1, 3):
         assert torch.equal(inpaint(*pair, x, window(), c, repeats=repeats), inpaint(*pair, other, window(), c, repeats=repeats))
+
+
+def test_refining_brings_the_known_pixels_closer_and_looks_at_no_hidden_one(pair):
+    x, c = batch()
+    other = torch.where(window(), x, torch.rand(4, 1, 6, 6))
+    error = lambda y: (y - paste(x, y, window())).square().sum()
+    rough, fine = (inpaint(*pair, x, window(), c, steps=steps) for steps in (0, 20))
+    assert error(fine) < 0.9 * error(rough) and not fine.requires_grad
+    assert torch.equal(fine, inpaint(*pair, other, window(), c, steps=20))
 
 
 def test_a_mask_for_each_image_and_paste(pair):
