@@ -226,7 +226,7 @@ def pair_ways(F: TARFlow, G: ReverseModel, z: Tensor, c: Tensor, scale: float, t
         ways |= {"one pass, compiled": lambda: fast_pass(z, c), "score step, compiled": lambda: score_denoise(fast_F, x, c)}
     return {**ways, **inverse_ways(F, z, c, scale, tolerance, segments, compiled)}
 
-
+# %% ../nbs/bench.ipynb #pairfn00
 def bench_pair(F: TARFlow, G: ReverseModel, batches: tuple = (1, 64), scales: tuple = (0.0, 1.0), tolerance: float = 1e-4, segments=2,
                repeats: int = 15, compiled: bool = False) -> list:
     "Milliseconds an image of one pass, of every exact way back and of the score step, side by side; how much faster one pass is than the fastest exact way, alone and with the score step."
@@ -240,7 +240,7 @@ def bench_pair(F: TARFlow, G: ReverseModel, batches: tuple = (1, 64), scales: tu
             found += compared({row: t["median_ms"] for row, t in times.items()}, repeats, batch=batch, guidance=scale)
     return found
 
-
+# %% ../nbs/bench.ipynb #pairfn01
 def compared(ms: dict, repeats: int, **more) -> list:
     "How much faster one pass is than the exact inverse, alone and with the score step: as the library does both by default, and the fastest measured way of each."
     groups = {"one pass": [], "score step": [], "": []}
@@ -250,7 +250,6 @@ def compared(ms: dict, repeats: int, **more) -> list:
     ratios = {"exact": ms["exact"] / ms["one pass"], "exact+denoise": (ms["exact"] + ms["score step"]) / ms["one pass"],
               "exact, fastest": ms[exact] / ms[ours], "exact+denoise, fastest": (ms[exact] + ms[score]) / ms[ours]}
     return [measurement("one pass", f"speedup_vs_{name}", value, "×", repeats, fastest=[ours, exact, score], **more) for name, value in ratios.items()]
-
 
 # %% ../nbs/bench.ipynb #eb150b02
 class PeakMemory(TorchDispatchMode):
