@@ -114,8 +114,8 @@ def guidance() -> list:
 
 # %% ../nbs/ablations.ipynb #47fb2707
 def scaling() -> list:
-    "G half, once and twice as wide, with MSE alone and with the whole loss."
-    sizes = {"half": 0.5, "one": 1.0, "double": 2.0}
+    "G of half the width, of its own, and half as wide again, with MSE alone and with the whole loss."
+    sizes = {"half": 0.5, "one": 1.0, "one and a half": 1.5}
     return [Row(f"{size}, {loss}", ((width(f),) if f != 1 else ()) + change) for loss, change in (("MSE", (MSE,)), ("whole loss", ())) for size, f in sizes.items()]
 
 # %% ../nbs/ablations.ipynb #007b4663
