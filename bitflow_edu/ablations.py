@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 import torch
 from .config import Preset, with_strategy
-from .data import DataConfig, Images, load_data
+from .data import DataConfig, Images, add_noise, load_data
 from .evaluation import as_stored, frechet_distance, in_batches, measurement, precision_recall, rows_of
 from .inverse_strategies import STRATEGIES, mse
 from .plotting import plot_rows
@@ -223,9 +223,10 @@ def reconstruction(F, G, test: Images, method: str, w: float, device: str) -> fl
 # %% ../nbs/ablations.ipynb #b6135dca
 @torch.no_grad()
 def anatomy(F, training: Training, root: Path, device: str) -> dict:
-    "What a training was made of: the rms of F's states on 1,000 test images, and each term's share of G's loss over the last tenth of its steps."
+    "What a training was made of: the rms of F's states on 1,000 test images with the noise of its training, and each term's share of G's loss over the last tenth of its steps."
     test, log = images_of(training.preset.data, "test"), read_metrics(root / training.key / "run" / "metrics.jsonl")
-    states = F(test.x[:1000].to(device), test.labels[:1000].to(device)).states
+    noisy = add_noise(test.x[:1000], F.cfg.noise_std, torch.Generator().manual_seed(0))
+    states = F(noisy.to(device), test.labels[:1000].to(device)).states
     found = {f"state_rms_{i}": state.square().mean().sqrt().item() for i, state in enumerate(states)}
     if training.stage == "reverse":
         last = log[-max(len(log) // 10, 1):]
