@@ -10,8 +10,8 @@ from .reverse_model import ReverseModel, ReverseOutput
 from .tarflow import TARFlow, Trajectory
 
 # %% auto #0
-__all__ = ['STRATEGIES', 'mse', 'StrategyLoss', 'naive_distillation', 'hidden_alignment', 'hidden_distillation', 'normalised',
-           'find_strategy', 'check_pair', 'needs_token_states', 'check_strategy', 'reverse_loss']
+__all__ = ['STRATEGIES', 'mse', 'StrategyLoss', 'naive_distillation', 'hidden_alignment', 'hidden_distillation', 'find_strategy',
+           'check_pair', 'needs_token_states', 'check_strategy', 'reverse_loss', 'normalised']
 
 # %% ../nbs/11_inverse_strategies.ipynb #9213e753
 def mse(
@@ -75,16 +75,7 @@ def hidden_distillation(
     "L = D(x, x') + Σ_i D(x^i, h^i) with h^i itself in token space: alignment of a G that passes on what it projects (PAPER: strategy 2)."
     return hidden_alignment(trajectory, out, x, distance, image_distance)
 
-# %% ../nbs/11_inverse_strategies.ipynb #e1c32c6c
-def normalised(
-    distance=mse,  # between token states, `(N, T, D)`
-):                 # the same, in units of the state's own size
-    "Norm control on the reverse side: both sides are divided by the rms of F's state in the batch, so that each depth weighs the same."
-    def relative(h, s):
-        "G's reading h and F's state s; gradients flow to h."
-        rms = s.square().mean().sqrt().clamp(min=1e-6)
-        return distance(h / rms, s / rms)
-    return relative
+
 
 # %% ../nbs/11_inverse_strategies.ipynb #ecfa78fb
 STRATEGIES = {"naive": naive_distillation, "hidden-distillation": hidden_distillation, "hidden-alignment": hidden_alignment}
@@ -137,3 +128,14 @@ def reverse_loss(
         terms = strategy(trajectory, out, x if out.denoised else noisy, distance, image_distance).weighed(depth_weights)
         return terms.total, {"image": terms.image.detach(), **{f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}}
     return loss
+
+# %% ../nbs/11_inverse_strategies.ipynb #e1c32c6c
+def normalised(
+    distance=mse,  # between token states, `(N, T, D)`
+):                 # the same, in units of the state's own size
+    "Norm control on the reverse side: both sides are divided by the rms of F's state in the batch, so that each depth weighs the same."
+    def relative(h, s):
+        "G's reading h and F's state s; gradients flow to h."
+        rms = s.square().mean().sqrt().clamp(min=1e-6)
+        return distance(h / rms, s / rms)
+    return relative
