@@ -114,9 +114,10 @@ def guidance() -> list:
 
 # %% ../nbs/ablations.ipynb #47fb2707
 def scaling() -> list:
-    "G of half the width, of its own, and half as wide again, with MSE alone and with the whole loss."
+    "G of half the width, of its own, and half as wide again, with MSE alone and with the whole loss. The paper's B and XL stand beside the last two."
+    paper = {"one, MSE": 6.79, "one and a half, MSE": 4.61, "one, whole loss": 2.46, "one and a half, whole loss": 2.57}
     sizes = {"half": 0.5, "one": 1.0, "one and a half": 1.5}
-    return [Row(f"{size}, {loss}", ((width(f),) if f != 1 else ()) + change) for loss, change in (("MSE", (MSE,)), ("whole loss", ())) for size, f in sizes.items()]
+    return [Row(f"{size}, {loss}", ((width(f),) if f != 1 else ()) + change, paper=paper.get(f"{size}, {loss}")) for loss, change in (("MSE", (MSE,)), ("whole loss", ())) for size, f in sizes.items()]
 
 # %% ../nbs/ablations.ipynb #007b4663
 def depth() -> list:
@@ -304,7 +305,7 @@ def verdict(found: list, metric: str = "fd[mnist-cnn]") -> str:
     rows = sorted((m for m in found if m["metric"] == f"mean {metric}" and m["paper"] is not None), key=lambda m: m["paper"])
     steps = {f"{a['row']} before {b['row']}": compare(b["value"] - a["value"], math.hypot(a["spread"] or 0, b["spread"] or 0)) for a, b in zip(rows[:-1], rows[1:])}
     if not steps:
-        return "the paper has no figures for this table"
+        return "the paper has no figures for single rows of this table"
     whole = next(word for word in ("other order", "within the noise", "same order") if word in steps.values())
     return f"{whole} ({'; '.join(f'{step}: {word}' for step, word in steps.items())})"
 

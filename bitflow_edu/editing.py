@@ -182,8 +182,8 @@ def refine(
     mask: Tensor,      # as in `check_mask`, True: known
     c: Tensor,         # labels `(N,)`, −1: none
     w=None,            # guidance scale, for a G that takes it
-    steps: int = 10,   # of Adam
-    lr: float = 0.05,  # their size, in units of z
+    steps: int = 20,   # of Adam
+    lr: float = 0.1,   # their size, in units of z
 ) -> Tensor:           # noise tokens `(N, T, D)`
     "z moved by gradient until G's known pixels are those given. `BitflowError` for an inverse that takes more than one pass."
     if not isinstance(reverse, ReverseModel) or (w is not None and not reverse.cfg.max_guidance):
