@@ -128,20 +128,20 @@ def depth() -> list:
     return ([Row("all depths", (MSE,))] + [Row(name, (MSE, weights(*w))) for name, w in {"near the image": (1.0, 0.0), "near the noise": (0.0, 1.0), "all, weight 0.1": (0.1, 0.1)}.items()]
             + [Row("none (naive)", (MSE, strategy("naive")))])
 
-
+# %% ../nbs/ablations.ipynb #51938c6d
 def deeper(preset: Preset) -> Preset:
     "Twice as many blocks of half as many layers, for F and G."
     halved = lambda shape: replace(shape, num_blocks=2 * shape.num_blocks, transformer=replace(shape.transformer, num_layers=max(shape.transformer.num_layers // 2, 1)))
     return replace(preset, forward=halved(preset.forward), reverse=halved(preset.reverse))
 
-
+# %% ../nbs/ablations.ipynb #8db22c35
 def regimes() -> list:
     "Does another F change the strategies' order? A longer trajectory of thinner blocks, and three times the noise; MSE alone."
     return [row for regime, change in {"twice the blocks": deeper, "three times the noise": lambda p: forward(noise_std=3 * p.forward.noise_std)(p)}.items()
             for row in (Row(f"exact + score denoising, {regime}", (change,), "exact+denoise"),
                         *(Row(f"{name}, {regime}", (change, MSE, strategy(name))) for name in STRATEGIES))]
 
-
+# %% ../nbs/ablations.ipynb #0fb74c23
 TABLES = {"strategies": strategies, "regimes": regimes, "depth": depth, "denoising": denoising, "norm-control": norm_control, "distances": distances, "guidance": guidance, "scaling": scaling}
 
 # %% ../nbs/ablations.ipynb #62006dc0

@@ -111,7 +111,7 @@ def timed_shortly(call, repeats: int, slow_s: float = 3.0) -> dict:
     call()
     return timed(call, repeats if time.perf_counter() - start < slow_s else 2, warmup=0)
 
-
+# %% ../nbs/bench.ipynb #cf019537
 def bench_blocks(model: TARFlow, tolerance: float, repeats: int, device: str = "cpu") -> list:
     "Each block by itself, one image: how much faster Jacobi is than the walk, and after how many passes it stops; a list of `measurement`."
     z, c = sample_noise(model.cfg, 1, device=device), torch.zeros(1, dtype=torch.long, device=device)
@@ -188,7 +188,7 @@ def bench_training(cfg: TARFlowConfig, batch: int = 64, repeats: int = 15, devic
 # %% ../nbs/bench.ipynb #9c14c2fb
 GEOMETRIES = {"mnist": (28, 4), "64-tokens": (32, 4), "256-tokens": (64, 4)}  # image size, patch size
 
-
+# %% ../nbs/bench.ipynb #8f270f8f
 def geometry(name: str) -> TARFlowConfig:
     "4 blocks × 4 layers of width 128 for that number of tokens, or the F of a preset. Raises `BitflowError` for an unknown name."
     if name not in GEOMETRIES:
@@ -199,14 +199,14 @@ def geometry(name: str) -> TARFlowConfig:
     size, patch = GEOMETRIES[name]
     return TARFlowConfig(image_size=size, patch_size=patch, transformer=TransformerConfig(width=128, num_layers=4))
 
-
+# %% ../nbs/bench.ipynb #71d77a80
 def reverse_shape(name: str) -> ReverseConfig:
     "The preset's G, taking w as an input. Raises `BitflowError` for an unknown preset, and for one without G."
     preset = find_preset(name)
     check_pair_preset(preset)
     return replace(preset.reverse, max_guidance=preset.reverse.max_guidance or 3.0)
 
-
+# %% ../nbs/bench.ipynb #aed9c199
 def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
     "A flow with random weights, its output projections included."
     model = build(TARFlow, cfg, 0)

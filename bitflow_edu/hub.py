@@ -103,7 +103,7 @@ def stamp(folder: Path):
 # %% ../nbs/hub.ipynb #18dd9204
 DTYPES = (torch.float32, torch.bfloat16)
 
-
+# %% ../nbs/hub.ipynb #1cacfb24
 def save_pretrained(
     model: nn.Module | Pair,             # F, G, or both
     folder: str | Path,                  # made; a pair goes into its forward/ and reverse/
@@ -270,13 +270,13 @@ def in_words(m: dict) -> str:
     spread = f" ({short(m['low'])} to {short(m['high'])})" if "low" in m else ""
     return short(m["value"]) + spread
 
-
+# %% ../nbs/hub.ipynb #fb126626
 def line_of(m: dict) -> tuple:
     "The cells that head a measurement's line of the table: metric, unit, how it was measured."
     notes = ", ".join(f"{key} {v:.2g}" if isinstance(v, float) else f"{key} {v}" for key, v in how(m).items())
     return m["metric"], "" if m["unit"] == "1" else m["unit"], notes
 
-
+# %% ../nbs/hub.ipynb #fe48c3e2
 def results_table(result: dict, rows: dict) -> str:
     "The measurements in Markdown: metrics down, methods across."
     found = [m for m in result["measurements"] if m["row"] in rows]
