@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Optional, Union
 import torch
 from . import ablations, bench, pipeline
-from .config import Preset, check_pair_preset, find_preset, with_strategy
+from .budget import StepCost, against_published, budget_of, images_per_hour
+from .config import Preset, check_pair_preset, find_preset, inferred, one_line, read_fields, read_preset, split_fields, with_strategy, with_words, write_preset
 from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, load_data
 from .evaluation import hardware, measurement, save_results
@@ -21,12 +22,13 @@ from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 
 # %% auto #0
 __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train',
-           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'command_type', 'one_line', 'read_words',
+           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'command_type', 'read_words', 'with_changes',
            'parse', 'option_words', 'command_line', 'main', 'load_any', 'describe_model', 'describe_training', 'show',
-           'describe_preset', 'run_info', 'check_writable', 'refuse_existing', 'run_folder', 'with_options',
-           'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'check_new_file',
-           'method_of', 'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures', 'run_evaluate',
-           'bench_model', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for',
+           'describe_shape', 'describe_step', 'describe_costs', 'describe_preset', 'check_writable', 'check_new_file',
+           'preset_of', 'list_fields', 'run_info', 'refuse_existing', 'run_folder', 'said_once', 'with_options',
+           'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of',
+           'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures', 'run_evaluate', 'bench_model',
+           'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for',
            'ablation_preset', 'run_ablate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
@@ -34,7 +36,11 @@ __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo',
 class Common:
     "Options of every command."
     preset: str = "mnist-mini"
-    """Configuration: mnist-mini, mnist-mini-smoke, mnist, fashion-mnist, cifar10 or image-folder; flows alone: mnist-nice, mnist-realnvp, mnist-glow, mnist-tarflow, mnist-glow-smoke."""
+    """Configuration: mnist-mini, mnist, fashion-mnist, cifar10, image-folder, imagenet64, imagenet256-b2, -l2 or -xl2, each with a twin -smoke; flows alone: mnist-nice, mnist-realnvp, mnist-glow, mnist-tarflow, mnist-glow-smoke. Any field of it can be given beside it, e.g. --forward.transformer.width 256: bitflow info --fields lists them."""
+    config: Optional[Path] = None
+    """YAML file with fields of a preset (bitflow info --yaml writes one); those that it leaves out are --preset's."""
+    changes: tuple[str, ...] = ()
+    """Fields that were given beside the preset, as typed."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
     seed: int = 0
@@ -46,6 +52,8 @@ class Common:
 @dataclass(frozen=True)
 class Budget(Common):
     "Options of the commands that train."
+    seed: Optional[int] = None
+    """Seed of weights, data order and noise, instead of the preset's."""
     steps: Optional[int] = None
     """Optimiser steps (of each model), instead of the preset's."""
     minutes: Optional[float] = None
@@ -147,6 +155,14 @@ class Info(Common):
     "Say what a preset, or a checkpoint, consists of."
     checkpoint: Optional[Path] = None
     """Run or checkpoint to describe instead of a preset."""
+    yaml: Optional[Path] = None
+    """Write the whole preset to this new file, to edit and give back with --config."""
+    fields: bool = False
+    """List every field of the preset: its option, type, help and value."""
+    peak_tflops: float = 989.0
+    """Peak of the GPU that hours are reckoned for, in TFLOP/s; 989: H100, bfloat16 (A100: 312)."""
+    mfu: float = 0.35
+    """Share of that peak which is assumed to be reached."""
 
 # %% ../nbs/19_command_line.ipynb #2f00d807
 @dataclass(frozen=True)
@@ -196,19 +212,11 @@ def command_type():
     import tyro
     sub = tyro.conf.subcommand
     Ablate.__annotations__["table"] = tyro.conf.Positional[str]
+    Common.__annotations__["changes"] = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
     stage = Union[Annotated[TrainForward, sub("forward")], Annotated[TrainReverse, sub("reverse")]]
     train = dataclasses.make_dataclass("Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__})
     return Union[Annotated[Demo, sub("demo")], Annotated[train, sub("train")], Annotated[Sample, sub("sample")],
                  Annotated[Evaluate, sub("evaluate")], Annotated[Ablate, sub("ablate")], Annotated[Bench, sub("bench")], Annotated[Info, sub("info")]]
-
-# %% ../nbs/19_command_line.ipynb #c5d983f8
-def one_line(message: str) -> str:
-    "What a parser says in a box (drawn, or of dashes where the terminal knows no others), as one sentence."
-    lines = [line.strip(" │") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
-    if "╭" not in message:  # a plain box begins with its title and a rule
-        lines = lines[2:]
-    end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
-    return " ".join(lines[:end]).rstrip(".")
 
 # %% ../nbs/19_command_line.ipynb #ac54ed07
 def read_words(argv: list[str]):
@@ -219,16 +227,25 @@ def read_words(argv: list[str]):
     return getattr(command, "stage", command)
 
 # %% ../nbs/19_command_line.ipynb #57768304
+def with_changes(command, given: dict):
+    "A command with the fields that were given beside its preset."
+    if not given:
+        return command
+    if not isinstance(command, Common):
+        raise BitflowError(f"--{next(iter(given)).replace('_', '-')}: bitflow {NAMES[type(command)]} reads no preset whose fields could be changed; leave the option out")
+    return replace(command, changes=tuple(word for name, words in given.items() for word in (f"--{name.replace('_', '-')}", *words)))
+
+# %% ../nbs/19_command_line.ipynb #5cb8fc35
 def parse(argv: list[str]):
     "Turn words into a command's dataclass. Raises `BitflowError` where they make no sense."
-    said = io.StringIO()
+    said, (rest, given) = io.StringIO(), split_fields(argv)
     try:
         with contextlib.redirect_stderr(said):
-            return read_words(argv)
+            return with_changes(read_words(rest), given)
     except SystemExit as e:
         if not e.code:
             raise
-        words = " ".join(w for w in argv[:2] if w in " ".join(NAMES.values()).split())
+        words = " ".join(w for w in rest[:2] if w in " ".join(NAMES.values()).split())
         raise BitflowError(f"{one_line(said.getvalue()) or 'no such command'}; see bitflow {words + ' ' if words else ''}--help") from None
 
 # %% ../nbs/19_command_line.ipynb #e418f5ff
@@ -242,14 +259,16 @@ def option_words(name: str, value) -> list[str]:
 # %% ../nbs/19_command_line.ipynb #49ed3917
 def command_line(args) -> str:
     "The command, one of `NAMES`, as a user would type it, for the results file: every option that is not at its default."
-    words = []
+    words, changes = [], ()
     for f in dataclasses.fields(args):
         value = getattr(args, f.name)
         if f.name == POSITIONAL.get(type(args)):
             words = [value, *words]
+        elif f.name == "changes":
+            changes = value
         elif value != f.default:
             words += option_words(f.name, value)
-    return shlex.join(["bitflow", *NAMES[type(args)].split(), *words])
+    return shlex.join(["bitflow", *NAMES[type(args)].split(), *words, *changes])
 
 # %% ../nbs/19_command_line.ipynb #1b198e6f
 RUN = {}  # a command's dataclass → the function that carries it out; each command below adds itself
@@ -301,29 +320,52 @@ def show(measurements: list):
         print(f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}" + (f" batch {m['batch']}" if m["batch"] else ""))
 
 # %% ../nbs/19_command_line.ipynb #7ba37d77
-def describe_preset(preset: Preset):
-    "Print a preset's data, models, budgets and the arithmetic of every method."
-    d, f = preset.data, preset.forward
-    print(f"preset   {preset.name}: {d.name}, {d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes")
-    if isinstance(f, TARFlowConfig):
-        print(f"tokens   {f.num_tokens} of {f.token_dim} values, patches of {f.patch_size}x{f.patch_size}")
-    forward = pipeline.build(pipeline.FLOWS[type(f)], f, 0)
-    describe_training(forward, preset.train_forward)
-    if preset.reverse is None:
-        return show([m for m in pipeline.flow_cost(forward, 0, timing=False) if m["unit"] == "FLOP"])
-    reverse = pipeline.build(ReverseModel, preset.reverse, 0)
-    describe_training(reverse, preset.train_reverse)
-    for row in pipeline.METHODS:
-        print(f"{row:14s} {pipeline.flops(row, forward, reverse) / 1e6:8.1f} MFLOP an image")
+def describe_shape(kind: type, cfg, train: TrainConfig):
+    "Print a model and its training budget from its shape alone: no weights are made."
+    with torch.device("meta"):
+        model = kind(cfg)
+    describe_training(model, train)
+
+
+def describe_step(name: str, cost: StepCost, train: TrainConfig, args: Info):
+    "Print what training a model costs: an image, a step, a GPU-hour."
+    batch, gb = train.batch_size, 1e9
+    rate = images_per_hour(cost.flops, args.peak_tflops, args.mfu)
+    print(f"train {name}  {cost.flops / 1e9:.4g} GFLOP an image, {batch * cost.flops / 1e12:.4g} TFLOP a step of {batch}; activations of that step {batch * cost.kept / gb:.3g} GB in float32 "
+          f"(+ {batch * cost.scores / gb:.3g} GB attention scores without a fused kernel)")
+    hours = f"; {train.steps} steps: {train.steps * batch / rate:,.4g} GPU-hours" if train.steps else ""
+    print(f"         {rate:,.3g} images a GPU-hour, assuming {args.peak_tflops:g} TFLOP/s at {args.mfu:.0%} utilisation{hours}")
 
 # %% ../nbs/19_command_line.ipynb #7488ac7e
-def run_info(args: Info):
-    "`bitflow info`"
-    if args.checkpoint:
-        return describe_model(load_any(args.checkpoint, "cpu"))
-    describe_preset(find_preset(args.preset))
+def describe_costs(preset: Preset, args: Info):
+    "Print a preset's training steps, the arithmetic of every method, and what was published about its size."
+    cost = budget_of(preset)
+    for name, part, train in (("F", cost.forward, preset.train_forward), ("G", cost.reverse, preset.train_reverse)):
+        if part is not None:
+            describe_step(name, part, train, args)
+    for row, flops in cost.passes.items():
+        waits = row.startswith("exact")  # token by token, no GPU is used that well: its hours cannot be reckoned so
+        more = f"{cost.serial} serial steps" if waits else f"{images_per_hour(flops, args.peak_tflops, args.mfu):,.3g} images a GPU-hour, on the same assumption"
+        print(f"{row:14s} {flops / 1e6:12,.1f} MFLOP an image, {more}")
+    for name, own, published, difference, right in against_published(preset, {"F": cost.forward.params, "G": cost.reverse and cost.reverse.params}):
+        print(f"published {name}: {published / 1e6:.0f}M parameters; here {own / 1e6:.1f}M, {difference:+.1%}: {'within' if right else 'NOT within'} 3 %")
 
-RUN[Info] = run_info
+# %% ../nbs/19_command_line.ipynb #ebff0936
+def describe_preset(preset: Preset, args: Info):
+    "Print a preset's data, models, budgets and costs, and what of it stands in no source."
+    d, f = preset.data, preset.forward
+    print(f"preset   {preset.name}: {d.name}, {d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes")
+    if not isinstance(f, TARFlowConfig):
+        forward = pipeline.build(pipeline.FLOWS[type(f)], f, 0)
+        describe_training(forward, preset.train_forward)
+        return show([m for m in pipeline.flow_cost(forward, 0, timing=False) if m["unit"] == "FLOP"])
+    print(f"tokens   {f.num_tokens} of {f.token_dim} values, patches of {f.patch_size}x{f.patch_size}")
+    describe_shape(TARFlow, f, preset.train_forward)
+    if preset.reverse is not None:
+        describe_shape(ReverseModel, preset.reverse, preset.train_reverse)
+    describe_costs(preset, args)
+    if chosen := inferred(preset.name):
+        print(f"inferred (no source says it, this project chose): {', '.join(chosen)}")
 
 # %% ../nbs/19_command_line.ipynb #1f75b9e9
 def check_writable(folder: Path):
@@ -331,6 +373,44 @@ def check_writable(folder: Path):
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise BitflowError(f"cannot write to {folder}: {existing} is not a folder that can be written to; name another one")
+
+# %% ../nbs/19_command_line.ipynb #4434ba05
+def check_new_file(path: Path, option: str = "--out"):
+    "Refuse to overwrite a file, or to write where one cannot."
+    if path.exists():
+        raise BitflowError(f"{path} exists already; name another file with {option}")
+    check_writable(path.parent)
+
+# %% ../nbs/19_command_line.ipynb #a11b979d
+def preset_of(args: Common) -> Preset:
+    "The preset that was asked for: by name, changed by a YAML file, changed by fields on the command line."
+    preset = find_preset(args.preset)
+    preset = read_preset(args.config, preset) if args.config else preset
+    return with_words(preset, split_fields(args.changes)[1])
+
+
+def list_fields(preset: Preset):
+    "Print every field of a preset as tyro knows it: option, type, help, value."
+    with contextlib.suppress(SystemExit):
+        read_fields(preset, ["--help"])
+
+# %% ../nbs/19_command_line.ipynb #ced82f00
+def run_info(args: Info):
+    "`bitflow info`"
+    if args.checkpoint:
+        return describe_model(load_any(args.checkpoint, "cpu"))
+    if not 0 < args.peak_tflops < float("inf") or not 0 < args.mfu <= 1:
+        raise BitflowError(f"--peak-tflops {args.peak_tflops:g} must be positive and --mfu {args.mfu:g} lie in (0, 1]")
+    preset = preset_of(args)
+    if args.yaml:
+        check_new_file(args.yaml, "--yaml")
+        write_preset(preset, args.yaml)
+        return print(f"preset {preset.name} is in {args.yaml}; edit it and give it back with --config {args.yaml}")
+    if args.fields:
+        return list_fields(preset)
+    describe_preset(preset, args)
+
+RUN[Info] = run_info
 
 # %% ../nbs/19_command_line.ipynb #46945d0c
 def refuse_existing(folder: Path, resume: bool):
@@ -347,6 +427,14 @@ def run_folder(given: Path | None, preset: Preset, stage: str) -> Path:
     return given or Path(f"runs/{preset.name}-{stage}")
 
 # %% ../nbs/19_command_line.ipynb #0a73f421
+def said_once(args: Budget, stage: str):
+    "Refuse an option and a field that say the same thing twice."
+    for name in ("steps", "minutes", "batch_size", "lr", "seed"):
+        if getattr(args, name, None) is not None and f"train_{stage}.{name}" in split_fields(args.changes)[1]:
+            flag = name.replace("_", "-")
+            raise BitflowError(f"--{flag} {getattr(args, name)} and --train-{stage}.{flag} say it twice; give one of them")
+
+# %% ../nbs/19_command_line.ipynb #67c0310f
 def with_options(preset: Preset, args: Budget, stage: str) -> Preset:
     "The preset with what the command line says about the training of one stage."
     if stage == "reverse":
@@ -354,10 +442,11 @@ def with_options(preset: Preset, args: Budget, stage: str) -> Preset:
     cfg = getattr(preset, f"train_{stage}")
     if args.steps is not None and args.minutes is not None:
         raise BitflowError(f"--steps {args.steps} and --minutes {args.minutes} exclude each other; give one of them")
+    said_once(args, stage)
     if args.steps is not None or args.minutes is not None:
         cfg = replace(cfg, steps=args.steps, minutes=args.minutes)
-    given = {name: getattr(args, name, None) for name in ("batch_size", "lr")}
-    cfg = replace(cfg, seed=args.seed, **{k: v for k, v in given.items() if v is not None})
+    given = {name: getattr(args, name, None) for name in ("batch_size", "lr", "seed")}
+    cfg = replace(cfg, **{k: v for k, v in given.items() if v is not None})
     return replace(preset, **{f"train_{stage}": cfg})
 
 # %% ../nbs/19_command_line.ipynb #ed2473d1
@@ -374,10 +463,11 @@ def with_patch_size(preset: Preset, patch_size: int | None) -> Preset:
 # %% ../nbs/19_command_line.ipynb #1d311984
 def run_train_forward(args: TrainForward):
     "`bitflow train forward`"
-    preset = with_patch_size(with_options(find_preset(args.preset), args, "forward"), args.patch_size)
+    preset = with_patch_size(with_options(preset_of(args), args, "forward"), args.patch_size)
     folder, device = run_folder(args.out, preset, "forward"), pipeline.find_device(args.device)
     refuse_existing(folder, args.resume)
     pipeline.train_forward(preset, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
+    write_preset(preset, folder / "preset.yaml")
     print(f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}")
 
 RUN[TrainForward] = run_train_forward
@@ -393,7 +483,7 @@ def check_fits(model, data):
 # %% ../nbs/19_command_line.ipynb #22cdc790
 def run_train_reverse(args: TrainReverse):
     "`bitflow train reverse`"
-    preset = with_options(find_preset(args.preset), args, "reverse")
+    preset = with_options(preset_of(args), args, "reverse")
     preset = with_strategy(preset, args.strategy) if args.strategy else preset
     folder, device = run_folder(args.out, preset, "reverse"), pipeline.find_device(args.device)
     refuse_existing(folder, args.resume)
@@ -401,6 +491,7 @@ def run_train_reverse(args: TrainReverse):
     check_fits(forward, preset.data)
     preset = with_patch_size(preset, forward.cfg.patch_size)
     pipeline.train_reverse(preset, forward, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
+    write_preset(preset, folder / "preset.yaml")
     print(f"G is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}")
 
 RUN[TrainReverse] = run_train_reverse
@@ -418,13 +509,6 @@ def parse_labels(text: str | None, cfg, n: int) -> torch.Tensor:
     return labels.repeat(-(-n // len(labels)))[:n]
 
 # %% ../nbs/19_command_line.ipynb #148b5434
-def check_new_file(path: Path):
-    "Refuse to overwrite a file, or to write where one cannot."
-    if path.exists():
-        raise BitflowError(f"{path} exists already; name another file with --out")
-    check_writable(path.parent)
-
-
 def method_of(model, args: Sample) -> str:
     "How a model is drawn from, for `draw`."
     if args.w and isinstance(model, CouplingFlow):
@@ -495,7 +579,7 @@ def write_figures(out: Path, preset: str, args, config: dict, found: list, start
 # %% ../nbs/19_command_line.ipynb #7b7d1326
 def run_evaluate(args: Evaluate):
     "`bitflow evaluate`"
-    preset, device, start = find_preset(args.preset), pipeline.find_device(args.device), time.perf_counter()
+    preset, device, start = preset_of(args), pipeline.find_device(args.device), time.perf_counter()
     out = args.out or Path(f"results/evaluate-{preset.name}.json")
     check_new_file(out)
     forward, reverse = load_pair(args, preset, device)
@@ -547,7 +631,7 @@ RUN[Bench] = run_bench
 # %% ../nbs/19_command_line.ipynb #379f91a2
 def table_stem(name: str, args: Ablate) -> str:
     "What a table's files are named: after its preset, and the steps where they are not the preset's."
-    return f"ablate-{name}-{args.preset}" + (f"-{args.steps}-steps" if args.steps else "")
+    return f"ablate-{name}-{preset_of(args).name}" + (f"-{args.steps}-steps" if args.steps else "")
 
 
 def tables_asked(args: Ablate) -> list:
@@ -569,7 +653,7 @@ def workers_for(args: Ablate, device: str) -> int:
 # %% ../nbs/19_command_line.ipynb #3707c7ce
 def ablation_preset(args: Ablate) -> Preset:
     "The preset with the steps asked for."
-    preset = find_preset(args.preset)
+    preset = preset_of(args)
     check_pair_preset(preset)
     return replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps)) if args.steps else preset
 
@@ -623,14 +707,14 @@ def check_folders(args: Demo):
 def run_demo(args: Demo):
     "`bitflow demo`"
     start, device, report = time.perf_counter(), pipeline.find_device(args.device), args.out / "report.html"
-    preset = with_options(with_options(find_preset(args.preset), args, "forward"), args, "reverse")
+    preset = with_options(with_options(preset_of(args), args, "forward"), args, "reverse")
     if args.resume and report.exists():
         return print(f"{args.out} is finished; its report: {report}")
     check_folders(args)
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
     forward, reverse = train_pair(preset, train, args.out, device, args.resume)
     print("drawing and measuring …")
-    done = pipeline.evaluate(forward, reverse, train, test, preset.num_samples, args.seed, device)
+    done = pipeline.evaluate(forward, reverse, train, test, preset.num_samples, preset.train_reverse.seed, device)
     path = save_demo(args, preset, done, test, start)
     write_report(report, json.loads(path.read_text()), done.samples, forward, reverse, test)
     print(f"figures in {path}\nreport: {report}")

@@ -2,22 +2,28 @@
 
 # %% ../nbs/config.ipynb #6b4b1e58
 from __future__ import annotations
-import difflib
+import contextlib, dataclasses, difflib, io, json
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+import yaml
 from .coupling import CouplingConfig
 from .data import BitflowError, DataConfig
 from .distances import check_distance
+from .improved_tarflow import improved
 from .inverse_strategies import find_strategy, needs_token_states
 from .reverse_model import ReverseConfig
 from .tarflow import TARFlowConfig
-from .training import TrainConfig
+from .training import TrainConfig, write_atomically, writing
 from .transformer import MODERN, TransformerConfig
 
 # %% auto #0
-__all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'LIKELIHOOD', 'ALONE', 'PRESETS', 'ObjectiveConfig', 'Preset', 'make_preset',
-           'mnist_mini', 'mnist_mini_smoke', 'mnist_like', 'colour', 'flow_alone', 'find_preset', 'check_pair_preset',
-           'with_strategy']
+__all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'LARGE', 'LATENT', 'PUBLISHED', 'BOTH', 'INFERRED', 'LIKELIHOOD', 'ALONE', 'PAIRS',
+           'SMALL', 'PRESETS', 'PARTS', 'ObjectiveConfig', 'Preset', 'make_preset', 'mnist_mini', 'mnist_like',
+           'colour', 'imagenet64', 'imagenet256', 'inferred', 'flow_alone', 'smoke_twin', 'nearest', 'nearest_field',
+           'find_preset', 'check_pair_preset', 'with_strategy', 'check_same', 'check_preset', 'check_objective',
+           'as_tree', 'to_words', 'one_line', 'read_fields', 'with_words', 'split_fields', 'to_yaml', 'write_preset',
+           'UniqueKeys', 'read_tree', 'with_parts_of', 'read_preset']
 
 # %% ../nbs/config.ipynb #53cf9f50
 @dataclass(frozen=True)
@@ -82,11 +88,6 @@ def mnist_mini() -> Preset:
     return make_preset("mnist-mini", DataConfig("mnist-mini", 16), 4, 4, TransformerConfig(), TransformerConfig(),
                        TrainConfig(steps=2500, lr=4e-3), TrainConfig(steps=1500, lr=4e-3), DIGITS)
 
-# %% ../nbs/config.ipynb #8bf4b75e
-def mnist_mini_smoke() -> Preset:
-    "The same path in seconds: what comes out are no digits."
-    return make_preset("mnist-mini-smoke", DataConfig("mnist-mini", 16), 4, 2, TINY, TINY, SECONDS, SECONDS, DIGITS, num_samples=100)
-
 # %% ../nbs/config.ipynb #eec637f2
 def mnist_like(name: str) -> Preset:
     "60,000 grey images at 28×28, 49 tokens: one GPU."
@@ -100,6 +101,39 @@ def colour(name: str) -> Preset:
     wide = dict(width=384, num_layers=4)
     return make_preset(name, DataConfig(name, 32, 3), 4, 4, TransformerConfig(**wide), TransformerConfig(**wide, **MODERN),
                        replace(GPU, steps=60_000, lr=5e-4), replace(GPU, steps=60_000, lr=5e-4), num_samples=10_000)
+
+# %% ../nbs/config.ipynb #25229745
+LARGE = TrainConfig(steps=800_000, batch_size=256, lr=1e-4, ema=0.9999, precision="bf16", log_every=100, sample_every=10_000, checkpoint_every=5000)
+
+
+def imagenet64() -> Preset:
+    "ImageNet at 64×64 pixels, 256 tokens of 48 values, F of about 818M parameters (TARFlow, arXiv 2412.06329): many GPUs."
+    wide = dict(width=1024, head_dim=64)
+    return make_preset("imagenet64", DataConfig("image-folder", 64, 3, 1000), 4, 8, TransformerConfig(**wide, num_layers=8),
+                       TransformerConfig(**wide, num_layers=2, **MODERN), LARGE, LARGE, noise_std=0.05, num_samples=50_000)
+
+# %% ../nbs/config.ipynb #f6c1d25a
+LATENT = {"b2": (768, 2), "l2": (1024, 3), "xl2": (1536, 3)}  # width, layers a block
+
+
+def imagenet256(size: str) -> Preset:
+    "ImageNet at 256×256 in SD-VAE latents 32×32×4, 256 tokens of 16 values (BiFlow, arXiv 2512.10953): 8 blocks, G one more for the noise."
+    width, layers = LATENT[size]
+    t = TransformerConfig(width, layers, **MODERN)
+    preset = make_preset(f"imagenet256-{size}", DataConfig("imagenet-latents", 32, 4, 1000), 2, 8, t, t, LARGE, LARGE, noise_std=0.1, num_samples=50_000)
+    return replace(preset, forward=improved(preset.forward))
+
+# %% ../nbs/config.ipynb #c383b487
+PUBLISHED = {"imagenet256-b2": {"F": 120e6, "G": 133e6}, "imagenet256-xl2": {"F": 690e6}}  # parameters (arXiv 2512.10953)
+BOTH = ("forward.transformer", "forward.num_blocks", "forward.clip", "forward.noise_std", "reverse.transformer", "train_forward", "train_reverse")
+INFERRED = {"imagenet64": ("forward.patch_size", "forward.num_blocks", "forward.transformer.width", "forward.transformer.num_layers", "reverse", "train_forward.steps",
+                           "train_forward.batch_size", "train_forward.ema", "train_reverse"),
+            **{f"imagenet256-{size}": BOTH for size in LATENT}}
+
+
+def inferred(name: str) -> tuple[str, ...]:
+    "The fields of a preset, or of its smoke twin, that stand in no source: this project chose them."
+    return INFERRED.get(name.removesuffix("-smoke"), ())
 
 # %% ../nbs/config.ipynb #33490814
 LIKELIHOOD = TrainConfig(label_dropout=1.0, sample_every=1000, checkpoint_every=500)
@@ -117,19 +151,41 @@ ALONE = {  # shape of the flow, steps, learning rate
     "mnist-tarflow": (TARFlowConfig(image_size=28, noise_std=0.0, logit_alpha=1e-5, transformer=TransformerConfig(width=112, head_dim=28, num_layers=1)), 10_000, 4e-3)}
 
 # %% ../nbs/config.ipynb #ce4b36bc
-PRESETS = {"mnist-mini": mnist_mini, "mnist-mini-smoke": mnist_mini_smoke, "mnist": lambda: mnist_like("mnist"),
-           "fashion-mnist": lambda: mnist_like("fashion-mnist"), "cifar10": lambda: colour("cifar10"),
-           "image-folder": lambda: colour("image-folder"),
+PAIRS = {"mnist-mini": mnist_mini, "mnist": lambda: mnist_like("mnist"), "fashion-mnist": lambda: mnist_like("fashion-mnist"), "cifar10": lambda: colour("cifar10"),
+         "image-folder": lambda: colour("image-folder"), "imagenet64": imagenet64, **{f"imagenet256-{size}": partial(imagenet256, size) for size in LATENT}}
+SMALL = {"imagenet64": dict(image_size=16, num_classes=2), **{f"imagenet256-{size}": dict(image_size=8, num_classes=2) for size in LATENT}}
+
+
+def smoke_twin(name: str) -> Preset:
+    "The twin of a pair's preset: the same kinds of parts, tiny."
+    p, small = PAIRS[name](), SMALL.get(name, {})
+    tiny = lambda model: replace(model, **small, num_blocks=2, transformer=replace(model.transformer, width=TINY.width, head_dim=TINY.head_dim, num_layers=TINY.num_layers))
+    brief = lambda train: replace(SECONDS, precision=train.precision)
+    return Preset(f"{name}-smoke", replace(p.data, **small), tiny(p.forward), tiny(p.reverse), brief(p.train_forward), brief(p.train_reverse), p.objective, num_samples=100)
+
+# %% ../nbs/config.ipynb #592c6df3
+PRESETS = {**{preset: make for name, pair in PAIRS.items() for preset, make in ((name, pair), (f"{name}-smoke", partial(smoke_twin, name)))},
            **{name: partial(flow_alone, name, *parts) for name, parts in ALONE.items()},
            "mnist-glow-smoke": partial(flow_alone, "mnist-glow-smoke", CouplingConfig("glow", 16, steps=2, width=16), 30, 2e-3, replace(SECONDS, label_dropout=1.0), "mnist-mini")}
 
-# %% ../nbs/config.ipynb #592c6df3
+# %% ../nbs/config.ipynb #06122efb
+def nearest(name: str, names, cutoff: float = 0.6) -> str:
+    "What somebody may have meant, as the start of a sentence; empty where nothing is near."
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def nearest_field(name: str, known) -> str:
+    "The same for a dotted name: its last part counts first, so that `forward.widht` finds `forward.transformer.width`."
+    leaf = lambda dotted: dotted.rpartition(".")[2]
+    near = difflib.get_close_matches(leaf(name), {leaf(k) for k in known}, n=1)
+    return nearest(name, [k for k in known if leaf(k) in near], cutoff=0.0) if near else nearest(name, known)
+
+# %% ../nbs/config.ipynb #a0668506
 def find_preset(name: str) -> Preset:
     "The preset of that name. Raises `BitflowError` with the nearest name for another."
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise BitflowError(f"unknown preset {name!r}; {hint}presets: {', '.join(PRESETS)}")
+        raise BitflowError(f"unknown preset {name!r}; {nearest(name, PRESETS)}presets: {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 # %% ../nbs/config.ipynb #5f002ceb
@@ -145,3 +201,149 @@ def with_strategy(preset: Preset, strategy: str) -> Preset:
     check_pair_preset(preset)
     objective = replace(preset.objective, strategy=strategy)
     return replace(preset, objective=objective, reverse=replace(preset.reverse, token_states=needs_token_states(strategy)))
+
+# %% ../nbs/config.ipynb #7f34623e
+def check_same(a: str, b: str, names: tuple, preset: Preset):
+    "Refuse two parts of a preset that disagree about a field."
+    for name in names:
+        values = [getattr(getattr(preset, part), name) for part in (a, b)]
+        if values[0] != values[1]:
+            raise BitflowError(f"{a}.{name} is {values[0]} but {b}.{name} is {values[1]}; they must agree: change both")
+
+# %% ../nbs/config.ipynb #68eb1070
+PARTS = {"reverse": ReverseConfig, "train_reverse": TrainConfig, "objective": ObjectiveConfig}  # what a flow alone lacks
+
+
+def check_preset(preset: Preset) -> Preset:
+    "The preset itself, refused where its parts contradict each other."
+    shape = ("image_size", "channels", "num_classes")
+    check_same("data", "forward", shape, preset)
+    missing = [name for name in PARTS if getattr(preset, name) is None]
+    if missing and len(missing) < len(PARTS):
+        raise BitflowError(f"{', '.join(missing)} is null but {', '.join(sorted(set(PARTS) - set(missing)))} is not; a pair needs all of them, a flow alone none")
+    if not missing:
+        if not isinstance(preset.forward, TARFlowConfig):
+            raise BitflowError("only a TARFlow has an inverse G to learn; set reverse, train_reverse and objective to null, or give a TARFlow")
+        check_same("forward", "reverse", (*shape, "patch_size", "num_blocks"), preset)
+        check_objective(preset)
+    return preset
+
+# %% ../nbs/config.ipynb #315cb832
+def check_objective(preset: Preset):
+    "Refuse a G, or weights, that do not suit what G is asked to match."
+    strategy, weights, B = preset.objective.strategy, preset.objective.depth_weights, preset.forward.num_blocks
+    if preset.reverse.token_states != needs_token_states(strategy):
+        raise BitflowError(f"reverse.token_states is {preset.reverse.token_states}, but objective.strategy {strategy} needs {needs_token_states(strategy)}; change one of them")
+    if weights and len(weights) != B:
+        raise BitflowError(f"objective.depth_weights has {len(weights)} values for forward.num_blocks {B}; give one for each block")
+
+# %% ../nbs/config.ipynb #e1e0f614
+def as_tree(preset: Preset) -> dict:
+    "The preset as nested dicts and lists: what JSON and YAML can hold."
+    return json.loads(json.dumps(dataclasses.asdict(preset)))
+
+
+def to_words(tree: dict, prefix: str = "") -> dict:
+    "Dotted name → words, of a tree: `{'data': {'image_size': 8}}` gives `{'data.image_size': ['8']}`."
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= to_words(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return found
+
+# %% ../nbs/config.ipynb #5b20bbde
+def one_line(message: str) -> str:
+    "What a parser says in a box (drawn, or of dashes where the terminal knows no others), as one sentence."
+    lines = [line.strip(" │") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
+    if "╭" not in message:  # a plain box begins with its title and a rule
+        lines = lines[2:]
+    end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
+    return " ".join(lines[:end]).rstrip(".")
+
+
+def read_fields(preset: Preset, argv: list[str]) -> Preset:
+    "What tyro makes of a preset and words such as `--data.image-size 8`. Raises `SystemExit`: 0 after --help, else with a box on stderr."
+    import tyro
+    return tyro.cli(Preset, default=preset, args=argv, prog="bitflow …", config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff))
+
+# %% ../nbs/config.ipynb #50b30004
+def with_words(preset: Preset, given: dict, where: str = "") -> Preset:
+    "The preset with some fields changed, dotted name → words. Raises `BitflowError` for unknown fields, wrong types, and what contradicts itself."
+    known, said = to_words(as_tree(preset)), io.StringIO()
+    if unknown := next((name for name in given if name not in known), None):
+        raise BitflowError(f"{where}unknown field {unknown!r}; {nearest_field(unknown, known)}bitflow info --preset {preset.name} --fields lists them all")
+    try:
+        with contextlib.redirect_stderr(said):
+            argv = [word for name, words in given.items() for word in (f"--{name.replace('_', '-')}", *words)]
+            return check_preset(read_fields(preset, argv) if argv else preset)
+    except SystemExit:
+        raise BitflowError(f"{where}{one_line(said.getvalue())}; bitflow info --fields says what each field takes") from None
+
+# %% ../nbs/config.ipynb #e3775f32
+def split_fields(argv) -> tuple:
+    "A command's words without those about fields, and these as dotted name → words."
+    rest, given, name = [], {}, None
+    for word in argv:
+        option, equals, value = word.partition("=")
+        if option.startswith("--") and ("." in option or option in ("--name", "--num-samples")):
+            name = option[2:].replace("-", "_")
+            given[name] = [value] if equals else []
+            name = None if equals else name
+        elif name is None or word.startswith("--"):
+            name = None
+            rest.append(word)
+        else:
+            given[name].append(word)
+    return rest, given
+
+# %% ../nbs/config.ipynb #b4ec95bd
+def to_yaml(preset: Preset) -> str:
+    "The whole preset as YAML; `read_preset` gives an equal one back."
+    return yaml.safe_dump(as_tree(preset), sort_keys=False, allow_unicode=True)
+
+
+def write_preset(preset: Preset, path: Path):
+    "Write the whole preset to a YAML file, and make its folder. Raises `BitflowError` where it cannot."
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, to_yaml(preset))
+
+# %% ../nbs/config.ipynb #188f2e63
+class UniqueKeys(yaml.SafeLoader):
+    "YAML that says nothing twice: of two values for a field, the standard loader silently takes the last."
+    def construct_mapping(self, node, deep=False):
+        "A mapping; a key that comes twice is an error."
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_tree(path: Path) -> dict:
+    "The mapping in a YAML file. Raises `BitflowError` where there is none."
+    try:
+        tree = yaml.load(path.read_text(), UniqueKeys)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise BitflowError(f"{path} is no YAML file that can be read ({' '.join(str(e).split())}); bitflow info --yaml writes one") from e
+    if not isinstance(tree, dict):
+        raise BitflowError(f"{path} holds no fields such as num_samples: 100; bitflow info --yaml writes a file that does")
+    return tree
+
+# %% ../nbs/config.ipynb #eddb701f
+def with_parts_of(preset: Preset, tree: dict) -> Preset:
+    "The preset with the parts that a file has: a G or none, and a flow of the kind whose fields it gives."
+    changed = {name: None for name in PARTS if name in tree and tree[name] is None}
+    changed |= {name: kind() for name, kind in PARTS.items() if isinstance(tree.get(name), dict) and getattr(preset, name) is None}
+    given, kinds = tree.get("forward"), (type(preset.forward), TARFlowConfig, CouplingConfig)
+    fits = lambda kind: not isinstance(given, dict) or set(given) <= {f.name for f in dataclasses.fields(kind)}
+    kind = next((kind for kind in kinds if fits(kind)), kinds[0])
+    return replace(preset, **changed) if kind is kinds[0] else replace(preset, forward=kind(), **changed)
+
+
+def read_preset(path: Path, base: Preset) -> Preset:
+    "The preset in a YAML file; the fields it leaves out are those of `base`."
+    tree = read_tree(path)
+    absent = {name for name in PARTS if name in tree and tree[name] is None}
+    return with_words(with_parts_of(base, tree), to_words({k: v for k, v in tree.items() if k not in absent}), f"{path}: ")

@@ -15,11 +15,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['TORCHVISION', 'IMAGE_SUFFIXES', 'LOADERS', 'BitflowError', 'asset', 'to_model_range', 'to_pixels', 'Images',
-           'DataConfig', 'data_root', 'first_sentence', 'read_arrays', 'load_mnist_mini', 'load_torchvision',
+__all__ = ['TORCHVISION', 'IMAGE_SUFFIXES', 'CHANNELS', 'LOADERS', 'BitflowError', 'asset', 'to_model_range', 'to_pixels',
+           'Images', 'DataConfig', 'data_root', 'first_sentence', 'read_arrays', 'load_mnist_mini', 'load_torchvision',
            'load_cifar10', 'class_folders', 'folder_classes', 'image_files', 'read_square', 'load_image_folder',
-           'resize', 'check_labels', 'check_arrays', 'check_images', 'read_split', 'load_data', 'dequantize',
-           'add_noise', 'patchify', 'unpatchify']
+           'resize', 'no_latents', 'check_labels', 'check_arrays', 'check_images', 'read_split', 'load_data',
+           'dequantize', 'add_noise', 'patchify', 'unpatchify']
 
 # %% ../nbs/00_data.ipynb #b99c3d85
 class BitflowError(ValueError):
@@ -76,13 +76,13 @@ class DataConfig:
     "Which images, and at what size. `name` is a key of `LOADERS`."
     name: str = "mnist-mini"  # dataset
     image_size: int = 16      # pixels a side, after resizing
-    channels: int = 1         # 1 grey, 3 colour
+    channels: int = 1         # 1 grey, 3 colour, 4 latents
     num_classes: int = 10     # labels are 0 … num_classes − 1
 
     def __post_init__(self):
         if self.name not in LOADERS:
             raise BitflowError(f"unknown dataset {self.name!r}; choose one of {', '.join(LOADERS)}")
-        if self.image_size < 1 or self.channels not in (1, 3) or self.num_classes < 1:
+        if self.image_size < 1 or self.channels not in CHANNELS.get(self.name, (1, 3)) or self.num_classes < 1:
             raise BitflowError(f"no images are {self.image_size} pixels wide with {self.channels} channels and "
                                f"{self.num_classes} classes: give a positive size, 1 or 3 channels, at least 1 class")
 
@@ -223,7 +223,17 @@ def resize(
     return small.round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/00_data.ipynb #0a1853f7
+CHANNELS = {"imagenet-latents": (4,)}  # of data that are no 8-bit images
+
+
+def no_latents(root, split, cfg):
+    "Latents are no pixels, and nothing reads them into memory as `Images`: say how they are made."
+    raise BitflowError(f"{cfg.name} are no images that load_data reads: encode ImageNet once with a Stable Diffusion VAE (diffusers' AutoencoderKL, stabilityai/sd-vae-ft-ema) "
+                       f"into {cfg.image_size}x{cfg.image_size}x{cfg.channels} latents, and train on those; or take the preset imagenet64, which needs an image folder alone")
+
+
 LOADERS = {
+    "imagenet-latents": no_latents,
     "mnist-mini": lambda root, split, cfg: load_mnist_mini(root, split),
     "mnist": lambda root, split, cfg: load_torchvision("mnist", root, split),
     "fashion-mnist": lambda root, split, cfg: load_torchvision("fashion-mnist", root, split),
