@@ -8,7 +8,7 @@ from torch import nn
 from .config import PUBLISHED, Preset
 from .exact_inverse import score_denoise, serial_steps
 from .pipeline import count_flops, num_parameters
-from .reverse_model import ReverseConfig, ReverseModel
+from .reverse_model import ReverseModel
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
 
 # %% auto #0
