@@ -48,6 +48,7 @@ def kept_bytes(step, model: nn.Module) -> int:
     "Bytes that a step puts aside for its backward pass, each piece of memory once, the weights left out."
     pieces, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
     def keep(t):
+        "Note what autograd puts aside."
         piece = t.untyped_storage()
         pieces[piece._cdata] = piece  # held, so that no other piece gets its address
         return t
