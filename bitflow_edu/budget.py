@@ -8,13 +8,12 @@ from torch import nn
 from .config import PUBLISHED, Preset
 from .exact_inverse import score_denoise, serial_steps
 from .pipeline import count_flops, num_parameters
-from .reverse_model import ReverseModel
+from .reverse_model import ReverseModel, one_pass
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
 
 # %% auto #0
 __all__ = ['on_meta', 'meta_batch', 'flow_step', 'reverse_step', 'kept_bytes', 'num_layers', 'score_bytes', 'StepCost',
-           'step_cost', 'inverse_flops', 'pass_flops', 'unguided_pass', 'images_per_hour', 'Budgeted', 'budget_of',
-           'against_published']
+           'step_cost', 'inverse_flops', 'pass_flops', 'images_per_hour', 'Budgeted', 'budget_of', 'against_published']
 
 # %% ../nbs/budget.ipynb #d32fbf40
 def on_meta(kind: type, cfg) -> nn.Module:
@@ -97,17 +96,9 @@ def pass_flops(forward: TARFlow, reverse: ReverseModel | None) -> dict:
     if forward.cfg.noise_std:
         found["exact+denoise"] = found["exact"] + count_flops(lambda: score_denoise(forward, x, c))
     if reverse is not None:
-        found["one-pass"] = count_flops(lambda: unguided_pass(reverse, z, c))
+        plain = on_meta(ReverseModel, replace(reverse.cfg, max_guidance=0.0))  # w is checked by value, and there is none; its embedding is a token's work
+        found["one-pass"] = count_flops(lambda: one_pass(plain, z, c))
     return found
-
-
-def unguided_pass(model: ReverseModel, z, c):
-    "What `one_pass` multiplies for one image, without the embedding of w, which is a token's work."
-    h = model.embed(z)
-    for i in reversed(range(model.cfg.num_blocks)):
-        tokens_needed = model.cfg.token_states or not (model.cfg.denoise or i)
-        h, tokens = model.undo(i, h, lambda block, h, i: block.transformer(h)) if tokens_needed else (model.blocks[i].transformer(h), None)
-    return model.finish(h, tokens, lambda block, h, i: block.transformer(h))
 
 # %% ../nbs/budget.ipynb #0bf28dd4
 def images_per_hour(

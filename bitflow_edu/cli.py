@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Optional, Union
 import torch
 from . import ablations, bench, pipeline
-from .budget import StepCost, against_published, budget_of, images_per_hour
+from .budget import StepCost, against_published, budget_of, images_per_hour, on_meta
 from .config import Preset, check_pair_preset, find_preset, inferred, one_line, read_fields, read_preset, split_fields, with_strategy, with_words, write_preset
 from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, load_data
@@ -188,7 +188,7 @@ class Bench:
 class Ablate(Common):
     "Train and measure the rows of a table, beside the paper's figures: bitflow ablate NAME."
     table: str = "all"
-    """strategies, depth, denoising, norm-control, distances, guidance, scaling, or all."""
+    """strategies, regimes, depth, denoising, norm-control, distances, guidance, scaling, or all."""
     seeds: int = 2
     """How many seeds of G and of its noise, from --seed on; all share one F."""
     steps: Optional[int] = None
@@ -322,9 +322,7 @@ def show(measurements: list):
 # %% ../nbs/19_command_line.ipynb #7ba37d77
 def describe_shape(kind: type, cfg, train: TrainConfig):
     "Print a model and its training budget from its shape alone: no weights are made."
-    with torch.device("meta"):
-        model = kind(cfg)
-    describe_training(model, train)
+    describe_training(on_meta(kind, cfg), train)
 
 
 def describe_step(name: str, cost: StepCost, train: TrainConfig, args: Info):
