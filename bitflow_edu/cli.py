@@ -465,7 +465,6 @@ def run_train_forward(args: TrainForward):
     folder, device = run_folder(args.out, preset, "forward"), pipeline.find_device(args.device)
     refuse_existing(folder, args.resume)
     pipeline.train_forward(preset, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
-    write_preset(preset, folder / "preset.yaml")
     print(f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}")
 
 RUN[TrainForward] = run_train_forward
@@ -489,7 +488,6 @@ def run_train_reverse(args: TrainReverse):
     check_fits(forward, preset.data)
     preset = with_patch_size(preset, forward.cfg.patch_size)
     pipeline.train_reverse(preset, forward, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
-    write_preset(preset, folder / "preset.yaml")
     print(f"G is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}")
 
 RUN[TrainReverse] = run_train_reverse

@@ -19,11 +19,11 @@ from .transformer import MODERN, TransformerConfig
 
 # %% auto #0
 __all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'LARGE', 'LATENT', 'PUBLISHED', 'BOTH', 'INFERRED', 'LIKELIHOOD', 'ALONE', 'PAIRS',
-           'SMALL', 'PRESETS', 'PARTS', 'ObjectiveConfig', 'Preset', 'make_preset', 'mnist_mini', 'mnist_like',
-           'colour', 'imagenet64', 'imagenet256', 'inferred', 'flow_alone', 'smoke_twin', 'nearest', 'nearest_field',
-           'find_preset', 'check_pair_preset', 'with_strategy', 'check_same', 'check_preset', 'check_objective',
-           'as_tree', 'to_words', 'one_line', 'read_fields', 'with_words', 'split_fields', 'to_yaml', 'write_preset',
-           'UniqueKeys', 'read_tree', 'with_parts_of', 'read_preset']
+           'SMALL', 'PRESETS', 'PARTS', 'ObjectiveConfig', 'Preset', 'make_preset', 'mnist_mini', 'taking_w',
+           'mnist_like', 'colour', 'cifar10_mini', 'imagenet64', 'imagenet256', 'inferred', 'flow_alone', 'smoke_twin',
+           'nearest', 'nearest_field', 'find_preset', 'check_pair_preset', 'with_strategy', 'check_same',
+           'check_preset', 'check_objective', 'as_tree', 'to_words', 'one_line', 'read_fields', 'with_words',
+           'split_fields', 'to_yaml', 'write_preset', 'UniqueKeys', 'read_tree', 'with_parts_of', 'read_preset']
 
 # %% ../nbs/config.ipynb #53cf9f50
 @dataclass(frozen=True)
@@ -89,18 +89,30 @@ def mnist_mini() -> Preset:
                        TrainConfig(steps=2500, lr=4e-3), TrainConfig(steps=1500, lr=4e-3), DIGITS)
 
 # %% ../nbs/config.ipynb #eec637f2
+def taking_w(preset: Preset, w_max: float = 3.0) -> Preset:
+    "The same preset with guidance in training (chapter 14): a G that takes w up to w_max as an input."
+    return replace(preset, reverse=replace(preset.reverse, max_guidance=w_max))
+
+
 def mnist_like(name: str) -> Preset:
     "60,000 grey images at 28×28, 49 tokens: one GPU."
     objective = DIGITS if name == "mnist" else ObjectiveConfig()
-    return make_preset(name, DataConfig(name, 28), 4, 4, TransformerConfig(num_layers=4), TransformerConfig(num_layers=4, **MODERN),
-                       GPU, GPU, objective, num_samples=10_000)
+    return taking_w(make_preset(name, DataConfig(name, 28), 4, 4, TransformerConfig(num_layers=4), TransformerConfig(num_layers=4, **MODERN),
+                       GPU, GPU, objective, num_samples=10_000))
 
 # %% ../nbs/config.ipynb #7bfd3ab0
 def colour(name: str) -> Preset:
     "32×32 colour images, 64 tokens, F of about 29M parameters: one GPU."
     wide = dict(width=384, num_layers=4)
-    return make_preset(name, DataConfig(name, 32, 3), 4, 4, TransformerConfig(**wide), TransformerConfig(**wide, **MODERN),
-                       replace(GPU, steps=60_000, lr=5e-4), replace(GPU, steps=60_000, lr=5e-4), num_samples=10_000)
+    long = replace(GPU, steps=60_000, lr=5e-4)
+    return taking_w(make_preset(name, DataConfig(name, 32, 3), 4, 4, TransformerConfig(**wide), TransformerConfig(**wide, **MODERN), long, long, num_samples=10_000))
+
+
+def cifar10_mini() -> Preset:
+    "CIFAR-10 for a CPU: the same parts, narrower and half as deep, an hour of one core for each model."
+    small, hour = dict(width=192, num_layers=2), TrainConfig(batch_size=64, lr=2e-3, compile=True, sample_every=1000, checkpoint_every=1000)
+    return taking_w(make_preset("cifar10-mini", DataConfig("cifar10", 32, 3), 4, 4, TransformerConfig(**small), TransformerConfig(**small, **MODERN),
+                                replace(hour, steps=8000), replace(hour, steps=4000), num_samples=10_000))
 
 # %% ../nbs/config.ipynb #25229745
 LARGE = TrainConfig(steps=800_000, batch_size=256, lr=1e-4, ema=0.9999, precision="bf16", log_every=100, sample_every=10_000, checkpoint_every=5000)
@@ -151,7 +163,7 @@ ALONE = {  # shape of the flow, steps, learning rate
     "mnist-tarflow": (TARFlowConfig(image_size=28, noise_std=0.0, logit_alpha=1e-5, transformer=TransformerConfig(width=112, head_dim=28, num_layers=1)), 10_000, 4e-3)}
 
 # %% ../nbs/config.ipynb #ce4b36bc
-PAIRS = {"mnist-mini": mnist_mini, "mnist": lambda: mnist_like("mnist"), "fashion-mnist": lambda: mnist_like("fashion-mnist"), "cifar10": lambda: colour("cifar10"),
+PAIRS = {"mnist-mini": mnist_mini, "mnist": lambda: mnist_like("mnist"), "fashion-mnist": lambda: mnist_like("fashion-mnist"), "cifar10": lambda: colour("cifar10"), "cifar10-mini": cifar10_mini,
          "image-folder": lambda: colour("image-folder"), "imagenet64": imagenet64, **{f"imagenet256-{size}": partial(imagenet256, size) for size in LATENT}}
 SMALL = {"imagenet64": dict(image_size=16, num_classes=2), **{f"imagenet256-{size}": dict(image_size=8, num_classes=2) for size in LATENT}}
 

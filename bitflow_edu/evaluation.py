@@ -18,8 +18,8 @@ from .training import load_model, write_atomically
 __all__ = ['ClassifierConfig', 'conv_stage', 'at_size', 'Classifier', 'augment', 'classifier_loss', 'in_batches', 'as_stored',
            'accuracy', 'load_classifier', 'check_features', 'moments', 'matrix_sqrt', 'frechet_distance', 'fd',
            'covered', 'precision_recall', 'polynomial_kernel', 'kid', 'inception_score', 'timed', 'processor',
-           'hardware', 'versions', 'git', 'commit', 'measurement', 'results_text', 'save_results', 'measured', 'figure',
-           'load_result', 'rows_of', 'table_text']
+           'hardware', 'versions', 'git', 'commit', 'measurement', 'results_text', 'now', 'save_results', 'measured',
+           'figure', 'load_result', 'rows_of', 'table_text']
 
 # %% ../nbs/06_evaluation.ipynb #3c301848
 @dataclass(frozen=True)
@@ -299,6 +299,11 @@ def results_text(
     return f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n{lines}\n ]\n}}\n'
 
 # %% ../nbs/06_evaluation.ipynb #7fd6811e
+def now() -> str:
+    "Date and time, UTC, to the second."
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def save_results(
     folder: Path,        # usually `results/`
     name: str,           # file name without .json
@@ -309,7 +314,7 @@ def save_results(
     wall_s: float,       # seconds it all took
 ) -> Path:               # the file
     "Write a results file: every figure that the project shows comes from one."
-    head = dict(name=name, preset=preset, command=command, commit=commit(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    head = dict(name=name, preset=preset, command=command, commit=commit(), date=now(),
                 wall_s=round(wall_s, 1), hardware=hardware(), versions=versions(), config=config)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{name}.json", results_text(head, measurements))

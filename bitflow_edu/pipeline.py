@@ -2,7 +2,7 @@
 
 # %% ../nbs/pipeline.ipynb #d08963ca
 from __future__ import annotations
-import dataclasses, json, math
+import dataclasses, json, math, shlex, sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'sample_grid', 'stage_one_loss',
-           'train_forward', 'image_distance', 'state_distance', 'train_reverse', 'draw', 'draw_all', 'quality',
-           'fidelity', 'time_per_image', 'speed', 'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation',
-           'check_enough', 'judge_for', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow',
-           'training_record']
+__all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'sample_grid', 'note_start',
+           'stage_one_loss', 'train_forward', 'image_distance', 'state_distance', 'train_reverse', 'draw', 'draw_all',
+           'quality', 'fidelity', 'time_per_image', 'speed', 'num_parameters', 'count_flops', 'flops', 'cost',
+           'Evaluation', 'check_enough', 'judge_for', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost',
+           'evaluate_flow', 'training_record']
 
 # %% ../nbs/pipeline.ipynb #9bf6a130
 from .bijections import check_invertible
-from .config import ObjectiveConfig, Preset, check_pair_preset
+from .config import ObjectiveConfig, Preset, check_pair_preset, write_preset
 from .coupling import CouplingConfig, CouplingFlow, bits_per_dim, uniform_noise_loss
 from .data import BitflowError, Images, check_labels
 from .distances import adaptive, find_distance, mixture
-from .evaluation import Classifier, as_stored, frechet_distance, in_batches, load_classifier, measurement, timed
+from .evaluation import Classifier, as_stored, commit, frechet_distance, hardware, in_batches, load_classifier, measurement, now, timed, versions
 from .exact_inverse import Guidance, exact_inverse, round_trip_error, score_denoise, serial_steps
 from .guidance import guided_pass, guided_run
 from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, normalised, reverse_loss
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, forward_loss
-from .training import newest_checkpoint, train
+from .training import newest_checkpoint, train, writing
 
 # %% ../nbs/pipeline.ipynb #310468bf
 def find_device(name: str = "auto") -> str:
@@ -79,6 +79,14 @@ def sample_grid(model: nn.Module, sample, n: int = 40) -> np.ndarray:
     return image_grid(sample(model, z, c), columns=10)
 
 # %% ../nbs/pipeline.ipynb #905354f9
+def note_start(preset: Preset, folder: Path, step: int):
+    "Write down what repeats a run: `preset.yaml`, and for every start a line of `starts.jsonl` with command, commit, versions and machine."
+    write_preset(preset, folder / "preset.yaml")
+    line = {"date": now(), "step": step, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(), "versions": versions(), "hardware": hardware()}
+    with writing(folder), (folder / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
     "What F minimises: likelihood of images with Gaussian noise where it has a σ, else with uniform dequantisation."
     return forward_loss if getattr(cfg, "noise_std", 0) else uniform_noise_loss
@@ -90,7 +98,7 @@ def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu
     forward = preset.forward if isinstance(preset.forward, CouplingConfig) else replace(preset.forward, label_dropout=cfg.label_dropout)
     model = build(FLOWS[type(forward)], forward, cfg.seed, device)
     return train(model, stage_one_loss(preset.forward), data, cfg, folder, resume,
-                 partial(sample_grid, sample=undo), {"preset": preset.name, "stage": "forward"})
+                 partial(sample_grid, sample=undo), {"preset": preset.name, "stage": "forward"}, partial(note_start, preset))
 
 # %% ../nbs/pipeline.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
@@ -116,7 +124,7 @@ def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, 
     run = guided_run(objective.w_per_block) if model.cfg.max_guidance else None
     loss = reverse_loss(forward, find_strategy(objective.strategy), state_distance(objective), image_distance(objective, device), objective.depth_weights, run)
     describe = {"preset": preset.name, "stage": "reverse", "objective": dataclasses.asdict(objective)}
-    return train(model, loss, data, cfg, folder, resume, partial(sample_grid, sample=one_pass), describe)
+    return train(model, loss, data, cfg, folder, resume, partial(sample_grid, sample=one_pass), describe, partial(note_start, preset))
 
 # %% ../nbs/pipeline.ipynb #1430b3c4
 METHODS = {"exact": "exact inverse", "exact+denoise": "exact inverse + score denoising", "one-pass": "one pass of G"}

@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from .data import BitflowError, Images
+from .transformer import compile_layers
 
 # %% auto #0
-__all__ = ['TrainConfig', 'check_budget', 'check_rates', 'learning_rate', 'step_generator', 'epoch_order', 'batch_indices',
-           'drop_labels', 'training_batch', 'update_ema', 'fast_bf16', 'autocast', 'TrainState', 'new_state',
-           'progress_of', 'clipped_backward', 'optimizer_step', 'to_disk', 'write_atomically', 'save_tensors',
-           'writing', 'save_model', 'to_config', 'field_value', 'read_config', 'read_tensors', 'load_tensors',
-           'checkpoints_of', 'newest_checkpoint', 'load_model', 'state_tensors', 'write_state', 'discard',
-           'save_checkpoint', 'put_in_place', 'clear_leftovers', 'read_state', 'restore_moments', 'restore',
+__all__ = ['DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'learning_rate', 'step_generator', 'epoch_order',
+           'batch_indices', 'drop_labels', 'training_batch', 'update_ema', 'fast_bf16', 'autocast', 'TrainState',
+           'new_state', 'progress_of', 'clipped_backward', 'optimizer_step', 'to_disk', 'write_atomically',
+           'save_tensors', 'writing', 'save_model', 'to_config', 'field_value', 'read_config', 'read_tensors',
+           'load_tensors', 'checkpoints_of', 'newest_checkpoint', 'load_model', 'state_tensors', 'write_state',
+           'discard', 'save_checkpoint', 'put_in_place', 'clear_leftovers', 'read_state', 'restore_moments', 'restore',
            'first_difference', 'check_same_run', 'open_run', 'read_metrics', 'MetricsLog', 'begin', 'batch_loss',
            'step_or_stop', 'stopped', 'due', 'log_step', 'save_grid', 'progress_bar', 'training_loop', 'train']
 
@@ -39,6 +40,7 @@ class TrainConfig:
     ema: float = 0.999             # decay of the averaged weights
     label_dropout: float = 0.1     # share of labels replaced by −1, "no label"
     precision: str = "auto"        # "fp32", "bf16" (autocast), or "auto": bf16 where the processor multiplies it fast
+    compile: bool = False          # fuse each layer's operations with torch.compile; needs a C++ compiler on a CPU
     seed: int = 0                  # of data order, dropped labels and noise; callers seed the weights with it
     log_every: int = 20            # steps between lines of metrics.jsonl
     sample_every: int = 500        # steps between sample grids
@@ -453,6 +455,9 @@ def first_difference(old, new, name: str = "") -> tuple:
     return first_difference(a[key], b[key], f"{name}.{key}".lstrip("."))
 
 # %% ../nbs/05_training.ipynb #4e72e8f8
+DEFAULTS = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
+
+
 def check_same_run(folder: Path, describe: dict):
     "Refuse to go on with a run that was made with other settings, or with a folder that is no run."
     if not (folder / "run.json").exists():
@@ -463,6 +468,7 @@ def check_same_run(folder: Path, describe: dict):
         old = json.loads((folder / "run.json").read_text())
     except ValueError as e:
         raise BitflowError(f"{folder / 'run.json'} is damaged ({e}); name another folder with --out") from e
+    old, describe = ({**run, "train": {**DEFAULTS, **run.get("train", {})}} for run in (old, describe))  # an older version knew fewer fields
     if old != describe:
         key, was, now = first_difference(old, describe)
         raise BitflowError(f"{folder} was made with {key} = {was}, not {now}; use the old setting, or name another folder with --out")
@@ -518,6 +524,8 @@ def begin(model: nn.Module, cfg: TrainConfig, folder: Path, resume: bool, descri
     run = {"train": dataclasses.asdict(cfg), "model": dataclasses.asdict(model.cfg), **(describe or {})}
     checkpoint = open_run(folder, run, resume)
     state = new_state(model, cfg)
+    if cfg.compile:
+        compile_layers(state.model)
     try:
         return restore(state, checkpoint) if checkpoint else state
     except BitflowError as e:
@@ -604,9 +612,12 @@ def train(
     resume: bool = False, # go on from the newest checkpoint
     sampler=None,         # (averaged model) → image grid, uint8 `(H, W, 3)`, drawn while training
     describe: dict = None,# more to write to run.json
+    on_start=None,        # called with (folder, step) once the run is open
 ) -> nn.Module:           # the averaged model, in evaluation mode
     "The loop of both stages. Raises `BitflowError` when the loss is no longer finite."
     state = begin(model, cfg, Path(folder), resume, describe)
+    if on_start:
+        on_start(Path(folder), state.step)
     with closing(MetricsLog(Path(folder) / "metrics.jsonl", state.step)) as log:
         training_loop(state, loss_fn, data, cfg, Path(folder), log, sampler)
     return state.averaged

@@ -2,6 +2,7 @@
 
 # %% ../nbs/04_transformer.ipynb #ef3727f6
 from __future__ import annotations
+import os, shutil
 from dataclasses import dataclass
 import torch
 import torch.nn as nn
@@ -11,7 +12,8 @@ from .data import BitflowError
 
 # %% auto #0
 __all__ = ['NORMS', 'MLPS', 'MODERN', 'attend', 'RMSNorm', 'GeluMLP', 'SwiGLU', 'TransformerConfig', 'raster_coordinates',
-           'rotary_angles', 'rotate', 'HeadProjections', 'Attention', 'Layer', 'LayerStack', 'KVCache', 'Transformer']
+           'rotary_angles', 'rotate', 'HeadProjections', 'Attention', 'Layer', 'LayerStack', 'KVCache', 'Transformer',
+           'compile_layers']
 
 # %% ../nbs/04_transformer.ipynb #c84e4146
 def attend(
@@ -40,7 +42,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         "Tokens `(…, width)` to the same shape."
-        return nnf.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return nnf.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 # %% ../nbs/04_transformer.ipynb #721c24fa
 NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
@@ -237,3 +239,13 @@ class Transformer(LayerStack):
         w, cfg = self.layers[0].attention.norm.weight, self.cfg
         shape = (cfg.num_layers, batch, cfg.width // cfg.head_dim, self.num_tokens, cfg.head_dim)
         return KVCache(w.new_zeros(shape), w.new_zeros(shape))
+
+# %% ../nbs/04_transformer.ipynb #55f01338
+def compile_layers(model: nn.Module):
+    "Have torch.compile fuse the operations inside every layer of a model, in place; weights keep their names, and the first step takes seconds longer. Needs a C++ compiler on a CPU."
+    if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise BitflowError("torch.compile needs a C++ compiler on a CPU, and none is here; install g++, or leave compile off")
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.compile()
+
