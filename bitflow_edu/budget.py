@@ -8,7 +8,7 @@ from torch import nn
 from .config import PUBLISHED, Preset
 from .exact_inverse import score_denoise, serial_steps
 from .pipeline import count_flops, num_parameters
-from .reverse_model import ReverseModel, one_pass
+from .reverse_model import ReverseBlock, ReverseModel, one_pass
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
 
 # %% auto #0
@@ -96,8 +96,9 @@ def pass_flops(forward: TARFlow, reverse: ReverseModel | None) -> dict:
     if forward.cfg.noise_std:
         found["exact+denoise"] = found["exact"] + count_flops(lambda: score_denoise(forward, x, c))
     if reverse is not None:
-        plain = on_meta(ReverseModel, replace(reverse.cfg, max_guidance=0.0))  # w is checked by value, and there is none; its embedding is a token's work
-        found["one-pass"] = count_flops(lambda: one_pass(plain, z, c))
+        plain, scale = on_meta(ReverseModel, replace(reverse.cfg, max_guidance=0.0)), torch.empty(1, 1, device="meta")  # w is checked by value, and there is none
+        embed_w = [m.scale_embed for m in reverse.modules() if isinstance(m, ReverseBlock) and m.scale_embed]
+        found["one-pass"] = count_flops(lambda: one_pass(plain, z, c)) + count_flops(lambda: [embed(scale) for embed in embed_w])
     return found
 
 # %% ../nbs/budget.ipynb #0bf28dd4
