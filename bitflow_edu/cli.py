@@ -716,3 +716,8 @@ def run_demo(args: Demo):
     print(f"figures in {path}\nreport: {report}")
 
 RUN[Demo] = run_demo
+
+# %% ../nbs/19_command_line.ipynb #cee9670c
+if __name__ == "__main__" and "__file__" in globals():  # python -m bitflow_edu.cli, as torchrun starts it; a notebook has no __file__
+    sys.exit(main())
+
