@@ -14,6 +14,7 @@ from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, load_data
 from .evaluation import hardware, measurement, save_results
 from .inverse_strategies import check_pair
+from .parallel import find_ranks, leave, lost_contact
 from .plotting import image_grid
 from .report import draw_rows, sample_rows, write_report
 from .reverse_model import ReverseModel
@@ -23,13 +24,14 @@ from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 # %% auto #0
 __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train',
            'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'command_type', 'read_words', 'with_changes',
-           'parse', 'option_words', 'command_line', 'main', 'load_any', 'describe_model', 'describe_training', 'show',
-           'describe_shape', 'describe_step', 'describe_costs', 'describe_preset', 'check_writable', 'check_new_file',
-           'preset_of', 'list_fields', 'run_info', 'refuse_existing', 'run_folder', 'said_once', 'with_options',
-           'with_patch_size', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of',
-           'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures', 'run_evaluate', 'bench_model',
-           'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for',
-           'ablation_preset', 'run_ablate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
+           'parse', 'option_words', 'command_line', 'main', 'ended', 'load_any', 'describe_model', 'describe_training',
+           'show', 'describe_shape', 'describe_step', 'describe_costs', 'describe_preset', 'check_writable',
+           'check_new_file', 'preset_of', 'list_fields', 'run_info', 'refuse_existing', 'run_folder', 'said_once',
+           'with_options', 'with_patch_size', 'load_together', 'run_train_forward', 'check_fits', 'run_train_reverse',
+           'parse_labels', 'method_of', 'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures',
+           'run_evaluate', 'bench_model', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked',
+           'workers_for', 'ablation_preset', 'run_ablate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders',
+           'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class TrainForward(Budget):
     """Images a step."""
     lr: Optional[float] = None
     """Peak learning rate."""
+    sharding: str = "none"
+    """Under torchrun: each process holds a copy of the model (none) or a share of it (full)."""
     patch_size: Optional[int] = None
     """Pixels a side of a token; must divide the image size."""
 
@@ -95,6 +99,8 @@ class TrainReverse(Budget):
     """Images a step."""
     lr: Optional[float] = None
     """Peak learning rate."""
+    sharding: str = "none"
+    """Under torchrun: each process holds a copy of the model (none) or a share of it (full)."""
     strategy: Optional[str] = None
     """How G learns: naive, hidden-distillation or hidden-alignment; default the preset's."""
 
@@ -274,17 +280,27 @@ def command_line(args) -> str:
 RUN = {}  # a command's dataclass → the function that carries it out; each command below adds itself
 
 def main(argv: list[str] | None = None) -> int:
-    "The `bitflow` command. Exit code 0: done, 2: a mistake in what was asked, 130: interrupted."
+    "The `bitflow` command. Exit code 0: done, 2: a mistake in what was asked, 3: another process was lost, 130: interrupted."
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         RUN[type(command)](command)
+        leave()
     except BitflowError as e:
-        print(f"bitflow: {e}", file=sys.stderr)
-        return 2
+        return ended(e, 2)
     except KeyboardInterrupt:
-        print("bitflow: interrupted; go on with --resume", file=sys.stderr)
-        return 130
+        return ended("interrupted; go on with --resume", 130)
+    except RuntimeError as e:
+        if not (message := lost_contact(e)):
+            raise
+        return ended(message, 3)
     return 0
+
+
+def ended(message, code: int) -> int:
+    "Say once, not on every process, why there is no more to do."
+    if code == 3 or os.environ.get("RANK", "0") == "0":
+        print(f"bitflow: {message}", file=sys.stderr)
+    return code
 
 # %% ../nbs/19_command_line.ipynb #3b425c3f
 def load_any(folder: Path, device: str):
@@ -459,13 +475,19 @@ def with_patch_size(preset: Preset, patch_size: int | None) -> Preset:
     return replace(preset, forward=replace(preset.forward, patch_size=patch_size), reverse=replace(preset.reverse, patch_size=patch_size))
 
 # %% ../nbs/19_command_line.ipynb #1d311984
+def load_together(cfg, split: str, root, ranks):
+    "A split of the data on every process; the main one first, since it may have to download it."
+    return ranks.on_main(lambda: load_data(cfg, split, root)) or load_data(cfg, split, root)
+
+
 def run_train_forward(args: TrainForward):
     "`bitflow train forward`"
     preset = with_patch_size(with_options(preset_of(args), args, "forward"), args.patch_size)
     folder, device = run_folder(args.out, preset, "forward"), pipeline.find_device(args.device)
-    refuse_existing(folder, args.resume)
-    pipeline.train_forward(preset, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
-    print(f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}")
+    ranks = find_ranks(device, args.sharding)
+    ranks.on_main(lambda: refuse_existing(folder, args.resume))
+    pipeline.train_forward(preset, load_together(preset.data, "train", args.data_root, ranks), folder, device, args.resume, ranks)
+    ranks.on_main(lambda: print(f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"))
 
 RUN[TrainForward] = run_train_forward
 
@@ -483,12 +505,13 @@ def run_train_reverse(args: TrainReverse):
     preset = with_options(preset_of(args), args, "reverse")
     preset = with_strategy(preset, args.strategy) if args.strategy else preset
     folder, device = run_folder(args.out, preset, "reverse"), pipeline.find_device(args.device)
-    refuse_existing(folder, args.resume)
+    ranks = find_ranks(device, args.sharding)
+    ranks.on_main(lambda: refuse_existing(folder, args.resume))
     forward = load_model(run_folder(args.forward, preset, "forward"), TARFlow, device)
     check_fits(forward, preset.data)
     preset = with_patch_size(preset, forward.cfg.patch_size)
-    pipeline.train_reverse(preset, forward, load_data(preset.data, "train", args.data_root), folder, device, args.resume)
-    print(f"G is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}")
+    pipeline.train_reverse(preset, forward, load_together(preset.data, "train", args.data_root, ranks), folder, device, args.resume, ranks)
+    ranks.on_main(lambda: print(f"G is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"))
 
 RUN[TrainReverse] = run_train_reverse
 

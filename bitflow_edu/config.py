@@ -115,7 +115,7 @@ def cifar10_mini() -> Preset:
                                 replace(hour, steps=8000), replace(hour, steps=4000), num_samples=10_000))
 
 # %% ../nbs/config.ipynb #25229745
-LARGE = TrainConfig(steps=800_000, batch_size=256, lr=1e-4, ema=0.9999, precision="bf16", log_every=100, sample_every=10_000, checkpoint_every=5000)
+LARGE = TrainConfig(steps=800_000, batch_size=256, lr=1e-4, ema=0.9999, precision="bf16", log_every=100, sample_every=10_000, checkpoint_every=5000, pieces=8)
 
 
 def imagenet64() -> Preset:
@@ -172,7 +172,7 @@ def smoke_twin(name: str) -> Preset:
     "The twin of a pair's preset: the same kinds of parts, tiny."
     p, small = PAIRS[name](), SMALL.get(name, {})
     tiny = lambda model: replace(model, **small, num_blocks=2, transformer=replace(model.transformer, width=TINY.width, head_dim=TINY.head_dim, num_layers=TINY.num_layers))
-    brief = lambda train: replace(SECONDS, precision=train.precision)
+    brief = lambda train: replace(SECONDS, precision=train.precision, pieces=min(train.pieces, 4))
     return Preset(f"{name}-smoke", replace(p.data, **small), tiny(p.forward), tiny(p.reverse), brief(p.train_forward), brief(p.train_reverse), p.objective, num_samples=100)
 
 # %% ../nbs/config.ipynb #592c6df3

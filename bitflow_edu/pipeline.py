@@ -30,7 +30,7 @@ from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, 
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, forward_loss
-from .training import newest_checkpoint, train, writing
+from .training import ALONE, Alone, newest_checkpoint, train, writing
 
 # %% ../nbs/pipeline.ipynb #310468bf
 def find_device(name: str = "auto") -> str:
@@ -92,13 +92,13 @@ def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
     return forward_loss if getattr(cfg, "noise_std", 0) else uniform_noise_loss
 
 
-def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu", resume: bool = False) -> nn.Module:
+def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu", resume: bool = False, ranks: Alone = ALONE) -> nn.Module:
     "Stage 1: F by maximum likelihood on noisy images."
     cfg = preset.train_forward
     forward = preset.forward if isinstance(preset.forward, CouplingConfig) else replace(preset.forward, label_dropout=cfg.label_dropout)
     model = build(FLOWS[type(forward)], forward, cfg.seed, device)
     return train(model, stage_one_loss(preset.forward), data, cfg, folder, resume,
-                 partial(sample_grid, sample=undo), {"preset": preset.name, "stage": "forward"}, partial(note_start, preset))
+                 partial(sample_grid, sample=undo), {"preset": preset.name, "stage": "forward"}, partial(note_start, preset), ranks)
 
 # %% ../nbs/pipeline.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
@@ -114,7 +114,7 @@ def state_distance(objective: ObjectiveConfig):
     return adaptive(normalised(mse) if objective.normalise else mse, objective.adaptive_power)
 
 # %% ../nbs/pipeline.ipynb #933c6de4
-def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, device: str = "cpu", resume: bool = False) -> ReverseModel:
+def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, device: str = "cpu", resume: bool = False, ranks: Alone = ALONE) -> ReverseModel:
     "Stage 2: G on F's trajectories, with F frozen."
     check_pair_preset(preset)
     cfg, objective = preset.train_reverse, preset.objective
@@ -124,7 +124,7 @@ def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, 
     run = guided_run(objective.w_per_block) if model.cfg.max_guidance else None
     loss = reverse_loss(forward, find_strategy(objective.strategy), state_distance(objective), image_distance(objective, device), objective.depth_weights, run)
     describe = {"preset": preset.name, "stage": "reverse", "objective": dataclasses.asdict(objective)}
-    return train(model, loss, data, cfg, folder, resume, partial(sample_grid, sample=one_pass), describe, partial(note_start, preset))
+    return train(model, loss, data, cfg, folder, resume, partial(sample_grid, sample=one_pass), describe, partial(note_start, preset), ranks)
 
 # %% ../nbs/pipeline.ipynb #1430b3c4
 METHODS = {"exact": "exact inverse", "exact+denoise": "exact inverse + score denoising", "one-pass": "one pass of G"}

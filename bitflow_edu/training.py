@@ -3,7 +3,7 @@
 # %% ../nbs/05_training.ipynb #97f39e96
 from __future__ import annotations
 import copy, dataclasses, json, math, os, shutil, time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,17 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from .data import BitflowError, Images
-from .transformer import compile_layers
+from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
-__all__ = ['DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'learning_rate', 'step_generator', 'epoch_order',
-           'batch_indices', 'drop_labels', 'training_batch', 'update_ema', 'fast_bf16', 'autocast', 'TrainState',
-           'new_state', 'progress_of', 'clipped_backward', 'optimizer_step', 'to_disk', 'write_atomically',
-           'save_tensors', 'writing', 'save_model', 'to_config', 'field_value', 'read_config', 'read_tensors',
-           'load_tensors', 'checkpoints_of', 'newest_checkpoint', 'load_model', 'state_tensors', 'write_state',
-           'discard', 'save_checkpoint', 'put_in_place', 'clear_leftovers', 'read_state', 'restore_moments', 'restore',
-           'first_difference', 'check_same_run', 'open_run', 'read_metrics', 'MetricsLog', 'begin', 'batch_loss',
-           'step_or_stop', 'stopped', 'due', 'log_step', 'save_grid', 'progress_bar', 'training_loop', 'train']
+__all__ = ['ALONE', 'DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'learning_rate', 'step_generator', 'epoch_order',
+           'batch_indices', 'drop_labels', 'piece_indices', 'training_batch', 'own_part', 'whole', 'spread_like',
+           'update_ema', 'fast_bf16', 'autocast', 'Alone', 'TrainState', 'averaged_copy', 'new_state', 'progress_of',
+           'clipped_backward', 'optimizer_step', 'to_disk', 'write_atomically', 'save_tensors', 'writing', 'save_model',
+           'to_config', 'field_value', 'read_config', 'read_tensors', 'load_tensors', 'checkpoints_of',
+           'newest_checkpoint', 'load_model', 'gathered', 'state_tensors', 'write_state', 'discard', 'write_checkpoint',
+           'save_checkpoint', 'put_in_place', 'clear_leftovers', 'read_state', 'restore_moments', 'restore',
+           'first_difference', 'check_same_run', 'open_run', 'read_metrics', 'MetricsLog', 'check_shares', 'lighten',
+           'begin', 'batch_loss', 'step_or_stop', 'stopped', 'due', 'log_step', 'save_grid', 'progress_bar',
+           'whole_model', 'draw_grid', 'training_loop', 'train']
 
 # %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class TrainConfig:
     label_dropout: float = 0.1     # share of labels replaced by −1, "no label"
     precision: str = "auto"        # "fp32", "bf16" (autocast), or "auto": bf16 where the processor multiplies it fast
     compile: bool = False          # fuse each layer's operations with torch.compile; needs a C++ compiler on a CPU
+    pieces: int = 1                # cut each batch into so many, each with its own noise: one after the other, or spread over processes
+    checkpointing: bool = False    # keep no layer's inside for the backward pass, compute it again: less memory, a third more time
     seed: int = 0                  # of data order, dropped labels and noise; callers seed the weights with it
     log_every: int = 20            # steps between lines of metrics.jsonl
     sample_every: int = 500        # steps between sample grids
@@ -55,10 +59,12 @@ def check_budget(cfg: TrainConfig):
     "Refuse a budget that is missing or given twice, and sizes that are not positive."
     if (cfg.steps is None) == (cfg.minutes is None):
         raise BitflowError(f"give a budget in steps or in minutes, not both or neither (steps {cfg.steps}, minutes {cfg.minutes})")
-    for name in ("steps", "minutes", "batch_size", "lr", "grad_clip", "log_every", "sample_every", "checkpoint_every"):
+    for name in ("steps", "minutes", "batch_size", "lr", "grad_clip", "log_every", "sample_every", "checkpoint_every", "pieces"):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
             raise BitflowError(f"{name} is {value}; it must be greater than 0 and finite")
+    if cfg.batch_size % cfg.pieces:
+        raise BitflowError(f"a batch of {cfg.batch_size} cannot be cut into {cfg.pieces} equal pieces; change batch_size or pieces")
 
 # %% ../nbs/05_training.ipynb #29f2d07b
 def check_rates(cfg: TrainConfig):
@@ -91,9 +97,10 @@ def step_generator(
     seed: int,               # the run's seed
     step: int,               # optimiser step
     device: str = "cpu",     # where the random numbers are needed
+    piece: int = 0,          # of the batch
 ) -> torch.Generator:
-    "A fresh generator for each step: a resumed run draws the same noise without saving any random state."
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    "A fresh generator for each step and piece: a resumed run draws the same noise without saving any random state, on any number of processes."
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step + piece * 2_147_483_647)
 
 # %% ../nbs/05_training.ipynb #dfed0bfc
 @lru_cache(maxsize=2)
@@ -107,13 +114,15 @@ def batch_indices(
     batch_size: int,  # images a batch, at most n
     seed: int,        # of the order
     step: int,        # optimiser step
+    order=None,       # (seed, epoch) → a permutation of the images; default a full shuffle
 ) -> Tensor:          # int64 `(batch_size,)`
     "The images of a step: every epoch a new order, each image at most once an epoch, a function of the step alone."
     if n < 1 or batch_size < 1:
         raise BitflowError(f"no batch of {batch_size} can be drawn from {n} images; give some images and a positive batch size")
     per_epoch = max(n // batch_size, 1)
     epoch, i = divmod(step, per_epoch)
-    return epoch_order(n, seed, epoch)[i * batch_size:(i + 1) * batch_size]
+    images = order(seed, epoch) if order else epoch_order(n, seed, epoch)
+    return images[i * batch_size:(i + 1) * batch_size]
 
 # %% ../nbs/05_training.ipynb #552e9b2d
 def drop_labels(
@@ -126,12 +135,39 @@ def drop_labels(
     return torch.where(dropped, -torch.ones_like(c), c)
 
 # %% ../nbs/05_training.ipynb #3fb104f5
-def training_batch(data: Images, cfg: TrainConfig, step: int, device: str) -> tuple:
-    "Images, labels (some dropped) and the generator of a step, all functions of seed and step."
-    index = batch_indices(len(data), min(cfg.batch_size, len(data)), cfg.seed, step)
-    generator = step_generator(cfg.seed, step, device)
-    x, c = data[index].x.to(device), data.labels[index].to(device)
-    return x, drop_labels(c, cfg.label_dropout, generator), generator
+def piece_indices(data, cfg: TrainConfig, step: int, piece: int) -> Tensor:
+    "The images of one piece of a step's batch; data smaller than a batch make a smaller batch."
+    size = min(cfg.batch_size, len(data)) // cfg.pieces
+    if size < 1:
+        raise BitflowError(f"{len(data)} images cannot be cut into {cfg.pieces} pieces; set pieces to at most {len(data)}")
+    return batch_indices(len(data), size * cfg.pieces, cfg.seed, step, getattr(data, "epoch_order", None))[piece * size:(piece + 1) * size]
+
+
+def training_batch(data: Images, cfg: TrainConfig, step: int, device: str, piece: int = 0) -> tuple:
+    "Images, labels (some dropped) and the generator of a step's piece, all functions of seed, step and piece. Data that `draw` their images are asked to."
+    index, generator = piece_indices(data, cfg, step, piece), step_generator(cfg.seed, step, device, piece)
+    c = drop_labels(data.labels[index].to(device), cfg.label_dropout, generator)
+    x = data.draw(index, generator) if hasattr(data, "draw") else data[index].x
+    return x.to(device), c, generator
+
+# %% ../nbs/05_training.ipynb #a9c88894
+def own_part(t: Tensor) -> Tensor:
+    "What this process holds of a tensor that is spread over processes; any other tensor itself."
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def whole(t: Tensor) -> Tensor:
+    "A tensor that is spread over processes, put together on each of them (all must ask at once); any other tensor itself."
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def spread_like(t: Tensor, own: Tensor) -> Tensor:
+    "The opposite: a whole tensor, spread as `own` is."
+    if not hasattr(own, "device_mesh"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(t.to(own.device), own.device_mesh, own.placements)
+
 
 # %% ../nbs/05_training.ipynb #6cda87b6
 @torch.no_grad()
@@ -143,7 +179,7 @@ def update_ema(
 ):
     "Move the averaged weights towards the current ones; early on faster, so that the start is forgotten."
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - d)
+    torch._foreach_lerp_([own_part(p) for p in averaged.parameters()], [own_part(p) for p in model.parameters()], 1 - d)
     for own, current in zip(averaged.buffers(), model.buffers()):
         own.copy_(current)
 
@@ -170,6 +206,48 @@ def autocast(
     return torch.autocast(device, torch.bfloat16, enabled=on)
 
 # %% ../nbs/05_training.ipynb #519b8b3b
+class Alone:
+    "How a process sees the others when there are none; `parallel.Ranks` is the same for many."
+    rank, size, main = 0, 1, True
+
+    def share(self, n):
+        "The numbers below n that are this process's to do."
+        return range(self.rank, n, self.size)
+
+    def prepare(self, model, averaged, loss_fn):
+        "The loss function that trains `model` together with the other processes."
+        return loss_fn
+
+    def apart(self, yes):
+        "The context in which gradients are not yet shared."
+        return nullcontext()
+
+    def on_main(self, fn):
+        "What `fn()` gives on the main process, None elsewhere; all fail where it fails."
+        return fn()
+
+    def agree(self, value):
+        "The main process's value, on all."
+        return value
+
+    def mean(self, values):
+        "The mean over processes of a list of scalars, as floats."
+        return [float(v) for v in values]
+
+    def total(self, t):
+        "The sum of a tensor over processes."
+        return t
+
+    def gather(self, t):
+        "The tensors of all processes, one after the other."
+        return t
+
+    def barrier(self):
+        "Wait until all are here."
+
+ALONE = Alone()
+
+
 @dataclass
 class TrainState:
     "All that changes during training."
@@ -178,14 +256,19 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0         # steps done
     seconds: float = 0.0  # wall time spent, earlier parts of a resumed run counted in
+    ranks: Alone = ALONE  # the processes that train it together
 
 # %% ../nbs/05_training.ipynb #e05da1bf
-def new_state(model: nn.Module, cfg: TrainConfig) -> TrainState:
-    "A fresh optimiser and a copy of the weights to average into."
+def averaged_copy(model: nn.Module) -> nn.Module:
+    "A copy of the weights to average into."
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def new_state(model: nn.Module, cfg: TrainConfig, averaged: nn.Module = None, ranks: Alone = ALONE) -> TrainState:
+    "A fresh optimiser, and averaged weights: a copy where none are given."
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay,
                                   fused=next(model.parameters()).device.type in ("cpu", "cuda"))
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    return TrainState(model.train(), averaged, optimizer)
+    return TrainState(model.train(), averaged or averaged_copy(model), optimizer, ranks=ranks)
 
 # %% ../nbs/05_training.ipynb #b61a9fec
 def progress_of(state: TrainState, cfg: TrainConfig) -> float:
@@ -200,7 +283,7 @@ def clipped_backward(
 ) -> Tensor:            # the norm before clipping, a scalar
     "Backward pass and clipping. Raises `FloatingPointError` where loss or gradient is not finite."
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     if not torch.isfinite(norm + loss.detach()):
         raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
     return norm
@@ -212,11 +295,11 @@ def optimizer_step(
     cfg: TrainConfig,
 ) -> Tensor:           # the gradient's norm before clipping, a scalar
     "Backward pass, clipping, AdamW, moving average. Refuses to touch the weights with a NaN."
-    state.optimizer.zero_grad(set_to_none=True)
     norm = clipped_backward(state.model, loss, cfg.grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(progress_of(state, cfg), cfg)
     state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
     update_ema(state.averaged, state.model, cfg.ema, state.step)
     return norm
 
@@ -327,7 +410,7 @@ def load_tensors(model: nn.Module, tensors: dict, where: Path):
         if a is None or b is None or a.shape != b.shape:
             shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
             raise BitflowError(f"{where} does not fit its config: {name} should have shape {shapes[0]}, the file has {shapes[1]}")
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: spread_like(t, own[name]) for name, t in tensors.items()})
 
 # %% ../nbs/05_training.ipynb #2ffd8bef
 def checkpoints_of(run: Path) -> list:
@@ -360,20 +443,31 @@ def load_model(
     load_tensors(model, tensors, folder)
     return model.to(device).eval()
 
+# %% ../nbs/05_training.ipynb #cbcbad3d
+def gathered(tensors: dict, ranks: Alone) -> dict:
+    "Whole copies of named tensors on the main process's CPU, empty elsewhere: one at a time, so that nobody holds more than needed."
+    kept = {}
+    for name, t in tensors.items():
+        t = whole(t.detach())
+        if ranks.main:
+            kept[name] = t.cpu().clone().contiguous()
+    return kept
+
+
 # %% ../nbs/05_training.ipynb #b7216468
 def state_tensors(state: TrainState) -> dict:
-    "What training needs to go on, as named tensors: raw weights and AdamW's two moments."
+    "What training needs to go on, as named tensors on the main process: raw weights and AdamW's two moments. Every process must ask."
     tensors = {f"weights.{k}": v for k, v in state.model.state_dict().items()}
     for name, p in state.model.named_parameters():
         for key, value in state.optimizer.state.get(p, {}).items():
             tensors[f"adam.{key}.{name}"] = value.reshape(-1) if value.ndim == 0 else value
-    return {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    return gathered(tensors, state.ranks)
 
 # %% ../nbs/05_training.ipynb #e0a9e5f0
-def write_state(state: TrainState, folder: Path):
+def write_state(state: TrainState, folder: Path, averaged: dict, training: dict):
     "Write everything a checkpoint holds, and wait until it is on the disk."
-    save_model(state.averaged, folder)
-    save_tensors(state_tensors(state), folder / "training_state.safetensors")
+    save_model(state.averaged, folder, averaged)
+    save_tensors(training, folder / "training_state.safetensors")
     write_atomically(folder / "training_state.json", json.dumps({"step": state.step, "seconds": state.seconds, "threads": torch.get_num_threads()}))
     to_disk(folder)
 
@@ -385,21 +479,27 @@ def discard(folder: Path):
     shutil.rmtree(hidden)
 
 # %% ../nbs/05_training.ipynb #871b5b73
-def save_checkpoint(
-    state: TrainState,
-    folder: Path,  # the run
-    keep: int = 2, # newest checkpoints to keep
-) -> Path:
+def write_checkpoint(state: TrainState, folder: Path, averaged: dict, training: dict, keep: int) -> Path:
     "Write a checkpoint under another name, flush it, then rename it: there is never half of one."
     final = folder / "checkpoints" / f"step-{state.step:08d}"
     part = final.with_name(f".{final.name}.part")
     with writing(folder):
         clear_leftovers(folder)
-        write_state(state, part)
+        write_state(state, part, averaged, training)
         put_in_place(part, final)
         for old in checkpoints_of(folder)[:-keep]:
             discard(old)
     return final
+
+
+def save_checkpoint(
+    state: TrainState,
+    folder: Path,  # the run
+    keep: int = 2, # newest checkpoints to keep
+) -> Path:
+    "A checkpoint of a run: put together by all processes, written by the main one."
+    averaged, training = gathered(state.averaged.state_dict(), state.ranks), state_tensors(state)
+    return state.ranks.on_main(lambda: write_checkpoint(state, folder, averaged, training, keep))
 
 # %% ../nbs/05_training.ipynb #fe193ca7
 def put_in_place(part: Path, final: Path):
@@ -432,7 +532,8 @@ def restore_moments(state: TrainState, saved: dict):
         moments = {key: saved[f"adam.{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
                    if f"adam.{key}.{name}" in saved}
         if moments:
-            state.optimizer.state[p] = {**moments, "step": moments["step"].reshape(())}
+            spread = {key: spread_like(moments[key], p) for key in ("exp_avg", "exp_avg_sq")}
+            state.optimizer.state[p] = {"step": moments["step"].reshape(()), **spread}
 
 # %% ../nbs/05_training.ipynb #9a806ce6
 def restore(state: TrainState, checkpoint: Path) -> TrainState:
@@ -518,27 +619,52 @@ class MetricsLog:
         "Nothing more will be written."
         self.file.close()
 
-# %% ../nbs/05_training.ipynb #85b4af39
-def begin(model: nn.Module, cfg: TrainConfig, folder: Path, resume: bool, describe: dict) -> TrainState:
-    "Open the run's folder: a fresh state, or that of its newest checkpoint."
-    run = {"train": dataclasses.asdict(cfg), "model": dataclasses.asdict(model.cfg), **(describe or {})}
-    checkpoint = open_run(folder, run, resume)
-    state = new_state(model, cfg)
+# %% ../nbs/05_training.ipynb #4e34dd36
+def check_shares(cfg: TrainConfig, ranks: Alone):
+    "Refuse processes that cannot have equally many pieces."
+    if cfg.pieces % ranks.size:
+        raise BitflowError(f"{cfg.pieces} pieces of a batch cannot be shared equally by {ranks.size} processes; set pieces to a multiple of {ranks.size}")
+
+
+def lighten(model: nn.Module, cfg: TrainConfig):
+    "Compile and checkpoint the layers of a model in training, as the config says."
+    if cfg.checkpointing:
+        checkpoint_layers(model)
     if cfg.compile:
-        compile_layers(state.model)
+        compile_layers(model)
+
+
+# %% ../nbs/05_training.ipynb #85b4af39
+def begin(model: nn.Module, cfg: TrainConfig, folder: Path, resume: bool, describe: dict, loss_fn=None, ranks: Alone = ALONE) -> tuple:
+    "Open the run's folder: a fresh state, or that of its newest checkpoint; and the loss function that all processes train with."
+    run = {"train": dataclasses.asdict(cfg), "model": dataclasses.asdict(model.cfg), **(describe or {})}
+    check_shares(cfg, ranks)
+    checkpoint = ranks.agree(ranks.on_main(lambda: open_run(folder, run, resume)))
+    averaged = averaged_copy(model)
+    lighten(model, cfg)
+    loss_fn = ranks.prepare(model, averaged, loss_fn)
+    state = new_state(model, cfg, averaged, ranks)
     try:
-        return restore(state, checkpoint) if checkpoint else state
+        return (restore(state, checkpoint) if checkpoint else state), loss_fn
     except BitflowError as e:
         raise BitflowError(f"cannot go on from the newest checkpoint: {e}\n"
                            f"Delete {checkpoint} to go on from the one before it") from e
 
 # %% ../nbs/05_training.ipynb #117a9fe6
 def batch_loss(state: TrainState, loss_fn, data: Images, cfg: TrainConfig) -> tuple:
-    "Loss and metrics of the step that is due, in the precision asked for."
-    device = next(state.model.parameters()).device
-    batch = training_batch(data, cfg, state.step, device)
-    with autocast(cfg.precision, device.type):
-        return loss_fn(state.model, *batch)
+    "Loss and metrics of the step that is due, in the precision asked for: means over this process's pieces. All but the last have left their gradients already."
+    device, mine, total, means = next(state.model.parameters()).device, state.ranks.share(cfg.pieces), 0.0, {}
+    for piece in mine:
+        last = piece == mine[-1]
+        with state.ranks.apart(not last):
+            with autocast(cfg.precision, device.type):
+                loss, found = loss_fn(state.model, *training_batch(data, cfg, state.step, device, piece))
+                loss = loss / len(mine)
+            if not last:
+                loss.backward()
+        total = total + (loss if last else loss.detach())
+        means = {name: means.get(name, 0.0) + value / len(mine) for name, value in found.items()}
+    return total, means
 
 # %% ../nbs/05_training.ipynb #901c39cb
 def step_or_stop(state: TrainState, loss: Tensor, cfg: TrainConfig, folder: Path) -> Tensor:
@@ -563,10 +689,12 @@ def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
 
 # %% ../nbs/05_training.ipynb #5591a74b
 def log_step(log: MetricsLog, bar, state: TrainState, loss: Tensor, norm: Tensor, metrics: dict):
-    "A line of metrics.jsonl, and the loss on the progress bar."
-    own = {"step": state.step, "loss": loss.item(), "grad_norm": norm.item(), "lr": state.optimizer.param_groups[0]["lr"],
+    "A line of metrics.jsonl with the means over all processes, and the loss on the progress bar."
+    values = state.ranks.mean([loss.detach(), *metrics.values()])
+    own = {"step": state.step, "loss": values[0], "grad_norm": norm.item(), "lr": state.optimizer.param_groups[0]["lr"],
            "seconds": round(state.seconds, 3)}
-    log.write(**own, **{k: float(v) for k, v in metrics.items() if k not in own})
+    if state.ranks.main:
+        log.write(**own, **{k: v for k, v in zip(metrics, values[1:]) if k not in own})
     bar.set_postfix(loss=f"{own['loss']:.4f}")
 
 # %% ../nbs/05_training.ipynb #a15efc3f
@@ -583,7 +711,26 @@ def save_grid(
 # %% ../nbs/05_training.ipynb #77790daf
 def progress_bar(state: TrainState, cfg: TrainConfig):
     "A bar on the error output that counts steps."
-    return tqdm(total=cfg.steps, initial=state.step, desc=type(state.model).__name__, unit="step", mininterval=1.0)
+    return tqdm(total=cfg.steps, initial=state.step, desc=type(state.averaged).__name__, unit="step", mininterval=1.0, disable=not state.ranks.main)
+
+# %% ../nbs/05_training.ipynb #054c4be5
+def whole_model(state: TrainState) -> nn.Module:
+    "The averaged model; where it is spread over processes, put together: every process must ask, the main one gets it."
+    if not any(hasattr(p, "full_tensor") for p in state.averaged.parameters()):
+        return state.averaged
+    tensors = gathered(state.averaged.state_dict(), state.ranks)
+    if not state.ranks.main:
+        return state.averaged
+    model = type(state.averaged)(state.averaged.cfg)
+    model.load_state_dict(tensors)
+    return model.to(next(state.averaged.parameters()).device).eval().requires_grad_(False)
+
+
+def draw_grid(state: TrainState, sampler, folder: Path):
+    "A sample grid of the averaged model, drawn by the main process."
+    model = whole_model(state)
+    state.ranks.on_main(lambda: save_grid(sampler(model), folder / "samples" / f"step-{state.step:08d}.png"))
+
 
 # %% ../nbs/05_training.ipynb #0ebca292
 def training_loop(state: TrainState, loss_fn, data: Images, cfg: TrainConfig, folder: Path, log: MetricsLog, sampler=None):
@@ -594,11 +741,13 @@ def training_loop(state: TrainState, loss_fn, data: Images, cfg: TrainConfig, fo
             loss, metrics = batch_loss(state, loss_fn, data, cfg)
             norm = step_or_stop(state, loss, cfg, folder)
             state.step, state.seconds = state.step + 1, time.perf_counter() - start
+            if cfg.minutes:  # the schedule follows one clock
+                state.seconds, = state.ranks.mean([state.seconds])
             bar.update()
             if due(state, cfg, cfg.log_every):
                 log_step(log, bar, state, loss, norm, metrics)
             if sampler and due(state, cfg, cfg.sample_every):
-                save_grid(sampler(state.averaged), folder / "samples" / f"step-{state.step:08d}.png")
+                draw_grid(state, sampler, folder)
             if due(state, cfg, cfg.checkpoint_every):
                 save_checkpoint(state, folder)
 
@@ -613,11 +762,14 @@ def train(
     sampler=None,         # (averaged model) → image grid, uint8 `(H, W, 3)`, drawn while training
     describe: dict = None,# more to write to run.json
     on_start=None,        # called with (folder, step) once the run is open
+    ranks: Alone = ALONE, # the processes that train together
 ) -> nn.Module:           # the averaged model, in evaluation mode
     "The loop of both stages. Raises `BitflowError` when the loss is no longer finite."
-    state = begin(model, cfg, Path(folder), resume, describe)
+    folder = Path(folder)
+    state, loss_fn = begin(model, cfg, folder, resume, describe, loss_fn, ranks)
     if on_start:
-        on_start(Path(folder), state.step)
-    with closing(MetricsLog(Path(folder) / "metrics.jsonl", state.step)) as log:
-        training_loop(state, loss_fn, data, cfg, Path(folder), log, sampler)
-    return state.averaged
+        ranks.on_main(lambda: on_start(folder, state.step))
+    log = ranks.on_main(lambda: MetricsLog(folder / "metrics.jsonl", state.step))
+    with closing(log) if log else nullcontext():
+        training_loop(state, loss_fn, data, cfg, folder, log, sampler)
+    return whole_model(state)

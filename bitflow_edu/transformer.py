@@ -8,12 +8,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from .data import BitflowError
 
 # %% auto #0
 __all__ = ['NORMS', 'MLPS', 'MODERN', 'attend', 'RMSNorm', 'GeluMLP', 'SwiGLU', 'TransformerConfig', 'raster_coordinates',
            'rotary_angles', 'rotate', 'HeadProjections', 'Attention', 'Layer', 'LayerStack', 'KVCache', 'Transformer',
-           'compile_layers']
+           'checkpoint_layers', 'compile_layers']
 
 # %% ../nbs/04_transformer.ipynb #c84e4146
 def attend(
@@ -180,6 +181,8 @@ class Layer(nn.Module):
 # %% ../nbs/04_transformer.ipynb #833f17ec
 class LayerStack(nn.Module):
     "Layers one after another over the `side²` tokens of a square image, all tokens at once."
+    checkpointing = False  # see `checkpoint_layers`
+
     def __init__(self, cfg: TransformerConfig, side: int, causal: bool):
         super().__init__()
         self.cfg, self.num_tokens = cfg, side * side
@@ -191,7 +194,7 @@ class LayerStack(nn.Module):
         "All tokens at once, `(N, T, width)` to the same shape; `flip`: they come in reversed raster order."
         angles = self.angles if self.angles is None or not flip else self.angles.flip(0)
         for layer in self.layers:
-            x = layer(x, angles)
+            x = checkpoint(layer, x, angles, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(x, angles)
         return x
 
 # %% ../nbs/04_transformer.ipynb #97b72df8
@@ -241,6 +244,13 @@ class Transformer(LayerStack):
         return KVCache(w.new_zeros(shape), w.new_zeros(shape))
 
 # %% ../nbs/04_transformer.ipynb #55f01338
+def checkpoint_layers(model: nn.Module):
+    "Keep nothing of a layer's inside for the backward pass, in place: it is computed again there (Chen et al., arXiv 1604.06174)."
+    for stack in model.modules():
+        if isinstance(stack, LayerStack):
+            stack.checkpointing = True
+
+
 def compile_layers(model: nn.Module):
     "Have torch.compile fuse the operations inside every layer of a model, in place; weights keep their names, and the first step takes seconds longer. Needs a C++ compiler on a CPU."
     if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):

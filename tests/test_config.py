@@ -42,7 +42,7 @@ def test_the_smoke_twin_has_the_same_kinds_of_parts(name):
     """Sizes and budgets differ, everything else does not; and it is small."""
     big, twin = (to_words(as_tree(find_preset(n))) for n in (name, f"{name}-smoke"))
     assert big.keys() == twin.keys()
-    sizes = {"name", "num_samples", "image_size", "num_classes", "num_blocks", "width", "num_layers", "head_dim", "steps", "batch_size", "lr", "ema", "log_every", "sample_every", "checkpoint_every", "compile"}
+    sizes = {"name", "num_samples", "image_size", "num_classes", "num_blocks", "width", "num_layers", "head_dim", "steps", "batch_size", "lr", "ema", "log_every", "sample_every", "checkpoint_every", "compile", "pieces"}
     different = {field for field in big if big[field] != twin[field]}
     assert {field.rpartition(".")[2] for field in different} <= sizes and "data.name" not in different
     p = find_preset(f"{name}-smoke")
