@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Optional, Union
 import torch
-from . import ablations, bench, pipeline
+from . import ablations, bench, pipeline, reproduce
 from .budget import StepCost, against_published, budget_of, images_per_hour, on_meta
 from .config import Preset, check_pair_preset, find_preset, inferred, one_line, read_fields, read_preset, split_fields, with_strategy, with_words, write_preset
 from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, load_data
-from .evaluation import hardware, measurement, save_results
+from .evaluation import hardware, load_result, measurement, save_results
 from .inverse_strategies import check_pair
 from .parallel import find_ranks, leave, lost_contact
 from .plotting import image_grid
@@ -23,15 +23,15 @@ from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 
 # %% auto #0
 __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train',
-           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'command_type', 'read_words', 'with_changes',
-           'parse', 'option_words', 'command_line', 'main', 'ended', 'load_any', 'describe_model', 'describe_training',
-           'show', 'describe_shape', 'describe_step', 'describe_costs', 'describe_preset', 'check_writable',
-           'check_new_file', 'preset_of', 'list_fields', 'run_info', 'refuse_existing', 'run_folder', 'said_once',
-           'with_options', 'with_patch_size', 'load_together', 'run_train_forward', 'check_fits', 'run_train_reverse',
-           'parse_labels', 'method_of', 'check_sample', 'run_sample', 'load_pair', 'measure', 'write_figures',
-           'run_evaluate', 'bench_model', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked',
-           'workers_for', 'ablation_preset', 'run_ablate', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders',
-           'run_demo']
+           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'Reproduce', 'command_type', 'read_words',
+           'with_changes', 'parse', 'option_words', 'command_line', 'main', 'ended', 'load_any', 'describe_model',
+           'describe_training', 'show', 'describe_shape', 'describe_step', 'describe_costs', 'describe_preset',
+           'check_writable', 'check_new_file', 'preset_of', 'list_fields', 'run_info', 'refuse_existing', 'run_folder',
+           'said_once', 'with_options', 'with_patch_size', 'load_together', 'run_train_forward', 'check_fits',
+           'run_train_reverse', 'parse_labels', 'method_of', 'check_sample', 'run_sample', 'load_pair', 'measure',
+           'training_lines', 'write_figures', 'run_evaluate', 'bench_model', 'measure_pair', 'parse_segments',
+           'run_bench', 'table_stem', 'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate', 'peak_memory_mb',
+           'train_pair', 'save_demo', 'check_folders', 'run_demo', 'run_guard', 'run_reproduce']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -150,10 +150,12 @@ class Evaluate(Common):
     """Run or checkpoint of G; leave out to measure F alone."""
     n: Optional[int] = None
     """Samples of each method; default the preset's."""
+    w: tuple[float, ...] = ()
+    """Guidance scales to measure G at, besides 0, e.g. --w 0.25 0.5 1; a G without w as an input takes two passes."""
     timing: bool = True
     """Measure speed as well."""
     out: Optional[Path] = None
-    """Results file to write; default results/evaluate-<preset>.json."""
+    """Results file to write, and beside it a picture of the first samples; default results/evaluate-<preset>.json."""
 
 # %% ../nbs/19_command_line.ipynb #9693ed44
 @dataclass(frozen=True)
@@ -208,8 +210,30 @@ class Ablate(Common):
     resume: bool = False
     """Go on where it stopped, and write tables anew."""
 
+# %% ../nbs/19_command_line.ipynb #cc992948
+@dataclass(frozen=True)
+class Reproduce:
+    "Run the experiments behind the project's tables, skip those whose result stands, and write the page of all figures."
+    names: tuple[str, ...] = ()
+    """Experiments, e.g. mnist-full cifar10-main; none: only write the page anew."""
+    budget: str = "cpu"
+    """Size: gpu (as it should be done), cpu (an hour or two a model) or smoke (seconds)."""
+    out: Path = Path("runs/reproduce")
+    """Folder of the trainings; those that are there go on."""
+    results: Path = Path("results")
+    """Folder of the figures, of index.json and of the page."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda or mps."""
+    data_root: Optional[Path] = None
+    """Folder of the datasets."""
+    check: bool = False
+    """Train mnist-mini briefly, and compare with the stored figures; exit code 2 where they differ."""
+    record: bool = False
+    """With check: measure those figures anew, with five seeds, and store them."""
+
+
 # %% ../nbs/19_command_line.ipynb #debbc86d
-NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Ablate: "ablate", Bench: "bench", Info: "info"}
+NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Ablate: "ablate", Bench: "bench", Reproduce: "reproduce", Info: "info"}
 POSITIONAL = {Ablate: "table"}  # options that are typed as a bare word
 
 # %% ../nbs/19_command_line.ipynb #9c943ba7
@@ -218,11 +242,13 @@ def command_type():
     import tyro
     sub = tyro.conf.subcommand
     Ablate.__annotations__["table"] = tyro.conf.Positional[str]
+    Reproduce.__annotations__["names"] = tyro.conf.Positional[tuple[str, ...]]
     Common.__annotations__["changes"] = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
     stage = Union[Annotated[TrainForward, sub("forward")], Annotated[TrainReverse, sub("reverse")]]
     train = dataclasses.make_dataclass("Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__})
     return Union[Annotated[Demo, sub("demo")], Annotated[train, sub("train")], Annotated[Sample, sub("sample")],
-                 Annotated[Evaluate, sub("evaluate")], Annotated[Ablate, sub("ablate")], Annotated[Bench, sub("bench")], Annotated[Info, sub("info")]]
+                 Annotated[Evaluate, sub("evaluate")], Annotated[Ablate, sub("ablate")], Annotated[Bench, sub("bench")],
+                 Annotated[Reproduce, sub("reproduce")], Annotated[Info, sub("info")]]
 
 # %% ../nbs/19_command_line.ipynb #ac54ed07
 def read_words(argv: list[str]):
@@ -260,6 +286,8 @@ def option_words(name: str, value) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, tuple):
+        return [f"--{flag}", *map(str, value)]
     return [f"--{flag}", value.name if isinstance(value, Path) and value.is_absolute() else str(value)]
 
 # %% ../nbs/19_command_line.ipynb #49ed3917
@@ -579,14 +607,22 @@ def load_pair(args: Evaluate, preset: Preset, device: str):
     return forward, reverse
 
 # %% ../nbs/19_command_line.ipynb #01d4a2cc
-def measure(args: Evaluate, preset: Preset, forward, reverse, device: str) -> list:
-    "All figures: of a pair, or of a flow alone where the preset has no G."
+def measure(args: Evaluate, preset: Preset, forward, reverse, device: str, picture: Path) -> list:
+    "All figures: of a pair, or of a flow alone where the preset has no G; and the first samples of a pair as a picture."
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
     n = preset.num_samples if args.n is None else args.n
     if preset.reverse is not None:
-        return pipeline.evaluate(forward, reverse, train, test, n, args.seed, device, args.timing).measurements
+        done = pipeline.evaluate(forward, reverse, train, test, n, args.seed, device, args.timing, args.w)
+        draw_rows(sample_rows(done.samples, test, min(n, 10))).savefig(picture, dpi=110)
+        return done.measurements + training_lines(args, preset)
     found = pipeline.evaluate_flow(forward, train, test, n, args.seed, preset.conditional, args.timing).measurements
     return found + pipeline.training_record(run_folder(args.forward, preset, "forward"))
+
+
+def training_lines(args: Evaluate, preset: Preset) -> list:
+    "Steps and seconds that F, and G where it is measured, were trained for."
+    of_g = [{**m, "row": "one-pass"} for m in pipeline.training_record(args.reverse)] if args.reverse else []
+    return pipeline.training_record(run_folder(args.forward, preset, "forward")) + of_g
 
 # %% ../nbs/19_command_line.ipynb #3486afb9
 def write_figures(out: Path, preset: str, args, config: dict, found: list, start: float):
@@ -602,7 +638,7 @@ def run_evaluate(args: Evaluate):
     out = args.out or Path(f"results/evaluate-{preset.name}.json")
     check_new_file(out)
     forward, reverse = load_pair(args, preset, device)
-    found = measure(args, preset, forward, reverse, device)
+    found = measure(args, preset, forward, reverse, device, out.with_suffix(".png"))
     config = {"forward": dataclasses.asdict(forward.cfg), "reverse": reverse and dataclasses.asdict(reverse.cfg)}
     write_figures(out, preset.name, args, config, found, start)
 
@@ -739,6 +775,34 @@ def run_demo(args: Demo):
     print(f"figures in {path}\nreport: {report}")
 
 RUN[Demo] = run_demo
+
+# %% ../nbs/19_command_line.ipynb #59ec1224
+def run_guard(args: Reproduce):
+    "`bitflow reproduce --check`"
+    device, path = pipeline.find_device(args.device), args.results / f"{reproduce.GUARD}.json"
+    if args.record:
+        check_new_file(path)
+        return print(f"figures in {reproduce.record_guard(args.results, device=device)}")
+    lines = reproduce.compare_guard(load_result(reproduce.GUARD, args.results), reproduce.brief_figures(0, device))
+    for row, metric, value, mean, spread, fine in lines:
+        print(f"{'as stored' if fine else 'MOVED    '}  {row} {metric}: {value:.4g}, stored {mean:.4g} ± {spread:.2g}")
+    if moved := [metric for _, metric, *_, fine in lines if not fine]:
+        raise BitflowError(f"{', '.join(moved)} moved by more than four standard deviations; find the change, or store the new figures with --check --record")
+
+
+def run_reproduce(args: Reproduce):
+    "`bitflow reproduce`"
+    if args.check or args.record:
+        return run_guard(args)
+    for name in args.names:
+        reproduce.commands_of(name, args.budget, args.out, args.results)
+    more = [word for name in ("device", "data_root") if (value := getattr(args, name)) not in (None, "auto") for word in (f"--{name.replace('_', '-')}", str(value))]
+    for name in args.names:
+        reproduce.run_experiment(name, args.budget, args.out, args.results, main, tuple(more))
+    print(f"all figures: {reproduce.write_index(args.results)}")
+
+RUN[Reproduce] = run_reproduce
+
 
 # %% ../nbs/19_command_line.ipynb #cee9670c
 if __name__ == "__main__" and "__file__" in globals():  # python -m bitflow_edu.cli, as torchrun starts it; a notebook has no __file__

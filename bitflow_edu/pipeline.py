@@ -14,8 +14,8 @@ from torch import Tensor, nn
 __all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'sample_grid', 'note_start',
            'stage_one_loss', 'train_forward', 'image_distance', 'state_distance', 'train_reverse', 'draw', 'draw_all',
            'quality', 'fidelity', 'time_per_image', 'speed', 'num_parameters', 'count_flops', 'flops', 'cost',
-           'Evaluation', 'check_enough', 'judge_for', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost',
-           'evaluate_flow', 'training_record']
+           'Evaluation', 'check_enough', 'judge_for', 'guided_samples', 'evaluate', 'likelihood', 'flow_round_trip',
+           'flow_cost', 'evaluate_flow', 'training_record']
 
 # %% ../nbs/pipeline.ipynb #9bf6a130
 from .bijections import check_invertible
@@ -246,13 +246,22 @@ def judge_for(data: Images, channels: int) -> Classifier | None:
     return load_classifier() if digits else None
 
 # %% ../nbs/pipeline.ipynb #d7f946c6
+def guided_samples(forward: TARFlow, reverse: ReverseModel | None, n: int, seed: int, device: str, scales: tuple) -> dict:
+    "n images of G for each guidance scale, from the same noise as everything else: in one pass where G takes w, else in two."
+    if reverse is None and scales:
+        raise BitflowError(f"guidance scales {', '.join(f'{w:g}' for w in scales)} are for G, and there is none; name it, or leave them out")
+    row = "one-pass" if reverse is not None and reverse.cfg.max_guidance else "guided"
+    return {f"{row}, w = {w:g}": draw_all(forward, reverse, n, seed, device, rows=(row,), w=w)[row] for w in scales}
+
+
 def evaluate(forward: TARFlow, reverse: ReverseModel | None, train: Images, test: Images, n: int, seed: int = 0,
-             device: str = "cpu", timing: bool = True) -> Evaluation:
-    "All figures of a trained pair (or of F alone)."
+             device: str = "cpu", timing: bool = True, scales: tuple = ()) -> Evaluation:
+    "All figures of a trained pair (or of F alone); `scales`: guidance scales to draw from G with, besides none."
     check_enough(n)
     if reverse is not None:
         check_pair(forward, reverse)
     samples, judge = draw_all(forward, reverse, n, seed, device), judge_for(test, forward.cfg.channels)
+    samples |= guided_samples(forward, reverse, n, seed, device, scales)
     found = quality(samples, train, test, seed, judge) if judge else []
     found += fidelity(forward, reverse, test, seed, device)
     if reverse is not None and timing:

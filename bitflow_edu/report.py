@@ -44,7 +44,8 @@ def draw_rows(rows: dict, scale: float = 0.72) -> Figure:
 def sample_rows(samples: dict, test: Images, n: int = 10) -> dict:
     "The first n samples of every method, and under them the first test image of each sample's class."
     real = torch.stack([test.pixels[(test.labels == i % len(test.classes)).nonzero()[0, 0]] for i in range(n)])
-    return {**{METHODS[row]: x[:n] for row, x in samples.items()}, "real digits": Images(real, torch.arange(n), test.classes).x}
+    name = "real digits" if test.classes[0][0] == "0" else "real images"
+    return {**{METHODS.get(row, row): x[:n] for row, x in samples.items()}, name: Images(real, torch.arange(n), test.classes).x}
 
 # %% ../nbs/report.ipynb #c0596f3c
 @torch.no_grad()
