@@ -4,16 +4,18 @@
 from __future__ import annotations
 import contextlib, dataclasses, io, json, os, resource, shlex, sys, time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional, Union
 import torch
-from . import ablations, bench, pipeline, reproduce
+from . import ablations, bench, fid, pipeline, reproduce
 from .budget import StepCost, against_published, budget_of, images_per_hour, on_meta
 from .config import Preset, check_pair_preset, find_preset, inferred, one_line, read_fields, read_preset, split_fields, with_strategy, with_words, write_preset
 from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, load_data
 from .evaluation import hardware, load_result, measurement, save_results
 from .inverse_strategies import check_pair
+from .latents import DEFAULT_VAE, CacheConfig, cache_latents, decode_all, find_source, load_decoder, load_vae, report as latents_report
 from .parallel import find_ranks, leave, lost_contact
 from .plotting import image_grid
 from .report import draw_rows, sample_rows, write_report
@@ -23,15 +25,16 @@ from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 
 # %% auto #0
 __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train',
-           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'Reproduce', 'command_type', 'read_words',
-           'with_changes', 'parse', 'option_words', 'command_line', 'main', 'ended', 'load_any', 'describe_model',
-           'describe_training', 'show', 'describe_shape', 'describe_step', 'describe_costs', 'describe_preset',
-           'check_writable', 'check_new_file', 'preset_of', 'list_fields', 'run_info', 'refuse_existing', 'run_folder',
-           'said_once', 'with_options', 'with_patch_size', 'load_together', 'run_train_forward', 'check_fits',
-           'run_train_reverse', 'parse_labels', 'method_of', 'check_sample', 'run_sample', 'load_pair', 'measure',
-           'training_lines', 'write_figures', 'run_evaluate', 'bench_model', 'measure_pair', 'parse_segments',
+           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'Reproduce', 'CacheLatents', 'command_type',
+           'read_words', 'with_changes', 'parse', 'option_words', 'command_line', 'main', 'ended', 'load_any',
+           'describe_model', 'describe_training', 'show', 'describe_shape', 'describe_step', 'describe_costs',
+           'describe_preset', 'check_writable', 'check_new_file', 'preset_of', 'list_fields', 'run_info',
+           'refuse_existing', 'run_folder', 'said_once', 'with_options', 'with_patch_size', 'load_together',
+           'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of', 'check_sample',
+           'run_sample', 'load_pair', 'measure', 'training_lines', 'write_figures', 'Decoded', 'stream_rows',
+           'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'measure_pair', 'parse_segments',
            'run_bench', 'table_stem', 'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate', 'peak_memory_mb',
-           'train_pair', 'save_demo', 'check_folders', 'run_demo', 'run_guard', 'run_reproduce']
+           'train_pair', 'save_demo', 'check_folders', 'run_demo', 'run_cache_latents', 'run_guard', 'run_reproduce']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -135,6 +138,8 @@ class Sample(Picture):
     """Guidance scale: towards the label, at the price of variety; a G without w as an input takes two passes."""
     columns: int = 10
     """Images a row."""
+    vae: Optional[str] = None
+    """Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder; without it latents are shown as they are."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
     seed: int = 0
@@ -152,6 +157,22 @@ class Evaluate(Common):
     """Samples of each method; default the preset's."""
     w: tuple[float, ...] = ()
     """Guidance scales to measure G at, besides 0, e.g. --w 0.25 0.5 1; a G without w as an input takes two passes."""
+    features: Optional[str] = None
+    """mnist-cnn, effnet-lite0 or inception (FID): figures of all samples in a stream, over all processes, resumable; default for digits: FD[mnist-cnn] and label accuracy in memory, for other images inception."""
+    weights: Optional[Path] = None
+    """File with Inception's weights, where they cannot be downloaded."""
+    reference: Optional[Path] = None
+    """Statistics of real images (.npz with mu and sigma); default: computed from the test images."""
+    rows: tuple[str, ...] = ()
+    """Methods to measure in a stream: exact, exact+denoise, one-pass; default all."""
+    vae: Optional[str] = None
+    """Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder."""
+    batch_size: int = 128
+    """Images at a time, in a stream."""
+    work: Optional[Path] = None
+    """Folder for what a stream has done so far; default runs/evaluate-<preset>."""
+    resume: bool = False
+    """Go on with what is in that folder."""
     timing: bool = True
     """Measure speed as well."""
     out: Optional[Path] = None
@@ -232,8 +253,38 @@ class Reproduce:
     """With check: measure those figures anew, with five seeds, and store them."""
 
 
+# %% ../nbs/19_command_line.ipynb #308cf603
+@dataclass(frozen=True)
+class CacheLatents:
+    "Encode images into shards of latents, once, for the presets imagenet256-*; goes on where it stopped."
+    source: str
+    """Image folder (with <split>/<class>/<image>), or tar shards on disk or object storage: s3://bucket/train-{000..127}.tar."""
+    out: Path
+    """Folder of the latents; this split goes to <out>/<split>. Give it to the trainings as --data-root."""
+    split: str = "train"
+    """train or test."""
+    vae: str = DEFAULT_VAE
+    """AutoencoderKL: a name on the Hugging Face hub, or a folder."""
+    image_size: int = 256
+    """Pixels a side of the squares that are encoded."""
+    batch_size: int = 32
+    """Images encoded at once."""
+    precision: str = "fp32"
+    """Of the encoder: fp32 or bf16."""
+    per_shard: int = 2048
+    """Images a shard, from a folder."""
+    num_classes: int = 1000
+    """Classes in tar shards."""
+    max_corrupt: int = 100
+    """Unreadable images that are skipped, and named, before it stops."""
+    workers: int = 4
+    """Threads that read and decode images."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda or mps."""
+
+
 # %% ../nbs/19_command_line.ipynb #debbc86d
-NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Ablate: "ablate", Bench: "bench", Reproduce: "reproduce", Info: "info"}
+NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Ablate: "ablate", Bench: "bench", Reproduce: "reproduce", CacheLatents: "cache-latents", Info: "info"}
 POSITIONAL = {Ablate: "table"}  # options that are typed as a bare word
 
 # %% ../nbs/19_command_line.ipynb #9c943ba7
@@ -243,12 +294,14 @@ def command_type():
     sub = tyro.conf.subcommand
     Ablate.__annotations__["table"] = tyro.conf.Positional[str]
     Reproduce.__annotations__["names"] = tyro.conf.Positional[tuple[str, ...]]
+    images = tyro.conf.arg(aliases=("--images",))  # torchrun takes --n for a short form of its own options
+    Picture.__annotations__["n"], Evaluate.__annotations__["n"] = Annotated[int, images], Annotated[Optional[int], images]
     Common.__annotations__["changes"] = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
     stage = Union[Annotated[TrainForward, sub("forward")], Annotated[TrainReverse, sub("reverse")]]
     train = dataclasses.make_dataclass("Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__})
     return Union[Annotated[Demo, sub("demo")], Annotated[train, sub("train")], Annotated[Sample, sub("sample")],
                  Annotated[Evaluate, sub("evaluate")], Annotated[Ablate, sub("ablate")], Annotated[Bench, sub("bench")],
-                 Annotated[Reproduce, sub("reproduce")], Annotated[Info, sub("info")]]
+                 Annotated[Reproduce, sub("reproduce")], Annotated[CacheLatents, sub("cache-latents")], Annotated[Info, sub("info")]]
 
 # %% ../nbs/19_command_line.ipynb #ac54ed07
 def read_words(argv: list[str]):
@@ -584,15 +637,15 @@ def run_sample(args: Sample):
     "`bitflow sample`"
     check_sample(args)
     device = pipeline.find_device(args.device)
-    model = load_any(args.checkpoint, device)
-    z = pipeline.noise_for(model.cfg, args.n, args.seed, device, args.temperature)
+    ranks, model = find_ranks(device), load_any(args.checkpoint, device)
+    z = pipeline.noise_for(model.cfg, args.n, args.seed, "cpu", args.temperature)
     if args.labels is not None and isinstance(model, CouplingFlow):
         raise BitflowError(f"--labels {args.labels}: the flow in {args.checkpoint} reads no labels; leave the option out")
-    c = parse_labels(args.labels, model.cfg, args.n).to(device)
-    row = method_of(model, args)
-    x = pipeline.draw(row, model, model, z, c, args.w)
-    save_grid(image_grid(x, args.columns), args.out)
-    print(f"{args.n} images ({pipeline.METHODS.get(row, row)}) in {args.out}")
+    c, row = parse_labels(args.labels, model.cfg, args.n), method_of(model, args)
+    vae = load_decoder(args.vae, device) if args.vae else None
+    x = pipeline.draw_together(row, model, model, z, c, args.w, device, 500 if ranks.size == 1 else 64, ranks)
+    ranks.on_main(lambda: save_grid(image_grid(pipeline.to_picture(x, vae), args.columns), args.out))
+    ranks.on_main(lambda: print(f"{args.n} images ({pipeline.METHODS.get(row, row)}) in {args.out}"))
 
 RUN[Sample] = run_sample
 
@@ -613,6 +666,7 @@ def measure(args: Evaluate, preset: Preset, forward, reverse, device: str, pictu
     n = preset.num_samples if args.n is None else args.n
     if preset.reverse is not None:
         done = pipeline.evaluate(forward, reverse, train, test, n, args.seed, device, args.timing, args.w)
+        picture.parent.mkdir(parents=True, exist_ok=True)
         draw_rows(sample_rows(done.samples, test, min(n, 10))).savefig(picture, dpi=110)
         return done.measurements + training_lines(args, preset)
     found = pipeline.evaluate_flow(forward, train, test, n, args.seed, preset.conditional, args.timing).measurements
@@ -631,16 +685,78 @@ def write_figures(out: Path, preset: str, args, config: dict, found: list, start
     show(found)
     print(f"figures in {out}")
 
+# %% ../nbs/19_command_line.ipynb #32a2c682
+class Decoded:
+    "Latents as the images that an autoencoder makes of them: what samples can be compared with where the real images are elsewhere."
+    def __init__(self, data, vae):
+        self.data, self.vae = data, vae
+
+    def __len__(self):
+        return len(self.data)
+
+    def draw(self, index, generator=None):
+        "Images in [-1, 1] `(n, 3, H, W)` by number."
+        return decode_all(self.vae, self.data.draw(index, generator))
+
+
+def stream_rows(args: Evaluate, reverse) -> list:
+    "What is measured: (row, guidance scale) of every method asked for."
+    rows = args.rows or tuple(row for row in pipeline.METHODS if reverse is not None or row != "one-pass")
+    if unknown := [row for row in rows if row not in pipeline.METHODS or row == "one-pass" and reverse is None]:
+        raise BitflowError(f"--rows {unknown[0]}: no such method here; choose from {', '.join(pipeline.METHODS)}" + ("" if reverse is not None else ", and name a G with --reverse for one-pass"))
+    if args.w and reverse is None:
+        raise BitflowError("--w is for G; name one with --reverse, or leave it out")
+    guided = "one-pass" if reverse is not None and reverse.cfg.max_guidance else "guided"
+    return [(row, 0.0) for row in rows] + [(guided, w) for w in args.w]
+
+
+# %% ../nbs/19_command_line.ipynb #3b2c49b8
+def reference_of(args: Evaluate, preset: Preset, net, cfg, work: Path, vae, ranks):
+    "Statistics of real images: from a file, or of the test images (of latents: as the autoencoder makes them)."
+    if args.reference:
+        return fid.import_reference(args.reference, net, work, cfg, ranks)
+    test = load_together(preset.data, "test", args.data_root, ranks)
+    size = preset.data.image_size
+    return fid.make_reference(Decoded(test, vae) if vae else test, net, fid.reference_path(work, preset.data.name, "test", size, net), cfg, ranks)
+
+
+def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, picture: Path, ranks) -> list:
+    "Every method's figures from a stream of samples, spread over processes."
+    if preset.data.channels > 3 and not args.vae:
+        raise BitflowError(f"preset {preset.name} draws latents; name the autoencoder that turns them into images with --vae")
+    net, work = fid.find_features(args.features or "inception", device, args.weights), args.work or Path(f"runs/evaluate-{preset.name}")
+    vae = load_decoder(args.vae, device) if args.vae else None
+    cfg = fid.ScaleConfig(n=preset.num_samples if args.n is None else args.n, batch_size=args.batch_size, seed=args.seed)
+    reference, found, shown = reference_of(args, preset, net, cfg, work, vae, ranks), [], {}
+    about = {"forward": str(newest_checkpoint(run_folder(args.forward, preset, "forward"))), "reverse": args.reverse and str(newest_checkpoint(args.reverse))}
+    for row, w in stream_rows(args, reverse):
+        name = f"{row}, w = {w:g}" if w else row
+        sampler = fid.sampler_of(row, forward, reverse, args.seed, w, vae and partial(decode_all, vae))
+        found += fid.evaluate_at_scale(sampler, reference, net, cfg, work / name.replace(", w = ", "-w"), name, ranks, args.resume, {**about, "w": w}, fid.nfe(row, forward, w), 5 * args.timing)
+        shown[name] = sampler(torch.arange(min(cfg.n, 10))).cpu()
+    ranks.on_main(lambda: save_picture(shown, picture))
+    return found
+
+
+def save_picture(rows: dict, path: Path):
+    "The first samples of every method as a picture."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_rows({pipeline.METHODS.get(row, row): x for row, x in rows.items()}).savefig(path, dpi=110)
+
+
 # %% ../nbs/19_command_line.ipynb #7b7d1326
 def run_evaluate(args: Evaluate):
     "`bitflow evaluate`"
     preset, device, start = preset_of(args), pipeline.find_device(args.device), time.perf_counter()
-    out = args.out or Path(f"results/evaluate-{preset.name}.json")
-    check_new_file(out)
+    out, ranks = args.out or Path(f"results/evaluate-{preset.name}.json"), find_ranks(device)
+    ranks.on_main(lambda: check_new_file(out))
     forward, reverse = load_pair(args, preset, device)
-    found = measure(args, preset, forward, reverse, device, out.with_suffix(".png"))
+    if args.features or args.vae or ranks.size > 1 or preset.reverse is not None and preset.data.channels > 1:
+        found = stream(args, preset, forward, reverse, device, out.with_suffix(".png"), ranks) + training_lines(args, preset)
+    else:
+        found = measure(args, preset, forward, reverse, device, out.with_suffix(".png"))
     config = {"forward": dataclasses.asdict(forward.cfg), "reverse": reverse and dataclasses.asdict(reverse.cfg)}
-    write_figures(out, preset.name, args, config, found, start)
+    ranks.on_main(lambda: write_figures(out, preset.name, args, config, found, start))
 
 RUN[Evaluate] = run_evaluate
 
@@ -775,6 +891,20 @@ def run_demo(args: Demo):
     print(f"figures in {path}\nreport: {report}")
 
 RUN[Demo] = run_demo
+
+# %% ../nbs/19_command_line.ipynb #df10013c
+def run_cache_latents(args: CacheLatents):
+    "`bitflow cache-latents`"
+    if args.split not in ("train", "test"):
+        raise BitflowError(f"--split {args.split!r} must be train or test")
+    device = pipeline.find_device(args.device)
+    ranks, source = find_ranks(device), find_source(args.source, args.split, args.per_shard, args.num_classes)
+    cfg = CacheConfig(args.image_size, args.batch_size, args.precision, args.max_corrupt, args.workers)
+    index = cache_latents(source, args.out / args.split, load_vae(args.vae, device), cfg, ranks)
+    ranks.on_main(lambda: print(latents_report(index)))
+
+RUN[CacheLatents] = run_cache_latents
+
 
 # %% ../nbs/19_command_line.ipynb #59ec1224
 def run_guard(args: Reproduce):

@@ -36,6 +36,8 @@ class ObjectiveConfig:
     normalise: bool = False             # divide each depth's states by their size before they are compared
     depth_weights: tuple[float, ...] = ()  # of the depths' terms; (): 1 for all
     w_per_block: bool = False           # draw a guidance scale for each block, not one for all (where G takes w)
+    decoder: str = ""                   # autoencoder, by hub name or folder, that latents pass before the perceptual distances see them
+    decoded_images: int = 4             # of each piece of a batch, that are decoded: the decoder costs more than G
 
     def __post_init__(self):
         find_strategy(self.strategy)

@@ -18,8 +18,8 @@ from torch import Tensor
 __all__ = ['TORCHVISION', 'IMAGE_SUFFIXES', 'CHANNELS', 'LOADERS', 'BitflowError', 'asset', 'to_model_range', 'to_pixels',
            'Images', 'DataConfig', 'data_root', 'first_sentence', 'read_arrays', 'load_mnist_mini', 'load_torchvision',
            'load_cifar10', 'class_folders', 'folder_classes', 'image_files', 'read_square', 'load_image_folder',
-           'resize', 'no_latents', 'check_labels', 'check_arrays', 'check_images', 'read_split', 'load_data',
-           'dequantize', 'add_noise', 'patchify', 'unpatchify']
+           'resize', 'load_latents', 'check_labels', 'check_arrays', 'check_images', 'as_images', 'read_split',
+           'load_data', 'dequantize', 'add_noise', 'patchify', 'unpatchify']
 
 # %% ../nbs/00_data.ipynb #b99c3d85
 class BitflowError(ValueError):
@@ -226,14 +226,14 @@ def resize(
 CHANNELS = {"imagenet-latents": (4,)}  # of data that are no 8-bit images
 
 
-def no_latents(root, split, cfg):
-    "Latents are no pixels, and nothing reads them into memory as `Images`: say how they are made."
-    raise BitflowError(f"{cfg.name} are no images that load_data reads: encode ImageNet once with a Stable Diffusion VAE (diffusers' AutoencoderKL, stabilityai/sd-vae-ft-ema) "
-                       f"into {cfg.image_size}x{cfg.image_size}x{cfg.channels} latents, and train on those; or take the preset imagenet64, which needs an image folder alone")
+def load_latents(root, split, cfg):
+    "Encoded images stay on disk, as `latents.Latents`; they are the one kind of data that is no `Images`."
+    from bitflow_edu.latents import read_latents
+    return read_latents(root, split, cfg)
 
 
 LOADERS = {
-    "imagenet-latents": no_latents,
+    "imagenet-latents": load_latents,
     "mnist-mini": lambda root, split, cfg: load_mnist_mini(root, split),
     "mnist": lambda root, split, cfg: load_torchvision("mnist", root, split),
     "fashion-mnist": lambda root, split, cfg: load_torchvision("fashion-mnist", root, split),
@@ -278,6 +278,13 @@ def check_images(images, cfg):
     return Images(resize(images.pixels, cfg.image_size), images.labels, images.classes)
 
 # %% ../nbs/00_data.ipynb #eb54bee7
+def as_images(pixels, labels, classes, cfg):
+    "Arrays that a loader returned as `Images` that `cfg` describes."
+    check_arrays(pixels, labels, cfg.name)
+    images = Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)), classes)
+    return check_images(images, cfg)
+
+
 def read_split(cfg, split, root):
     "Call the loader; whatever goes wrong inside it becomes a `BitflowError` that says what to do."
     try:
@@ -296,13 +303,11 @@ def load_data(
     split: str = "train",            # "train" or "test"
     root: str | Path | None = None,  # folder of the datasets; default `BITFLOW_DATA`
 ) -> Images:
-    "Load a split into memory. Raises `BitflowError` when files are missing or corrupt, or do not fit `cfg`."
+    "Load a split into memory (latents stay on disk). Raises `BitflowError` when files are missing or corrupt, or do not fit `cfg`."
     if split not in ("train", "test"):
         raise BitflowError(f"unknown split {split!r}; choose train or test")
-    pixels, labels, classes = read_split(cfg, split, data_root(root))
-    check_arrays(pixels, labels, cfg.name)
-    images = Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)), classes)
-    return check_images(images, cfg)
+    found = read_split(cfg, split, data_root(root))
+    return found if cfg.name == "imagenet-latents" else as_images(*found, cfg)
 
 # %% ../nbs/00_data.ipynb #d1841517
 def dequantize(

@@ -8,7 +8,6 @@ import os
 from contextlib import nullcontext
 import torch
 import torch.nn as nn
-from torch import Tensor
 from .data import BitflowError
 from .training import ALONE, Alone
 from .transformer import Layer

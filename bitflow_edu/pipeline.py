@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'sample_grid', 'note_start',
-           'stage_one_loss', 'train_forward', 'image_distance', 'state_distance', 'train_reverse', 'draw', 'draw_all',
-           'quality', 'fidelity', 'time_per_image', 'speed', 'num_parameters', 'count_flops', 'flops', 'cost',
-           'Evaluation', 'check_enough', 'judge_for', 'guided_samples', 'evaluate', 'likelihood', 'flow_round_trip',
-           'flow_cost', 'evaluate_flow', 'training_record']
+__all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'to_picture', 'sample_grid',
+           'note_start', 'stage_one_loss', 'train_forward', 'image_distance', 'state_distance', 'train_reverse', 'draw',
+           'draw_together', 'draw_all', 'quality', 'fidelity', 'time_per_image', 'speed', 'num_parameters',
+           'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough', 'judge_for', 'guided_samples', 'evaluate',
+           'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow', 'training_record']
 
 # %% ../nbs/pipeline.ipynb #9bf6a130
 from .bijections import check_invertible
@@ -27,6 +27,7 @@ from .evaluation import Classifier, as_stored, commit, frechet_distance, hardwar
 from .exact_inverse import Guidance, exact_inverse, round_trip_error, score_denoise, serial_steps
 from .guidance import guided_pass, guided_run
 from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, normalised, reverse_loss
+from .latents import decode_all, decoded, load_decoder, preview
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, forward_loss
@@ -72,11 +73,18 @@ def undo(model: TARFlow | CouplingFlow, z: Tensor, c: Tensor, guidance: Guidance
     return model.inverse(z) if isinstance(model, CouplingFlow) else exact_inverse(model, model.noise(z), c, guidance)
 
 # %% ../nbs/pipeline.ipynb #031992cf
+def to_picture(x: Tensor, vae: nn.Module = None) -> Tensor:
+    "Samples as images that can be shown: latents through an autoencoder, or as a preview where none is given; images as they are."
+    if x.shape[1] in (1, 3):
+        return x
+    return preview(x) if vae is None else decode_all(vae, x)
+
+
 def sample_grid(model: nn.Module, sample, n: int = 40) -> np.ndarray:
     "A picture of n samples, for watching a training: always the same noise."
     device = next(model.parameters()).device
     z, c = noise_for(model.cfg, n, seed=0, device=device), grid_labels(model.cfg, n).to(device)
-    return image_grid(sample(model, z, c), columns=10)
+    return image_grid(to_picture(sample(model, z, c)), columns=10)
 
 # %% ../nbs/pipeline.ipynb #905354f9
 def note_start(preset: Preset, folder: Path, step: int):
@@ -106,7 +114,11 @@ def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
     weigh = partial(adaptive, p=objective.adaptive_power)
     if not objective.feature_weight:
         return weigh(mse)
-    return mixture((1.0, weigh(mse)), *((objective.feature_weight, weigh(find_distance(name, device))) for name in objective.features))
+    found = [find_distance(name, device) for name in objective.features]
+    if objective.decoder:
+        vae = load_decoder(objective.decoder, device)
+        found = [decoded(distance, vae, objective.decoded_images) for distance in found]
+    return mixture((1.0, weigh(mse)), *((objective.feature_weight, weigh(distance)) for distance in found))
 
 
 def state_distance(objective: ObjectiveConfig):
@@ -141,12 +153,21 @@ def draw(row: str, forward: TARFlow | None, reverse: ReverseModel | None, z: Ten
     return score_denoise(forward, x, c) if step else x
 
 # %% ../nbs/pipeline.ipynb #b79e640c
+def draw_together(row: str, forward, reverse, z: Tensor, c: Tensor, w: float = 0.0, device: str = "cpu", batch_size: int = 500, ranks: Alone = ALONE) -> Tensor:
+    "Images `(n, C, H, W)` from noise and labels of any number: in batches, shared out over processes, and in order again on all of them."
+    cfg, parts = (forward or reverse).cfg, torch.arange(len(z)).split(batch_size)
+    nothing = torch.empty(0, cfg.channels, cfg.image_size, cfg.image_size, device=device)
+    mine = [parts[k] for k in ranks.share(len(parts))]
+    drawn = torch.cat([nothing, *(draw(row, forward, reverse, z[i].to(device), c[i].to(device), w) for i in mine)])
+    number = torch.cat([parts[0][:0], *mine]).to(device)
+    return ranks.gather(drawn)[ranks.gather(number).argsort()].cpu()
+
+
 def draw_all(forward, reverse, n: int, seed: int, device: str = "cpu", batch_size: int = 500, rows: tuple = tuple(METHODS), w: float = 0.0) -> dict:
     "n images by every method, with guidance scale w: row → images `(n, C, H, W)`, on the CPU."
     z, c = noise_for(forward.cfg, n, seed), grid_labels(forward.cfg, n)
-    parts = list(zip(z.split(batch_size), c.split(batch_size)))
     rows = [row for row in rows if reverse is not None or row != "one-pass"]
-    return {row: torch.cat([draw(row, forward, reverse, a.to(device), b.to(device), w).cpu() for a, b in parts]) for row in rows}
+    return {row: draw_together(row, forward, reverse, z, c, w, device, batch_size) for row in rows}
 
 # %% ../nbs/pipeline.ipynb #06a0558e
 def quality(samples: dict, train: Images, test: Images, seed: int, judge: Classifier) -> list:

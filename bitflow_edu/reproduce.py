@@ -10,7 +10,7 @@ from pathlib import Path
 from . import pipeline
 from .config import find_preset, nearest
 from .data import BitflowError, load_data
-from .evaluation import load_result, measured, measurement, results_text, save_results
+from .evaluation import load_result, measured, results_text, save_results
 from .training import write_atomically, writing
 
 # %% auto #0

@@ -12,6 +12,21 @@ from bitflow_edu.tarflow import TARFlow, TARFlowConfig
 from bitflow_edu.transformer import MODERN, TransformerConfig
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run what takes minutes, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs with --slow alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests wait for --slow."""
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
 def shake(model, seed=0, size=0.2):
     """Random weights everywhere: zero-initialised projections would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)

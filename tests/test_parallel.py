@@ -1,4 +1,5 @@
 """Many processes (gloo, on the CPU): the same numbers as one, a lost process, another number of them, and whole figures."""
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from conftest import small_flow
 
 from bitflow_edu.data import BitflowError
@@ -162,3 +164,23 @@ def test_pieces_and_checkpointing_change_no_gradient(tmp_path, digits):
         made[name] = train(small_flow(side=8, patch=2, num_classes=10).train(), forward_loss, digits[:40], replace(cfg, **change), tmp_path / name)
     plain, again, pieces = (torch.cat([p.flatten() for p in made[n].parameters()]) for n in ("plain", "again", "pieces"))
     assert torch.equal(plain, again) and not torch.equal(plain, pieces) and (plain - pieces).abs().max() < 0.05
+
+
+def test_the_whole_path_to_imagenet_on_two_processes(tmp_path):
+    """Pictures → latents → F → G (sharded) → figures of exactly n samples → decoded pictures, each command on two processes."""
+    pytest.importorskip("diffusers")
+    from bitflow_edu.latents import synthetic_images, tiny_vae
+    for split, n in (("train", 80), ("test", 30)):
+        synthetic_images(tmp_path / "images", n, split)
+    vae, latents, preset = tiny_vae(tmp_path / "vae"), tmp_path / "latents", ["--preset", "imagenet256-b2-smoke", "--device", "cpu"]
+    for split in ("train", "test"):
+        run(2, "cache-latents", "--source", tmp_path / "images", "--split", split, "--vae", vae, "--image-size", 16, "--per-shard", 16, "--out", latents, "--device", "cpu")
+    data = [*preset, "--data-root", latents]
+    run(2, "train", "forward", *data, "--steps", 4, "--out", tmp_path / "f")
+    run(2, "train", "reverse", *data, "--steps", 4, "--forward", tmp_path / "f", "--out", tmp_path / "g", "--sharding", "full")
+    run(2, "evaluate", *data, "--forward", tmp_path / "f", "--reverse", tmp_path / "g", "--vae", vae, "--features", "effnet-lite0", "--rows", "one-pass",
+        "--images", 25, "--no-timing", "--work", tmp_path / "work", "--out", tmp_path / "e.json")
+    found = {m["metric"]: m for m in json.loads((tmp_path / "e.json").read_text())["measurements"]}
+    assert found["fd[effnet-lite0]"]["n"] == 25 and 0 < found["fd[effnet-lite0]"]["value"] < 1e4 and (tmp_path / "e.png").exists()
+    run(2, "sample", "--checkpoint", tmp_path / "g", "--vae", vae, "--images", 20, "--out", tmp_path / "s.png", "--device", "cpu")
+    assert Image.open(tmp_path / "s.png").size[0] > 10 * 16, "ten pictures of 16 pixels side by side, decoded"
