@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional, Union
 import torch
-from . import ablations, bench, fid, pipeline, reproduce
+from . import ablations, bench, fid, pipeline, reproduce, watching
 from .budget import StepCost, against_published, budget_of, images_per_hour, on_meta
 from .config import Preset, check_pair_preset, find_preset, inferred, one_line, read_fields, read_preset, split_fields, with_strategy, with_words, write_preset
 from .coupling import CouplingFlow
@@ -25,16 +25,17 @@ from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 
 # %% auto #0
 __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train',
-           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'Reproduce', 'CacheLatents', 'command_type',
-           'read_words', 'with_changes', 'parse', 'option_words', 'command_line', 'main', 'ended', 'load_any',
-           'describe_model', 'describe_training', 'show', 'describe_shape', 'describe_step', 'describe_costs',
-           'describe_preset', 'check_writable', 'check_new_file', 'preset_of', 'list_fields', 'run_info',
-           'refuse_existing', 'run_folder', 'said_once', 'with_options', 'with_patch_size', 'load_together',
-           'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of', 'check_sample',
-           'run_sample', 'load_pair', 'measure', 'training_lines', 'write_figures', 'Decoded', 'stream_rows',
-           'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'measure_pair', 'parse_segments',
-           'run_bench', 'table_stem', 'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate', 'peak_memory_mb',
-           'train_pair', 'save_demo', 'check_folders', 'run_demo', 'run_cache_latents', 'run_guard', 'run_reproduce']
+           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'Reproduce', 'CacheLatents', 'WatchRun',
+           'command_type', 'read_words', 'with_changes', 'parse', 'option_words', 'command_line', 'main', 'ended',
+           'load_any', 'describe_model', 'describe_training', 'show', 'describe_shape', 'describe_step',
+           'describe_costs', 'describe_preset', 'check_writable', 'check_new_file', 'preset_of', 'list_fields',
+           'run_info', 'refuse_existing', 'run_folder', 'said_once', 'with_options', 'with_patch_size', 'load_together',
+           'watch_of', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of',
+           'check_sample', 'run_sample', 'load_pair', 'measure', 'training_lines', 'write_figures', 'Decoded',
+           'stream_rows', 'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'measure_pair',
+           'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate',
+           'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo', 'run_cache_latents', 'run_watch',
+           'run_guard', 'run_reproduce']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class TrainForward(Budget):
     """Peak learning rate."""
     sharding: str = "none"
     """Under torchrun: each process holds a copy of the model (none) or a share of it (full)."""
+    watch: bool = False
+    """Look for known failures in samples and metrics (alarms.jsonl), and write curves for TensorBoard."""
     patch_size: Optional[int] = None
     """Pixels a side of a token; must divide the image size."""
 
@@ -104,6 +107,8 @@ class TrainReverse(Budget):
     """Peak learning rate."""
     sharding: str = "none"
     """Under torchrun: each process holds a copy of the model (none) or a share of it (full)."""
+    watch: bool = False
+    """Look for known failures in samples and metrics (alarms.jsonl), and write curves for TensorBoard."""
     strategy: Optional[str] = None
     """How G learns: naive, hidden-distillation or hidden-alignment; default the preset's."""
 
@@ -262,7 +267,7 @@ class CacheLatents:
     out: Path
     """Folder of the latents; this split goes to <out>/<split>. Give it to the trainings as --data-root."""
     split: str = "train"
-    """train or test."""
+    """Folder of the source below its root: train, val or test; val is written as test."""
     vae: str = DEFAULT_VAE
     """AutoencoderKL: a name on the Hugging Face hub, or a folder."""
     image_size: int = 256
@@ -283,16 +288,26 @@ class CacheLatents:
     """Where to compute: auto, cpu, cuda or mps."""
 
 
+# %% ../nbs/19_command_line.ipynb #f30b7c2a
+@dataclass(frozen=True)
+class WatchRun:
+    "Say how a run is going: last metrics, throughput, time left, alarms."
+    run: Path
+    """Folder of a run, going on or finished."""
+    tensorboard: Optional[Path] = None
+    """Mirror its metrics, samples and alarms into this folder, for tensorboard --logdir."""
+
+
 # %% ../nbs/19_command_line.ipynb #debbc86d
-NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Ablate: "ablate", Bench: "bench", Reproduce: "reproduce", CacheLatents: "cache-latents", Info: "info"}
-POSITIONAL = {Ablate: "table"}  # options that are typed as a bare word
+NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Ablate: "ablate", Bench: "bench", Reproduce: "reproduce", CacheLatents: "cache-latents", WatchRun: "watch", Info: "info"}
+POSITIONAL = {Ablate: "table", WatchRun: "run"}  # options that are typed as a bare word
 
 # %% ../nbs/19_command_line.ipynb #9c943ba7
 def command_type():
     "All commands as one type, which tyro turns into a parser."
     import tyro
     sub = tyro.conf.subcommand
-    Ablate.__annotations__["table"] = tyro.conf.Positional[str]
+    Ablate.__annotations__["table"], WatchRun.__annotations__["run"] = tyro.conf.Positional[str], tyro.conf.Positional[Path]
     Reproduce.__annotations__["names"] = tyro.conf.Positional[tuple[str, ...]]
     images = tyro.conf.arg(aliases=("--images",))  # torchrun takes --n for a short form of its own options
     Picture.__annotations__["n"], Evaluate.__annotations__["n"] = Annotated[int, images], Annotated[Optional[int], images]
@@ -301,7 +316,7 @@ def command_type():
     train = dataclasses.make_dataclass("Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__})
     return Union[Annotated[Demo, sub("demo")], Annotated[train, sub("train")], Annotated[Sample, sub("sample")],
                  Annotated[Evaluate, sub("evaluate")], Annotated[Ablate, sub("ablate")], Annotated[Bench, sub("bench")],
-                 Annotated[Reproduce, sub("reproduce")], Annotated[CacheLatents, sub("cache-latents")], Annotated[Info, sub("info")]]
+                 Annotated[Reproduce, sub("reproduce")], Annotated[CacheLatents, sub("cache-latents")], Annotated[WatchRun, sub("watch")], Annotated[Info, sub("info")]]
 
 # %% ../nbs/19_command_line.ipynb #ac54ed07
 def read_words(argv: list[str]):
@@ -561,13 +576,18 @@ def load_together(cfg, split: str, root, ranks):
     return ranks.on_main(lambda: load_data(cfg, split, root)) or load_data(cfg, split, root)
 
 
+def watch_of(args) -> pipeline.Watch | None:
+    "How the training is watched."
+    return pipeline.Watch(tensorboard=True) if args.watch else None
+
+
 def run_train_forward(args: TrainForward):
     "`bitflow train forward`"
     preset = with_patch_size(with_options(preset_of(args), args, "forward"), args.patch_size)
     folder, device = run_folder(args.out, preset, "forward"), pipeline.find_device(args.device)
     ranks = find_ranks(device, args.sharding)
     ranks.on_main(lambda: refuse_existing(folder, args.resume))
-    pipeline.train_forward(preset, load_together(preset.data, "train", args.data_root, ranks), folder, device, args.resume, ranks)
+    pipeline.train_forward(preset, load_together(preset.data, "train", args.data_root, ranks), folder, device, args.resume, ranks, watch_of(args))
     ranks.on_main(lambda: print(f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"))
 
 RUN[TrainForward] = run_train_forward
@@ -591,7 +611,7 @@ def run_train_reverse(args: TrainReverse):
     forward = load_model(run_folder(args.forward, preset, "forward"), TARFlow, device)
     check_fits(forward, preset.data)
     preset = with_patch_size(preset, forward.cfg.patch_size)
-    pipeline.train_reverse(preset, forward, load_together(preset.data, "train", args.data_root, ranks), folder, device, args.resume, ranks)
+    pipeline.train_reverse(preset, forward, load_together(preset.data, "train", args.data_root, ranks), folder, device, args.resume, ranks, watch_of(args))
     ranks.on_main(lambda: print(f"G is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"))
 
 RUN[TrainReverse] = run_train_reverse
@@ -895,15 +915,25 @@ RUN[Demo] = run_demo
 # %% ../nbs/19_command_line.ipynb #df10013c
 def run_cache_latents(args: CacheLatents):
     "`bitflow cache-latents`"
-    if args.split not in ("train", "test"):
-        raise BitflowError(f"--split {args.split!r} must be train or test")
     device = pipeline.find_device(args.device)
     ranks, source = find_ranks(device), find_source(args.source, args.split, args.per_shard, args.num_classes)
     cfg = CacheConfig(args.image_size, args.batch_size, args.precision, args.max_corrupt, args.workers)
-    index = cache_latents(source, args.out / args.split, load_vae(args.vae, device), cfg, ranks)
+    index = cache_latents(source, args.out / ("train" if args.split == "train" else "test"), load_vae(args.vae, device), cfg, ranks)
     ranks.on_main(lambda: print(latents_report(index)))
 
 RUN[CacheLatents] = run_cache_latents
+
+
+# %% ../nbs/19_command_line.ipynb #d5a9c7e9
+def run_watch(args: WatchRun):
+    "`bitflow watch`"
+    if not (args.run / "run.json").exists():
+        raise BitflowError(f"{args.run} is no run: it has no run.json; name the folder that a training was given with --out")
+    print(watching.watch(args.run))
+    if args.tensorboard:
+        print(f"{watching.to_tensorboard(args.run, args.tensorboard)} items mirrored; look at them with: tensorboard --logdir {args.tensorboard}")
+
+RUN[WatchRun] = run_watch
 
 
 # %% ../nbs/19_command_line.ipynb #59ec1224

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from .data import BitflowError, add_noise
 from .reverse_model import ReverseModel, ReverseOutput
-from .tarflow import TARFlow, Trajectory
+from .tarflow import TARFlow, Trajectory, rms, trajectory_norms
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'mse', 'StrategyLoss', 'naive_distillation', 'hidden_alignment', 'hidden_distillation', 'find_strategy',
-           'check_pair', 'needs_token_states', 'check_strategy', 'reverse_loss', 'normalised']
+           'check_pair', 'needs_token_states', 'check_strategy', 'reading_norms', 'reverse_loss', 'normalised']
 
 # %% ../nbs/11_inverse_strategies.ipynb #9213e753
 def mse(
@@ -107,6 +107,14 @@ def check_strategy(model: ReverseModel, strategy: str):
     if model.cfg.token_states != needs_token_states(strategy):
         raise BitflowError(f"strategy {strategy!r} needs a G with token_states={not model.cfg.token_states}")
 
+# %% ../nbs/11_inverse_strategies.ipynb #0065aa4a
+def reading_norms(
+    out: ReverseOutput,
+) -> dict:  # reading_rms_0 … reading_rms_{B−1}, scalars
+    "The size of what G reads at every depth, φ_i(h^i): to be compared with F's `trajectory_norms`."
+    return {f"reading_rms_{i}": rms(tokens) for i, tokens in enumerate(out.projected)}
+
+
 # %% ../nbs/11_inverse_strategies.ipynb #c811a1f9
 def reverse_loss(
     forward_model: TARFlow,   # F, frozen
@@ -126,7 +134,8 @@ def reverse_loss(
         with torch.no_grad(): trajectory = forward_model(noisy, c)
         out = run(model, trajectory.z, c, generator)
         terms = strategy(trajectory, out, x if out.denoised else noisy, distance, image_distance).weighed(depth_weights)
-        return terms.total, {"image": terms.image.detach(), **{f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}}
+        of_depths = {f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}
+        return terms.total, {"image": terms.image.detach(), **of_depths, **trajectory_norms(trajectory), **reading_norms(out)}
     return loss
 
 # %% ../nbs/11_inverse_strategies.ipynb #e1c32c6c

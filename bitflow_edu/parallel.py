@@ -6,6 +6,7 @@
 from __future__ import annotations
 import os
 from contextlib import nullcontext
+from datetime import timedelta
 import torch
 import torch.nn as nn
 from .data import BitflowError
@@ -116,10 +117,11 @@ def find_ranks(
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ImportError as e:
         raise BitflowError("several processes need accelerate; pip install accelerate, or start one process") from e
-    return Ranks(Accelerator(cpu=device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]), sharding == "full")
+    kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # samples, and slow encoders, may be waited for
+    return Ranks(Accelerator(cpu=device == "cpu", kwargs_handlers=kwargs), sharding == "full")
 
 # %% ../nbs/parallel.ipynb #2e43b6f2
 LOST = ("connection closed by peer", "connection reset", "broken pipe", "read timeout", "timed out", "socket", "nccl", "gloo")

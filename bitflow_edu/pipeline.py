@@ -6,16 +6,18 @@ import dataclasses, json, math, shlex, sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'to_picture', 'sample_grid',
-           'note_start', 'stage_one_loss', 'train_forward', 'image_distance', 'state_distance', 'train_reverse', 'draw',
-           'draw_together', 'draw_all', 'quality', 'fidelity', 'time_per_image', 'speed', 'num_parameters',
-           'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough', 'judge_for', 'guided_samples', 'evaluate',
-           'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow', 'training_record']
+__all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'to_picture', 'Drawn', 'sample_grid',
+           'note_start', 'Watch', 'stage_one_loss', 'train_forward', 'image_distance', 'state_distance',
+           'train_reverse', 'draw', 'draw_together', 'draw_all', 'quality', 'fidelity', 'time_per_image', 'speed',
+           'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough', 'judge_for',
+           'guided_samples', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow',
+           'training_record']
 
 # %% ../nbs/pipeline.ipynb #9bf6a130
 from .bijections import check_invertible
@@ -31,7 +33,8 @@ from .latents import decode_all, decoded, load_decoder, preview
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, forward_loss
-from .training import ALONE, Alone, newest_checkpoint, train, writing
+from .training import ALONE, Alone, TrainConfig, newest_checkpoint, train, writing
+from .watching import Watcher, reference_of, watch_labels
 
 # %% ../nbs/pipeline.ipynb #310468bf
 def find_device(name: str = "auto") -> str:
@@ -80,11 +83,18 @@ def to_picture(x: Tensor, vae: nn.Module = None) -> Tensor:
     return preview(x) if vae is None else decode_all(vae, x)
 
 
-def sample_grid(model: nn.Module, sample, n: int = 40) -> np.ndarray:
-    "A picture of n samples, for watching a training: always the same noise."
+class Drawn(NamedTuple):
+    "Samples, and the picture of them."
+    picture: np.ndarray  # uint8 `(H, W, 3)`
+    x: Tensor            # `(n, C, H, W)`
+
+
+def sample_grid(model: nn.Module, sample, labels: Tensor = None) -> Drawn:
+    "Samples for watching a training: always the same noise, and 40 classes in turn where no labels are given."
     device = next(model.parameters()).device
-    z, c = noise_for(model.cfg, n, seed=0, device=device), grid_labels(model.cfg, n).to(device)
-    return image_grid(to_picture(sample(model, z, c)), columns=10)
+    c = (grid_labels(model.cfg, 40) if labels is None else labels).to(device)
+    x = sample(model, noise_for(model.cfg, len(c), seed=0, device=device), c)
+    return Drawn(image_grid(to_picture(x), columns=10), x)
 
 # %% ../nbs/pipeline.ipynb #905354f9
 def note_start(preset: Preset, folder: Path, step: int):
@@ -95,18 +105,31 @@ def note_start(preset: Preset, folder: Path, step: int):
         file.write(json.dumps(line) + "\n")
 
 
+@dataclass(frozen=True)
+class Watch:
+    "How a training is watched: alarms for known failures, from samples and metrics, and curves for TensorBoard."
+    tensorboard: bool = False
+
+    def of(self, data, cfg: TrainConfig, patch_size: int, noise_std: float, conditional: bool = True) -> tuple:
+        "Labels to sample with `(n,)`, and what `train` calls to make the watcher. The reference is real images, noisy as the samples are."
+        labels = watch_labels(data.labels)
+        labels = labels if conditional else torch.full_like(labels, -1)
+        return labels, lambda folder, step: Watcher(folder, step, reference_of(data, labels, patch_size, noise_std), cfg.batch_size, self.tensorboard)
+
+
 def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
     "What F minimises: likelihood of images with Gaussian noise where it has a σ, else with uniform dequantisation."
     return forward_loss if getattr(cfg, "noise_std", 0) else uniform_noise_loss
 
 
-def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu", resume: bool = False, ranks: Alone = ALONE) -> nn.Module:
+def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu", resume: bool = False, ranks: Alone = ALONE, watch: Watch = None) -> nn.Module:
     "Stage 1: F by maximum likelihood on noisy images."
     cfg = preset.train_forward
     forward = preset.forward if isinstance(preset.forward, CouplingConfig) else replace(preset.forward, label_dropout=cfg.label_dropout)
     model = build(FLOWS[type(forward)], forward, cfg.seed, device)
-    return train(model, stage_one_loss(preset.forward), data, cfg, folder, resume,
-                 partial(sample_grid, sample=undo), {"preset": preset.name, "stage": "forward"}, partial(note_start, preset), ranks)
+    labels, watcher = watch.of(data, cfg, getattr(forward, "patch_size", 1), getattr(forward, "noise_std", 0.0), preset.conditional) if watch else (None, None)
+    return train(model, stage_one_loss(preset.forward), data, cfg, folder, resume, partial(sample_grid, sample=undo, labels=labels),
+                 {"preset": preset.name, "stage": "forward"}, partial(note_start, preset), ranks, watcher)
 
 # %% ../nbs/pipeline.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
@@ -117,7 +140,7 @@ def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
     found = [find_distance(name, device) for name in objective.features]
     if objective.decoder:
         vae = load_decoder(objective.decoder, device)
-        found = [decoded(distance, vae, objective.decoded_images) for distance in found]
+        return mixture((1.0, weigh(mse)), *((objective.feature_weight, decoded(weigh(distance), vae, objective.decoded_images)) for distance in found))
     return mixture((1.0, weigh(mse)), *((objective.feature_weight, weigh(distance)) for distance in found))
 
 
@@ -126,7 +149,8 @@ def state_distance(objective: ObjectiveConfig):
     return adaptive(normalised(mse) if objective.normalise else mse, objective.adaptive_power)
 
 # %% ../nbs/pipeline.ipynb #933c6de4
-def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, device: str = "cpu", resume: bool = False, ranks: Alone = ALONE) -> ReverseModel:
+def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, device: str = "cpu", resume: bool = False, ranks: Alone = ALONE,
+                  watch: Watch = None) -> ReverseModel:
     "Stage 2: G on F's trajectories, with F frozen."
     check_pair_preset(preset)
     cfg, objective = preset.train_reverse, preset.objective
@@ -136,7 +160,8 @@ def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, 
     run = guided_run(objective.w_per_block) if model.cfg.max_guidance else None
     loss = reverse_loss(forward, find_strategy(objective.strategy), state_distance(objective), image_distance(objective, device), objective.depth_weights, run)
     describe = {"preset": preset.name, "stage": "reverse", "objective": dataclasses.asdict(objective)}
-    return train(model, loss, data, cfg, folder, resume, partial(sample_grid, sample=one_pass), describe, partial(note_start, preset), ranks)
+    labels, watcher = watch.of(data, cfg, model.cfg.patch_size, 0.0 if model.cfg.denoise else forward.cfg.noise_std) if watch else (None, None)
+    return train(model, loss, data, cfg, folder, resume, partial(sample_grid, sample=one_pass, labels=labels), describe, partial(note_start, preset), ranks, watcher)
 
 # %% ../nbs/pipeline.ipynb #1430b3c4
 METHODS = {"exact": "exact inverse", "exact+denoise": "exact inverse + score denoising", "one-pass": "one pass of G"}

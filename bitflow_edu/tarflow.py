@@ -14,8 +14,9 @@ from .transformer import Transformer, TransformerConfig
 
 # %% auto #0
 __all__ = ['TokenGeometry', 'TARFlowConfig', 'check_geometry', 'ClassEmbedding', 'BlockParts', 'shifted', 'FlowBlock',
-           'Trajectory', 'check_input', 'block_config', 'TARFlow', 'log_prob', 'nll_per_dim', 'forward_loss',
-           'to_apple_name', 'apple_shapes', 'apple_config', 'check_apple', 'load_apple_state_dict', 'apple_state_dict']
+           'Trajectory', 'check_input', 'block_config', 'TARFlow', 'log_prob', 'nll_per_dim', 'rms', 'trajectory_norms',
+           'forward_loss', 'to_apple_name', 'apple_shapes', 'apple_config', 'check_apple', 'load_apple_state_dict',
+           'apple_state_dict']
 
 # %% ../nbs/07_tarflow.ipynb #a9a0c3a7
 class TokenGeometry:
@@ -196,6 +197,19 @@ def nll_per_dim(
     z = trajectory.z
     return 0.5 * z.square().mean() - trajectory.logdet.mean() / z[0].numel()
 
+# %% ../nbs/07_tarflow.ipynb #86455917
+def rms(x: Tensor) -> Tensor:
+    "Root of the mean square, a scalar without gradient."
+    return x.detach().float().square().mean().sqrt()
+
+
+def trajectory_norms(
+    trajectory: Trajectory,
+) -> dict:  # state_rms_0 … state_rms_B, scalars
+    "The size of every state x^0 … x^B: to be logged, for states that grow or shrink without end show up here first."
+    return {f"state_rms_{i}": rms(state) for i, state in enumerate(trajectory.states)}
+
+
 # %% ../nbs/07_tarflow.ipynb #b5af407a
 def forward_loss(
     model: TARFlow,              # F
@@ -205,7 +219,7 @@ def forward_loss(
 ) -> tuple[Tensor, dict]:        # the loss, and what to log
     "Stage 1: maximum likelihood on x̃ = x + σ ε."
     trajectory = model(add_noise(x, model.cfg.noise_std, generator), c)
-    return nll_per_dim(trajectory), {"z_rms": trajectory.z.detach().square().mean().sqrt()}
+    return nll_per_dim(trajectory), {"z_rms": rms(trajectory.z), **trajectory_norms(trajectory)}
 
 # %% ../nbs/07_tarflow.ipynb #b3cdcc02
 def to_apple_name(name: str) -> str:

@@ -688,13 +688,16 @@ def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
     return state.step % every == 0 or progress_of(state, cfg) >= 1
 
 # %% ../nbs/05_training.ipynb #5591a74b
-def log_step(log: MetricsLog, bar, state: TrainState, loss: Tensor, norm: Tensor, metrics: dict):
+def log_step(log: MetricsLog, bar, state: TrainState, loss: Tensor, norm: Tensor, metrics: dict, watcher=None):
     "A line of metrics.jsonl with the means over all processes, and the loss on the progress bar."
     values = state.ranks.mean([loss.detach(), *metrics.values()])
     own = {"step": state.step, "loss": values[0], "grad_norm": norm.item(), "lr": state.optimizer.param_groups[0]["lr"],
            "seconds": round(state.seconds, 3)}
+    line = {**own, **{k: v for k, v in zip(metrics, values[1:]) if k not in own}}
     if state.ranks.main:
-        log.write(**own, **{k: v for k, v in zip(metrics, values[1:]) if k not in own})
+        log.write(**line)
+        if watcher:
+            watcher.metrics(state.step, line)
     bar.set_postfix(loss=f"{own['loss']:.4f}")
 
 # %% ../nbs/05_training.ipynb #a15efc3f
@@ -726,14 +729,20 @@ def whole_model(state: TrainState) -> nn.Module:
     return model.to(next(state.averaged.parameters()).device).eval().requires_grad_(False)
 
 
-def draw_grid(state: TrainState, sampler, folder: Path):
-    "A sample grid of the averaged model, drawn by the main process."
+def draw_grid(state: TrainState, sampler, folder: Path, watcher=None):
+    "A sample grid of the averaged model, drawn by the main process; a watcher sees the samples behind it, where the sampler hands them out."
     model = whole_model(state)
-    state.ranks.on_main(lambda: save_grid(sampler(model), folder / "samples" / f"step-{state.step:08d}.png"))
+    def draw():
+        "Draw, store, show."
+        drawn = sampler(model)
+        save_grid(getattr(drawn, "picture", drawn), folder / "samples" / f"step-{state.step:08d}.png")
+        if watcher:
+            watcher.samples(state.step, drawn.x)
+    state.ranks.on_main(draw)
 
 
 # %% ../nbs/05_training.ipynb #0ebca292
-def training_loop(state: TrainState, loss_fn, data: Images, cfg: TrainConfig, folder: Path, log: MetricsLog, sampler=None):
+def training_loop(state: TrainState, loss_fn, data: Images, cfg: TrainConfig, folder: Path, log: MetricsLog, sampler=None, watcher=None):
     "From the state's step to the end of the budget."
     start = time.perf_counter() - state.seconds
     with progress_bar(state, cfg) as bar:
@@ -745,9 +754,9 @@ def training_loop(state: TrainState, loss_fn, data: Images, cfg: TrainConfig, fo
                 state.seconds, = state.ranks.mean([state.seconds])
             bar.update()
             if due(state, cfg, cfg.log_every):
-                log_step(log, bar, state, loss, norm, metrics)
+                log_step(log, bar, state, loss, norm, metrics, watcher)
             if sampler and due(state, cfg, cfg.sample_every):
-                draw_grid(state, sampler, folder)
+                draw_grid(state, sampler, folder, watcher)
             if due(state, cfg, cfg.checkpoint_every):
                 save_checkpoint(state, folder)
 
@@ -763,6 +772,7 @@ def train(
     describe: dict = None,# more to write to run.json
     on_start=None,        # called with (folder, step) once the run is open
     ranks: Alone = ALONE, # the processes that train together
+    watch=None,           # (folder, step) → what looks at metrics and samples meanwhile, e.g. `watching.Watcher`
 ) -> nn.Module:           # the averaged model, in evaluation mode
     "The loop of both stages. Raises `BitflowError` when the loss is no longer finite."
     folder = Path(folder)
@@ -770,6 +780,7 @@ def train(
     if on_start:
         ranks.on_main(lambda: on_start(folder, state.step))
     log = ranks.on_main(lambda: MetricsLog(folder / "metrics.jsonl", state.step))
-    with closing(log) if log else nullcontext():
-        training_loop(state, loss_fn, data, cfg, folder, log, sampler)
+    watcher = ranks.on_main(lambda: watch(folder, state.step)) if watch else None
+    with closing(log) if log else nullcontext(), closing(watcher) if watcher else nullcontext():
+        training_loop(state, loss_fn, data, cfg, folder, log, sampler, watcher)
     return whole_model(state)

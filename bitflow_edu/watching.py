@@ -20,9 +20,9 @@ __all__ = ['TINY', 'SPREADS', 'mixed_up', 'one_grey', 'FAILURES', 'GROUPS', 'WIN
            'label_correlation', 'Bound', 'Known', 'know', 'add_grid', 'first_of_class', 'Failure', 'contrast',
            'watch_labels', 'halves', 'alike', 'Reference', 'bound', 'reference', 'draw_images', 'reference_of', 'Alarm',
            'broken', 'judge', 'check_samples', 'robust_spread', 'excursion', 'spike', 'scale_of_z', 'finite_past',
-           'check_line', 'check_metrics', 'restlessness', 'rms', 'trajectory_norms', 'reading_norms',
-           'images_per_second', 'summary_writer', 'tag', 'write_line', 'items_of', 'write_item', 'read_picture',
-           'mirrored', 'to_tensorboard', 'visible', 'Watcher', 'duration', 'pace', 'alarm_lines', 'run_budget', 'watch']
+           'check_line', 'check_metrics', 'restlessness', 'images_per_second', 'summary_writer', 'tag', 'write_line',
+           'items_of', 'write_item', 'read_picture', 'mirrored', 'to_tensorboard', 'visible', 'Watcher', 'duration',
+           'pace', 'alarm_lines', 'run_budget', 'watch']
 
 # %% ../nbs/watching.ipynb #31673139
 TINY = 1e-12  # keeps 0/0 away from images without any structure
@@ -441,25 +441,6 @@ def restlessness(
     return found
 
 # %% ../nbs/watching.ipynb #be4c027d
-def rms(x: Tensor) -> Tensor:
-    "Root of the mean square, a scalar without gradient."
-    return x.detach().float().square().mean().sqrt()
-
-
-def trajectory_norms(
-    trajectory,  # `Trajectory` of F
-) -> dict:       # state_rms_0 … state_rms_B, scalars
-    "The size of every state x^0 … x^B."
-    return {f"state_rms_{i}": rms(state) for i, state in enumerate(trajectory.states)}
-
-
-def reading_norms(
-    out,    # `ReverseOutput` of G
-) -> dict:  # reading_rms_0 … reading_rms_{B−1}, scalars
-    "The size of what G reads at every depth, φ_i(h^i): to be compared with `trajectory_norms`."
-    return {f"reading_rms_{i}": rms(tokens) for i, tokens in enumerate(out.projected)}
-
-
 def images_per_second(line: dict, before: dict | None, batch_size: int) -> float:
     "Throughput between two lines of metrics; from the run's start where there is none before. 0 where no time has passed."
     steps, seconds = ((line[key] - (before[key] if before else 0)) for key in ("step", "seconds"))

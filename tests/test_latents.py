@@ -547,3 +547,19 @@ def test_tiny_autoencoders_have_unit_latents(tmp_path, factor):
     x = moments(vae, pixels)[:, 0].float() * units(vae)[0]
     assert latent_shape(vae, 8 * factor) == (4, 8, 8) == tuple(x.shape[1:]) and 0.7 < x.std() < 1.4
     assert decode(load_decoder(tiny_decoder(tmp_path / "small", factor)), x).shape == pixels.shape
+
+
+def test_the_objective_sees_decoded_images(tmp_path):
+    """`objective.decoder`: the perceptual distances of a preset compare decoded images, adaptive weights inside; MSE stays in latents."""
+    from dataclasses import replace
+    from bitflow_edu import pipeline
+    from bitflow_edu.config import ObjectiveConfig
+    a, b = torch.randn(3, 4, 8, 8, requires_grad=True), torch.randn(3, 4, 8, 8)
+    plain = ObjectiveConfig(feature_weight=1.0, adaptive_power=1.0)
+    coloured = replace(plain, decoder=str(latents.tiny_vae(tmp_path / "vae")), decoded_images=3)
+    seen = []
+    pixel = lambda u, v: seen.append(u.shape) or (u - v).square().mean(dim=(1, 2, 3))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(pipeline, "find_distance", lambda name, device: pixel)
+        pipeline.image_distance(coloured)(a, b).mean().backward()
+    assert all(shape == (3, 3, 16, 16) for shape in seen) and seen and a.grad.isfinite().all() and a.grad.abs().sum() > 0

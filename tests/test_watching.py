@@ -10,12 +10,13 @@ import torch.nn.functional as nnf
 
 from bitflow_edu import watching
 from bitflow_edu.data import BitflowError, DataConfig, add_noise, asset, load_data
+from bitflow_edu.inverse_strategies import reading_norms
 from bitflow_edu.pipeline import build, draw, noise_for
 from bitflow_edu.reverse_model import ReverseModel
-from bitflow_edu.tarflow import TARFlow
+from bitflow_edu.tarflow import TARFlow, trajectory_norms
 from bitflow_edu.training import load_model, read_metrics
-from bitflow_edu.watching import (FAILURES, Bound, Watcher, alike, check_line, check_metrics, check_samples, images_per_second, reading_norms, reference, reference_of,
-                                  seams, to_tensorboard, trajectory_norms, watch, watch_labels)
+from bitflow_edu.watching import (FAILURES, Bound, Watcher, alike, check_line, check_metrics, check_samples, images_per_second, reference, reference_of,
+                                  seams, to_tensorboard, watch, watch_labels)
 from conftest import small_flow, small_reverse
 
 CHEQUERS = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1
@@ -364,3 +365,25 @@ def test_watch_by_the_clock_and_at_the_end(tmp_path):
     assert "step 20 of" in watch(write_run(tmp_path / "run", healthy(1)))
     with pytest.raises(BitflowError, match="run.json"):
         watch(tmp_path)
+
+
+def test_the_command_watches(tmp_path, capsys):
+    """`train … --watch` leaves alarms, norms and curves for TensorBoard; `bitflow watch` reads them, and mirrors an unwatched run."""
+    pytest.importorskip("tensorboard")
+    from bitflow_edu.cli import main
+    preset = ["--preset", "mnist-mini-smoke", "--device", "cpu"]
+    assert main(["train", "forward", *preset, "--out", str(tmp_path / "f"), "--watch"]) == 0
+    assert main(["train", "reverse", *preset, "--forward", str(tmp_path / "f"), "--out", str(tmp_path / "g"), "--watch"]) == 0
+    assert main(["train", "forward", *preset, "--out", str(tmp_path / "plain")]) == 0
+    for run in ("f", "g"):
+        assert list((tmp_path / run / "tensorboard").glob("events*")) and (tmp_path / run / "alarms.jsonl").exists()
+    assert read_metrics(tmp_path / "f" / "alarms.jsonl"), "thirty steps draw no digits, and that is noticed"
+    line = read_metrics(tmp_path / "g" / "metrics.jsonl")[-1]
+    assert {"state_rms_0", "state_rms_2", "reading_rms_0", "depth_1", "image"} <= line.keys()
+    assert not (tmp_path / "plain" / "alarms.jsonl").exists()
+    a, b = (load_model(tmp_path / run, TARFlow).state_dict() for run in ("f", "plain"))
+    assert all(torch.equal(a[k], b[k]) for k in a), "watching changes nothing"
+    capsys.readouterr()
+    assert main(["watch", str(tmp_path / "f"), "--tensorboard", str(tmp_path / "mirror")]) == 0
+    assert "alarm" in (said := capsys.readouterr().out) and "items mirrored" in said and list((tmp_path / "mirror").glob("events*"))
+    assert main(["watch", str(tmp_path)]) == 2 and "is no run" in capsys.readouterr().err
