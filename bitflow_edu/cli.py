@@ -34,8 +34,8 @@ __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo',
            'check_sample', 'run_sample', 'load_pair', 'measure', 'training_lines', 'write_figures', 'Decoded',
            'stream_rows', 'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'measure_pair',
            'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate',
-           'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo', 'run_cache_latents', 'run_watch',
-           'run_guard', 'run_reproduce']
+           'run_cache_latents', 'run_watch', 'run_guard', 'run_reproduce', 'peak_memory_mb', 'train_pair', 'save_demo',
+           'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class WatchRun:
 
 # %% ../nbs/19_command_line.ipynb #debbc86d
 NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Ablate: "ablate", Bench: "bench", Reproduce: "reproduce", CacheLatents: "cache-latents", WatchRun: "watch", Info: "info"}
-POSITIONAL = {Ablate: "table", WatchRun: "run"}  # options that are typed as a bare word
+POSITIONAL = {Ablate: "table", WatchRun: "run", Reproduce: "names"}  # options that are typed as a bare word
 
 # %% ../nbs/19_command_line.ipynb #9c943ba7
 def command_type():
@@ -365,7 +365,7 @@ def command_line(args) -> str:
     for f in dataclasses.fields(args):
         value = getattr(args, f.name)
         if f.name == POSITIONAL.get(type(args)):
-            words = [value, *words]
+            words = [*option_words(f.name, value)[1:], *words]
         elif f.name == "changes":
             changes = value
         elif value != f.default:
@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
         return ended(message, 3)
     return 0
 
-
+# %% ../nbs/19_command_line.ipynb #48a5b213
 def ended(message, code: int) -> int:
     "Say once, not on every process, why there is no more to do."
     if code == 3 or os.environ.get("RANK", "0") == "0":
@@ -718,7 +718,7 @@ class Decoded:
         "Images in [-1, 1] `(n, 3, H, W)` by number."
         return decode_all(self.vae, self.data.draw(index, generator))
 
-
+# %% ../nbs/19_command_line.ipynb #0ea34aee
 def stream_rows(args: Evaluate, reverse) -> list:
     "What is measured: (row, guidance scale) of every method asked for."
     rows = args.rows or tuple(row for row in pipeline.METHODS if reverse is not None or row != "one-pass")
@@ -739,7 +739,7 @@ def reference_of(args: Evaluate, preset: Preset, net, cfg, work: Path, vae, rank
     size = preset.data.image_size
     return fid.make_reference(Decoded(test, vae) if vae else test, net, fid.reference_path(work, preset.data.name, "test", size, net), cfg, ranks)
 
-
+# %% ../nbs/19_command_line.ipynb #857c04ca
 def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, picture: Path, ranks) -> list:
     "Every method's figures from a stream of samples, spread over processes."
     if preset.data.channels > 3 and not args.vae:
@@ -757,7 +757,7 @@ def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, pictur
     ranks.on_main(lambda: save_picture(shown, picture))
     return found
 
-
+# %% ../nbs/19_command_line.ipynb #2a76f56e
 def save_picture(rows: dict, path: Path):
     "The first samples of every method as a picture."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -824,7 +824,7 @@ def table_stem(name: str, args: Ablate) -> str:
     "What a table's files are named: after its preset, and the steps where they are not the preset's."
     return f"ablate-{name}-{preset_of(args).name}" + (f"-{args.steps}-steps" if args.steps else "")
 
-
+# %% ../nbs/19_command_line.ipynb #48756635
 def tables_asked(args: Ablate) -> list:
     "The tables to make. Refuses an unknown one, and results that would be overwritten."
     names = list(ablations.TABLES) if args.table == "all" else [args.table]
@@ -836,7 +836,7 @@ def tables_asked(args: Ablate) -> list:
         check_new_file(args.results / f"{table_stem(name, args)}.json")
     return names
 
-
+# %% ../nbs/19_command_line.ipynb #baa34638
 def workers_for(args: Ablate, device: str) -> int:
     "Trainings at a time: one on an accelerator, else one for each core and 2 GB of memory."
     return args.workers or (1 if device != "cpu" else max(min(torch.get_num_threads(), int(hardware()["memory_gb"] or 2) // 2), 1))
@@ -866,6 +866,58 @@ def run_ablate(args: Ablate):
         print(f"{name}: {config['verdict']}; figures in {args.results / stem}.json")
 
 RUN[Ablate] = run_ablate
+
+# %% ../nbs/19_command_line.ipynb #df10013c
+def run_cache_latents(args: CacheLatents):
+    "`bitflow cache-latents`"
+    device = pipeline.find_device(args.device)
+    ranks, source = find_ranks(device), find_source(args.source, args.split, args.per_shard, args.num_classes)
+    cfg = CacheConfig(args.image_size, args.batch_size, args.precision, args.max_corrupt, args.workers)
+    index = cache_latents(source, args.out / ("train" if args.split == "train" else "test"), load_vae(args.vae, device), cfg, ranks)
+    ranks.on_main(lambda: print(latents_report(index)))
+
+RUN[CacheLatents] = run_cache_latents
+
+
+# %% ../nbs/19_command_line.ipynb #d5a9c7e9
+def run_watch(args: WatchRun):
+    "`bitflow watch`"
+    if not (args.run / "run.json").exists():
+        raise BitflowError(f"{args.run} is no run: it has no run.json; name the folder that a training was given with --out")
+    print(watching.watch(args.run))
+    if args.tensorboard:
+        print(f"{watching.to_tensorboard(args.run, args.tensorboard)} items mirrored; look at them with: tensorboard --logdir {args.tensorboard}")
+
+RUN[WatchRun] = run_watch
+
+
+# %% ../nbs/19_command_line.ipynb #59ec1224
+def run_guard(args: Reproduce):
+    "`bitflow reproduce --check`"
+    device, path = pipeline.find_device(args.device), args.results / f"{reproduce.GUARD}.json"
+    if args.record:
+        check_new_file(path)
+        return print(f"figures in {reproduce.record_guard(args.results, device=device)}")
+    lines = reproduce.compare_guard(load_result(reproduce.GUARD, args.results), reproduce.brief_figures(0, device))
+    for row, metric, value, mean, spread, fine in lines:
+        print(f"{'as stored' if fine else 'MOVED    '}  {row} {metric}: {value:.4g}, stored {mean:.4g} ± {spread:.2g}")
+    if moved := [metric for _, metric, *_, fine in lines if not fine]:
+        raise BitflowError(f"{', '.join(moved)} moved by more than four standard deviations; find the change, or store the new figures with --check --record")
+
+# %% ../nbs/19_command_line.ipynb #dce2f15c
+def run_reproduce(args: Reproduce):
+    "`bitflow reproduce`"
+    if args.check or args.record:
+        return run_guard(args)
+    for name in args.names:
+        reproduce.commands_of(name, args.budget, args.out, args.results)
+    more = [word for name in ("device", "data_root") if (value := getattr(args, name)) not in (None, "auto") for word in (f"--{name.replace('_', '-')}", str(value))]
+    for name in args.names:
+        reproduce.run_experiment(name, args.budget, args.out, args.results, main, tuple(more))
+    print(f"all figures: {reproduce.write_index(args.results)}")
+
+RUN[Reproduce] = run_reproduce
+
 
 # %% ../nbs/19_command_line.ipynb #da325fee
 def peak_memory_mb() -> float:
@@ -911,58 +963,6 @@ def run_demo(args: Demo):
     print(f"figures in {path}\nreport: {report}")
 
 RUN[Demo] = run_demo
-
-# %% ../nbs/19_command_line.ipynb #df10013c
-def run_cache_latents(args: CacheLatents):
-    "`bitflow cache-latents`"
-    device = pipeline.find_device(args.device)
-    ranks, source = find_ranks(device), find_source(args.source, args.split, args.per_shard, args.num_classes)
-    cfg = CacheConfig(args.image_size, args.batch_size, args.precision, args.max_corrupt, args.workers)
-    index = cache_latents(source, args.out / ("train" if args.split == "train" else "test"), load_vae(args.vae, device), cfg, ranks)
-    ranks.on_main(lambda: print(latents_report(index)))
-
-RUN[CacheLatents] = run_cache_latents
-
-
-# %% ../nbs/19_command_line.ipynb #d5a9c7e9
-def run_watch(args: WatchRun):
-    "`bitflow watch`"
-    if not (args.run / "run.json").exists():
-        raise BitflowError(f"{args.run} is no run: it has no run.json; name the folder that a training was given with --out")
-    print(watching.watch(args.run))
-    if args.tensorboard:
-        print(f"{watching.to_tensorboard(args.run, args.tensorboard)} items mirrored; look at them with: tensorboard --logdir {args.tensorboard}")
-
-RUN[WatchRun] = run_watch
-
-
-# %% ../nbs/19_command_line.ipynb #59ec1224
-def run_guard(args: Reproduce):
-    "`bitflow reproduce --check`"
-    device, path = pipeline.find_device(args.device), args.results / f"{reproduce.GUARD}.json"
-    if args.record:
-        check_new_file(path)
-        return print(f"figures in {reproduce.record_guard(args.results, device=device)}")
-    lines = reproduce.compare_guard(load_result(reproduce.GUARD, args.results), reproduce.brief_figures(0, device))
-    for row, metric, value, mean, spread, fine in lines:
-        print(f"{'as stored' if fine else 'MOVED    '}  {row} {metric}: {value:.4g}, stored {mean:.4g} ± {spread:.2g}")
-    if moved := [metric for _, metric, *_, fine in lines if not fine]:
-        raise BitflowError(f"{', '.join(moved)} moved by more than four standard deviations; find the change, or store the new figures with --check --record")
-
-
-def run_reproduce(args: Reproduce):
-    "`bitflow reproduce`"
-    if args.check or args.record:
-        return run_guard(args)
-    for name in args.names:
-        reproduce.commands_of(name, args.budget, args.out, args.results)
-    more = [word for name in ("device", "data_root") if (value := getattr(args, name)) not in (None, "auto") for word in (f"--{name.replace('_', '-')}", str(value))]
-    for name in args.names:
-        reproduce.run_experiment(name, args.budget, args.out, args.results, main, tuple(more))
-    print(f"all figures: {reproduce.write_index(args.results)}")
-
-RUN[Reproduce] = run_reproduce
-
 
 # %% ../nbs/19_command_line.ipynb #cee9670c
 if __name__ == "__main__" and "__file__" in globals():  # python -m bitflow_edu.cli, as torchrun starts it; a notebook has no __file__

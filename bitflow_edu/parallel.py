@@ -106,7 +106,7 @@ class Ranks(Alone):
 # %% ../nbs/parallel.ipynb #93efa5aa
 SHARDING = ("none", "full")
 
-
+# %% ../nbs/parallel.ipynb #fb546ac3
 def find_ranks(
     device: str = "cpu",     # "cpu" or "cuda"
     sharding: str = "none",  # "none": each process holds a copy of the model, "full": a share of it

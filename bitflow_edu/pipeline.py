@@ -104,7 +104,7 @@ def note_start(preset: Preset, folder: Path, step: int):
     with writing(folder), (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
-
+# %% ../nbs/pipeline.ipynb #fa81f0e4
 @dataclass(frozen=True)
 class Watch:
     "How a training is watched: alarms for known failures, from samples and metrics, and curves for TensorBoard."
@@ -116,12 +116,12 @@ class Watch:
         labels = labels if conditional else torch.full_like(labels, -1)
         return labels, lambda folder, step: Watcher(folder, step, reference_of(data, labels, patch_size, noise_std), cfg.batch_size, self.tensorboard)
 
-
+# %% ../nbs/pipeline.ipynb #e84fbeda
 def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
     "What F minimises: likelihood of images with Gaussian noise where it has a σ, else with uniform dequantisation."
     return forward_loss if getattr(cfg, "noise_std", 0) else uniform_noise_loss
 
-
+# %% ../nbs/pipeline.ipynb #fd027eca
 def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu", resume: bool = False, ranks: Alone = ALONE, watch: Watch = None) -> nn.Module:
     "Stage 1: F by maximum likelihood on noisy images."
     cfg = preset.train_forward
@@ -299,7 +299,7 @@ def guided_samples(forward: TARFlow, reverse: ReverseModel | None, n: int, seed:
     row = "one-pass" if reverse is not None and reverse.cfg.max_guidance else "guided"
     return {f"{row}, w = {w:g}": draw_all(forward, reverse, n, seed, device, rows=(row,), w=w)[row] for w in scales}
 
-
+# %% ../nbs/pipeline.ipynb #b1dd16ed
 def evaluate(forward: TARFlow, reverse: ReverseModel | None, train: Images, test: Images, n: int, seed: int = 0,
              device: str = "cpu", timing: bool = True, scales: tuple = ()) -> Evaluation:
     "All figures of a trained pair (or of F alone); `scales`: guidance scales to draw from G with, besides none."

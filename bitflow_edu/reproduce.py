@@ -131,7 +131,7 @@ def mark(path: Path, name: str, budget: str):
     with writing(path.parent):
         write_atomically(path, results_text({**result, "experiment": name, "budget": budget}, found))
 
-
+# %% ../nbs/reproduce.ipynb #495f234d
 def run_experiment(name: str, budget: str, runs: Path, results: Path, run, more: tuple = ()):
     "Run what is left of an experiment; `run(words)` carries out one command and gives its exit code, `more` is added to each."
     for words in commands_of(name, budget, runs, results):
@@ -165,13 +165,13 @@ def shown(m: dict) -> str:
     value = "–" if m["value"] is None else f"{m['value']:,.4g}" if abs(m["value"]) < 1e5 else f"{m['value']:.3e}"
     return value + ("" if m["unit"] in ("1", None) else f" {m['unit']}")
 
-
+# %% ../nbs/reproduce.ipynb #0c4768a4
 def column_of(m: dict) -> str:
     "What a measurement is of: metric, and what else tells it from its neighbours."
     more = [f"{key} {m[key]:g}" for key in ("batch", "guidance", "w", "tokens", "block") if isinstance(m.get(key), (int, float)) and not isinstance(m.get(key), bool)]
     return ", ".join([m["metric"], *more])
 
-
+# %% ../nbs/reproduce.ipynb #f7a75b50
 def markdown_table(result: dict) -> str:
     "A results file as a Markdown table: a row for each method; where there are several seeds, all their values."
     rows, columns = {}, {}
@@ -194,7 +194,7 @@ def section_of(result: dict, line: dict) -> str:
     body = table if table.count("|") < 1500 else f"{len(result['measurements'])} figures, too many for a page: [{line['name']}.json]({line['name']}.json)"
     return f"## {line['name']}\n\n{how}\n\n{picture}{body}\n"
 
-
+# %% ../nbs/reproduce.ipynb #5078d966
 def write_index(folder: Path) -> Path:
     "Write `index.json` and `README.md` of a folder of results; gives the page's path."
     found = all_results(folder)

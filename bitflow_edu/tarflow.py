@@ -153,7 +153,7 @@ def block_config(cfg: TARFlowConfig, i: int) -> TARFlowConfig:
     layers = cfg.block_layers[i] if cfg.block_layers else cfg.transformer.num_layers
     return replace(cfg, transformer=replace(cfg.transformer, num_layers=layers))
 
-
+# %% ../nbs/07_tarflow.ipynb #6e35016e
 class TARFlow(nn.Module):
     "F = f_{B−1} ∘ … ∘ f_0, data to noise (Zhai et al., arXiv 2412.06329)."
     Config = TARFlowConfig

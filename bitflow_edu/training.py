@@ -247,7 +247,7 @@ class Alone:
 
 ALONE = Alone()
 
-
+# %% ../nbs/05_training.ipynb #fb8eec51
 @dataclass
 class TrainState:
     "All that changes during training."
@@ -491,7 +491,7 @@ def write_checkpoint(state: TrainState, folder: Path, averaged: dict, training: 
             discard(old)
     return final
 
-
+# %% ../nbs/05_training.ipynb #9b5fd1fe
 def save_checkpoint(
     state: TrainState,
     folder: Path,  # the run
@@ -728,7 +728,7 @@ def whole_model(state: TrainState) -> nn.Module:
     model.load_state_dict(tensors)
     return model.to(next(state.averaged.parameters()).device).eval().requires_grad_(False)
 
-
+# %% ../nbs/05_training.ipynb #6a290c91
 def draw_grid(state: TrainState, sampler, folder: Path, watcher=None):
     "A sample grid of the averaged model, drawn by the main process; a watcher sees the samples behind it, where the sampler hands them out."
     model = whole_model(state)

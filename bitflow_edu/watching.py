@@ -118,7 +118,7 @@ def label_correlation(
 # %% ../nbs/watching.ipynb #63390444
 SPREADS = 4.0  # a limit's least distance from real, in standard deviations between groups of real images
 
-
+# %% ../nbs/watching.ipynb #5c22ebd7
 @dataclass(frozen=True)
 class Bound:
     "Where a number of real images lies, and where it lies in a failure."
@@ -153,7 +153,7 @@ class Known:
         hit = c.cpu()[:, None] == self.classes
         return torch.where(hit.any(dim=1), hit.int().argmax(dim=1), -1)
 
-
+# %% ../nbs/watching.ipynb #c6f08d89
 def know(x: Tensor, c: Tensor, patch_size: int) -> Known:
     "What there is to know about real images `(N, C, H, W)` with labels `(N,)`."
     classes, number = c.unique(return_inverse=True)
@@ -246,7 +246,7 @@ def halves(c: Tensor, generator: torch.Generator) -> tuple:
     order = order[c[order].argsort(stable=True)]
     return order[::2], order[1::2]
 
-
+# %% ../nbs/watching.ipynb #a03ba89e
 def alike(
     labels: Tensor,  # wanted `(n,)`, −1: any
     c: Tensor,       # there are `(N,)`
@@ -310,7 +310,7 @@ def draw_images(data, index: Tensor, generator: torch.Generator) -> Tensor:
     "Images `(n, C, H, W)` of a dataset: what its `draw` gives, or its 8-bit pixels in [-1, 1]."
     return data.draw(index, generator) if hasattr(data, "draw") else data[index].x
 
-
+# %% ../nbs/watching.ipynb #b208ef5f
 def reference_of(
     data,                   # training data: `Images`, or anything with `labels` and `draw(index, generator)`
     labels: Tensor,         # of the samples to be judged `(n,)`
@@ -399,7 +399,7 @@ def finite_past(before: list, key: str) -> list:
     "The finite values of a metric in earlier lines."
     return [line[key] for line in before if math.isfinite(line.get(key, math.nan))]
 
-
+# %% ../nbs/watching.ipynb #a5b921bd
 def check_line(
     line: dict,    # of metrics.jsonl
     before: list,  # the lines before it; the last `WINDOW` are looked at
@@ -415,7 +415,7 @@ def check_line(
         alarms += spike("gradient-blow-up", math.log(line["grad_norm"] + TINY), logs, f"gradient norm {line['grad_norm']:.3g}; clipping holds it, but if it stays lower the learning rate")
     return alarms + (scale_of_z(losses[-LEAST:], z[-LEAST:]) if len(z) >= LEAST and "z_rms" in line else [])
 
-
+# %% ../nbs/watching.ipynb #36e9de11
 def check_metrics(
     lines: list,  # of metrics.jsonl, oldest first
 ) -> list:        # of `Alarm`, whose messages name the step
@@ -590,7 +590,7 @@ def duration(seconds: float) -> str:
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     return f"{days:.1f} days" if days >= 2 else f"{int(hours)} h {int(minutes % 60)} min" if hours >= 1 else f"{int(minutes)} min {int(seconds % 60)} s" if minutes >= 1 else f"{seconds:.0f} s"
 
-
+# %% ../nbs/watching.ipynb #798a687f
 def pace(lines: list, budget: dict) -> str:
     "Where a run stands: step, throughput and the time that is left."
     last, first = lines[-1], lines[max(-WINDOW, -len(lines))] if len(lines) > 1 else {"step": 0, "seconds": 0.0}
@@ -601,7 +601,7 @@ def pace(lines: list, budget: dict) -> str:
     goal = f"{budget['minutes']:g} minutes" if budget.get("minutes") else f"{budget['steps']} steps"
     return f"step {last['step']} of {goal}, {100 * min(used / whole, 1):.0f}%, {rate:.3g} steps/s, {rate * budget['batch_size']:.3g} images/s, {left}"
 
-
+# %% ../nbs/watching.ipynb #604add4f
 def alarm_lines(alarms: list) -> list:
     "One line for each kind of alarm, with how often and when, the newest first."
     kinds = {name: [a for a in alarms if a["name"] == name] for name in dict.fromkeys(a["name"] for a in reversed(alarms))}
@@ -616,7 +616,7 @@ def run_budget(run: Path) -> dict:
     except (OSError, ValueError, KeyError) as e:
         raise BitflowError(f"{run} is no run: its run.json is missing or damaged ({e}); name the folder that --out named") from e
 
-
+# %% ../nbs/watching.ipynb #7b1548cf
 def watch(
     run_folder: Path,  # a run, going on or finished
 ) -> str:              # some lines of text
