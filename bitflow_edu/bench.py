@@ -2,9 +2,9 @@
 
 # %% ../nbs/bench.ipynb #c3d651c4
 from __future__ import annotations
-import math, time, weakref
+import copy, math, time, weakref
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .config import PRESETS, check_pair_preset, find_preset
 from .data import BitflowError, patchify, unpatchify
 from .evaluation import measurement, timed
-from .exact_inverse import Guidance, compile_blocks, exact_trajectory, invert_block, invert_block_jacobi, jacobi_trajectory, pack, score_denoise, segment_counts
+from .exact_inverse import Guidance, capture_inverse, compile_blocks, exact_trajectory, invert_block, invert_block_jacobi, jacobi_trajectory, pack, score_denoise, segment_counts
 from .pipeline import build, time_per_image
 from .reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
@@ -21,10 +21,10 @@ from .training import autocast
 from .transformer import TransformerConfig
 
 # %% auto #0
-__all__ = ['GEOMETRIES', 'plain_layer', 'plain_advice', 'plain_inverse', 'plain_states', 'plain_attention', 'inverse_ways',
-           'timed_shortly', 'bench_blocks', 'bench_inverse', 'row_of', 'training_step', 'bench_training', 'geometry',
-           'reverse_shape', 'random_flow', 'pair_ways', 'bench_pair', 'compared', 'PeakMemory', 'peak_bytes',
-           'token_calls', 'bench_tokens']
+__all__ = ['GEOMETRIES', 'plain_layer', 'plain_advice', 'plain_inverse', 'plain_states', 'plain_attention', 'is_original',
+           'laid_out', 'walking_ways', 'jacobi_ways', 'inverse_ways', 'timed_shortly', 'bench_blocks', 'bench_inverse',
+           'row_of', 'training_step', 'bench_training', 'geometry', 'reverse_shape', 'random_flow', 'pair_ways',
+           'bench_pair', 'compared', 'PeakMemory', 'peak_bytes', 'token_calls', 'bench_tokens']
 
 # %% ../nbs/bench.ipynb #44c260b4
 def plain_layer(layer, x: Tensor, seen: dict) -> Tensor:
@@ -86,21 +86,51 @@ def plain_attention(a, h: Tensor, mask: Tensor) -> Tensor:
     q, k, v = a.qkv(a.norm(h)).reshape(N, T, 3, -1, a.head_dim).permute(2, 0, 3, 1, 4)
     return a.proj(nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(N, T, -1))
 
+# %% ../nbs/bench.ipynb #da02124e
+def is_original(cfg: TARFlowConfig) -> bool:
+    "Whether a flow has the published parts alone, which are all that the plain versions know."
+    t = cfg.transformer
+    return not cfg.clip and t == TransformerConfig(t.width, t.num_layers, t.head_dim)
+
 # %% ../nbs/bench.ipynb #c3209453
-def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool = False) -> dict:
-    "Name → a call that gives x^0 `(N, T, D)`. On a CPU the weights are packed first, for a token of every image in \"packed\" and \"compiled\", for a segment's tokens in Jacobi."
+def laid_out(model: TARFlow, rows):
+    "A call that gives the model packed for so many rows, made once, when it is first needed; the model itself where `pack` has no use."
+    weight = next(model.parameters())
+    useful = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return cache(lambda: pack(model, rows) if useful else model)
+
+
+def walking_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, compiled: bool) -> dict:
+    "The ways of `inverse_ways` that go token by token."
+    guidance, rows, device = Guidance(scale) if scale else None, len(z) * (2 if scale else 1), z.device.type
+    one = laid_out(model, rows)
+    ways = {"plain": lambda: plain_inverse(model, z, c, scale)} if is_original(model.cfg) else {}
+    ways["exact"] = lambda: exact_trajectory(model, z, c, guidance=guidance)[0]
+    if device == "cpu" and z.dtype == torch.float32:
+        ways["packed"] = lambda: exact_trajectory(one(), z, c, guidance=guidance)[0]
+    if device == "cuda":
+        captured = cache(lambda: capture_inverse(model, len(z), guidance))
+        ways["graph"] = lambda: captured()(z, c)
+    if compiled and (rows < 32 or device != "cpu"):  # the compiler cannot see into weights that are packed for many rows
+        invert = cache(lambda: compile_blocks(one()))
+        ways["compiled"] = lambda: exact_trajectory(one(), z, c, invert(), guidance)[0]
+    return ways
+
+# %% ../nbs/bench.ipynb #77a8bdf7
+def jacobi_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments) -> dict:
+    "Name → the exact inverse by iteration: calls that give what `jacobi_trajectory` gives, in one segment and in several."
     guidance, rows, T = Guidance(scale) if scale else None, len(z) * (2 if scale else 1), z.shape[1]
     of_segments = [rows * math.ceil((T - 1) / n) for n in segment_counts(model, segments)]
-    one, all_tokens, some = (pack(model, n) if z.device.type == "cpu" else model for n in (rows, rows * (T - 1), of_segments))
-    ways = {"plain": lambda: plain_inverse(model, z, c, scale),
-            "exact": lambda: exact_trajectory(model, z, c, guidance=guidance)[0],
-            "packed": lambda: exact_trajectory(one, z, c, guidance=guidance)[0]}
-    if len(z) * T <= 4096:  # beyond, the machine is full, and whole passes take minutes
-        ways |= {"jacobi": lambda: jacobi_trajectory(all_tokens, z, c, tolerance, 1, guidance=guidance)[0][0],
-                 "gs-jacobi": lambda: jacobi_trajectory(some, z, c, tolerance, segments, guidance=guidance)[0][0]}
-    if compiled and rows < 32:  # the compiler cannot see into weights that are packed for many rows
-        invert = compile_blocks(one)
-        ways["compiled"] = lambda: exact_trajectory(one, z, c, invert, guidance)[0]
+    every, some = (laid_out(model, n) for n in (rows * (T - 1), of_segments))
+    return {"jacobi": lambda: jacobi_trajectory(every(), z, c, tolerance, 1, guidance=guidance),
+            "gs-jacobi": lambda: jacobi_trajectory(some(), z, c, tolerance, segments, guidance=guidance)}
+
+# %% ../nbs/bench.ipynb #02f03b70
+def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool = False) -> dict:
+    "Name → a call that gives x^0 `(N, T, D)`. Its first call also packs the weights (on a CPU: for a token of every image, or for a segment's tokens in Jacobi), compiles them, or captures a graph (on a GPU)."
+    ways = walking_ways(model, z, c, scale, compiled)
+    if z.shape[:2].numel() <= 4096 or z.device.type == "cuda":  # beyond, a processor is full, and whole passes take minutes
+        ways |= {row: lambda way=way: way()[0][0] for row, way in jacobi_ways(model, z, c, scale, tolerance, segments).items()}
     return ways
 
 # %% ../nbs/bench.ipynb #56e91223
@@ -140,17 +170,18 @@ def bench_inverse(
         z, c = sample_noise(model.cfg, batch, device=device), torch.arange(batch, device=device) % model.cfg.num_classes
         for scale in scales:
             ways = inverse_ways(model, z, c, scale, tolerance, segments, compiled)
-            truth, times = ways["plain"](), {row: timed_shortly(way, repeats) for row, way in ways.items()}
+            first, times = next(iter(ways)), {row: timed_shortly(way, repeats) for row, way in ways.items()}
+            truth = ways[first]()
             for row, t in times.items():
-                found += row_of(row, t, times["plain"], batch, scale)
-                found.append(measurement(row, "max_difference_from_plain", (ways[row]() - truth).abs().max().item(), "x", batch=batch, guidance=scale))
+                found += row_of(row, t, first, times[first], batch, scale)
+                found.append(measurement(row, f"max_difference_from_{first}", (ways[row]() - truth).abs().max().item(), "x", batch=batch, guidance=scale))
     return found
 
 # %% ../nbs/bench.ipynb #1a8afce3
-def row_of(row: str, t: dict, plain: dict, batch: int, scale: float) -> list:
-    "A way's time an image, and its ratio to the plain one's."
+def row_of(row: str, t: dict, first: str, first_t: dict, batch: int, scale: float) -> list:
+    "A way's time an image, and its ratio to that of the first way: the plain one, or \"exact\" where F has parts that the plain one does not know."
     return [time_per_image(row, t, batch, guidance=scale),
-            measurement(row, "speedup_vs_plain", plain["median_ms"] / t["median_ms"], "×", t["repeats"], batch=batch, guidance=scale)]
+            measurement(row, f"speedup_vs_{first}", first_t["median_ms"] / t["median_ms"], "×", t["repeats"], batch=batch, guidance=scale)]
 
 # %% ../nbs/bench.ipynb #afee104e
 def training_step(model: TARFlow, loss, precision: str):
@@ -218,11 +249,13 @@ def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
 
 # %% ../nbs/bench.ipynb #83d4f918
 def pair_ways(F: TARFlow, G: ReverseModel, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool) -> dict:
-    "Name → a call: one pass of a G that takes w, the score step alone, both compiled too if asked for, and `inverse_ways`."
+    "Name → a call: one pass of G (of one that takes w, where a scale is given), the score step alone, both compiled too if asked for, and `inverse_ways`."
+    scale_in = scale if scale or G.cfg.max_guidance else None
     x, fused = unpatchify(z, F.cfg.patch_size, F.cfg.channels), partial(torch.compile, dynamic=False)
-    ways = {"one pass": lambda: one_pass(G, z, c, scale), "score step": lambda: score_denoise(F, x, c)}
+    ways = {"one pass": lambda: one_pass(G, z, c, scale_in), "score step": lambda: score_denoise(F, x, c)}
     if compiled:
-        fast_pass, fast_F = fused(lambda z, c: one_pass(G, z, c, scale)), fused(F)
+        still = copy.deepcopy(F).requires_grad_(False)  # else the compiled step computes gradients of the weights, too
+        fast_pass, fast_F = fused(lambda z, c: one_pass(G, z, c, scale_in)), fused(still)
         ways |= {"one pass, compiled": lambda: fast_pass(z, c), "score step, compiled": lambda: score_denoise(fast_F, x, c)}
     return {**ways, **inverse_ways(F, z, c, scale, tolerance, segments, compiled)}
 

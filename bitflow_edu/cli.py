@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional, Union
 import torch
-from . import ablations, bench, fid, pipeline, reproduce, watching
+from . import ablations, bench, fid, pipeline, reproduce, speed, watching
 from .budget import StepCost, against_published, budget_of, images_per_hour, on_meta
 from .config import Preset, check_pair_preset, find_preset, inferred, one_line, read_fields, read_preset, split_fields, with_strategy, with_words, write_preset
 from .coupling import CouplingFlow
@@ -32,10 +32,10 @@ __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo',
            'run_info', 'refuse_existing', 'run_folder', 'said_once', 'with_options', 'with_patch_size', 'load_together',
            'watch_of', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of',
            'check_sample', 'run_sample', 'load_pair', 'measure', 'training_lines', 'write_figures', 'Decoded',
-           'stream_rows', 'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'measure_pair',
-           'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate',
-           'run_cache_latents', 'run_watch', 'run_guard', 'run_reproduce', 'peak_memory_mb', 'train_pair', 'save_demo',
-           'check_folders', 'run_demo']
+           'stream_rows', 'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'whole_numbers',
+           'measure_speed', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for',
+           'ablation_preset', 'run_ablate', 'run_cache_latents', 'run_watch', 'run_guard', 'run_reproduce',
+           'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -203,9 +203,13 @@ class Info(Common):
 class Bench:
     "Measure the exact inverse, or a training step, against plain implementations in the same run."
     what: str = "inverse"
-    """inverse, training, pair (one pass of G against the ways back of F) or tokens (time and memory against the number of tokens, 49 to 1,024)."""
+    """inverse, training, pair (one pass of G against the ways back of F), speed (the same for any shape and batch, with decoders, MFU and roofline; chapter 16) or tokens (time and memory against the number of tokens, 49 to 1,024)."""
     geometry: str = "mnist"
     """Shape with random weights: mnist, 64-tokens, 256-tokens, or a preset's; for pair a preset's."""
+    batches: str = ""
+    """For speed: images at once, e.g. 1,16; default 1,16 on a CPU and 1,16,64,256 on a GPU."""
+    precision: str = "auto"
+    """For speed: fp32, bf16, or auto (bf16 on a GPU)."""
     checkpoint: Optional[Path] = None
     """Run or checkpoint of F to measure instead."""
     segments: str = "2"
@@ -788,9 +792,27 @@ def bench_model(args: Bench, device: str) -> TARFlow:
 # %% ../nbs/19_command_line.ipynb #d9d2734d
 MEASURED = {"inverse": lambda args, model, device: bench.bench_inverse(model, segments=parse_segments(args.segments), device=device, compiled=args.compiled),
             "training": lambda args, model, device: bench.bench_training(model.cfg, device=device),
-            "tokens": lambda args, model, device: bench.bench_tokens(), "pair": lambda args, model, device: measure_pair(args, model, device)}
+            "tokens": lambda args, model, device: bench.bench_tokens(), "pair": lambda args, model, device: measure_pair(args, model, device),
+            "speed": lambda args, model, device: measure_speed(args, model)}
 
+# %% ../nbs/19_command_line.ipynb #c00f6ee1
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    "Positive numbers from a list such as `1,16`; none from nothing."
+    try:
+        found = tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        found = (0,)
+    if any(n < 1 for n in found):
+        raise BitflowError(f"{option} {text!r} is no list of positive whole numbers such as 1,16")
+    return found
 
+# %% ../nbs/19_command_line.ipynb #647a5590
+def measure_speed(args: Bench, model: TARFlow) -> list:
+    "Every way back, decoders included, for a sweep of batches."
+    batches = whole_numbers(args.batches, "--batches")
+    return speed.bench_geometry(args.geometry, model, args.precision, batches or None, args.compiled, parse_segments(args.segments))
+
+# %% ../nbs/19_command_line.ipynb #409846bd
 def measure_pair(args: Bench, model: TARFlow, device: str) -> list:
     "One pass of a G of the preset's shape against the ways back of F."
     reverse = pipeline.build(ReverseModel, bench.reverse_shape(args.geometry), 0, device).eval()

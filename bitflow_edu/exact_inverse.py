@@ -351,7 +351,7 @@ def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, label
     device = model.blocks[0].pos_embed.device
     if device.type != "cuda":
         raise BitflowError(f"a CUDA graph needs a model on a GPU; this one is on {device}: `compile_blocks` and `pack` are for processors")
-    z = torch.zeros(batch, model.cfg.num_tokens, model.cfg.token_dim, device=device)
+    z = torch.zeros(batch, model.cfg.num_tokens, model.cfg.token_dim, device=device, dtype=model.blocks[0].pos_embed.dtype)
     c = torch.full((batch,), 0 if labelled else -1, device=device)
     exact_trajectory(model, z, c, guidance=guidance)  # checks, and warms up
     graph = torch.cuda.CUDAGraph()

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from . import __version__
 from .coupling import CouplingFlow
-from .data import BitflowError, first_sentence
+from .data import BitflowError, asset, first_sentence
 from .inverse_strategies import check_pair
 from .pipeline import METHODS, num_parameters
 from .reverse_model import ReverseModel
@@ -24,9 +24,9 @@ from .training import first_difference, load_model, save_model, to_config, to_di
 __all__ = ['MODEL_FILES', 'FILES', 'DTYPES', 'RESULT_KEYS', 'SOURCES', 'COSTS', 'DRAWS', 'TAGS', 'HOME', 'PAPERS', 'Pair',
            'parts_of', 'check_free', 'exchange', 'all_or_nothing', 'stamp', 'save_pretrained', 'part_name',
            'wanted_files', 'is_repo_id', 'asking_hub', 'find_folder', 'version_note', 'load_part', 'from_pretrained',
-           'check_result', 'DataSource', 'data_source', 'card_rows', 'how', 'eval_results', 'in_words', 'line_of',
-           'results_table', 'how_measured', 'snippet', 'what_it_is', 'how_trained', 'limits', 'card_metadata',
-           'card_text', 'model_card', 'check_target', 'push_to_hub']
+           'shipped', 'load_pretrained', 'check_result', 'DataSource', 'data_source', 'card_rows', 'how',
+           'eval_results', 'in_words', 'line_of', 'results_table', 'how_measured', 'snippet', 'what_it_is',
+           'how_trained', 'limits', 'card_metadata', 'card_text', 'model_card', 'check_target', 'push_to_hub']
 
 # %% ../nbs/hub.ipynb #aea17008
 @dataclass(frozen=True, eq=False)
@@ -200,6 +200,24 @@ def from_pretrained(
     if (folder / "config.json").exists():
         raise BitflowError(f"{folder} holds a single model, no pair; name its class instead of Pair")
     return Pair(load_part(folder / "forward", TARFlow, device), load_part(folder / "reverse", ReverseModel, device))
+
+# %% ../nbs/hub.ipynb #7bd6561e
+def shipped() -> list[str]:
+    "Names of the pairs that come with the course: folders below `data/` with F and G."
+    home = asset("README.md").parent
+    return sorted(p.parent.name for p in home.glob("*/forward") if (p.parent / "reverse" / "config.json").exists())
+
+
+def load_pretrained(
+    name: str,            # of `shipped()`, e.g. "mnist-mini"
+    device: str = "cpu",
+) -> tuple[TARFlow, ReverseModel]:  # in evaluation mode, float32
+    "F and G that come with the course, without a network. Raises `BitflowError` with the names there are."
+    if name not in shipped():
+        raise BitflowError(f"no pair named {name!r} comes with this version; choose {', '.join(shipped())}, or train it: bitflow reproduce")
+    pair = from_pretrained(asset(name), Pair, device)
+    return pair.forward, pair.reverse
+
 
 # %% ../nbs/hub.ipynb #368dc367
 RESULT_KEYS = ("name", "preset", "command", "commit", "date", "wall_s", "hardware", "versions", "config", "measurements")

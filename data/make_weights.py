@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Copy trained models to where the chapters load them from.
 
-Usage: make_weights.py RUN                a pair, as `bitflow demo` leaves it (RUN/forward, RUN/reverse), to mnist-mini/, in bfloat16
+Usage: make_weights.py RUN [--to NAME]    a pair (RUN/forward, RUN/reverse), as `bitflow demo` and `bitflow reproduce` leave it, to NAME/, in bfloat16;
+                                          NAME is mnist-mini unless another is given
        make_weights.py RUN --to NAME      a flow alone, as `bitflow train forward` leaves it, to NAME/, in float32
 """
 import argparse
@@ -25,12 +26,12 @@ def main():
     """A pair, or a flow alone."""
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("run", type=Path)
-    ap.add_argument("--to", help="folder name below data/, for a flow alone")
+    ap.add_argument("--to", default="mnist-mini", help="folder name below data/")
     args = ap.parse_args()
-    if args.to:
+    if not (args.run / "forward").is_dir():
         return store(args.run, HERE / args.to, None)
     for name in ("forward", "reverse"):
-        store(args.run / name, HERE / "mnist-mini" / name, torch.bfloat16)
+        store(args.run / name, HERE / args.to / name, torch.bfloat16)
 
 
 if __name__ == "__main__":
