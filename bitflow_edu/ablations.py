@@ -10,10 +10,11 @@ from pathlib import Path
 from unittest import mock
 import torch
 from .config import Preset, with_strategy
-from .data import DataConfig, Images, add_noise, load_data
+from .data import BitflowError, DataConfig, Images, add_noise, load_data
 from .evaluation import as_stored, frechet_distance, in_batches, measurement, precision_recall, rows_of
 from .inverse_strategies import STRATEGIES, mse
 from .plotting import plot_rows
+from .fid import FeatureNetwork, effnet_lite0, mnist_cnn
 from .pipeline import draw, draw_all, judge_for, num_parameters, train_forward, train_reverse
 from .tarflow import TARFlow
 from .training import load_model, read_metrics, write_atomically
@@ -21,9 +22,9 @@ from .training import load_model, read_metrics, write_atomically
 # %% auto #0
 __all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'Row', 'objective', 'reverse', 'strategy', 'forward', 'width',
            'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'depth', 'deeper', 'regimes',
-           'Training', 'training_of', 'images_of', 'run_training', 'real_features', 'judged', 'reconstruction',
-           'anatomy', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'verdict', 'compare',
-           'draw_table']
+           'Training', 'training_of', 'images_of', 'run_training', 'network_for', 'real_features', 'judged',
+           'reconstruction', 'anatomy', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'main_metric',
+           'verdict', 'compare', 'draw_table']
 
 # %% ../nbs/ablations.ipynb #457616c8
 @dataclass(frozen=True)
@@ -196,23 +197,34 @@ def run_training(training: Training, root: Path, device: str, threads: int):
     return model
 
 # %% ../nbs/ablations.ipynb #86bdb3c2
+def network_for(test: Images, channels: int) -> FeatureNetwork | None:
+    "What images are compared through: digits by the digit classifier, photographs by EfficientNet-Lite0 where it is installed, latents by nothing."
+    if judge_for(test, channels):
+        return mnist_cnn()
+    try:
+        return effnet_lite0() if channels == 3 else None
+    except BitflowError:
+        return None
+
+
 @lru_cache(maxsize=1)
 def real_features(cfg: DataConfig, channels: int, limit: int) -> dict | None:
-    "The judge, and what it sees in up to `limit` real images of each split; None where there is no judge. Computed once a process."
+    "The network that compares, and what it sees in up to `limit` real images of each split; None where there is no network. Computed once a process."
     data = {split: images_of(cfg, split) for split in ("train", "test")}
-    judge = judge_for(data["test"], channels)
-    return judge and {"judge": judge, **{split: in_batches(judge.features, as_stored(images.x[:limit]), 100) for split, images in data.items()}}
+    net = network_for(data["test"], channels)
+    return net and {"network": net, **{split: in_batches(net.features, as_stored(images.x[:limit]), 100) for split, images in data.items()}}
 
 # %% ../nbs/ablations.ipynb #5033dc50
 def judged(samples: torch.Tensor, real: dict) -> dict:
-    "Figures of images whose classes come in turn: distance to the test images and to the training images, accuracy, precision, recall."
-    judge, n = real["judge"], len(samples)
-    features = in_batches(judge.features, as_stored(samples), 100)
+    "Figures of images whose classes come in turn: distance to the test images and to the training images, precision, recall, and of digits the accuracy."
+    net, n = real["network"], len(samples)
+    seen = [net.look(part) for part in as_stored(samples).split(100)]
+    features, logits = (torch.cat(parts) for parts in zip(*seen))
     precision, recall = precision_recall(real["test"][:2000], features[:2000])
-    logits = in_batches(judge.head, features)
-    right = (logits.argmax(dim=1) == torch.arange(n) % logits.shape[1]).float().mean().item()
-    return {"fd[mnist-cnn]": frechet_distance(features, real["test"]), "fd_train[mnist-cnn]": frechet_distance(features, real["train"]),
-            "label_accuracy": right, "precision": precision, "recall": recall}
+    found = {net.metric("fd"): frechet_distance(features, real["test"]), net.metric("fd_train"): frechet_distance(features, real["train"])}
+    if net.name == "mnist-cnn":
+        found["label_accuracy"] = (logits.argmax(dim=1) == torch.arange(n) % logits.shape[1]).float().mean().item()
+    return {**found, "precision": precision, "recall": recall}
 
 # %% ../nbs/ablations.ipynb #c884885b
 @torch.no_grad()
@@ -300,9 +312,14 @@ def lines_of(name: str, preset: Preset, seeds: range, figures: dict) -> list:
     return found
 
 # %% ../nbs/ablations.ipynb #9cb28ca5
-def verdict(found: list, metric: str = "fd[mnist-cnn]") -> str:
+def main_metric(found: list) -> str:
+    "The Fréchet distance that a table is judged by, named after its features."
+    return next((m["metric"] for m in found if m["metric"].startswith("fd[")), "fd[mnist-cnn]")
+
+
+def verdict(found: list) -> str:
     "How the order of the rows that the paper reports compares: same order, other order, or within the noise (a difference smaller than both rows' spreads together), in all and from row to row."
-    rows = sorted((m for m in found if m["metric"] == f"mean {metric}" and m["paper"] is not None), key=lambda m: m["paper"])
+    rows = sorted((m for m in found if m["metric"] == f"mean {main_metric(found)}" and m["paper"] is not None), key=lambda m: m["paper"])
     steps = {f"{a['row']} before {b['row']}": compare(b["value"] - a["value"], math.hypot(a["spread"] or 0, b["spread"] or 0)) for a, b in zip(rows[:-1], rows[1:])}
     if not steps:
         return "the paper has no figures for single rows of this table"
@@ -315,7 +332,8 @@ def compare(gap: float, noise: float) -> str:
     return "same order" if gap > noise else "other order" if gap < -noise else "within the noise"
 
 # %% ../nbs/ablations.ipynb #b86e9846
-def draw_table(found: list, title: str, metric: str = "fd[mnist-cnn]"):
-    "Bars of the means with a dot for each seed, beside the paper's figures: a matplotlib figure."
+def draw_table(found: list, title: str, metric: str = None):
+    "Bars of the means with a dot for each seed, beside the paper's figures, for the main metric or another: a matplotlib figure."
+    metric = metric or main_metric(found)
     return plot_rows(rows_of({"name": title, "measurements": found}, metric), title, f"{metric}, a dot for each seed")
 

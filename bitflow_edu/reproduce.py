@@ -14,8 +14,8 @@ from .evaluation import load_result, measured, results_text, save_results
 from .training import write_atomically, writing
 
 # %% auto #0
-__all__ = ['BUDGETS', 'HOUR', 'GUIDED', 'LONG', 'EXPERIMENTS', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES', 'GUARDED', 'Experiment',
-           'pair_commands', 'table_commands', 'hour_of', 'speed_commands', 'tables_of', 'find_experiment',
+__all__ = ['BUDGETS', 'HOUR', 'GUIDED', 'PHOTOS', 'LONG', 'EXPERIMENTS', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES', 'GUARDED',
+           'Experiment', 'pair_commands', 'table_commands', 'hour_of', 'speed_commands', 'tables_of', 'find_experiment',
            'commands_of', 'file_of', 'stands', 'mark', 'run_experiment', 'entry', 'all_results', 'shown', 'column_of',
            'markdown_table', 'section_of', 'write_index', 'brief_figures', 'record_guard', 'compare_guard']
 
@@ -46,7 +46,7 @@ def table_commands(preset: str, *tables: str, more: str = "") -> tuple[str, ...]
 
 # %% ../nbs/reproduce.ipynb #df4261cd
 HOUR = "--steps {} --batch-size 64 --lr 2e-3 --train-{}.compile True --train-{}.sample-every {} --train-{}.checkpoint-every {}"
-GUIDED = "--w 0.25 0.5 1"
+GUIDED, PHOTOS = "--w 0.25 0.5 1", "--features effnet-lite0"
 
 
 def hour_of(stage: str, steps: int, sample_every: int, checkpoint_every: int) -> str:
@@ -79,7 +79,7 @@ EXPERIMENTS = {
          "smoke": pair_commands("mnist-mini-smoke", "mnist-full")}, {"gpu": 8, "cpu": 150, "smoke": 1}),
     "cifar10-main": Experiment(
         "The same in colour: 50,000 photographs of 32×32 pixels.", "cifar10-main",
-        {"gpu": pair_commands("cifar10", "cifar10-main", evaluate=GUIDED), "cpu": pair_commands("cifar10-mini", "cifar10-main", evaluate=GUIDED),
+        {"gpu": pair_commands("cifar10", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS} --images 50000"), "cpu": pair_commands("cifar10-mini", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS}"),
          "smoke": pair_commands("mnist-mini-smoke", "cifar10-main")}, {"gpu": 25, "cpu": 150, "smoke": 1})}
 
 # %% ../nbs/reproduce.ipynb #41be115a

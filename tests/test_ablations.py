@@ -71,3 +71,17 @@ def test_bad_words(words, say, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["ablate", *words]) == 2
     assert say in capsys.readouterr().err
+
+
+def test_photographs_are_compared_through_other_eyes(digits):
+    """Digits by the digit classifier; colour by EfficientNet-Lite0, whose figures carry its name and no digit's accuracy; latents by nothing."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    from bitflow_edu.ablations import judged, main_metric, network_for
+    from bitflow_edu.data import Images
+    colour = Images(digits.pixels[:20].expand(-1, 3, -1, -1), digits.labels[:20], ("cat", "dog"))
+    assert network_for(digits, 1).name == "mnist-cnn" and network_for(colour, 4) is None
+    net = network_for(colour, 3)
+    real = {"network": net, **{split: net.features(colour.x[:10]) for split in ("train", "test")}}
+    found = judged(colour.x[10:], real)
+    assert found["fd[effnet-lite0]"] > 0 and "label_accuracy" not in found and {"precision", "recall", "fd_train[effnet-lite0]"} <= found.keys()
+    assert main_metric([{"metric": "params"}, {"metric": "fd[effnet-lite0]"}]) == "fd[effnet-lite0]"
