@@ -75,7 +75,7 @@ EXPERIMENTS = {
     "mnist-full": Experiment(
         "F and G with all parts on 60,000 digits: does one pass come near the exact inverse?", "mnist-full",
         {"gpu": pair_commands("mnist", "mnist-full", evaluate=GUIDED),
-         "cpu": pair_commands("mnist", "mnist-full", hour_of("forward", 9600, 2400, 600), hour_of("reverse", 3600, 900, 300), GUIDED),
+         "cpu": pair_commands("mnist", "mnist-full", hour_of("forward", 9600, 2400, 600), hour_of("reverse", 2400, 600, 300), GUIDED),
          "smoke": pair_commands("mnist-mini-smoke", "mnist-full")}, {"gpu": 8, "cpu": 150, "smoke": 1}),
     "cifar10-main": Experiment(
         "The same in colour: 50,000 photographs of 32×32 pixels.", "cifar10-main",

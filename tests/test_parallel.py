@@ -17,6 +17,7 @@ from bitflow_edu.data import BitflowError
 from bitflow_edu.parallel import find_ranks, lost_contact
 from bitflow_edu.tarflow import forward_loss
 from bitflow_edu.training import ALONE, Alone, TrainConfig, check_shares, newest_checkpoint, read_metrics, read_state, train
+from bitflow_edu.transformer import compile_layers
 
 pytest.importorskip("accelerate")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -184,3 +185,22 @@ def test_the_whole_path_to_imagenet_on_two_processes(tmp_path):
     assert found["fd[effnet-lite0]"]["n"] == 25 and 0 < found["fd[effnet-lite0]"]["value"] < 1e4 and (tmp_path / "e.png").exists()
     run(2, "sample", "--checkpoint", tmp_path / "g", "--vae", vae, "--images", 20, "--out", tmp_path / "s.png", "--device", "cpu")
     assert Image.open(tmp_path / "s.png").size[0] > 10 * 16, "ten pictures of 16 pixels side by side, decoded"
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler here")
+def test_compiled_layers_train_the_same_model(tmp_path, digits):
+    """The same weights up to rounding, under the same names; the averaged model is an ordinary one."""
+    cfg = TrainConfig(steps=2, batch_size=8, precision="fp32", checkpoint_every=2)
+    made = {}
+    for name, compiled in (("plain", False), ("compiled", True)):
+        torch.manual_seed(0)
+        made[name] = train(small_flow(side=8, patch=2, num_classes=10).train(), forward_loss, digits[:20], replace(cfg, compile=compiled), tmp_path / name).state_dict()
+    assert made["plain"].keys() == made["compiled"].keys()
+    assert all(torch.allclose(made["plain"][k], made["compiled"][k], atol=1e-4) for k in made["plain"])
+
+
+def test_compiling_without_a_compiler_says_what_to_install(monkeypatch):
+    """A CPU without g++ is told so, and not shown a page of traceback."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(BitflowError, match="needs a C\\+\\+ compiler on a CPU.*install g\\+\\+"):
+        compile_layers(small_flow())
