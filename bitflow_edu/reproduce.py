@@ -14,10 +14,11 @@ from .evaluation import load_result, measured, results_text, save_results
 from .training import write_atomically, writing
 
 # %% auto #0
-__all__ = ['BUDGETS', 'HOUR', 'GUIDED', 'PHOTOS', 'LONG', 'EXPERIMENTS', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES', 'GUARDED',
-           'Experiment', 'pair_commands', 'table_commands', 'hour_of', 'speed_commands', 'tables_of', 'find_experiment',
-           'commands_of', 'file_of', 'stands', 'mark', 'run_experiment', 'entry', 'all_results', 'shown', 'column_of',
-           'markdown_table', 'section_of', 'write_index', 'brief_figures', 'record_guard', 'compare_guard']
+__all__ = ['BUDGETS', 'HOUR', 'GUIDED', 'PHOTOS', 'LONG', 'EXPERIMENTS', 'PAGE', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES',
+           'GUARDED', 'Experiment', 'pair_commands', 'table_commands', 'hour_of', 'speed_commands', 'tables_of',
+           'find_experiment', 'commands_of', 'file_of', 'stands', 'mark', 'run_experiment', 'entry', 'all_results',
+           'shown', 'column_of', 'markdown_table', 'section_of', 'experiments_table', 'write_index', 'brief_figures',
+           'record_guard', 'compare_guard']
 
 # %% ../nbs/reproduce.ipynb #0ad64235
 BUDGETS = ("gpu", "cpu", "smoke")
@@ -195,14 +196,32 @@ def section_of(result: dict, line: dict) -> str:
     return f"## {line['name']}\n\n{how}\n\n{picture}{body}\n"
 
 # %% ../nbs/reproduce.ipynb #5078d966
+PAGE = """# All figures
+
+Written from the files in this folder by `bitflow reproduce`. Pictures show the first samples of their seed, not chosen ones. A figure can be made again with the command that stands above it.
+
+## The experiments
+
+`bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`: seconds) runs one of these lists of commands, goes on where it stopped, and skips what stands.
+"""
+
+# %% ../nbs/reproduce.ipynb #547c7f05
+def experiments_table(lines: list[dict]) -> str:
+    "The experiments as Markdown: what each asks, what it was planned for, and in which size it has been done."
+    rows = ["| experiment | question | minutes on one H200 | minutes on a CPU | done |", "|---|---|---|---|---|"]
+    for name, e in EXPERIMENTS.items():
+        done = sorted({line["budget"] for line in lines if line["experiment"] == name})
+        rows.append(f"| `{name}` | {e.question} | {e.minutes['gpu']} | {e.minutes['cpu']} | {', '.join(done) or 'not yet'} |")
+    return "\n".join(rows) + "\n"
+
+# %% ../nbs/reproduce.ipynb #87361e0d
 def write_index(folder: Path) -> Path:
     "Write `index.json` and `README.md` of a folder of results; gives the page's path."
     found = all_results(folder)
     lines = [entry(result, folder) for result in found]
-    head = "# All figures\n\nWritten from the files in this folder by `bitflow reproduce`. Pictures show the first samples of their seed, not chosen ones.\n"
     with writing(folder):
         write_atomically(folder / "index.json", "[\n" + ",\n".join(" " + json.dumps(line) for line in lines) + "\n]\n")
-        write_atomically(folder / "README.md", "\n".join([head, *map(section_of, found, lines)]))
+        write_atomically(folder / "README.md", "\n".join([PAGE, experiments_table(lines), *map(section_of, found, lines)]))
     return folder / "README.md"
 
 # %% ../nbs/reproduce.ipynb #f2dc09cf
