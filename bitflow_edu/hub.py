@@ -24,7 +24,7 @@ from .training import first_difference, load_model, save_model, to_config, to_di
 __all__ = ['MODEL_FILES', 'FILES', 'DTYPES', 'RESULT_KEYS', 'SOURCES', 'COSTS', 'DRAWS', 'TAGS', 'HOME', 'PAPERS', 'Pair',
            'parts_of', 'check_free', 'exchange', 'all_or_nothing', 'stamp', 'save_pretrained', 'part_name',
            'wanted_files', 'is_repo_id', 'asking_hub', 'find_folder', 'version_note', 'load_part', 'from_pretrained',
-           'shipped', 'load_pretrained', 'check_result', 'DataSource', 'data_source', 'card_rows', 'how',
+           'pretrained_names', 'load_pretrained', 'check_result', 'DataSource', 'data_source', 'card_rows', 'how',
            'eval_results', 'in_words', 'line_of', 'results_table', 'how_measured', 'snippet', 'what_it_is',
            'how_trained', 'limits', 'card_metadata', 'card_text', 'model_card', 'check_target', 'push_to_hub']
 
@@ -202,19 +202,19 @@ def from_pretrained(
     return Pair(load_part(folder / "forward", TARFlow, device), load_part(folder / "reverse", ReverseModel, device))
 
 # %% ../nbs/hub.ipynb #7bd6561e
-def shipped() -> list[str]:
+def pretrained_names() -> list[str]:
     "Names of the pairs that come with the course: folders below `data/` with F and G."
     home = asset("README.md").parent
     return sorted(p.parent.name for p in home.glob("*/forward") if (p.parent / "reverse" / "config.json").exists())
 
 
 def load_pretrained(
-    name: str,            # of `shipped()`, e.g. "mnist-mini"
+    name: str,            # of `pretrained_names()`, e.g. "mnist-mini"
     device: str = "cpu",
 ) -> tuple[TARFlow, ReverseModel]:  # in evaluation mode, float32
     "F and G that come with the course, without a network. Raises `BitflowError` with the names there are."
-    if name not in shipped():
-        raise BitflowError(f"no pair named {name!r} comes with this version; choose {', '.join(shipped())}, or train it: bitflow reproduce")
+    if name not in pretrained_names():
+        raise BitflowError(f"no pair named {name!r} comes with this version; choose {', '.join(pretrained_names())}, or train it: bitflow reproduce")
     pair = from_pretrained(asset(name), Pair, device)
     return pair.forward, pair.reverse
 

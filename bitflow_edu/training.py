@@ -17,7 +17,7 @@ from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
 __all__ = ['ALONE', 'DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'learning_rate', 'step_generator', 'epoch_order',
-           'batch_indices', 'drop_labels', 'piece_indices', 'training_batch', 'own_part', 'whole', 'spread_like',
+           'batch_indices', 'drop_labels', 'piece_indices', 'training_batch', 'own_part', 'put_together', 'spread_like',
            'update_ema', 'fast_bf16', 'autocast', 'Alone', 'TrainState', 'averaged_copy', 'new_state', 'progress_of',
            'clipped_backward', 'optimizer_step', 'to_disk', 'write_atomically', 'save_tensors', 'writing', 'save_model',
            'to_config', 'field_value', 'read_config', 'read_tensors', 'load_tensors', 'checkpoints_of',
@@ -156,7 +156,7 @@ def own_part(t: Tensor) -> Tensor:
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def whole(t: Tensor) -> Tensor:
+def put_together(t: Tensor) -> Tensor:
     "A tensor that is spread over processes, put together on each of them (all must ask at once); any other tensor itself."
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
@@ -283,7 +283,7 @@ def clipped_backward(
 ) -> Tensor:            # the norm before clipping, a scalar
     "Backward pass and clipping. Raises `FloatingPointError` where loss or gradient is not finite."
     loss.backward()
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+    norm = put_together(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     if not torch.isfinite(norm + loss.detach()):
         raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
     return norm
@@ -448,7 +448,7 @@ def gathered(tensors: dict, ranks: Alone) -> dict:
     "Whole copies of named tensors on the main process's CPU, empty elsewhere: one at a time, so that nobody holds more than needed."
     kept = {}
     for name, t in tensors.items():
-        t = whole(t.detach())
+        t = put_together(t.detach())
         if ranks.main:
             kept[name] = t.cpu().clone().contiguous()
     return kept

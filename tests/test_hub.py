@@ -345,7 +345,7 @@ def test_a_repository_that_cannot_be_reached(no_network, tmp_path, monkeypatch, 
 
 def test_pairs_that_come_with_the_course():
     """F and G by name, without a network, in a second or two; other names are answered with those there are."""
-    assert "mnist-mini" in hub.shipped()
+    assert "mnist-mini" in hub.pretrained_names()
     F, G = hub.load_pretrained("mnist-mini")
     assert isinstance(F, TARFlow) and isinstance(G, ReverseModel) and not F.training and next(G.parameters()).dtype == torch.float32
     with pytest.raises(BitflowError, match="no pair named 'mnist-maxi' comes with this version; choose .*mnist-mini"):
