@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -499,7 +499,8 @@ def readable(raw: Raw, size: int) -> tuple:
     try:
         return square(raw.data, size), raw.label, raw.name
     except Exception as e:
-        return None, raw.label, f"{raw.name} ({first_sentence(e)})"
+        why = "no image that Pillow knows" if isinstance(e, UnidentifiedImageError) else first_sentence(e)  # its own words name a place in memory
+        return None, raw.label, f"{raw.name} ({why})"
 
 # %% ../nbs/latents.ipynb #81764be9
 def good_images(raws, cfg: CacheConfig, pool: ThreadPoolExecutor, corrupt: list):
