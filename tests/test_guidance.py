@@ -163,7 +163,7 @@ def test_training_teaches_w_and_leaves_F_alone(flow, guided):
         for block in (*guided.blocks, guided.denoiser):
             assert all(p.grad is not None and p.grad.abs().max() > 0 for p in block.scale_embed.parameters())
         optimiser.step()
-        assert loss.isfinite() and set(terms) == {"image", *(f"depth_{i}" for i in range(flow.cfg.num_blocks))}
+        assert loss.isfinite() and {"image", *(f"depth_{i}" for i in range(flow.cfg.num_blocks))} <= set(terms)
     assert not torch.equal(start, guided.blocks[0].scale_embed[0].weight)
     assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
     assert all(p.grad is None for p in flow.parameters())
