@@ -56,6 +56,7 @@ def mnist_cnn(device: str = "cpu") -> FeatureNetwork:
     "The digit classifier of this course: 128 features, 10 classes."
     net = load_classifier(device)
     def look(x):
+        "Features, and logits where there are any."
         features = net.features(x.to(device))
         return features, net.head(features)
     return FeatureNetwork("mnist-cnn", look, device)
@@ -65,6 +66,7 @@ def effnet_lite0(device: str = "cpu") -> FeatureNetwork:
     "EfficientNet-Lite0 (ImageNet), from a package that brings the weights: 1,280 features, 1,000 classes."
     net = effnet_features(device).net
     def look(x):
+        "Features, and logits where there are any."
         features = net.extract_features(imagenet_units(as_photos(x.to(device)))).mean(dim=(2, 3))
         return features, net._fc(features)
     return FeatureNetwork("effnet-lite0", look, device)
@@ -74,6 +76,7 @@ def own_network(module: nn.Module, name: str, device: str = "cpu") -> FeatureNet
     "Any module that turns images in [-1, 1] `(N, C, H, W)` into features `(N, …)`, or into a pair of features and logits."
     net = module.to(device).eval()
     def look(x):
+        "Features, and logits where there are any."
         out = net(x.to(device))
         features, logits = out if isinstance(out, tuple) else (out, None)
         return features.flatten(1), logits
@@ -121,6 +124,7 @@ def inception(
     except (RuntimeError, TypeError, AttributeError) as e:
         raise BitflowError(f"{path} holds weights of another network ({first_sentence(e)}); name torch-fidelity's weights-inception-2015-12-05-6726825d.pth") from e
     def look(x):
+        "Features, and logits where there are any."
         return net(to_pixels(x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)).to(device))
     return FeatureNetwork("inception", look, device)
 
@@ -249,6 +253,7 @@ def sampler_of(
     model = forward if row.startswith("exact") else reverse
     device, decode = next(model.parameters()).device, decoder or (lambda x: x)
     def sample(index):
+        "Images by number."
         z, c = indexed_noise(model.cfg, index, seed), index % model.cfg.num_classes
         return decode(draw(row, forward, reverse, z.to(device), c.to(device), w))
     return torch.no_grad()(sample)
