@@ -16,7 +16,7 @@ from .data import BitflowError, check_labels, load_data
 from .evaluation import hardware, load_result, measurement, save_results
 from .inverse_strategies import check_pair
 from .latents import DEFAULT_VAE, CacheConfig, cache_latents, decode_all, find_source, load_decoder, load_vae, report as latents_report
-from .parallel import find_ranks, leave, lost_contact
+from .parallel import end, find_ranks, lost_contact, together
 from .plotting import image_grid
 from .report import draw_rows, sample_rows, write_report
 from .reverse_model import ReverseModel
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         RUN[type(command)](command)
-        leave()
+        together()
     except BitflowError as e:
         return ended(e, 2)
     except KeyboardInterrupt:
@@ -988,5 +988,5 @@ RUN[Demo] = run_demo
 
 # %% ../nbs/19_command_line.ipynb #cee9670c
 if __name__ == "__main__" and "__file__" in globals():  # python -m bitflow_edu.cli, as torchrun starts it; a notebook has no __file__
-    sys.exit(main())
+    end(main())
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/parallel.ipynb #f01fd96d
 from __future__ import annotations
-import os
+import os, sys
 from contextlib import nullcontext
 from datetime import timedelta
 import torch
@@ -14,7 +14,8 @@ from .training import ALONE, Alone
 from .transformer import Layer
 
 # %% auto #0
-__all__ = ['SHARDING', 'LOST', 'LossModule', 'shard', 'spread_parameters', 'Ranks', 'find_ranks', 'lost_contact', 'leave']
+__all__ = ['SHARDING', 'LOST', 'LossModule', 'shard', 'spread_parameters', 'Ranks', 'find_ranks', 'lost_contact', 'others',
+           'together', 'end']
 
 # %% ../nbs/parallel.ipynb #7b66463b
 class LossModule(nn.Module):
@@ -126,7 +127,7 @@ def find_ranks(
 # %% ../nbs/parallel.ipynb #2e43b6f2
 LOST = ("connection closed by peer", "connection reset", "broken pipe", "read timeout", "timed out", "socket", "nccl", "gloo")
 
-
+# %% ../nbs/parallel.ipynb #30401c5f
 def lost_contact(error: Exception) -> str | None:
     "What to tell the user where an error means that another process is gone; None for any other error."
     first = (str(error).splitlines() or [""])[0]
@@ -135,8 +136,21 @@ def lost_contact(error: Exception) -> str | None:
     return (f"process {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} lost contact with another one ({first[:120]}). "
             "The newest checkpoint is whole: start again with --resume, on as many processes as there are now")
 
+# %% ../nbs/parallel.ipynb #ba329a0f
+def others() -> bool:
+    "Whether this process has been joined with others."
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
-def leave():
-    "Say goodbye to the other processes, where there are any."
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+# %% ../nbs/parallel.ipynb #ceaa10c8
+def together():
+    "Wait until all processes are here, where there are others."
+    if others():
+        torch.distributed.barrier()
+
+# %% ../nbs/parallel.ipynb #d07e73f5
+def end(code: int):
+    "End the program. Where there were other processes at once, without taking Python apart: gloo's threads do not bear it, and now and then abort a process that was done."
+    if others():
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -267,12 +267,13 @@ def test_two_real_processes_give_the_bits_of_one(tiny, reference, tmp_path):
         from test_fid import CFG, Tiny, samples
         from bitflow_edu.fid import evaluate_at_scale, make_reference, own_network
         from bitflow_edu.data import DataConfig, load_data
-        from bitflow_edu.parallel import find_ranks, leave
+        from bitflow_edu.parallel import end, find_ranks, together
         ranks, here, tiny = find_ranks(), Path(sys.argv[1]), own_network(Tiny(), "tiny")
         reference = make_reference(load_data(DataConfig("mnist-mini", 16), "test")[:500], tiny, here / "digits.npz", CFG, ranks)
         found = evaluate_at_scale(samples, reference, tiny, CFG, here / "run", ranks=ranks, repeats=0)
         (here / f"found-{ranks.rank}-of-{ranks.size}.json").write_text(json.dumps(found))
-        leave()
+        together()
+        end(0)
     """))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]

@@ -114,7 +114,7 @@ def test_the_second_stage_on_two_processes(alone, tmp_path):
 SCRIPT = """
 import sys, torch
 from bitflow_edu.data import BitflowError
-from bitflow_edu.parallel import find_ranks, leave
+from bitflow_edu.parallel import end, find_ranks, together
 ranks = find_ranks("cpu")
 mine = torch.arange(7)[ranks.rank::ranks.size].double()
 assert ranks.gather(mine).tolist() == [0, 2, 4, 6, 1, 3, 5] and ranks.total(mine.sum()).item() == 21
@@ -127,7 +127,8 @@ try:
 except BitflowError as e:
     print(f"process {ranks.rank}: {e}", flush=True)
 ranks.barrier()
-leave()
+together()
+end(0)
 """
 
 
