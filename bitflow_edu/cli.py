@@ -694,7 +694,7 @@ def measure(args: Evaluate, preset: Preset, forward, reverse, device: str, pictu
         draw_rows(sample_rows(done.samples, test, min(n, 10))).savefig(picture, dpi=110)
         return done.measurements + training_lines(args, preset)
     found = pipeline.evaluate_flow(forward, train, test, n, args.seed, preset.conditional, args.timing).measurements
-    return found + pipeline.training_record(run_folder(args.forward, preset, "forward"))
+    return found + training_lines(args, preset)
 
 
 def training_lines(args: Evaluate, preset: Preset) -> list:

@@ -16,10 +16,11 @@ from .training import load_model, write_atomically
 
 # %% auto #0
 __all__ = ['ClassifierConfig', 'conv_stage', 'at_size', 'Classifier', 'augment', 'classifier_loss', 'in_batches', 'as_stored',
-           'accuracy', 'load_classifier', 'check_features', 'moments', 'matrix_sqrt', 'frechet_distance', 'fd',
-           'covered', 'precision_recall', 'polynomial_kernel', 'kid', 'inception_score', 'wall_times', 'event_times',
-           'call_times', 'timed', 'processor', 'hardware', 'versions', 'git', 'commit', 'measurement', 'results_text',
-           'now', 'save_results', 'measured', 'figure', 'load_result', 'rows_of', 'table_text']
+           'accuracy', 'load_classifier', 'check_features', 'moments', 'matrix_sqrt', 'frechet_distance',
+           'distance_of_moments', 'fd', 'covered', 'precision_recall', 'polynomial_kernel', 'kid', 'inception_score',
+           'wall_times', 'event_times', 'call_times', 'timed', 'processor', 'hardware', 'versions', 'git', 'commit',
+           'measurement', 'results_text', 'now', 'save_results', 'measured', 'figure', 'load_result', 'rows_of',
+           'table_text']
 
 # %% ../nbs/06_evaluation.ipynb #3c301848
 @dataclass(frozen=True)
@@ -158,7 +159,15 @@ def frechet_distance(
 ) -> float:
     "|μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½): the distance of two Gaussians (Heusel et al., arXiv 1706.08500)."
     check_features(a, b)
-    (mu_a, cov_a), (mu_b, cov_b) = moments(a), moments(b)
+    return distance_of_moments(moments(a), moments(b))
+
+
+def distance_of_moments(
+    a: tuple[Tensor, Tensor],  # mean `(K,)` and covariance `(K, K)`, as `moments` gives them
+    b: tuple[Tensor, Tensor],
+) -> float:
+    "The same, from the statistics alone."
+    (mu_a, cov_a), (mu_b, cov_b) = a, b
     root = matrix_sqrt(cov_a)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return ((mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0).item()

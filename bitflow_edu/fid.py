@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .coupling import CouplingConfig
 from .data import BitflowError, Images, first_sentence, folder_classes, image_files, read_arrays, to_model_range, to_pixels
 from .distances import as_photos, effnet_features, imagenet_units
-from .evaluation import as_stored, check_features, kid, load_classifier, matrix_sqrt, measurement, precision_recall, timed
+from .evaluation import as_stored, check_features, distance_of_moments, kid, load_classifier, measurement, precision_recall, timed
 from .latents import square
 from .pipeline import draw, time_per_image
 from .training import ALONE, first_difference, to_disk, write_atomically, writing
@@ -515,9 +515,7 @@ def import_reference(path: str | Path, network: FeatureNetwork, folder: Path, cf
 # %% ../nbs/fid.ipynb #eea47b21
 def gaussian_distance(a: Reference, b: Reference) -> float:
     "|μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½), the Fréchet distance from statistics alone (arXiv 1706.08500)."
-    root = matrix_sqrt(a.sigma)
-    cross = torch.linalg.eigvalsh(root @ b.sigma @ root).clamp(min=0).sqrt().sum()
-    return ((a.mu - b.mu).square().sum() + a.sigma.trace() + b.sigma.trace() - 2 * cross).clamp(min=0).item()
+    return distance_of_moments((a.mu, a.sigma), (b.mu, b.sigma))
 
 # %% ../nbs/fid.ipynb #46c3666c
 def kid_over_subsets(

@@ -137,11 +137,10 @@ def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
     weigh = partial(adaptive, p=objective.adaptive_power)
     if not objective.feature_weight:
         return weigh(mse)
-    found = [find_distance(name, device) for name in objective.features]
+    seen = lambda distance: distance
     if objective.decoder:
-        vae = load_decoder(objective.decoder, device)
-        return mixture((1.0, weigh(mse)), *((objective.feature_weight, decoded(weigh(distance), vae, objective.decoded_images)) for distance in found))
-    return mixture((1.0, weigh(mse)), *((objective.feature_weight, weigh(distance)) for distance in found))
+        seen = partial(decoded, vae=load_decoder(objective.decoder, device), sub_batch=objective.decoded_images)
+    return mixture((1.0, weigh(mse)), *((objective.feature_weight, seen(weigh(find_distance(name, device)))) for name in objective.features))
 
 
 def state_distance(objective: ObjectiveConfig):
