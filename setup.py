@@ -27,7 +27,7 @@ setup(
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     packages=[*find_packages(include=["bitflow_edu", "bitflow_edu.*"]), "bitflow_edu.assets"],
     package_dir={"bitflow_edu.assets": "data"},  # data/ travels inside the package, where bitflow_edu.data.asset finds it
-    package_data={"bitflow_edu.assets": ["*.npz", "*/*.json", "*/*.safetensors", "*/*/*.json", "*/*/*.safetensors", "README.md"]},
+    package_data={"bitflow_edu.assets": ["*.npz", "*/*.json", "*/*.safetensors", "*/*/*.json", "*/*/*.safetensors", "*/*/*.jsonl", "README.md", "*/README.md"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Education",

@@ -14,11 +14,11 @@ from .evaluation import load_result, measured, results_text, save_results
 from .training import write_atomically, writing
 
 # %% auto #0
-__all__ = ['BUDGETS', 'HOUR', 'GUIDED', 'PHOTOS', 'LONG', 'EXPERIMENTS', 'PAGE', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES',
-           'GUARDED', 'Experiment', 'pair_commands', 'table_commands', 'hour_of', 'speed_commands', 'tables_of',
-           'find_experiment', 'commands_of', 'file_of', 'stands', 'mark', 'run_experiment', 'entry', 'all_results',
-           'shown', 'column_of', 'markdown_table', 'section_of', 'experiments_table', 'write_index', 'brief_figures',
-           'record_guard', 'compare_guard']
+__all__ = ['BUDGETS', 'HOUR', 'GUIDED', 'PHOTOS', 'LONG', 'EXPERIMENTS', 'PAGE', 'LIST', 'PLANNED', 'GUARD', 'GUARD_STEPS',
+           'GUARD_SAMPLES', 'GUARDED', 'Experiment', 'pair_commands', 'table_commands', 'hour_of', 'speed_commands',
+           'tables_of', 'find_experiment', 'commands_of', 'file_of', 'stands', 'mark', 'run_experiment', 'entry',
+           'all_results', 'shown', 'column_of', 'markdown_table', 'section_of', 'experiments_table', 'experiments_text',
+           'write_index', 'brief_figures', 'record_guard', 'compare_guard']
 
 # %% ../nbs/reproduce.ipynb #0ad64235
 BUDGETS = ("gpu", "cpu", "smoke")
@@ -202,7 +202,7 @@ Written from the files in this folder by `bitflow reproduce`. Pictures show the 
 
 ## The experiments
 
-`bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`: seconds) runs one of these lists of commands, goes on where it stopped, and skips what stands.
+`bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`: seconds) runs one of these lists of commands, goes on where it stopped, and skips what stands. All commands: [EXPERIMENTS.md](EXPERIMENTS.md).
 """
 
 # %% ../nbs/reproduce.ipynb #547c7f05
@@ -214,13 +214,36 @@ def experiments_table(lines: list[dict]) -> str:
         rows.append(f"| `{name}` | {e.question} | {e.minutes['gpu']} | {e.minutes['cpu']} | {', '.join(done) or 'not yet'} |")
     return "\n".join(rows) + "\n"
 
+# %% ../nbs/reproduce.ipynb #5682473e
+LIST = """# The experiments
+
+Written by `bitflow reproduce` from the list that it runs. `bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`) carries out the commands below in order, goes on where it stopped, and skips what stands;
+each can also be run alone. The same seed gives the same figures on the same machine. What has been done, and what came out, is on [the page of all figures](README.md).
+
+`gpu` is the experiment as it should be. `cpu` has the same data and the same parts for far fewer steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in seconds that the commands run; its figures mean nothing.
+Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded.
+"""
+PLANNED = {"gpu": "minutes of one H200", "cpu": "minutes of a core or two", "smoke": "minutes of a core"}
+
+
+def experiments_text(runs: Path = Path("runs/reproduce"), results: Path = Path("results")) -> str:
+    "The list of experiments as Markdown: what each asks, and its commands in each size."
+    parts = [LIST]
+    for name, e in EXPERIMENTS.items():
+        parts.append(f"## {name}\n\n{e.question}\n")
+        for budget in BUDGETS:
+            lines = [f"bitflow {shlex.join(words)}" for words in commands_of(name, budget, runs, results)]
+            parts.append(f"`--budget {budget}`, planned for {e.minutes[budget]} {PLANNED[budget]}:\n\n```\n" + "\n".join(lines) + "\n```\n")
+    return "\n".join(parts)
+
 # %% ../nbs/reproduce.ipynb #87361e0d
 def write_index(folder: Path) -> Path:
-    "Write `index.json` and `README.md` of a folder of results; gives the page's path."
+    "Write `index.json`, `README.md` and `EXPERIMENTS.md` of a folder of results; gives the page's path."
     found = all_results(folder)
     lines = [entry(result, folder) for result in found]
     with writing(folder):
         write_atomically(folder / "index.json", "[\n" + ",\n".join(" " + json.dumps(line) for line in lines) + "\n]\n")
+        write_atomically(folder / "EXPERIMENTS.md", experiments_text())
         write_atomically(folder / "README.md", "\n".join([PAGE, experiments_table(lines), *map(section_of, found, lines)]))
     return folder / "README.md"
 

@@ -2,7 +2,7 @@
 
 # %% ../nbs/05_training.ipynb #97f39e96
 from __future__ import annotations
-import copy, dataclasses, json, math, os, shutil, time
+import copy, dataclasses, json, math, os, shutil, tempfile, time
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from .data import BitflowError, Images
+from .data import BitflowError, Images, asset
 from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
@@ -25,7 +25,7 @@ __all__ = ['ALONE', 'DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'l
            'save_checkpoint', 'put_in_place', 'clear_leftovers', 'read_state', 'restore_moments', 'restore',
            'first_difference', 'check_same_run', 'open_run', 'read_metrics', 'MetricsLog', 'check_shares', 'lighten',
            'begin', 'batch_loss', 'step_or_stop', 'stopped', 'due', 'log_step', 'save_grid', 'progress_bar',
-           'whole_model', 'draw_grid', 'training_loop', 'train']
+           'whole_model', 'draw_grid', 'training_loop', 'train', 'keep', 'kept_model']
 
 # %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
@@ -784,3 +784,34 @@ def train(
     with closing(log) if log else nullcontext(), closing(watcher) if watcher else nullcontext():
         training_loop(state, loss_fn, data, cfg, folder, log, sampler, watcher)
     return whole_model(state)
+
+# %% ../nbs/05_training.ipynb #1368fabf
+def keep(model: nn.Module, log: list[dict], folder: Path):
+    "Write a trained model, in float16, and the metrics of its training to a new folder. Raises `BitflowError` where there is one."
+    if folder.exists():
+        raise BitflowError(f"{folder} exists already; set RETRAIN to another folder, or remove it")
+    save_model(model, folder, dtype=torch.float16)
+    with writing(folder):
+        write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+
+# %% ../nbs/05_training.ipynb #0d77a137
+def kept_model(
+    name: str,   # below `data/chapters/`, e.g. "11-naive"
+    kind: type,  # its class
+    fit,         # (folder) → the model, trained there by `train`
+) -> tuple[nn.Module, list[dict]]:  # in evaluation mode; the metrics of its training
+    "A chapter's small model: what comes with the course or, where the environment has `RETRAIN` set, trained by `fit`. Raises `BitflowError` where there is none."
+    wanted = os.environ.get("RETRAIN", "")
+    if wanted in ("", "0"):
+        try:
+            folder = asset(f"chapters/{name}")
+        except BitflowError:
+            raise BitflowError(f"no model {name!r} comes with the course; set RETRAIN=1 to train it") from None
+        return load_model(folder, kind), read_metrics(folder / "metrics.jsonl")
+    with tempfile.TemporaryDirectory() as room:
+        model = fit(Path(room) / "run")
+        log = read_metrics(Path(room) / "run" / "metrics.jsonl")
+    if wanted == "1":
+        return model, log
+    keep(model, log, Path(wanted) / name)
+    return load_model(Path(wanted) / name, kind), log

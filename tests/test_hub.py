@@ -17,7 +17,7 @@ from bitflow_edu.data import BitflowError, asset
 from bitflow_edu.exact_inverse import exact_inverse
 from bitflow_edu.hub import DataSource, Pair, from_pretrained, model_card, push_to_hub, save_pretrained
 from bitflow_edu.pipeline import build, grid_labels, noise_for
-from bitflow_edu.reverse_model import ReverseModel, one_pass
+from bitflow_edu.reverse_model import ReverseModel, one_pass, sample_noise
 from bitflow_edu.tarflow import TARFlow
 from bitflow_edu.training import load_model, save_model
 
@@ -343,10 +343,19 @@ def test_a_repository_that_cannot_be_reached(no_network, tmp_path, monkeypatch, 
         from_pretrained("nobody/nothing", Pair)
 
 
-def test_pairs_that_come_with_the_course():
-    """F and G by name, without a network, in a second or two; other names are answered with those there are."""
-    assert "mnist-mini" in hub.pretrained_names()
-    F, G = hub.load_pretrained("mnist-mini")
+@pytest.mark.parametrize("name", hub.pretrained_names())
+def test_pairs_that_come_with_the_course(name):
+    """F and G by name, without a network, with a card that was measured on models of that shape; small files."""
+    F, G = hub.load_pretrained(name)
     assert isinstance(F, TARFlow) and isinstance(G, ReverseModel) and not F.training and next(G.parameters()).dtype == torch.float32
+    assert one_pass(G, sample_noise(G.cfg, 2), torch.tensor([0, 1])).shape == (2, G.cfg.channels, G.cfg.image_size, G.cfg.image_size)
+    card = hub.ModelCard.load(asset(name) / "README.md")
+    assert {e.metric_type for e in card.data.eval_results} >= {"label_accuracy", "reconstruction_mse"}
+    sizes = [p.stat().st_size / 2**20 for p in asset(name).rglob("*.safetensors")]
+    assert len(sizes) == 2 and max(sizes) <= (30 if "cifar" in name else 8)
+
+
+def test_a_pair_that_does_not_come_with_the_course():
+    """The names that there are, for one that is not."""
     with pytest.raises(BitflowError, match="no pair named 'mnist-maxi' comes with this version; choose .*mnist-mini"):
         hub.load_pretrained("mnist-maxi")

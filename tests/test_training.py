@@ -16,10 +16,10 @@ from conftest import small_flow, small_reverse
 from safetensors.torch import load_file
 
 from bitflow_edu.config import find_preset
-from bitflow_edu.data import BitflowError, DataConfig, Images, load_data
+from bitflow_edu.data import BitflowError, DataConfig, Images, asset, load_data
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow, forward_loss
-from bitflow_edu.training import (TrainConfig, batch_indices, drop_labels, learning_rate, load_model, newest_checkpoint, read_metrics,
+from bitflow_edu.training import (TrainConfig, batch_indices, drop_labels, kept_model, learning_rate, load_model, newest_checkpoint, read_metrics,
                                   save_model, step_generator, train, update_ema)
 
 CFG = TrainConfig(steps=8, batch_size=16, log_every=1, sample_every=4, checkpoint_every=3, lr=1e-3)
@@ -215,3 +215,13 @@ def test_pictures_are_drawn_while_it_runs(tmp_path):
     train_forward(preset, load_data(preset.data)[:100], tmp_path / "run")
     assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["step-00000002.png", "step-00000004.png"]
     assert isinstance(load_data(preset.data)[:3], Images)
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in asset("chapters").glob("*/config.json")))
+def test_small_models_of_the_chapters_load_untrained(name, monkeypatch):
+    """What a chapter asks for comes with the course, with its metrics, and nothing is trained unless RETRAIN says so."""
+    monkeypatch.delenv("RETRAIN", raising=False)
+    kind = {"TARFlow": TARFlow, "ReverseModel": ReverseModel}[json.loads((asset("chapters") / name / "config.json").read_text())["kind"]]
+    model, log = kept_model(name, kind, lambda folder: pytest.fail("it was trained"))
+    assert not model.training and next(model.parameters()).dtype == torch.float32
+    assert log[-1]["step"] >= 100 and log[-1]["loss"] < log[0]["loss"]
