@@ -12,7 +12,7 @@ from . import ablations, bench, fid, pipeline, reproduce, speed, watching
 from .budget import StepCost, against_published, budget_of, images_per_hour, on_meta
 from .config import Preset, check_pair_preset, find_preset, inferred, one_line, read_fields, read_preset, split_fields, with_strategy, with_words, write_preset
 from .coupling import CouplingFlow
-from .data import BitflowError, check_labels, load_data
+from .data import BitflowError, check_labels, described, load_data
 from .evaluation import hardware, load_result, measurement, save_results
 from .inverse_strategies import check_pair
 from .latents import DEFAULT_VAE, CacheConfig, cache_latents, decode_all, find_source, load_decoder, load_vae, report as latents_report
@@ -32,10 +32,10 @@ __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo',
            'run_info', 'refuse_existing', 'run_folder', 'said_once', 'with_options', 'with_patch_size', 'load_together',
            'watch_of', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of',
            'check_sample', 'run_sample', 'load_pair', 'measure', 'training_lines', 'write_figures', 'Decoded',
-           'stream_rows', 'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'whole_numbers',
-           'measure_speed', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for',
-           'ablation_preset', 'run_ablate', 'run_cache_latents', 'run_watch', 'run_guard', 'run_reproduce',
-           'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
+           'stream_rows', 'reference_of', 'known_by', 'stream', 'save_picture', 'run_evaluate', 'bench_model',
+           'whole_numbers', 'measure_speed', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem',
+           'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate', 'run_cache_latents', 'run_watch',
+           'run_guard', 'run_reproduce', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Evaluate(Common):
     reference: Optional[Path] = None
     """Statistics of real images (.npz with mu and sigma); default: computed from the test images."""
     rows: tuple[str, ...] = ()
-    """Methods to measure in a stream: exact, exact+denoise, one-pass; default all."""
+    """Methods to measure in a stream: exact, exact+denoise, one-pass; default all, and real training images for the floor."""
     vae: Optional[str] = None
     """Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder."""
     batch_size: int = 128
@@ -743,6 +743,12 @@ def reference_of(args: Evaluate, preset: Preset, net, cfg, work: Path, vae, rank
     size = preset.data.image_size
     return fid.make_reference(Decoded(test, vae) if vae else test, net, fid.reference_path(work, preset.data.name, "test", size, net), cfg, ranks)
 
+# %% ../nbs/19_command_line.ipynb #5c73ba76
+def known_by(forward, reverse, test, seed: int, device: str) -> list:
+    "What F knows of test images, in bits, and how well the ways back return them; of a TARFlow."
+    return pipeline.fidelity(forward, reverse, test, seed, device) if isinstance(forward, TARFlow) else []
+
+
 # %% ../nbs/19_command_line.ipynb #857c04ca
 def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, picture: Path, ranks) -> list:
     "Every method's figures from a stream of samples, spread over processes."
@@ -753,11 +759,18 @@ def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, pictur
     cfg = fid.ScaleConfig(n=preset.num_samples if args.n is None else args.n, batch_size=args.batch_size, seed=args.seed)
     reference, found, shown = reference_of(args, preset, net, cfg, work, vae, ranks), [], {}
     about = {"forward": str(newest_checkpoint(run_folder(args.forward, preset, "forward"))), "reverse": args.reverse and str(newest_checkpoint(args.reverse))}
-    for row, w in stream_rows(args, reverse):
-        name = f"{row}, w = {w:g}" if w else row
-        sampler = fid.sampler_of(row, forward, reverse, args.seed, w, vae and partial(decode_all, vae))
-        found += fid.evaluate_at_scale(sampler, reference, net, cfg, work / name.replace(", w = ", "-w"), name, ranks, args.resume, {**about, "w": w}, fid.nfe(row, forward, w), 5 * args.timing)
+    def measured(name, sampler, cfg, about, passes=None, repeats=0):
+        "Figures of one row; its first images are kept for the picture."
         shown[name] = sampler(torch.arange(min(cfg.n, 10))).cpu()
+        return fid.evaluate_at_scale(sampler, reference, net, cfg, work / name.replace(", w = ", "-w"), name, ranks, args.resume, about, passes, repeats)
+
+    for row, w in stream_rows(args, reverse):
+        sampler = fid.sampler_of(row, forward, reverse, args.seed, w, vae and partial(decode_all, vae))
+        found += measured(f"{row}, w = {w:g}" if w else row, sampler, cfg, {**about, "w": w}, fid.nfe(row, forward, w), 5 * args.timing)
+    if not (args.vae or args.rows or args.reference):
+        train = load_together(preset.data, "train", args.data_root, ranks)
+        found += measured("real", fid.source_of(train), dataclasses.replace(cfg, n=min(cfg.n, len(train))), {"w": 0.0})
+        found += ranks.on_main(lambda: known_by(forward, reverse, load_data(preset.data, "test", args.data_root), args.seed, device)) or []
     ranks.on_main(lambda: save_picture(shown, picture))
     return found
 
@@ -765,7 +778,7 @@ def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, pictur
 def save_picture(rows: dict, path: Path):
     "The first samples of every method as a picture."
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_rows({pipeline.METHODS.get(row, row): x for row, x in rows.items()}).savefig(path, dpi=110)
+    draw_rows({{**pipeline.METHODS, "real": "real training images"}.get(row, row): x for row, x in rows.items()}).savefig(path, dpi=110)
 
 
 # %% ../nbs/19_command_line.ipynb #7b7d1326
@@ -779,7 +792,9 @@ def run_evaluate(args: Evaluate):
         found = stream(args, preset, forward, reverse, device, out.with_suffix(".png"), ranks) + training_lines(args, preset)
     else:
         found = measure(args, preset, forward, reverse, device, out.with_suffix(".png"))
-    config = {"forward": dataclasses.asdict(forward.cfg), "reverse": reverse and dataclasses.asdict(reverse.cfg)}
+    of_f, of_g = pipeline.run_settings(run_folder(args.forward, preset, "forward")), pipeline.run_settings(args.reverse) if args.reverse else {}
+    config = {"data": dataclasses.asdict(preset.data), "images": described(preset.data, args.data_root), "forward": dataclasses.asdict(forward.cfg), "reverse": reverse and dataclasses.asdict(reverse.cfg),
+              "train_forward": of_f.get("train"), "train_reverse": of_g.get("train"), "objective": of_g.get("objective")}
     ranks.on_main(lambda: write_figures(out, preset.name, args, config, found, start))
 
 RUN[Evaluate] = run_evaluate

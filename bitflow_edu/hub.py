@@ -340,7 +340,8 @@ def what_it_is(model: nn.Module | Pair) -> str:
 def how_trained(result: dict, model: nn.Module | Pair, source: DataSource) -> str:
     "Data and budget of the training, in Markdown."
     cfg = next(iter(parts_of(model).values())).cfg
-    lines = [f"Images: {source.title}, {cfg.image_size}×{cfg.image_size} pixels, {cfg.channels} channel{'s' * (cfg.channels > 1)}; licence: {source.licence}."]
+    copy = f" (read from: {result['config']['images']})" if "copy" in result["config"].get("images", "") else ""
+    lines = [f"Images: {source.title}{copy}, {cfg.image_size}×{cfg.image_size} pixels, {cfg.channels} channel{'s' * (cfg.channels > 1)}; licence: {source.licence}."]
     for name in parts_of(model):
         train = result["config"].get(f"train_{name}") or {}
         shown = ", ".join(f"{key} {train[key]}" for key in ("steps", "minutes", "batch_size", "lr", "ema", "label_dropout", "precision", "seed") if train.get(key) is not None)

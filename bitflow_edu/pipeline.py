@@ -17,7 +17,7 @@ __all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for
            'train_reverse', 'draw', 'draw_together', 'draw_all', 'quality', 'fidelity', 'time_per_image', 'speed',
            'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough', 'judge_for',
            'guided_samples', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow',
-           'training_record']
+           'training_record', 'run_settings']
 
 # %% ../nbs/pipeline.ipynb #9bf6a130
 from .bijections import check_invertible
@@ -371,3 +371,9 @@ def training_record(folder: Path) -> list:
     counters = json.loads(state.read_text())
     return [measurement("exact", "train_steps", counters["step"]),
             measurement("exact", "train_s", counters["seconds"], "s", threads=counters.get("threads"))]
+
+# %% ../nbs/pipeline.ipynb #8f1b902d
+def run_settings(folder: Path) -> dict:
+    "What a run was trained with, from its `run.json`; nothing for weights that came without their run."
+    written = newest_checkpoint(Path(folder)).parents[1] / "run.json"
+    return json.loads(written.read_text()) if written.exists() else {}

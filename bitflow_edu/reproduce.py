@@ -189,7 +189,8 @@ def markdown_table(result: dict) -> str:
 def section_of(result: dict, line: dict) -> str:
     "A results file on the page: how it was made, its picture, its figures."
     size = f", budget `{line['budget']}`" if line["budget"] else ""
-    how = f"`{line['command']}`{size}; {line['hardware']}; commit {line['commit']}, {line['date'][:10]}, {line['wall_s'] / 60:.1f} minutes."
+    images = f"; images: {result['config']['images']}" if result["config"].get("images") else ""
+    how = f"`{line['command']}`{size}{images}; {line['hardware']}; commit {line['commit']}, {line['date'][:10]}, {line['wall_s'] / 60:.1f} minutes."
     picture = f"![{line['name']}]({line['picture']})\n\n" if line["picture"] else ""
     table = markdown_table(result)
     body = table if table.count("|") < 1500 else f"{len(result['measurements'])} figures, too many for a page: [{line['name']}.json]({line['name']}.json)"

@@ -72,6 +72,23 @@ def test_sample(runs, tmp_path):
     assert main(["sample", "--checkpoint", str(asset("mnist-mini/reverse")), "--n", "3", "--columns", "3", "--out", str(tmp_path / "new" / "s.png")]) == 0
 
 
+def test_a_streamed_evaluation_has_a_floor_and_says_how_models_were_trained(runs, tmp_path, monkeypatch):
+    """Real training images beside the methods, what F knows of test images, the settings of both trainings."""
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", *SMOKE, "--forward", str(runs / "f"), "--reverse", str(runs / "g"), "--features", "mnist-cnn", "--no-timing", "--w", "0.5"]
+    assert main([*words, "--n", "60", "--out", "results/e.json"]) == 0
+    result = json.loads((tmp_path / "results/e.json").read_text())
+    found = {(m["row"], m["metric"]): m["value"] for m in result["measurements"]}
+    assert {row for row, _ in found} == {"exact", "exact+denoise", "one-pass", "guided, w = 0.5", "real"}
+    assert 0 < found["real", "fd[mnist-cnn]"] < found["one-pass", "fd[mnist-cnn]"]
+    assert found["exact", "bits_per_dim"] > 0 and found["one-pass", "reconstruction_mse"] > 0
+    config = result["config"]
+    assert config["images"] == config["data"]["name"] and config["train_reverse"]["steps"] == found["one-pass", "train_steps"] and config["objective"]["strategy"]
+    (tmp_path / "again").mkdir()
+    assert main([*words, "--n", "60", "--rows", "one-pass", "--work", "again", "--out", "results/one.json"]) == 0
+    assert {m["row"] for m in json.loads((tmp_path / "results/one.json").read_text())["measurements"]} == {"one-pass", "guided, w = 0.5", "exact"}  # exact: F's training
+
+
 def test_the_same_seed_draws_the_same(runs, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert main(["sample", "--checkpoint", str(runs / "g"), "--n", "8", "--seed", str(seed), "--out", str(tmp_path / f"{name}.png")]) == 0
