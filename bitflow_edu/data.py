@@ -17,9 +17,9 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['TORCHVISION', 'IMAGE_SUFFIXES', 'CHANNELS', 'LOADERS', 'BitflowError', 'asset', 'to_model_range', 'to_pixels',
            'Images', 'DataConfig', 'data_root', 'first_sentence', 'read_arrays', 'load_mnist_mini', 'load_torchvision',
-           'load_cifar10', 'described', 'class_folders', 'folder_classes', 'image_files', 'read_square',
-           'load_image_folder', 'resize', 'load_latents', 'check_labels', 'check_arrays', 'check_images', 'as_images',
-           'read_split', 'load_data', 'dequantize', 'add_noise', 'patchify', 'unpatchify']
+           'load_cifar10', 'class_folders', 'folder_classes', 'image_files', 'read_square', 'load_image_folder',
+           'resize', 'load_latents', 'check_labels', 'check_arrays', 'check_images', 'as_images', 'read_split',
+           'load_data', 'described', 'dequantize', 'add_noise', 'patchify', 'unpatchify']
 
 # %% ../nbs/00_data.ipynb #b99c3d85
 class BitflowError(ValueError):
@@ -154,17 +154,6 @@ def load_cifar10(root, split):
     blob, ends, labels, classes = read_arrays(path, f"{split}_jpeg", f"{split}_offsets", f"{split}_labels", "classes")
     images = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB")) for a, b in zip(ends[:-1], ends[1:])]
     return np.stack(images).transpose(0, 3, 1, 2), labels, tuple(str(c) for c in classes)
-
-# %% ../nbs/00_data.ipynb #94038bfb
-def described(
-    cfg: DataConfig,
-    root: str | Path | None = None,  # as for `load_data`
-) -> str:
-    "Which dataset was read, in words for a results file: a copy that has lost something says so."
-    root = data_root(root)
-    lossy = cfg.name == "cifar10" and root and (root / "cifar10_jpeg.npz").exists()
-    return f"{cfg.name}, JPEG copy" if lossy else cfg.name
-
 
 # %% ../nbs/00_data.ipynb #573d5553
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -319,6 +308,17 @@ def load_data(
         raise BitflowError(f"unknown split {split!r}; choose train or test")
     found = read_split(cfg, split, data_root(root))
     return found if cfg.name == "imagenet-latents" else as_images(*found, cfg)
+
+# %% ../nbs/00_data.ipynb #94038bfb
+def described(
+    cfg: DataConfig,
+    root: str | Path | None = None,  # as for `load_data`
+) -> str:
+    "Which dataset was read, in words for a results file: a copy that has lost something says so."
+    root = data_root(root)
+    lossy = cfg.name == "cifar10" and root and (root / "cifar10_jpeg.npz").exists()
+    return f"{cfg.name}, JPEG copy" if lossy else cfg.name
+
 
 # %% ../nbs/00_data.ipynb #d1841517
 def dequantize(

@@ -47,7 +47,7 @@ def table_commands(preset: str, *tables: str, more: str = "") -> tuple[str, ...]
 
 # %% ../nbs/reproduce.ipynb #df4261cd
 HOUR = "--steps {} --batch-size 64 --lr 2e-3 --train-{}.compile True --train-{}.sample-every {} --train-{}.checkpoint-every {}"
-GUIDED, PHOTOS = "--w 0.25 0.5 1", "--features effnet-lite0"
+GUIDED, PHOTOS = "--w 0.25 0.5 1", "--features effnet-lite0 --resume"
 
 
 def hour_of(stage: str, steps: int, sample_every: int, checkpoint_every: int) -> str:
@@ -57,7 +57,7 @@ def hour_of(stage: str, steps: int, sample_every: int, checkpoint_every: int) ->
 
 def speed_commands(geometries: tuple, more: str = "") -> tuple[str, ...]:
     "One pass against the ways back, random weights."
-    return tuple(f"bench --what speed --geometry {g} {more} --out RESULTS/speed-{g}.json" for g in geometries)
+    return tuple(f"bench --what speed --geometry {g} {more} --out RESULTS/bench-speed-{g}.json" for g in geometries)
 
 # %% ../nbs/reproduce.ipynb #6a689214
 def tables_of(question: str, result: str, *tables: str, minutes: dict) -> Experiment:
@@ -71,8 +71,8 @@ LONG = {"gpu": 10, "cpu": 600, "smoke": 2}
 # %% ../nbs/reproduce.ipynb #9e65ad0a
 EXPERIMENTS = {
     "speed-imagenet256": Experiment(
-        "How much faster is one pass than the exact inverse at ImageNet's shapes, with and without the VAE's decoder?", "speed-imagenet256-b2",
-        {"gpu": speed_commands(("imagenet256-b2", "imagenet256-xl2")), "cpu": speed_commands(("imagenet256-b2",)), "smoke": speed_commands(("imagenet256-b2-smoke",))}, {"gpu": 8, "cpu": 15, "smoke": 1}),
+        "How much faster is one pass than the exact inverse at ImageNet's shapes, with and without the VAE's decoder?", "bench-speed-imagenet256-b2",
+        {"gpu": speed_commands(("imagenet256-b2", "imagenet256-xl2")), "cpu": speed_commands(("imagenet256-b2",), "--batches 1"), "smoke": speed_commands(("imagenet256-b2-smoke",))}, {"gpu": 8, "cpu": 15, "smoke": 1}),
     "mnist-full": Experiment(
         "F and G with all parts on 60,000 digits: does one pass come near the exact inverse?", "mnist-full",
         {"gpu": pair_commands("mnist", "mnist-full", evaluate=GUIDED),
@@ -114,12 +114,15 @@ def file_of(words: list[str]) -> Path | None:
     return Path(given["--out"]) if words[0] in ("evaluate", "bench") else None
 
 
-def stands(words: list[str]) -> bool:
-    "Whether the command's result is there. `BitflowError` where something else has its name."
+def stands(words: list[str], budget: str) -> bool:
+    "Whether the command's result is there. `BitflowError` where something else has its name, or it was made in another size."
     path = file_of(words)
     if path is None or not path.exists():
         return False
-    made_by = shlex.split(load_result(path.stem, path.parent)["command"])
+    there = load_result(path.stem, path.parent)
+    if (size := there.get("budget") or budget) != budget:
+        raise BitflowError(f"{path} was made with --budget {size}, not {budget}; move it away, or name other folders with --results and --out")
+    made_by = shlex.split(there["command"])
     if made_by[1:2] != words[:1] or dict(zip(made_by, made_by[1:])).get("--preset") != dict(zip(words, words[1:])).get("--preset"):
         raise BitflowError(f"{path} was made by another command ({shlex.join(made_by)}); move it away, or name another folder with --results")
     return True
@@ -135,8 +138,10 @@ def mark(path: Path, name: str, budget: str):
 # %% ../nbs/reproduce.ipynb #495f234d
 def run_experiment(name: str, budget: str, runs: Path, results: Path, run, more: tuple = ()):
     "Run what is left of an experiment; `run(words)` carries out one command and gives its exit code, `more` is added to each."
-    for words in commands_of(name, budget, runs, results):
-        if stands(words):
+    commands = commands_of(name, budget, runs, results)
+    standing = [stands(words, budget) for words in commands]  # before hours are spent
+    for words, done in zip(commands, standing):
+        if done:
             print(f"{name}: {file_of(words)} stands")
             continue
         print(f"{name}: bitflow {shlex.join(words)}", flush=True)
@@ -211,7 +216,7 @@ def experiments_table(lines: list[dict]) -> str:
     "The experiments as Markdown: what each asks, what it was planned for, and in which size it has been done."
     rows = ["| experiment | question | minutes on one H200 | minutes on a CPU | done |", "|---|---|---|---|---|"]
     for name, e in EXPERIMENTS.items():
-        done = sorted({line["budget"] for line in lines if line["experiment"] == name})
+        done = sorted({line["budget"] or "by its command alone" for line in lines if line["experiment"] == name or line["name"] == e.result})
         rows.append(f"| `{name}` | {e.question} | {e.minutes['gpu']} | {e.minutes['cpu']} | {', '.join(done) or 'not yet'} |")
     return "\n".join(rows) + "\n"
 
@@ -224,7 +229,7 @@ each can also be run alone. The same seed gives the same figures on the same mac
 `gpu` is the experiment as it should be. `cpu` has the same data and the same parts for far fewer steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in seconds that the commands run; its figures mean nothing.
 Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded.
 """
-PLANNED = {"gpu": "minutes of one H200", "cpu": "minutes of a core or two", "smoke": "minutes of a core"}
+PLANNED = {"gpu": "of one H200", "cpu": "of a core or two", "smoke": "of a core"}
 
 
 def experiments_text(runs: Path = Path("runs/reproduce"), results: Path = Path("results")) -> str:
@@ -234,7 +239,7 @@ def experiments_text(runs: Path = Path("runs/reproduce"), results: Path = Path("
         parts.append(f"## {name}\n\n{e.question}\n")
         for budget in BUDGETS:
             lines = [f"bitflow {shlex.join(words)}" for words in commands_of(name, budget, runs, results)]
-            parts.append(f"`--budget {budget}`, planned for {e.minutes[budget]} {PLANNED[budget]}:\n\n```\n" + "\n".join(lines) + "\n```\n")
+            parts.append(f"`--budget {budget}`, planned for {e.minutes[budget]} minute{'s' * (e.minutes[budget] != 1)} {PLANNED[budget]}:\n\n```\n" + "\n".join(lines) + "\n```\n")
     return "\n".join(parts)
 
 # %% ../nbs/reproduce.ipynb #87361e0d

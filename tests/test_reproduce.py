@@ -1,12 +1,13 @@
 """Experiments as lists of commands: every one can be parsed, is skipped when its result stands, and the page shows what the files hold."""
 import json
+from pathlib import Path
 
 import pytest
 
 from bitflow_edu import cli
 from bitflow_edu.data import BitflowError
 from bitflow_edu.evaluation import measurement, save_results
-from bitflow_edu.reproduce import BUDGETS, EXPERIMENTS, commands_of, compare_guard, markdown_table, run_experiment, stands, write_index
+from bitflow_edu.reproduce import BUDGETS, EXPERIMENTS, commands_of, compare_guard, mark, markdown_table, run_experiment, stands, write_index
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -50,7 +51,16 @@ def test_a_result_of_another_command_is_not_taken_for_ours(tmp_path):
     save_results(tmp_path, "mnist-full", "cifar10", "bitflow evaluate --preset cifar10", {}, [measurement("exact", "fid", 1.0)], 1.0)
     words = commands_of("mnist-full", "cpu", tmp_path, tmp_path)[-1]
     with pytest.raises(BitflowError, match="was made by another command .*move it away"):
-        stands(words)
+        stands(words, "cpu")
+
+
+def test_a_result_of_another_size_is_not_taken_for_ours(tmp_path):
+    """It is named before anything is trained."""
+    save_results(tmp_path, "mnist-full", "mnist", "bitflow evaluate --preset mnist", {}, [measurement("exact", "fid", 1.0)], 1.0)
+    mark(tmp_path / "mnist-full.json", "mnist-full", "cpu")
+    with pytest.raises(BitflowError, match="was made with --budget cpu, not gpu; move it away"):
+        run_experiment("mnist-full", "gpu", tmp_path, tmp_path, lambda words: pytest.fail("something ran"))
+    assert stands(commands_of("mnist-full", "cpu", tmp_path, tmp_path)[-1], "cpu")
 
 
 def test_mistakes(tmp_path, capsys):
@@ -66,6 +76,8 @@ def test_the_page_shows_every_seed_and_no_mean(tmp_path):
     assert "| naive | 4; 5 | – |" in table and "| exact | – | 2 ms |" in table and "mean" not in table
     (tmp_path / "other.json").write_text("[]")
     assert "## t" in write_index(tmp_path).read_text() and len(json.loads((tmp_path / "index.json").read_text())) == 1
+    listed = (tmp_path / "EXPERIMENTS.md").read_text()
+    assert all(f"bitflow {' '.join(words)}" in listed for name in EXPERIMENTS for budget in BUDGETS for words in commands_of(name, budget, Path("runs/reproduce"), Path("results")))
 
 
 def test_the_guard_sees_what_moved():
