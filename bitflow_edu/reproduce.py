@@ -227,7 +227,7 @@ Written by `bitflow reproduce` from the list that it runs. `bitflow reproduce NA
 each can also be run alone. The same seed gives the same figures on the same machine. What has been done, and what came out, is on [the page of all figures](README.md).
 
 `gpu` is the experiment as it should be. `cpu` has the same data and the same parts for far fewer steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in seconds that the commands run; its figures mean nothing.
-Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded.
+Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. Not here yet: G beside flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with chapter 18.
 """
 PLANNED = {"gpu": "of one H200", "cpu": "of a core or two", "smoke": "of a core"}
 
