@@ -12,18 +12,9 @@ import torch
 
 from bitflow_edu.cli import load_any
 from bitflow_edu.evaluation import load_result
-from bitflow_edu.hub import Pair, model_card
-from bitflow_edu.training import save_model
+from bitflow_edu.hub import Pair, model_card, save_pretrained
 
 HERE = Path(__file__).resolve().parent
-
-
-def store(run, folder, dtype):
-    """Load a model, store it, print its size, give it back."""
-    model = load_any(run, "cpu")
-    save_model(model, folder, dtype=dtype)
-    print(f"{folder}: {(folder / 'model.safetensors').stat().st_size:,} bytes")
-    return model
 
 
 def main():
@@ -33,13 +24,16 @@ def main():
     ap.add_argument("--to", required=True, help="folder name below data/")
     ap.add_argument("--results", type=Path, help="results file of the pair, for its card")
     args = ap.parse_args()
-    if not (args.run / "forward").is_dir():
-        return store(args.run, HERE / args.to, None)
-    if not args.results:
-        ap.error("a pair needs --results, for its model card")
-    pair = Pair(*(store(args.run / name, HERE / args.to / name, torch.bfloat16) for name in ("forward", "reverse")))
-    card = model_card(load_result(args.results.stem, args.results.parent), pair)
-    (HERE / args.to / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
+    folder = HERE / args.to
+    if (args.run / "forward").is_dir():
+        if not args.results:
+            ap.error("a pair needs --results, for its model card")
+        pair = Pair(*(load_any(args.run / name, "cpu") for name in ("forward", "reverse")))
+        save_pretrained(pair, folder, torch.bfloat16, model_card(load_result(args.results.stem, args.results.parent), pair), overwrite=True)
+    else:
+        save_pretrained(load_any(args.run, "cpu"), folder, overwrite=True)
+    for path in folder.rglob("model.safetensors"):
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bitflow_edu.data import BitflowError, DataConfig, load_data
+from bitflow_edu.data import BitflowError, DataConfig, described, load_data
 from bitflow_edu.evaluation import measurement, save_results
 from bitflow_edu.hub import load_pretrained
 from bitflow_edu.pipeline import draw, noise_for
@@ -66,7 +66,7 @@ def of_photographs(root: Path) -> list:
     """Real photographs."""
     (train, test), g = (load_data(DataConfig("cifar10", 32, 3), split, root) for split in ("train", "test")), torch.Generator().manual_seed(0)
     labels = watch_labels(train.labels)
-    name = "CIFAR-10 (JPEG copy)" if (root / "cifar10_jpeg.npz").exists() else "CIFAR-10"
+    name = "CIFAR-10 (JPEG copy)" if "copy" in described(DataConfig("cifar10", 32, 3), root) else "CIFAR-10"
     return of_groups(f"100 test images of {name}", reference_of(train, labels, 4), [test[alike(labels, test.labels, g)].x for _ in range(100)])
 
 
