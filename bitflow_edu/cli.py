@@ -32,10 +32,10 @@ __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo',
            'run_info', 'refuse_existing', 'run_folder', 'said_once', 'with_options', 'with_patch_size', 'load_together',
            'watch_of', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of',
            'check_sample', 'run_sample', 'load_pair', 'measure', 'training_lines', 'write_figures', 'Decoded',
-           'stream_rows', 'reference_of', 'known_by', 'stream', 'save_picture', 'run_evaluate', 'bench_model',
-           'whole_numbers', 'measure_speed', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem',
-           'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate', 'run_cache_latents', 'run_watch',
-           'run_guard', 'run_reproduce', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
+           'stream_rows', 'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'whole_numbers',
+           'measure_speed', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for',
+           'ablation_preset', 'run_ablate', 'run_cache_latents', 'run_watch', 'run_guard', 'run_reproduce',
+           'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
@@ -735,19 +735,12 @@ def stream_rows(args: Evaluate, reverse) -> list:
 
 
 # %% ../nbs/19_command_line.ipynb #3b2c49b8
-def reference_of(args: Evaluate, preset: Preset, net, cfg, work: Path, vae, ranks):
+def reference_of(args: Evaluate, preset: Preset, test, net, cfg, work: Path, vae, ranks):
     "Statistics of real images: from a file, or of the test images (of latents: as the autoencoder makes them)."
     if args.reference:
         return fid.import_reference(args.reference, net, work, cfg, ranks)
-    test = load_together(preset.data, "test", args.data_root, ranks)
     size = preset.data.image_size
     return fid.make_reference(Decoded(test, vae) if vae else test, net, fid.reference_path(work, preset.data.name, "test", size, net), cfg, ranks)
-
-# %% ../nbs/19_command_line.ipynb #5c73ba76
-def known_by(forward, reverse, test, seed: int, device: str) -> list:
-    "What F knows of test images, in bits, and how well the ways back return them; of a TARFlow."
-    return pipeline.fidelity(forward, reverse, test, seed, device) if isinstance(forward, TARFlow) else []
-
 
 # %% ../nbs/19_command_line.ipynb #857c04ca
 def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, picture: Path, ranks) -> list:
@@ -757,12 +750,13 @@ def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, pictur
     net, work = fid.find_features(args.features or "inception", device, args.weights), args.work or Path(f"runs/evaluate-{preset.name}")
     vae = load_decoder(args.vae, device) if args.vae else None
     cfg = fid.ScaleConfig(n=preset.num_samples if args.n is None else args.n, batch_size=args.batch_size, seed=args.seed)
-    reference, found, shown = reference_of(args, preset, net, cfg, work, vae, ranks), [], {}
+    test = None if args.reference else load_together(preset.data, "test", args.data_root, ranks)
+    reference, found, shown = reference_of(args, preset, test, net, cfg, work, vae, ranks), [], {}
     about = {"forward": str(newest_checkpoint(run_folder(args.forward, preset, "forward"))), "reverse": args.reverse and str(newest_checkpoint(args.reverse))}
-    def measured(name, sampler, cfg, about, passes=None, repeats=0):
+    def measured(name, sampler, scale, about, passes=None, repeats=0):
         "Figures of one row; its first images are kept for the picture."
-        shown[name] = sampler(torch.arange(min(cfg.n, 10))).cpu()
-        return fid.evaluate_at_scale(sampler, reference, net, cfg, work / name.replace(", w = ", "-w"), name, ranks, args.resume, about, passes, repeats)
+        shown[name] = sampler(torch.arange(min(scale.n, 10))).cpu()
+        return fid.evaluate_at_scale(sampler, reference, net, scale, work / name.replace(", w = ", "-w"), name, ranks, args.resume, about, passes, repeats)
 
     for row, w in stream_rows(args, reverse):
         sampler = fid.sampler_of(row, forward, reverse, args.seed, w, vae and partial(decode_all, vae))
@@ -770,7 +764,8 @@ def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, pictur
     if not (args.vae or args.rows or args.reference):
         train = load_together(preset.data, "train", args.data_root, ranks)
         found += measured("real", fid.source_of(train), dataclasses.replace(cfg, n=min(cfg.n, len(train))), {"w": 0.0})
-        found += ranks.on_main(lambda: known_by(forward, reverse, load_data(preset.data, "test", args.data_root), args.seed, device)) or []
+        if isinstance(forward, TARFlow):
+            found += ranks.on_main(lambda: pipeline.fidelity(forward, reverse, test, args.seed, device)) or []
     ranks.on_main(lambda: save_picture(shown, picture))
     return found
 

@@ -232,13 +232,13 @@ Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. Not 
 PLANNED = {"gpu": "of one H200", "cpu": "of a core or two", "smoke": "of a core"}
 
 
-def experiments_text(runs: Path = Path("runs/reproduce"), results: Path = Path("results")) -> str:
+def experiments_text() -> str:
     "The list of experiments as Markdown: what each asks, and its commands in each size."
     parts = [LIST]
     for name, e in EXPERIMENTS.items():
         parts.append(f"## {name}\n\n{e.question}\n")
         for budget in BUDGETS:
-            lines = [f"bitflow {shlex.join(words)}" for words in commands_of(name, budget, runs, results)]
+            lines = [f"bitflow {shlex.join(words)}" for words in commands_of(name, budget, Path("runs/reproduce"), Path("results"))]
             parts.append(f"`--budget {budget}`, planned for {e.minutes[budget]} minute{'s' * (e.minutes[budget] != 1)} {PLANNED[budget]}:\n\n```\n" + "\n".join(lines) + "\n```\n")
     return "\n".join(parts)
 

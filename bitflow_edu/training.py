@@ -25,7 +25,7 @@ __all__ = ['ALONE', 'DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'l
            'save_checkpoint', 'put_in_place', 'clear_leftovers', 'read_state', 'restore_moments', 'restore',
            'first_difference', 'check_same_run', 'open_run', 'read_metrics', 'MetricsLog', 'check_shares', 'lighten',
            'begin', 'batch_loss', 'step_or_stop', 'stopped', 'due', 'log_step', 'save_grid', 'progress_bar',
-           'whole_model', 'draw_grid', 'training_loop', 'train', 'keep', 'kept_model']
+           'whole_model', 'draw_grid', 'training_loop', 'train', 'kept_model']
 
 # %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
@@ -785,33 +785,29 @@ def train(
         training_loop(state, loss_fn, data, cfg, folder, log, sampler, watcher)
     return whole_model(state)
 
-# %% ../nbs/05_training.ipynb #1368fabf
-def keep(model: nn.Module, log: list[dict], folder: Path):
-    "Write a trained model, in float16, and the metrics of its training to a new folder. Raises `BitflowError` where there is one."
-    if folder.exists():
-        raise BitflowError(f"{folder} exists already; set RETRAIN to another folder, or remove it")
-    save_model(model, folder, dtype=torch.float16)
-    with writing(folder):
-        write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-
 # %% ../nbs/05_training.ipynb #0d77a137
 def kept_model(
     name: str,   # below `data/chapters/`, e.g. "11-naive"
     kind: type,  # its class
     fit,         # (folder) → the model, trained there by `train`
 ) -> tuple[nn.Module, list[dict]]:  # in evaluation mode; the metrics of its training
-    "A chapter's small model: what comes with the course or, where the environment has `RETRAIN` set, trained by `fit`. Raises `BitflowError` where there is none."
+    "A chapter's small model: what comes with the course or, where the environment has `RETRAIN` set, trained by `fit`. Raises `BitflowError` where there is none, or already one in the way."
     wanted = os.environ.get("RETRAIN", "")
     if wanted in ("", "0"):
         try:
             folder = asset(f"chapters/{name}")
         except BitflowError:
             raise BitflowError(f"no model {name!r} comes with the course; set RETRAIN=1 to train it") from None
-        return load_model(folder, kind), read_metrics(folder / "metrics.jsonl")
-    with tempfile.TemporaryDirectory() as room:
-        model = fit(Path(room) / "run")
-        log = read_metrics(Path(room) / "run" / "metrics.jsonl")
-    if wanted == "1":
-        return model, log
-    keep(model, log, Path(wanted) / name)
-    return load_model(Path(wanted) / name, kind), log
+    else:
+        folder = Path(wanted) / name
+        if wanted != "1" and folder.exists():
+            raise BitflowError(f"{folder} exists already; set RETRAIN to another folder, or remove it")
+        with tempfile.TemporaryDirectory() as room:
+            run = Path(room) / "run"
+            model = fit(run)
+            if wanted == "1":
+                return model, read_metrics(run / "metrics.jsonl")
+            save_model(model, folder, dtype=torch.float16)
+            with writing(folder):
+                shutil.copy(run / "metrics.jsonl", folder)
+    return load_model(folder, kind), read_metrics(folder / "metrics.jsonl")
