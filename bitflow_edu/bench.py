@@ -14,6 +14,7 @@ from .config import PRESETS, check_pair_preset, find_preset
 from .data import BitflowError, patchify, unpatchify
 from .evaluation import measurement, timed
 from .exact_inverse import Guidance, capture_inverse, compile_blocks, exact_trajectory, invert_block, invert_block_jacobi, jacobi_trajectory, pack, score_denoise, segment_counts
+from .native import NativeInverse
 from .pipeline import build, time_per_image
 from .reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
@@ -111,6 +112,9 @@ def walking_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, compiled: b
     if device == "cuda":
         captured = cache(lambda: capture_inverse(model, len(z), guidance))
         ways["graph"] = lambda: captured()(z, c)
+    if compiled and device == "cpu" and z.dtype == torch.float32 and model.cfg.transformer.head_dim % 16 == 0:
+        native = cache(lambda: NativeInverse(model))
+        ways["native"] = lambda: native()(z, c, guidance)[0]
     if compiled and (rows < 32 or device != "cpu"):  # the compiler cannot see into weights that are packed for many rows
         invert = cache(lambda: compile_blocks(one()))
         ways["compiled"] = lambda: exact_trajectory(one(), z, c, invert(), guidance)[0]
@@ -162,7 +166,7 @@ def bench_inverse(
     segments: int = 2,         # of Gauss–Seidel–Jacobi
     repeats: int = 5,          # timed calls
     device: str = "cpu",
-    compiled: bool = False,    # with the compiled walk, which needs a C++ compiler
+    compiled: bool = False,    # with the native inverse and the compiled walk, which need a C++ compiler
 ) -> list:                     # of `measurement`
     "Every way back side by side, for each batch size and guidance scale."
     found = bench_blocks(model, tolerance, repeats, device)
@@ -199,8 +203,8 @@ def training_step(model: TARFlow, loss, precision: str):
     return step
 
 # %% ../nbs/bench.ipynb #d7475c0f
-def bench_training(cfg: TARFlowConfig, batch: int = 64, repeats: int = 15, device: str = "cpu", precision: str = "auto") -> list:
-    "A training step of the plain version and of the library, same weights, same images."
+def bench_training(cfg: TARFlowConfig, batch: int = 64, repeats: int = 15, device: str = "cpu", precision: str = "auto", compiled: bool = False) -> list:
+    "A training step of the plain version and of the library, same weights, same images; `compiled`: the loss of both."
     model = build(TARFlow, cfg, 0, device)
     g = torch.Generator().manual_seed(0)
     x, c = torch.randn(batch, cfg.channels, cfg.image_size, cfg.image_size, generator=g).to(device), (torch.arange(batch) % cfg.num_classes).to(device)
@@ -210,7 +214,9 @@ def bench_training(cfg: TARFlowConfig, batch: int = 64, repeats: int = 15, devic
         z, logdet = plain_states(model, patchify(x, cfg.patch_size), c)
         return 0.5 * z.square().mean() - logdet.mean() / z[0].numel()
 
-    steps = {"plain": training_step(model, plain_loss, precision), "exact": training_step(model, lambda: nll_per_dim(model(x, c)), precision)}
+    fused = partial(torch.compile, dynamic=False) if compiled else lambda loss: loss
+    losses = {"plain": fused(plain_loss), "exact": fused(lambda: nll_per_dim(model(x, c)))}
+    steps = {row: training_step(model, loss, precision) for row, loss in losses.items()}
     times = {row: timed(step, repeats) for row, step in steps.items()}
     return [m for row, t in times.items() for m in (
         measurement(row, "ms_per_step", t["median_ms"], "ms", repeats, batch=batch, low=t["low_ms"], high=t["high_ms"]),
@@ -244,15 +250,18 @@ def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in model.blocks:
-            block.proj_out.weight.copy_(0.02 * torch.randn(block.proj_out.weight.shape, generator=generator))
+            block.proj_out.weight.copy_(0.01 * torch.randn(block.proj_out.weight.shape, generator=generator))
     return model.eval().to(device)
 
 # %% ../nbs/bench.ipynb #83d4f918
 def pair_ways(F: TARFlow, G: ReverseModel, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool) -> dict:
-    "Name → a call: one pass of G (of one that takes w, where a scale is given), the score step alone, both compiled too if asked for, and `inverse_ways`."
+    "Name → a call: one pass of G (of one that takes w, where a scale is given), also packed on a CPU; the score step alone; both compiled too if asked for; and `inverse_ways`."
     scale_in = scale if scale or G.cfg.max_guidance else None
     x, fused = unpatchify(z, F.cfg.patch_size, F.cfg.channels), partial(torch.compile, dynamic=False)
     ways = {"one pass": lambda: one_pass(G, z, c, scale_in), "score step": lambda: score_denoise(F, x, c)}
+    if z.device.type == "cpu" and z.dtype == torch.float32:
+        packed = laid_out(G, z.shape[:2].numel())
+        ways["one pass, packed"] = lambda: one_pass(packed(), z, c, scale_in)
     if compiled:
         still = copy.deepcopy(F).requires_grad_(False)  # else the compiled step computes gradients of the weights, too
         fast_pass, fast_F = fused(lambda z, c: one_pass(G, z, c, scale_in)), fused(still)

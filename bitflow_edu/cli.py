@@ -215,7 +215,7 @@ class Bench:
     segments: str = "2"
     """Segments of Gauss-Seidel-Jacobi: one number, or one for each block, e.g. 1,1,1,48."""
     compiled: bool = False
-    """Measure the compiled walk, too; needs a C++ compiler."""
+    """Measure what a C++ compiler makes, too: the native inverse and the compiled walk, or for training both losses compiled."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
     out: Optional[Path] = None
@@ -801,7 +801,7 @@ def bench_model(args: Bench, device: str) -> TARFlow:
 
 # %% ../nbs/19_command_line.ipynb #d9d2734d
 MEASURED = {"inverse": lambda args, model, device: bench.bench_inverse(model, segments=parse_segments(args.segments), device=device, compiled=args.compiled),
-            "training": lambda args, model, device: bench.bench_training(model.cfg, device=device),
+            "training": lambda args, model, device: bench.bench_training(model.cfg, device=device, compiled=args.compiled),
             "tokens": lambda args, model, device: bench.bench_tokens(), "pair": lambda args, model, device: measure_pair(args, model, device),
             "speed": lambda args, model, device: measure_speed(args, model)}
 

@@ -23,7 +23,7 @@ __all__ = ['STABLE_DIFFUSION', 'PATIENT', 'BACK', 'PRECISIONS', 'DEFAULT_BATCHES
            'plot_speed']
 
 # %% ../nbs/16_speed.ipynb #d03f5e4b
-from .bench import jacobi_ways, walking_ways
+from .bench import jacobi_ways, laid_out, walking_ways
 from .budget import meta_batch, on_meta, pass_flops
 from .config import PRESETS, find_preset
 from .data import BitflowError, unpatchify
@@ -166,6 +166,9 @@ def eager_ways(F: TARFlow, G: ReverseModel, batch: int, segments=2, tolerance: f
     cost, x = pair_costs(F.cfg, G.cfg, batch, z.dtype), unpatchify(z, F.cfg.patch_size, F.cfg.channels)
     weights = sum(p.nbytes for p in F.blocks.parameters())
     ways = {"one-pass": Way(partial(one_pass, G, z, c), cost["one-pass"]), "score-step": Way(partial(score_denoise, F, x, c), cost["score-step"])}
+    if z.device.type == "cpu" and z.dtype == torch.float32:
+        packed = laid_out(G, z.shape[:2].numel())
+        ways["one-pass, packed"] = Way(lambda: one_pass(packed(), z, c), cost["one-pass"], prepares=True)
     for row, call in walking_ways(F, z, c, 0.0, compiled=False).items():
         ways[row] = Way(call, cost["exact"], prepares=row == "graph")
     for row, call in jacobi_ways(F, z, c, 0.0, tolerance, segments).items():
@@ -191,13 +194,13 @@ def compiled_copy(model: nn.Module) -> nn.Module:
 
 # %% ../nbs/16_speed.ipynb #5acb2ffd
 def compiled_ways(F: TARFlow, G: ReverseModel, batch: int) -> dict:
-    "Row → `Way`: one pass, the score step and the walk, compiled for this batch. Needs a C++ compiler on a CPU."
+    "Row → `Way`: one pass, the score step and the walk, compiled for this batch, and the native inverse. Needs a C++ compiler on a CPU."
     torch._dynamo.reset()  # shapes of another batch would make it look for code that fits both
     z, c = example(F, batch)
     cost, x = pair_costs(F.cfg, G.cfg, batch, z.dtype), unpatchify(z, F.cfg.patch_size, F.cfg.channels)
     calls = {"one-pass, compiled": (partial(one_pass, compiled_copy(G), z, c), "one-pass"), "score-step, compiled": (partial(score_denoise, compiled_copy(F), x, c), "score-step")}
     walk = walking_ways(F, z, c, 0.0, compiled=True)
-    calls |= {row: (walk[row], "exact") for row in ("compiled",) if row in walk}
+    calls |= {row: (walk[row], "exact") for row in ("native", "compiled") if row in walk}
     return {row: Way(call, cost[of], prepares=True) for row, (call, of) in calls.items()}
 
 # %% ../nbs/16_speed.ipynb #9114ac21
@@ -291,7 +294,7 @@ def time_way(row: str, way: Way, batch: int, machine: Machine, limits: Limits, u
     return lines_of(row, t, way.after(found) if way.after else way.cost, batch, machine) + memory
 
 # %% ../nbs/16_speed.ipynb #d363d9f2
-BACK = ("exact", "packed", "graph", "compiled", "jacobi", "gs-jacobi")  # rows that undo F exactly
+BACK = ("exact", "packed", "native", "graph", "compiled", "jacobi", "gs-jacobi")  # rows that undo F exactly
 
 
 def speedups(found: list) -> list:
@@ -355,7 +358,7 @@ def roofline_points(result: dict) -> dict:
     return found
 
 # %% ../nbs/16_speed.ipynb #c7e98de0
-ROOFLINE = {"exact": "o", "compiled": "s", "graph": "D", "jacobi": "v", "one-pass": "^", "score-step": "P", "vae-decoder": "*"}  # row → mark
+ROOFLINE = {"exact": "o", "native": "h", "compiled": "s", "graph": "D", "jacobi": "v", "one-pass": "^", "score-step": "P", "vae-decoder": "*"}  # row → mark
 
 
 def machine_of(result: dict) -> Machine:

@@ -1,0 +1,125 @@
+"""The native inverse against the walk in PyTorch."""
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import shake
+from hypothesis import given, settings, strategies as st
+
+from bitflow_edu import native
+from bitflow_edu.data import BitflowError, asset
+from bitflow_edu.exact_inverse import GUIDANCE, Guidance, exact_trajectory
+from bitflow_edu.native import NativeInverse, build_library, find_compiler
+from bitflow_edu.pipeline import build
+from bitflow_edu.reverse_model import sample_noise
+from bitflow_edu.tarflow import TARFlow, TARFlowConfig
+from bitflow_edu.training import load_model
+from bitflow_edu.transformer import MODERN, TransformerConfig
+
+def small_flow(image_size=6, patch_size=2, width=32, head_dim=16, num_layers=2, transformer={}, **more):
+    """A shaken flow of two blocks, both orders of reading."""
+    shape = TransformerConfig(width, num_layers, head_dim, **transformer)
+    return shake(build(TARFlow, TARFlowConfig(image_size=image_size, patch_size=patch_size, num_classes=3, num_blocks=2, transformer=shape, **more), 0))
+
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+
+
+def assert_same(flow, N, guidance=None, *flags):
+    """All states, for N images, some of them without a label."""
+    z, c = sample_noise(flow.cfg, N), torch.arange(N) % (flow.cfg.num_classes + 1) - 1
+    for i, (mine, wanted) in enumerate(zip(NativeInverse(flow, *flags)(z, c, guidance), exact_trajectory(flow, z, c, guidance=guidance), strict=True)):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4, msg=lambda m, i=i: f"x^{i}: {m}")
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [dict(width=32, head_dim=16), dict(width=96, head_dim=48), dict(width=64, head_dim=64, num_layers=3), dict(width=48, head_dim=16, transformer=MODERN)])
+@pytest.mark.parametrize("guidance", [None, *(Guidance(1.2, kind) for kind in GUIDANCE), Guidance(0.7, temperature=1.8)])
+def test_it_is_the_walk(shape, guidance):
+    assert_same(small_flow(**shape), 5, guidance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("more", [dict(clip=0.05), dict(block_layers=(1, 3)), dict(image_size=18, patch_size=2), dict(channels=3, patch_size=3)])
+def test_it_knows_all_flows(more):
+    """Clipping that bites, deep and shallow blocks, more tokens than a vector and than a panel's columns, tokens of an odd size."""
+    assert_same(small_flow(**more), 3)
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=15)
+@given(N=st.integers(1, 40), threads=st.integers(1, 5), rows=st.integers(1, 9))
+def test_groups_and_threads_change_nothing(N, threads, rows):
+    flow, before = small_flow(), torch.get_num_threads()
+    z, c, guided = sample_noise(flow.cfg, N), torch.arange(N) % 3, Guidance(1.0)
+    one = NativeInverse(flow)
+    try:
+        torch.set_num_threads(1)
+        wanted = [one(z[i:i + 1], c[i:i + 1], guided)[0] for i in range(N)]
+        torch.set_num_threads(threads)
+        one.rows = rows
+        torch.testing.assert_close(one(z, c, guided)[0], torch.cat(wanted), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX2 is of x86-64")
+def test_narrow_vectors_say_the_same():
+    assert_same(small_flow(width=64, head_dim=32, transformer=MODERN), 7, Guidance(1.0), "-mno-avx512f")
+
+
+@needs_compiler
+def test_trained_digits_come_back(digits):
+    """F⁻¹(F(x)) on real digits."""
+    flow = load_model(asset("mnist-mini/forward"), TARFlow)
+    part = digits[:100]
+    x, c = part.x, part.labels
+    with torch.no_grad():
+        states = flow(x, c).states
+    back = NativeInverse(flow)(states[-1], c)
+    assert max((a - b).abs().max() for a, b in zip(back, states)) < 1e-3
+
+
+@needs_compiler
+def test_weights_are_copied():
+    flow = small_flow()
+    z, c = sample_noise(flow.cfg, 2), torch.tensor([0, 1])
+    inverse = NativeInverse(flow)
+    before = inverse(z, c)[0]
+    with torch.no_grad():
+        flow.blocks[0].proj_out.weight.add_(1)
+    assert torch.equal(inverse(z, c)[0], before) and not torch.equal(NativeInverse(flow)(z, c)[0], before)
+
+
+def test_what_it_cannot_do_is_refused():
+    with pytest.raises(BitflowError, match="head_dim is 8"):
+        NativeInverse(small_flow(width=16, head_dim=8))
+    with pytest.raises(BitflowError, match="float64"):
+        NativeInverse(small_flow().double())
+
+
+@needs_compiler
+def test_noise_of_another_shape_is_refused():
+    flow = small_flow()
+    with pytest.raises(BitflowError, match="does not fit"):
+        NativeInverse(flow)(torch.randn(2, 3, 4), torch.tensor([0, 1]))
+
+
+def test_no_compiler_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    with pytest.raises(BitflowError, match="install g"):
+        build_library("-DNOBODY")
+
+
+@needs_compiler
+def test_a_failing_compiler_is_quoted():
+    with pytest.raises(BitflowError, match="no-such-flag"):
+        build_library("--no-such-flag")
+
+
+def test_import_builds_nothing():
+    """A course that runs without a compiler must import without one."""
+    subprocess.run([sys.executable, "-c", "import shutil; shutil.which = lambda *a: None; import bitflow_edu.native, bitflow_edu.bench"], check=True)
