@@ -14,7 +14,7 @@ from .config import PRESETS, check_pair_preset, find_preset
 from .data import BitflowError, patchify, unpatchify
 from .evaluation import measurement, timed
 from .exact_inverse import Guidance, capture_inverse, compile_blocks, exact_trajectory, invert_block, invert_block_jacobi, jacobi_trajectory, pack, score_denoise, segment_counts
-from .native import NativeInverse
+from .native import NativeInverse, NativePass, why_not
 from .pipeline import build, time_per_image
 from .reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
@@ -112,7 +112,7 @@ def walking_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, compiled: b
     if device == "cuda":
         captured = cache(lambda: capture_inverse(model, len(z), guidance))
         ways["graph"] = lambda: captured()(z, c)
-    if compiled and device == "cpu" and z.dtype == torch.float32 and model.cfg.transformer.head_dim % 16 == 0:
+    if compiled and not why_not(model):
         native = cache(lambda: NativeInverse(model))
         ways["native"] = lambda: native()(z, c, guidance)[0]
     if compiled and (rows < 32 or device != "cpu"):  # the compiler cannot see into weights that are packed for many rows
@@ -255,7 +255,7 @@ def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
 
 # %% ../nbs/bench.ipynb #83d4f918
 def pair_ways(F: TARFlow, G: ReverseModel, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool) -> dict:
-    "Name → a call: one pass of G (of one that takes w, where a scale is given), also packed on a CPU; the score step alone; both compiled too if asked for; and `inverse_ways`."
+    "Name → a call: one pass of G (of one that takes w, where a scale is given), also packed on a CPU; the score step alone; both compiled too if asked for, and on a CPU the pass native; and `inverse_ways`."
     scale_in = scale if scale or G.cfg.max_guidance else None
     x, fused = unpatchify(z, F.cfg.patch_size, F.cfg.channels), partial(torch.compile, dynamic=False)
     ways = {"one pass": lambda: one_pass(G, z, c, scale_in), "score step": lambda: score_denoise(F, x, c)}
@@ -263,6 +263,9 @@ def pair_ways(F: TARFlow, G: ReverseModel, z: Tensor, c: Tensor, scale: float, t
         packed = laid_out(G, z.shape[:2].numel())
         ways["one pass, packed"] = lambda: one_pass(packed(), z, c, scale_in)
     if compiled:
+        if not why_not(G):
+            native = cache(lambda: NativePass(G))
+            ways["one pass, native"] = lambda: native()(z, c, scale_in)
         still = copy.deepcopy(F).requires_grad_(False)  # else the compiled step computes gradients of the weights, too
         fast_pass, fast_F = fused(lambda z, c: one_pass(G, z, c, scale_in)), fused(still)
         ways |= {"one pass, compiled": lambda: fast_pass(z, c), "score step, compiled": lambda: score_denoise(fast_F, x, c)}

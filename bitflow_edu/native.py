@@ -7,15 +7,17 @@ from functools import cache
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .data import BitflowError
+from .data import BitflowError, unpatchify
 from .exact_inverse import GUIDANCE, Guidance, check_noise
+from .reverse_model import ReverseModel, guidance_scales
 from .tarflow import FlowBlock, TARFlow
-from .transformer import Layer
+from .transformer import Layer, LayerStack
 
 # %% auto #0
-__all__ = ['VECTORS', 'ACCESS', 'FUNCTIONS', 'TILE', 'PRODUCT', 'NORM', 'SOFTMAX', 'SHAPES', 'WALK', 'ATTEND', 'LAYER', 'ADVISE',
-           'NEXT', 'UNDO', 'SOURCE', 'POINTER', 'INT', 'FLOAT', 'CLinear', 'CLayer', 'CBlock', 'CPush', 'find_compiler',
-           'build_library', 'struct', 'Laid', 'lay_layer', 'lay_block', 'NativeInverse']
+__all__ = ['VECTORS', 'ACCESS', 'FUNCTIONS', 'TILE', 'PRODUCT', 'NORM', 'SOFTMAX', 'SHAPES', 'ROWS', 'LAYER', 'KEEP', 'WALK',
+           'ADVISE', 'NEXT', 'UNDO', 'PASS', 'DRAW', 'SOURCE', 'POINTER', 'INT', 'FLOAT', 'CLinear', 'CLayer', 'CStack',
+           'CBlock', 'CNet', 'CPush', 'find_compiler', 'build_library', 'struct', 'why_not', 'Laid', 'lay_layer',
+           'lay_stack', 'lay_block', 'check_tokens', 'NativeInverse', 'NativePass']
 
 # %% ../nbs/native.ipynb #2dfc9fa4
 VECTORS = r"""
@@ -125,57 +127,72 @@ void softmax(float* s, int n, float scale) {   // of scale·s, in place; s has r
 # %% ../nbs/native.ipynb #3ef23b06
 SHAPES = r"""
 struct Layer { const float *norm1, *bias1; Linear qkv; const float *q_norm, *k_norm; Linear proj; const float *norm2, *bias2; Linear up, down; };
-struct Block { int T, D, W, heads, layers, gated, flip; float clip; Linear in, out; const float *place, *cos, *sin; const Layer* layer; };
+struct Stack { int T, W, heads, layers, gated; const float *cos, *sin; const Layer* layer; };
+struct Block { Stack s; int D, flip; float clip; Linear in, out; const float* place; };
 struct Push { int kind; float scale, temperature; };   // 0: none; 1, 2, 3: linear, annealed, variance-aware
 """
 
 # %% ../nbs/native.ipynb #e4cc4a0f
-WALK = r"""
-struct Walk {
-    const Block& b; const Push& g;
-    int images, rows, hd, ld, wide; size_t keys, values;
-    std::vector<float> h, n, qkv, mlp, score, k, v;
-    Walk(const Block& b, const Push& g, int images) : b(b), g(g), images(images), rows(g.kind ? 2 * images : images), hd(b.W / b.heads), ld(padded(b.W)), wide(padded(2 * b.D)) {
-        for (int l = 0; l < b.layers; l++) wide = std::max(wide, padded(b.layer[l].up.out));
-        keys = (size_t)hd * padded(b.T), values = (size_t)padded(hd) * b.T;
-        h.resize(rows * ld), n.resize(rows * ld), qkv.resize(rows * padded(3 * b.W)), mlp.resize(rows * wide), score.resize(padded(b.T) + padded(hd));
-        k.resize(b.layers * rows * b.heads * keys), v.resize(b.layers * rows * b.heads * values);
+ROWS = r"""
+struct Rows {
+    const Stack& s; int hd, ld, wide;
+    std::vector<float> h, n, qkv, mlp;
+    Rows(const Stack& s, int rows, int least) : s(s), hd(s.W / s.heads), ld(padded(s.W) + P), wide(padded(least)) {
+        for (int l = 0; l < s.layers; l++) wide = std::max(wide, padded(s.layer[l].up.out));
+        h.resize(rows * ld), n.resize(rows * ld), qkv.resize(rows * padded(3 * s.W)), mlp.resize(rows * wide);
     }
-    size_t where(int i, int t) { return ((size_t)i * b.T + (b.flip ? b.T - 1 - t : t)) * b.D; }   // image i's token t, in the block's order
-"""
-
-# %% ../nbs/native.ipynb #8ee62ce7
-ATTEND = r"""
-    void attend(const Layer& a, int l, int t) {
-        for (int r = 0; r < rows; r++) for (int e = 0; e < b.heads; e++) {
-            float *q = &qkv[r * padded(3 * b.W) + e * hd], *key = q + b.W, *value = key + b.W, *s = score.data(), *out = s + padded(b.T);
-            if (a.q_norm) norm(q, a.q_norm, nullptr, hd, q), norm(key, a.k_norm, nullptr, hd, key);
-            if (b.cos) for (float* x : {q, key}) turn(x, b.cos + t * hd / 2, b.sin + t * hd / 2, hd / 2);
-            size_t at = ((size_t)l * rows + r) * b.heads + e;
-            float *ks = &k[at * keys], *vs = &v[at * values];
-            for (int d = 0; d < hd; d++) ks[((size_t)t / P * hd + d) * P + t % P] = key[d], vs[((size_t)d / P * b.T + t) * P + d % P] = value[d];
-            product({ks, nullptr, hd, t + 1, hd}, q, 0, 1, s, 0);
-            softmax(s, t + 1, 1 / (std::sqrt((float)hd) * (r < images ? 1 : g.temperature)));
-            product({vs, nullptr, t + 1, hd, b.T}, s, 0, 1, out, 0);
-            std::copy_n(out, hd, &n[r * ld + e * hd]);
-        }
+    float* query(const Layer& a, int r, int e, int t) {   // of row r in head e, at place t; its key and value lie W and 2W further on
+        float *q = &qkv[r * padded(3 * s.W) + e * hd], *key = q + s.W;
+        if (a.q_norm) norm(q, a.q_norm, nullptr, hd, q), norm(key, a.k_norm, nullptr, hd, key);
+        if (s.cos) for (float* x : {q, key}) turn(x, s.cos + t * hd / 2, s.sin + t * hd / 2, hd / 2);
+        return q;
     }
 """
 
-# %% ../nbs/native.ipynb #f3b2d478
+# %% ../nbs/native.ipynb #af93c65a
 LAYER = r"""
-    void layer(const Layer& a, int l, int t) {
-        for (int r = 0; r < rows; r++) norm(&h[r * ld], a.norm1, a.bias1, b.W, &n[r * ld]);
-        product(a.qkv, n.data(), ld, rows, qkv.data(), padded(3 * b.W));
-        attend(a, l, t);
+    template <class Attend> void layer(const Layer& a, int rows, Attend attend) {
+        for (int r = 0; r < rows; r++) norm(&h[r * ld], a.norm1, a.bias1, s.W, &n[r * ld]);
+        product(a.qkv, n.data(), ld, rows, qkv.data(), padded(3 * s.W));
+        attend();                                          // from qkv to n
         product(a.proj, n.data(), ld, rows, h.data(), ld, true);
-        for (int r = 0; r < rows; r++) norm(&h[r * ld], a.norm2, a.bias2, b.W, &n[r * ld]);
+        for (int r = 0; r < rows; r++) norm(&h[r * ld], a.norm2, a.bias2, s.W, &n[r * ld]);
         product(a.up, n.data(), ld, rows, mlp.data(), wide);
         for (int r = 0; r < rows; r++) for (int i = 0; i < a.down.in; i += L) {
             float* m = &mlp[r * wide + i];
-            store(m, b.gated ? silu(load(m)) * load(m + a.down.in) : gelu(load(m)));
+            store(m, s.gated ? silu(load(m)) * load(m + a.down.in) : gelu(load(m)));
         }
         product(a.down, mlp.data(), wide, rows, h.data(), ld, true);
+    }
+"""
+
+# %% ../nbs/native.ipynb #8ee62ce7
+KEEP = r"""
+    void keep(const float* q, int t, float* keys, float* values) {   // the key and value behind a query, as column and row t
+        for (int d = 0; d < hd; d++) keys[((size_t)t / P * hd + d) * P + t % P] = q[s.W + d], values[((size_t)d / P * s.T + t) * P + d % P] = q[2 * s.W + d];
+    }
+    Linear to_scores(const float* keys, int seen) { return {keys, nullptr, hd, seen, hd}; }
+    Linear to_values(const float* values, int seen) { return {values, nullptr, seen, hd, s.T}; }
+};
+"""
+
+# %% ../nbs/native.ipynb #f3b2d478
+WALK = r"""
+struct Walk : Rows {
+    const Block& b; const Push& g; int images, rows; size_t keys, values;
+    std::vector<float> score, k, v;
+    Walk(const Block& b, const Push& g, int count) : Rows(b.s, g.kind ? 2 * count : count, 2 * b.D), b(b), g(g), images(count), rows(g.kind ? 2 * count : count),
+        keys((size_t)hd * padded(s.T)), values((size_t)padded(hd) * s.T), score(padded(s.T)), k(s.layers * rows * s.heads * keys), v(s.layers * rows * s.heads * values) {}
+    size_t where(int i, int t) { return ((size_t)i * s.T + (b.flip ? s.T - 1 - t : t)) * b.D; }   // image i's token t, in the block's order
+    void attend(const Layer& a, int l, int t) {
+        for (int r = 0; r < rows; r++) for (int e = 0; e < s.heads; e++) {
+            size_t at = ((size_t)l * rows + r) * s.heads + e;
+            float *q = query(a, r, e, t), *ks = &k[at * keys], *vs = &v[at * values];
+            keep(q, t, ks, vs);
+            product(to_scores(ks, t + 1), q, 0, 1, score.data(), 0);
+            softmax(score.data(), t + 1, 1 / (std::sqrt((float)hd) * (r < images ? 1 : g.temperature)));
+            product(to_values(vs, t + 1), score.data(), 0, 1, &n[r * ld + e * hd], 0);
+        }
     }
 """
 
@@ -183,11 +200,11 @@ LAYER = r"""
 ADVISE = r"""
     void advise(const float* x, const float* label, int N, int t) {   // α and μ of token t + 1, into mlp
         for (int r = 0; r < rows; r++) {
-            const float *c = label + (size_t)(r % images + r / images * N) * b.W, *p = b.place + (size_t)t * b.W;
+            const float *c = label + (size_t)(r % images + r / images * N) * s.W, *p = b.place + (size_t)t * s.W;
             product(b.in, x + where(r % images, t), 0, 1, &h[r * ld], 0);
-            for (int i = 0; i < b.W; i++) h[r * ld + i] += c[i] + p[i];
+            for (int i = 0; i < s.W; i++) h[r * ld + i] += c[i] + p[i];
         }
-        for (int l = 0; l < b.layers; l++) layer(b.layer[l], l, t);
+        for (int l = 0; l < s.layers; l++) layer(s.layer[l], rows, [&] { attend(s.layer[l], l, t); });
         product(b.out, h.data(), ld, rows, mlp.data(), wide);
         if (b.clip) for (float& a : mlp) a = std::min(std::max(a, -b.clip), b.clip);
     }
@@ -196,16 +213,15 @@ ADVISE = r"""
 # %% ../nbs/native.ipynb #6b6b58bf
 NEXT = r"""
     float next(int i, int d, int t, float y) {   // value d of image i's token t
-        float *a = &mlp[i * wide + d], *u = a + images * wide, alpha = a[0], mu = a[b.D], w = g.kind == 2 ? g.scale * t / (b.T - 1) : g.scale;
+        float *a = &mlp[i * wide + d], *u = a + images * wide, alpha = a[0], mu = a[b.D], w = g.kind == 2 ? g.scale * t / (s.T - 1) : g.scale;
         if (g.kind == 3) {
-            float s = std::exp(2 * std::min(a[0] - u[0], 0.f)), share = 1 + w - w * s;
-            alpha -= 0.5f * std::log(share), mu += w * s / share * (a[b.D] - u[b.D]);
+            float ratio = std::exp(2 * std::min(a[0] - u[0], 0.f)), share = 1 + w - w * ratio;
+            alpha -= 0.5f * std::log(share), mu += w * ratio / share * (a[b.D] - u[b.D]);
         } else if (g.kind) alpha += w * (a[0] - u[0]), mu += w * (a[b.D] - u[b.D]);
         return y * std::exp(alpha) + mu;
     }
-    void run(const float* y, const float* label, float* x, int N, int count) {   // of N images `count` start here
-        images = count, rows = g.kind ? 2 * count : count;
-        for (int t = 0; t < b.T; t++) {
+    void run(const float* y, const float* label, float* x, int N) {   // these images are the first of what is left of N
+        for (int t = 0; t < s.T; t++) {
             if (t) advise(x, label, N, t - 1);
             for (int i = 0; i < images; i++) for (int d = 0; d < b.D; d++) { size_t at = where(i, t) + d; x[at] = t ? next(i, d, t, y[at]) : y[at]; }
         }
@@ -215,25 +231,66 @@ NEXT = r"""
 
 # %% ../nbs/native.ipynb #119343a1
 UNDO = r"""
+template <class Work> void share(int N, int group, int threads, Work work) {   // work(first, count) for all groups of N images
+    std::atomic<int> taken{0};
+    auto each = [&] { for (int i; (i = taken.fetch_add(group)) < N;) work(i, std::min(group, N - i)); };
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; i++) others.emplace_back(each);
+    each();
+    for (auto& t : others) t.join();
+}
 extern "C" int panel() { return P; }
 extern "C" void undo(const Block* blocks, int B, const Push* g, float* states, const float* labels, int N, int group, int threads) {
-    std::atomic<int> taken{0};   // states (B + 1, N, T, D), the last is z; labels (B, rows, W)
-    auto work = [&] {
-        for (int i; (i = taken.fetch_add(group)) < N;) for (int b = B - 1; b >= 0; b--) {
-            const Block& f = blocks[b];
-            size_t size = (size_t)f.T * f.D, rows = (size_t)N * (g->kind ? 2 : 1);
-            Walk(f, *g, group).run(states + ((b + 1) * (size_t)N + i) * size, labels + (b * rows + i) * f.W, states + (b * (size_t)N + i) * size, N, std::min(group, N - i));
+    share(N, group, threads, [&](int i, int count) {   // states (B + 1, N, T, D), the last is z; labels (B, rows, W)
+        for (int b = B - 1; b >= 0; b--) {
+            size_t size = (size_t)blocks[b].s.T * blocks[b].D, rows = (size_t)N * (g->kind ? 2 : 1);
+            Walk(blocks[b], *g, count).run(states + ((b + 1) * (size_t)N + i) * size, labels + (b * rows + i) * blocks[b].s.W, states + (b * (size_t)N + i) * size, N);
         }
-    };
-    std::vector<std::thread> others;
-    for (int i = 1; i < threads; i++) others.emplace_back(work);
-    work();
-    for (auto& t : others) t.join();
+    });
 }
 """
 
 # %% ../nbs/native.ipynb #3eec6df9
-SOURCE = VECTORS + ACCESS + FUNCTIONS + TILE + PRODUCT + NORM + SOFTMAX + SHAPES + WALK + ATTEND + LAYER + ADVISE + NEXT + UNDO
+PASS = r"""
+struct Pass : Rows {
+    std::vector<float> keys, values, score;
+    Pass(const Stack& s) : Rows(s, s.T, 0), keys(hd * padded(s.T)), values(padded(hd) * s.T), score(s.T * padded(s.T)) {}
+    void attend(const Layer& a) {
+        for (int e = 0; e < s.heads; e++) {
+            for (int t = 0; t < s.T; t++) keep(query(a, t, e, t), t, keys.data(), values.data());
+            product(to_scores(keys.data(), s.T), &qkv[e * hd], padded(3 * s.W), s.T, score.data(), padded(s.T));
+            for (int t = 0; t < s.T; t++) softmax(&score[t * padded(s.T)], s.T, 1 / std::sqrt((float)hd));
+            product(to_values(values.data(), s.T), score.data(), padded(s.T), s.T, &n[e * hd], ld);
+        }
+    }
+    void run(std::vector<float>& x, const float* label) {   // x: T rows, each followed by what a tile may write beyond it
+        for (int t = 0; t < s.T; t++) for (int i = 0; i < s.W; i++) h[t * ld + i] = x[t * ld + i] + label[i];
+        for (int l = 0; l < s.layers; l++) layer(s.layer[l], s.T, [&] { attend(s.layer[l]); });
+        std::swap(x, h);
+    }
+};
+"""
+
+# %% ../nbs/native.ipynb #565f248e
+DRAW = r"""
+struct Net { const Stack* stacks; int count, D; Linear in; const float* place; const float *gain, *bias; Linear out; };
+
+extern "C" void draw(const Net* g, const float* z, const float* labels, float* tokens, int N, int threads) {   // z and tokens (N, T, D), labels (count, N, W)
+    const int T = g->stacks->T, W = g->stacks->W, ld = padded(W) + P, wide = padded(g->D);
+    share(N, 1, threads, [&](int i, int) {
+        std::vector<float> x(T * ld), out(T * wide);
+        product(g->in, z + (size_t)i * T * g->D, g->D, T, x.data(), ld);
+        for (int t = 0; t < T; t++) for (int d = 0; d < W; d++) x[t * ld + d] += g->place[t * W + d];
+        for (int b = 0; b < g->count; b++) Pass(g->stacks[b]).run(x, labels + ((size_t)b * N + i) * W);
+        for (int t = 0; t < T; t++) norm(&x[t * ld], g->gain, g->bias, W, &x[t * ld]);
+        product(g->out, x.data(), ld, T, out.data(), wide);
+        for (int t = 0; t < T; t++) std::copy_n(&out[t * wide], g->D, tokens + ((size_t)i * T + t) * g->D);
+    });
+}
+"""
+
+# %% ../nbs/native.ipynb #605915e4
+SOURCE = VECTORS + ACCESS + FUNCTIONS + TILE + PRODUCT + NORM + SOFTMAX + SHAPES + ROWS + LAYER + KEEP + WALK + ADVISE + NEXT + UNDO + PASS + DRAW
 
 # %% ../nbs/native.ipynb #256db3c0
 def find_compiler() -> str | None:
@@ -246,14 +303,14 @@ def build_library(*flags) -> ctypes.CDLL:
     "`SOURCE` compiled for this processor, once in a process. `BitflowError` where there is no compiler, or where it fails."
     compiler = find_compiler()
     if compiler is None:
-        raise BitflowError("the native inverse needs a C++ compiler, and none is here; install g++ or clang++, or use `exact_trajectory`")
+        raise BitflowError("native programs need a C++ compiler, and none is here; install g++ or clang++, or use PyTorch's operations (`exact_trajectory`, `one_pass`)")
     native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "walk.cpp"), Path(folder, "walk.so")
         source.write_text(SOURCE, encoding="utf-8")
         made = subprocess.run([compiler, "-std=c++17", "-O3", native, *flags, "-fno-math-errno", "-shared", "-fPIC", "-pthread", source, "-o", library], capture_output=True, text=True)
         if made.returncode:
-            raise BitflowError(f"{compiler} could not build the native inverse; use `exact_trajectory`, or another compiler by setting CXX. It said:\n{made.stderr[-2000:]}")
+            raise BitflowError(f"{compiler} could not build the native programs; use PyTorch's operations (`exact_trajectory`, `one_pass`), or another compiler by setting CXX. It said:\n{made.stderr[-2000:]}")
         return ctypes.CDLL(str(library))
 
 # %% ../nbs/native.ipynb #65131c45
@@ -265,21 +322,38 @@ def struct(name: str, **fields):
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 CLinear = struct("CLinear", w=POINTER, b=POINTER, inputs=INT, outputs=INT, stride=INT)
 CLayer = struct("CLayer", norm1=POINTER, bias1=POINTER, qkv=CLinear, q_norm=POINTER, k_norm=POINTER, proj=CLinear, norm2=POINTER, bias2=POINTER, up=CLinear, down=CLinear)
-CBlock = struct("CBlock", T=INT, D=INT, W=INT, heads=INT, layers=INT, gated=INT, flip=INT, clip=FLOAT,
-                proj_in=CLinear, proj_out=CLinear, place=POINTER, cos=POINTER, sin=POINTER, layer=ctypes.POINTER(CLayer))
+CStack = struct("CStack", T=INT, W=INT, heads=INT, layers=INT, gated=INT, cos=POINTER, sin=POINTER, layer=ctypes.POINTER(CLayer))
+CBlock = struct("CBlock", stack=CStack, D=INT, flip=INT, clip=FLOAT, proj_in=CLinear, proj_out=CLinear, place=POINTER)
+CNet = struct("CNet", stacks=ctypes.POINTER(CStack), count=INT, D=INT, proj_in=CLinear, place=POINTER, gain=POINTER, bias=POINTER, out=CLinear)
 CPush = struct("CPush", kind=INT, scale=FLOAT, temperature=FLOAT)
 
 # %% ../nbs/native.ipynb #6c05a2bf
+def why_not(model: TARFlow | ReverseModel) -> str:
+    "Why there is no native program for a model; empty where there is one."
+    weight, head_dim = next(model.parameters()), model.cfg.transformer.head_dim
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return f"native programs are for float32 on a CPU; this model is {weight.dtype} on {weight.device}"
+    if head_dim % 16:
+        return f"head_dim is {head_dim}; native programs need a multiple of 16"
+    return "this G passes its states on as tokens (hidden distillation), which the native pass does not know" if getattr(model.cfg, "token_states", False) else ""
+
+# %% ../nbs/native.ipynb #451efe72
 class Laid:
     "Copies of weights as the library wants them, and pointers to them, valid as long as this lives."
-    def __init__(self, panel: int):
-        self.panel, self.kept = panel, []
+    def __init__(self, model: TARFlow | ReverseModel, *flags):
+        if reason := why_not(model):
+            raise BitflowError(f"{reason}: use PyTorch's operations (`exact_trajectory`, `one_pass`)")
+        self.library, self.kept = build_library(*flags), []
+        self.panel = self.library.panel()
+
+    def keep(self, thing):
+        "The thing itself, kept as long as this lives."
+        self.kept.append(thing)
+        return thing
 
     def pointer(self, t: Tensor | None):
         "Where a copy of a tensor lies; None: nowhere."
-        if t is not None:
-            self.kept.append(t.detach().clone(memory_format=torch.contiguous_format))
-        return None if t is None else self.kept[-1].data_ptr()
+        return None if t is None else self.keep(t.detach().clone(memory_format=torch.contiguous_format)).data_ptr()
 
     def linear(self, layer: nn.Linear):
         "Weights `(out, in)` in panels `(⌈out/P⌉, in, P)`, zeros where columns are missing."
@@ -298,14 +372,24 @@ def lay_layer(laid: Laid, layer: Layer) -> CLayer:
     return CLayer(*next(norms), laid.linear(a.qkv), *of_heads, laid.linear(a.proj), *next(norms), laid.linear(up), laid.linear(down))
 
 
+def lay_stack(laid: Laid, stack: LayerStack, flip: bool = False) -> CStack:
+    "A transformer; `flip`: its tables are put into reversed order."
+    cfg, angles = stack.cfg, stack.angles
+    layers = laid.keep((CLayer * len(stack.layers))(*(lay_layer(laid, layer) for layer in stack.layers)))
+    waves = (None, None) if angles is None else (laid.pointer(f(angles.flip(0) if flip else angles)) for f in (torch.cos, torch.sin))
+    return CStack(stack.num_tokens, cfg.width, cfg.width // cfg.head_dim, len(layers), cfg.mlp == "swiglu", *waves, layers)
+
+
 def lay_block(laid: Laid, block: FlowBlock) -> CBlock:
-    "One block: its tables are put into the order in which it reads."
-    t, angles = block.transformer, block.transformer.angles
-    layers = (CLayer * len(t.layers))(*(lay_layer(laid, layer) for layer in t.layers))
-    waves = (None, None) if angles is None else (laid.pointer(block.order(f(angles))) for f in (torch.cos, torch.sin))
-    (T, W), D = block.pos_embed.shape, block.proj_in.in_features
-    return CBlock(T, D, W, W // t.cfg.head_dim, len(layers), t.cfg.mlp == "swiglu", block.flip, block.clip, laid.linear(block.proj_in), laid.linear(block.proj_out),
-                  laid.pointer(block.order(block.pos_embed)), *waves, layers)
+    "One block of F."
+    return CBlock(lay_stack(laid, block.transformer, block.flip), block.proj_in.in_features, block.flip, block.clip,
+                  laid.linear(block.proj_in), laid.linear(block.proj_out), laid.pointer(block.order(block.pos_embed)))
+
+# %% ../nbs/native.ipynb #79b4171c
+def check_tokens(z: Tensor, c: Tensor, cfg):
+    "Refuse noise of another shape or type, and labels that do not belong to it."
+    if z.shape != (len(c), cfg.num_tokens, cfg.token_dim) or z.dtype != torch.float32 or z.device.type != "cpu":
+        raise BitflowError(f"noise of shape {tuple(z.shape)}, {z.dtype} on {z.device}, does not fit {len(c)} labels: it must be ({len(c)}, {cfg.num_tokens}, {cfg.token_dim}), float32, on the CPU")
 
 # %% ../nbs/native.ipynb #9957c682
 class NativeInverse:
@@ -313,19 +397,14 @@ class NativeInverse:
     rows = 8  # that a core takes at once: enough to share the weights' way from memory, few enough for their caches to stay near
 
     def __init__(self, model: TARFlow, *flags):
-        weight, head_dim = next(model.parameters()), model.cfg.transformer.head_dim
-        if weight.device.type != "cpu" or weight.dtype != torch.float32:
-            raise BitflowError(f"the native inverse is for float32 on a CPU; this model is {weight.dtype} on {weight.device}: use `exact_trajectory`")
-        if head_dim % 16:
-            raise BitflowError(f"head_dim is {head_dim}; the native inverse needs a multiple of 16, use `exact_trajectory`")
-        self.model, self.library = model, build_library(*flags)
-        self.laid = Laid(self.library.panel())
+        self.model, self.laid = model, Laid(model, *flags)
         self.blocks = (CBlock * len(model.blocks))(*(lay_block(self.laid, block) for block in model.blocks))
 
     @torch.no_grad()
     def __call__(self, z: Tensor, c: Tensor, guidance: Guidance = None) -> list[Tensor]:
         "Noise tokens `(N, T, D)` and labels `(N,)` (−1: none) to x^0 … x^B, each `(N, T, D)`."
         check_noise(self.model, z, c, guidance)
+        check_tokens(z, c, self.model.cfg)
         labels = c if guidance is None else torch.cat([c, -torch.ones_like(c)])
         embedded = torch.stack([block.class_embed(labels)[:, 0] for block in self.model.blocks])
         states = torch.empty(len(self.blocks) + 1, *z.shape)
@@ -333,5 +412,27 @@ class NativeInverse:
         push = CPush(0, 0.0, 1.0) if guidance is None else CPush(1 + list(GUIDANCE).index(guidance.kind), guidance.scale, guidance.temperature)
         threads, rows = torch.get_num_threads(), self.rows if guidance is None else self.rows // 2
         group = max(1, min(rows, -(-len(z) // threads)))
-        self.library.undo(self.blocks, len(self.blocks), ctypes.byref(push), POINTER(states.data_ptr()), POINTER(embedded.data_ptr()), len(z), group, threads)
+        self.laid.library.undo(self.blocks, len(self.blocks), ctypes.byref(push), POINTER(states.data_ptr()), POINTER(embedded.data_ptr()), len(z), group, threads)
         return list(states)
+
+# %% ../nbs/native.ipynb #aff9dd0b
+class NativePass:
+    "One pass of G in one call, for images on a CPU in float32: `(z, c, w)` to clean images, as `one_pass`. Each core takes an image. Holds copies of the weights."
+    def __init__(self, model: ReverseModel, *flags):
+        self.model, self.laid, cfg = model, Laid(model, *flags), model.cfg
+        self.parts = [*reversed(list(enumerate(model.blocks))), *([(cfg.num_blocks, model.denoiser)] if cfg.denoise else [])]
+        norm, out = model.out if cfg.denoise else model.heads[0]
+        stacks = self.laid.keep((CStack * len(self.parts))(*(lay_stack(self.laid, block.transformer) for _, block in self.parts)))
+        self.net = CNet(stacks, len(stacks), cfg.token_dim, self.laid.linear(model.proj_in), self.laid.pointer(model.pos_embed),
+                        self.laid.pointer(norm.weight), self.laid.pointer(getattr(norm, "bias", None)), self.laid.linear(out))
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor, c: Tensor, w=None) -> Tensor:
+        "Noise tokens `(N, T, D)`, labels `(N,)` (−1: none) and guidance scales, where G takes them, to images `(N, C, H, W)`."
+        cfg = self.model.cfg
+        check_tokens(z, c, cfg)
+        w, z = guidance_scales(cfg, w, len(c), c.device), z.contiguous()
+        embedded = torch.stack([block.class_embed(c)[:, 0] + (0 if w is None else block.scale_embed(w[:, i, None])) for i, block in self.parts])
+        tokens = torch.empty_like(z)
+        self.laid.library.draw(ctypes.byref(self.net), *(POINTER(t.data_ptr()) for t in (z, embedded, tokens)), len(z), torch.get_num_threads())
+        return unpatchify(tokens, cfg.patch_size, cfg.channels)

@@ -30,6 +30,7 @@ from .data import BitflowError, unpatchify
 from .evaluation import call_times, measurement, timed
 from .exact_inverse import PackedLinear, score_denoise, serial_steps, start_walk
 from .inverse_strategies import check_pair
+from .native import NativePass, why_not
 from .pipeline import build, count_flops, grid_labels, time_per_image
 from .plotting import PALETTE
 from .reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
@@ -194,11 +195,13 @@ def compiled_copy(model: nn.Module) -> nn.Module:
 
 # %% ../nbs/16_speed.ipynb #5acb2ffd
 def compiled_ways(F: TARFlow, G: ReverseModel, batch: int) -> dict:
-    "Row → `Way`: one pass, the score step and the walk, compiled for this batch, and the native inverse. Needs a C++ compiler on a CPU."
+    "Row → `Way`: one pass, the score step and the walk, compiled for this batch, and the native programs. Needs a C++ compiler on a CPU."
     torch._dynamo.reset()  # shapes of another batch would make it look for code that fits both
     z, c = example(F, batch)
     cost, x = pair_costs(F.cfg, G.cfg, batch, z.dtype), unpatchify(z, F.cfg.patch_size, F.cfg.channels)
     calls = {"one-pass, compiled": (partial(one_pass, compiled_copy(G), z, c), "one-pass"), "score-step, compiled": (partial(score_denoise, compiled_copy(F), x, c), "score-step")}
+    if not why_not(G):
+        calls["one-pass, native"] = (partial(NativePass(G), z, c), "one-pass")
     walk = walking_ways(F, z, c, 0.0, compiled=True)
     calls |= {row: (walk[row], "exact") for row in ("native", "compiled") if row in walk}
     return {row: Way(call, cost[of], prepares=True) for row, (call, of) in calls.items()}

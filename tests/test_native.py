@@ -1,4 +1,4 @@
-"""The native inverse against the walk in PyTorch."""
+"""The native inverse and one pass against the same in PyTorch."""
 import platform
 import subprocess
 import sys
@@ -11,9 +11,9 @@ from hypothesis import given, settings, strategies as st
 from bitflow_edu import native
 from bitflow_edu.data import BitflowError, asset
 from bitflow_edu.exact_inverse import GUIDANCE, Guidance, exact_trajectory
-from bitflow_edu.native import NativeInverse, build_library, find_compiler
+from bitflow_edu.native import NativeInverse, NativePass, build_library, find_compiler
 from bitflow_edu.pipeline import build
-from bitflow_edu.reverse_model import sample_noise
+from bitflow_edu.reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
 from bitflow_edu.tarflow import TARFlow, TARFlowConfig
 from bitflow_edu.training import load_model
 from bitflow_edu.transformer import MODERN, TransformerConfig
@@ -84,6 +84,16 @@ def test_trained_digits_come_back(digits):
 
 
 @needs_compiler
+@pytest.mark.parametrize("shape", [dict(width=32, head_dim=16), dict(width=96, head_dim=48), dict(width=80, head_dim=16, num_layers=3), dict(width=128, head_dim=64, **MODERN)])
+@pytest.mark.parametrize("more", [{}, dict(max_guidance=2.0), dict(denoise=False), dict(image_size=18, channels=3)])
+def test_one_pass_is_one_pass(shape, more):
+    cfg = ReverseConfig(**{"image_size": 6, "patch_size": 2, "num_classes": 3, "num_blocks": 2, **more}, transformer=TransformerConfig(**{"num_layers": 2, **shape}))
+    G = shake(build(ReverseModel, cfg, 0))
+    z, c, w = sample_noise(cfg, 5), torch.tensor([0, 2, -1, 1, 0]), 1.5 if cfg.max_guidance else None
+    torch.testing.assert_close(NativePass(G)(z, c, w), one_pass(G, z, c, w), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
 def test_weights_are_copied():
     flow = small_flow()
     z, c = sample_noise(flow.cfg, 2), torch.tensor([0, 1])
@@ -97,6 +107,8 @@ def test_weights_are_copied():
 def test_what_it_cannot_do_is_refused():
     with pytest.raises(BitflowError, match="head_dim is 8"):
         NativeInverse(small_flow(width=16, head_dim=8))
+    with pytest.raises(BitflowError, match="as tokens"):
+        NativePass(build(ReverseModel, ReverseConfig(token_states=True), 0))
     with pytest.raises(BitflowError, match="float64"):
         NativeInverse(small_flow().double())
 
@@ -104,8 +116,9 @@ def test_what_it_cannot_do_is_refused():
 @needs_compiler
 def test_noise_of_another_shape_is_refused():
     flow = small_flow()
-    with pytest.raises(BitflowError, match="does not fit"):
-        NativeInverse(flow)(torch.randn(2, 3, 4), torch.tensor([0, 1]))
+    for z in (torch.randn(2, 3, 4), torch.randn(3, 9, 4), torch.randn(2, 9, 4).double()):
+        with pytest.raises(BitflowError, match="does not fit"):
+            NativeInverse(flow)(z, torch.tensor([0, 1]))
 
 
 def test_no_compiler_is_a_clear_error(monkeypatch):
