@@ -8,7 +8,7 @@ import torch
 from conftest import shake
 from hypothesis import given, settings, strategies as st
 
-from bitflow_edu import native
+from bitflow_edu import bench, native
 from bitflow_edu.data import BitflowError, asset
 from bitflow_edu.exact_inverse import GUIDANCE, Guidance, exact_trajectory
 from bitflow_edu.native import NativeInverse, NativePass, build_library, find_compiler
@@ -136,3 +136,23 @@ def test_a_failing_compiler_is_quoted():
 def test_import_builds_nothing():
     """A course that runs without a compiler must import without one."""
     subprocess.run([sys.executable, "-c", "import shutil; shutil.which = lambda *a: None; import bitflow_edu.native, bitflow_edu.bench"], check=True)
+
+
+@needs_compiler
+def test_the_benches_know_it():
+    """Rows that need a compiler, and the ones that cannot go native left out; nothing is compiled before it is called."""
+    flow = small_flow()
+    G = shake(build(ReverseModel, ReverseConfig(image_size=6, patch_size=2, num_classes=3, num_blocks=2, transformer=flow.cfg.transformer), 0))
+    z, c = sample_noise(flow.cfg, 2), torch.tensor([0, 2])
+    ways = bench.pair_ways(flow, G, z, c, 0.0, 1e-4, 2, compiled=True)
+    torch.testing.assert_close(ways["native"](), ways["exact"](), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ways["one pass, native"](), ways["one pass"](), rtol=1e-4, atol=1e-4)
+    assert "native" not in bench.walking_ways(flow, z, c, 0.0, compiled=False)
+    assert "native" not in bench.walking_ways(small_flow(width=16, head_dim=8), z, c, 0.0, compiled=True)
+
+
+@needs_compiler
+def test_both_training_losses_can_be_compiled():
+    cfg = TARFlowConfig(image_size=4, patch_size=2, num_blocks=1, transformer=TransformerConfig(32, 1, 16))
+    found = {(m["row"], m["metric"]): m["value"] for m in bench.bench_training(cfg, batch=2, repeats=2, compiled=True)}
+    assert found["plain", "training_speedup_vs_plain"] == 1 and found["exact", "ms_per_step"] > 0
