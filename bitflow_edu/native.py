@@ -2,13 +2,13 @@
 
 # %% ../nbs/native.ipynb #c2d9c89a
 from __future__ import annotations
-import ctypes, os, platform, shutil, subprocess, tempfile
+import copy, ctypes, os, platform, shutil, subprocess, tempfile
 from functools import cache
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .data import BitflowError, unpatchify
-from .exact_inverse import GUIDANCE, Guidance, check_noise
+from .exact_inverse import GUIDANCE, Guidance, PackedLinear, check_noise
 from .reverse_model import ReverseModel, guidance_scales
 from .tarflow import FlowBlock, TARFlow
 from .transformer import Layer, LayerStack
@@ -16,8 +16,8 @@ from .transformer import Layer, LayerStack
 # %% auto #0
 __all__ = ['VECTORS', 'ACCESS', 'FUNCTIONS', 'TILE', 'PRODUCT', 'NORM', 'SOFTMAX', 'SHAPES', 'ROWS', 'LAYER', 'KEEP', 'WALK',
            'ADVISE', 'NEXT', 'UNDO', 'PASS', 'DRAW', 'SOURCE', 'POINTER', 'INT', 'FLOAT', 'CLinear', 'CLayer', 'CStack',
-           'CBlock', 'CNet', 'CPush', 'find_compiler', 'build_library', 'struct', 'why_not', 'Laid', 'lay_layer',
-           'lay_stack', 'lay_block', 'check_tokens', 'NativeInverse', 'NativePass']
+           'CBlock', 'CNet', 'CPush', 'find_compiler', 'build_library', 'c_struct', 'why_not', 'Laid', 'lay_layer',
+           'lay_stack', 'lay_block', 'check_tokens', 'check_done', 'NativeInverse', 'NativePass']
 
 # %% ../nbs/native.ipynb #2dfc9fa4
 VECTORS = r"""
@@ -134,8 +134,8 @@ struct Push { int kind; float scale, temperature; };   // 0: none; 1, 2, 3: line
 
 # %% ../nbs/native.ipynb #e4cc4a0f
 ROWS = r"""
-struct Rows {
-    const Stack& s; int hd, ld, wide;
+struct Rows {                               // `least`: columns that mlp must have besides
+    const Stack& s; int hd, ld, wide;       // features a head; floats from a row of h or n, and of mlp, to the next
     std::vector<float> h, n, qkv, mlp;
     Rows(const Stack& s, int rows, int least) : s(s), hd(s.W / s.heads), ld(padded(s.W) + P), wide(padded(least)) {
         for (int l = 0; l < s.layers; l++) wide = std::max(wide, padded(s.layer[l].up.out));
@@ -206,18 +206,22 @@ ADVISE = r"""
         }
         for (int l = 0; l < s.layers; l++) layer(s.layer[l], rows, [&] { attend(s.layer[l], l, t); });
         product(b.out, h.data(), ld, rows, mlp.data(), wide);
-        if (b.clip) for (float& a : mlp) a = std::min(std::max(a, -b.clip), b.clip);
     }
 """
 
 # %% ../nbs/native.ipynb #6b6b58bf
 NEXT = r"""
+    float read(int r, int d) {   // column d of row r of what the block put out, clipped
+        float a = mlp[r * wide + d];
+        return b.clip ? std::min(std::max(a, -b.clip), b.clip) : a;
+    }
     float next(int i, int d, int t, float y) {   // value d of image i's token t
-        float *a = &mlp[i * wide + d], *u = a + images * wide, alpha = a[0], mu = a[b.D], w = g.kind == 2 ? g.scale * t / (s.T - 1) : g.scale;
-        if (g.kind == 3) {
-            float ratio = std::exp(2 * std::min(a[0] - u[0], 0.f)), share = 1 + w - w * ratio;
-            alpha -= 0.5f * std::log(share), mu += w * ratio / share * (a[b.D] - u[b.D]);
-        } else if (g.kind) alpha += w * (a[0] - u[0]), mu += w * (a[b.D] - u[b.D]);
+        float alpha = read(i, d), mu = read(i, b.D + d), w = g.kind == 2 ? g.scale * t / (s.T - 1) : g.scale;
+        if (g.kind) {
+            float more = alpha - read(images + i, d), shift = mu - read(images + i, b.D + d), ratio = std::exp(2 * std::min(more, 0.f)), share = 1 + w - w * ratio;
+            alpha += g.kind == 3 ? -0.5f * std::log(share) : w * more;
+            mu += (g.kind == 3 ? w * ratio / share : w) * shift;
+        }
         return y * std::exp(alpha) + mu;
     }
     void run(const float* y, const float* label, float* x, int N) {   // these images are the first of what is left of N
@@ -231,17 +235,22 @@ NEXT = r"""
 
 # %% ../nbs/native.ipynb #119343a1
 UNDO = r"""
-template <class Work> void share(int N, int group, int threads, Work work) {   // work(first, count) for all groups of N images
-    std::atomic<int> taken{0};
-    auto each = [&] { for (int i; (i = taken.fetch_add(group)) < N;) work(i, std::min(group, N - i)); };
+template <class Work> int share(int N, int group, int threads, Work work) {   // work(first, count) for all groups of N images; 1 where memory ran out
+    std::atomic<int> taken{0}, failed{0};
+    auto each = [&] {
+        try { for (int i; (i = taken.fetch_add(group)) < N;) work(i, std::min(group, N - i)); }
+        catch (...) { failed = 1, taken = N; }
+    };
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; i++) others.emplace_back(each);
+    try { for (int i = 1; i < std::min(threads, (N + group - 1) / group); i++) others.emplace_back(each); }
+    catch (...) {}                                       // fewer threads do it, too
     each();
     for (auto& t : others) t.join();
+    return failed;
 }
 extern "C" int panel() { return P; }
-extern "C" void undo(const Block* blocks, int B, const Push* g, float* states, const float* labels, int N, int group, int threads) {
-    share(N, group, threads, [&](int i, int count) {   // states (B + 1, N, T, D), the last is z; labels (B, rows, W)
+extern "C" int undo(const Block* blocks, int B, const Push* g, float* states, const float* labels, int N, int group, int threads) {
+    return share(N, group, threads, [&](int i, int count) {   // states (B + 1, N, T, D), the last is z; labels (B, rows, W)
         for (int b = B - 1; b >= 0; b--) {
             size_t size = (size_t)blocks[b].s.T * blocks[b].D, rows = (size_t)N * (g->kind ? 2 : 1);
             Walk(blocks[b], *g, count).run(states + ((b + 1) * (size_t)N + i) * size, labels + (b * rows + i) * blocks[b].s.W, states + (b * (size_t)N + i) * size, N);
@@ -275,9 +284,9 @@ struct Pass : Rows {
 DRAW = r"""
 struct Net { const Stack* stacks; int count, D; Linear in; const float* place; const float *gain, *bias; Linear out; };
 
-extern "C" void draw(const Net* g, const float* z, const float* labels, float* tokens, int N, int threads) {   // z and tokens (N, T, D), labels (count, N, W)
+extern "C" int draw(const Net* g, const float* z, const float* labels, float* tokens, int N, int threads) {   // z and tokens (N, T, D), labels (count, N, W)
     const int T = g->stacks->T, W = g->stacks->W, ld = padded(W) + P, wide = padded(g->D);
-    share(N, 1, threads, [&](int i, int) {
+    return share(N, 1, threads, [&](int i, int) {
         std::vector<float> x(T * ld), out(T * wide);
         product(g->in, z + (size_t)i * T * g->D, g->D, T, x.data(), ld);
         for (int t = 0; t < T; t++) for (int d = 0; d < W; d++) x[t * ld + d] += g->place[t * W + d];
@@ -311,21 +320,24 @@ def build_library(*flags) -> ctypes.CDLL:
         made = subprocess.run([compiler, "-std=c++17", "-O3", native, *flags, "-fno-math-errno", "-shared", "-fPIC", "-pthread", source, "-o", library], capture_output=True, text=True)
         if made.returncode:
             raise BitflowError(f"{compiler} could not build the native programs; use PyTorch's operations (`exact_trajectory`, `one_pass`), or another compiler by setting CXX. It said:\n{made.stderr[-2000:]}")
-        return ctypes.CDLL(str(library))
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError as e:
+            raise BitflowError(f"the native programs were built but cannot be loaded ({e}); if that folder does not allow programs, set TMPDIR to one that does") from None
 
 # %% ../nbs/native.ipynb #65131c45
-def struct(name: str, **fields):
+def c_struct(name: str, **fields):
     "A C structure as a ctypes class."
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-CLinear = struct("CLinear", w=POINTER, b=POINTER, inputs=INT, outputs=INT, stride=INT)
-CLayer = struct("CLayer", norm1=POINTER, bias1=POINTER, qkv=CLinear, q_norm=POINTER, k_norm=POINTER, proj=CLinear, norm2=POINTER, bias2=POINTER, up=CLinear, down=CLinear)
-CStack = struct("CStack", T=INT, W=INT, heads=INT, layers=INT, gated=INT, cos=POINTER, sin=POINTER, layer=ctypes.POINTER(CLayer))
-CBlock = struct("CBlock", stack=CStack, D=INT, flip=INT, clip=FLOAT, proj_in=CLinear, proj_out=CLinear, place=POINTER)
-CNet = struct("CNet", stacks=ctypes.POINTER(CStack), count=INT, D=INT, proj_in=CLinear, place=POINTER, gain=POINTER, bias=POINTER, out=CLinear)
-CPush = struct("CPush", kind=INT, scale=FLOAT, temperature=FLOAT)
+CLinear = c_struct("CLinear", w=POINTER, b=POINTER, inputs=INT, outputs=INT, stride=INT)
+CLayer = c_struct("CLayer", norm1=POINTER, bias1=POINTER, qkv=CLinear, q_norm=POINTER, k_norm=POINTER, proj=CLinear, norm2=POINTER, bias2=POINTER, up=CLinear, down=CLinear)
+CStack = c_struct("CStack", T=INT, W=INT, heads=INT, layers=INT, gated=INT, cos=POINTER, sin=POINTER, layer=ctypes.POINTER(CLayer))
+CBlock = c_struct("CBlock", stack=CStack, D=INT, flip=INT, clip=FLOAT, proj_in=CLinear, proj_out=CLinear, place=POINTER)
+CNet = c_struct("CNet", stacks=ctypes.POINTER(CStack), count=INT, D=INT, proj_in=CLinear, place=POINTER, gain=POINTER, bias=POINTER, out=CLinear)
+CPush = c_struct("CPush", kind=INT, scale=FLOAT, temperature=FLOAT)
 
 # %% ../nbs/native.ipynb #6c05a2bf
 def why_not(model: TARFlow | ReverseModel) -> str:
@@ -333,6 +345,8 @@ def why_not(model: TARFlow | ReverseModel) -> str:
     weight, head_dim = next(model.parameters()), model.cfg.transformer.head_dim
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"native programs are for float32 on a CPU; this model is {weight.dtype} on {weight.device}"
+    if any(isinstance(part, PackedLinear) for part in model.modules()):
+        return "this model's weights are packed for another library; give the model itself"
     if head_dim % 16:
         return f"head_dim is {head_dim}; native programs need a multiple of 16"
     return "this G passes its states on as tokens (hidden distillation), which the native pass does not know" if getattr(model.cfg, "token_states", False) else ""
@@ -367,9 +381,9 @@ def lay_layer(laid: Laid, layer: Layer) -> CLayer:
     "One layer of the transformer, with either norm and either MLP."
     a, m = layer.attention, layer.mlp
     up, down = (m.main[0], m.main[2]) if hasattr(m, "main") else (m.gate_up, m.down)
-    norms = ((laid.pointer(n.weight), laid.pointer(getattr(n, "bias", None))) for n in (a.norm, m.norm))
+    before, between = ((laid.pointer(n.weight), laid.pointer(getattr(n, "bias", None))) for n in (a.norm, m.norm))
     of_heads = (laid.pointer(getattr(n, "weight", None)) for n in (a.q_norm, a.k_norm))
-    return CLayer(*next(norms), laid.linear(a.qkv), *of_heads, laid.linear(a.proj), *next(norms), laid.linear(up), laid.linear(down))
+    return CLayer(*before, laid.linear(a.qkv), *of_heads, laid.linear(a.proj), *between, laid.linear(up), laid.linear(down))
 
 
 def lay_stack(laid: Laid, stack: LayerStack, flip: bool = False) -> CStack:
@@ -390,6 +404,14 @@ def check_tokens(z: Tensor, c: Tensor, cfg):
     "Refuse noise of another shape or type, and labels that do not belong to it."
     if z.shape != (len(c), cfg.num_tokens, cfg.token_dim) or z.dtype != torch.float32 or z.device.type != "cpu":
         raise BitflowError(f"noise of shape {tuple(z.shape)}, {z.dtype} on {z.device}, does not fit {len(c)} labels: it must be ({len(c)}, {cfg.num_tokens}, {cfg.token_dim}), float32, on the CPU")
+    if c.dim() != 1 or c.dtype != torch.int64:
+        raise BitflowError(f"labels are {c.dtype} of shape {tuple(c.shape)}; give whole numbers (torch.int64), one an image")
+
+
+def check_done(failed: int):
+    "Raise what C++ could not."
+    if failed:
+        raise BitflowError("memory ran out in a native program; give it fewer images at once or fewer threads (torch.set_num_threads), or lower `rows`")
 
 # %% ../nbs/native.ipynb #9957c682
 class NativeInverse:
@@ -398,6 +420,7 @@ class NativeInverse:
 
     def __init__(self, model: TARFlow, *flags):
         self.model, self.laid = model, Laid(model, *flags)
+        self.embeds = copy.deepcopy([block.class_embed for block in model.blocks])
         self.blocks = (CBlock * len(model.blocks))(*(lay_block(self.laid, block) for block in model.blocks))
 
     @torch.no_grad()
@@ -406,13 +429,13 @@ class NativeInverse:
         check_noise(self.model, z, c, guidance)
         check_tokens(z, c, self.model.cfg)
         labels = c if guidance is None else torch.cat([c, -torch.ones_like(c)])
-        embedded = torch.stack([block.class_embed(labels)[:, 0] for block in self.model.blocks])
-        states = torch.empty(len(self.blocks) + 1, *z.shape)
+        embedded = torch.stack([embed(labels)[:, 0] for embed in self.embeds])
+        states = z.new_empty(len(self.blocks) + 1, *z.shape)
         states[-1] = z
         push = CPush(0, 0.0, 1.0) if guidance is None else CPush(1 + list(GUIDANCE).index(guidance.kind), guidance.scale, guidance.temperature)
         threads, rows = torch.get_num_threads(), self.rows if guidance is None else self.rows // 2
         group = max(1, min(rows, -(-len(z) // threads)))
-        self.laid.library.undo(self.blocks, len(self.blocks), ctypes.byref(push), POINTER(states.data_ptr()), POINTER(embedded.data_ptr()), len(z), group, threads)
+        check_done(self.laid.library.undo(self.blocks, len(self.blocks), ctypes.byref(push), POINTER(states.data_ptr()), POINTER(embedded.data_ptr()), len(z), group, threads))
         return list(states)
 
 # %% ../nbs/native.ipynb #aff9dd0b
@@ -420,9 +443,10 @@ class NativePass:
     "One pass of G in one call, for images on a CPU in float32: `(z, c, w)` to clean images, as `one_pass`. Each core takes an image. Holds copies of the weights."
     def __init__(self, model: ReverseModel, *flags):
         self.model, self.laid, cfg = model, Laid(model, *flags), model.cfg
-        self.parts = [*reversed(list(enumerate(model.blocks))), *([(cfg.num_blocks, model.denoiser)] if cfg.denoise else [])]
+        parts = [*reversed(list(enumerate(model.blocks))), *([(cfg.num_blocks, model.denoiser)] if cfg.denoise else [])]
+        self.embeds = copy.deepcopy([(i, block.class_embed, block.scale_embed) for i, block in parts])
         norm, out = model.out if cfg.denoise else model.heads[0]
-        stacks = self.laid.keep((CStack * len(self.parts))(*(lay_stack(self.laid, block.transformer) for _, block in self.parts)))
+        stacks = self.laid.keep((CStack * len(parts))(*(lay_stack(self.laid, block.transformer) for _, block in parts)))
         self.net = CNet(stacks, len(stacks), cfg.token_dim, self.laid.linear(model.proj_in), self.laid.pointer(model.pos_embed),
                         self.laid.pointer(norm.weight), self.laid.pointer(getattr(norm, "bias", None)), self.laid.linear(out))
 
@@ -432,7 +456,7 @@ class NativePass:
         cfg = self.model.cfg
         check_tokens(z, c, cfg)
         w, z = guidance_scales(cfg, w, len(c), c.device), z.contiguous()
-        embedded = torch.stack([block.class_embed(c)[:, 0] + (0 if w is None else block.scale_embed(w[:, i, None])) for i, block in self.parts])
+        embedded = torch.stack([of_label(c)[:, 0] + (0 if w is None else of_scale(w[:, i, None])) for i, of_label, of_scale in self.embeds])
         tokens = torch.empty_like(z)
-        self.laid.library.draw(ctypes.byref(self.net), *(POINTER(t.data_ptr()) for t in (z, embedded, tokens)), len(z), torch.get_num_threads())
+        check_done(self.laid.library.draw(ctypes.byref(self.net), *(POINTER(t.data_ptr()) for t in (z, embedded, tokens)), len(z), torch.get_num_threads()))
         return unpatchify(tokens, cfg.patch_size, cfg.channels)

@@ -2,6 +2,7 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from bitflow_edu import bench, native
 from bitflow_edu.data import BitflowError, asset
-from bitflow_edu.exact_inverse import GUIDANCE, Guidance, exact_trajectory
+from bitflow_edu.exact_inverse import GUIDANCE, Guidance, exact_trajectory, pack
 from bitflow_edu.native import NativeInverse, NativePass, build_library, find_compiler
 from bitflow_edu.pipeline import build
 from bitflow_edu.reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
@@ -100,8 +101,11 @@ def test_weights_are_copied():
     inverse = NativeInverse(flow)
     before = inverse(z, c)[0]
     with torch.no_grad():
-        flow.blocks[0].proj_out.weight.add_(1)
+        for p in flow.parameters():
+            p.add_(1)
     assert torch.equal(inverse(z, c)[0], before) and not torch.equal(NativeInverse(flow)(z, c)[0], before)
+    flow.double()
+    assert torch.equal(inverse(z, c)[0], before)
 
 
 def test_what_it_cannot_do_is_refused():
@@ -111,6 +115,8 @@ def test_what_it_cannot_do_is_refused():
         NativePass(build(ReverseModel, ReverseConfig(token_states=True), 0))
     with pytest.raises(BitflowError, match="float64"):
         NativeInverse(small_flow().double())
+    with pytest.raises(BitflowError, match="packed"):
+        NativeInverse(pack(small_flow(), 64))
 
 
 @needs_compiler
@@ -119,6 +125,49 @@ def test_noise_of_another_shape_is_refused():
     for z in (torch.randn(2, 3, 4), torch.randn(3, 9, 4), torch.randn(2, 9, 4).double()):
         with pytest.raises(BitflowError, match="does not fit"):
             NativeInverse(flow)(z, torch.tensor([0, 1]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("c", [torch.tensor([[0], [1]]), torch.tensor([True, False]), torch.tensor([0.0, 1.0])])
+def test_labels_of_another_kind_are_refused(c):
+    flow = small_flow()
+    with pytest.raises(BitflowError, match="labels"):
+        NativeInverse(flow)(sample_noise(flow.cfg, 2), c)
+
+
+@needs_compiler
+def test_another_default_type_changes_nothing():
+    flow = small_flow()
+    z, c, inverse = sample_noise(flow.cfg, 2), torch.tensor([0, 1]), NativeInverse(flow)
+    before = inverse(z, c)[0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(inverse(z, c)[0], before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SHORT_OF_MEMORY = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_native import *
+flow = small_flow(image_size=64, width=64, num_layers=4)
+inverse, z, c = NativeInverse(flow), sample_noise(flow.cfg, 8), torch.zeros(8, dtype=torch.int64)
+torch.set_num_threads(1)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 ** 24,) * 2)  # the keys and values alone take 40 megabytes
+try:
+    inverse(z, c)
+except BitflowError as e:
+    print(e)
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_no_memory_is_a_clear_error():
+    done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY, str(Path(__file__).parent)], capture_output=True, text=True)
+    assert done.returncode == 0 and "memory ran out" in done.stdout, done.stderr
 
 
 def test_no_compiler_is_a_clear_error(monkeypatch):
