@@ -24,8 +24,8 @@ from .transformer import TransformerConfig
 # %% auto #0
 __all__ = ['GEOMETRIES', 'plain_layer', 'plain_advice', 'plain_inverse', 'plain_states', 'plain_attention', 'is_original',
            'laid_out', 'walking_ways', 'jacobi_ways', 'inverse_ways', 'timed_shortly', 'bench_blocks', 'bench_inverse',
-           'row_of', 'training_step', 'bench_training', 'geometry', 'reverse_shape', 'random_flow', 'pair_ways',
-           'bench_pair', 'compared', 'PeakMemory', 'peak_bytes', 'token_calls', 'bench_tokens']
+           'row_of', 'training_step', 'bench_training', 'geometry', 'reverse_shape', 'random_flow', 'passing_ways',
+           'pair_ways', 'bench_pair', 'compared', 'PeakMemory', 'peak_bytes', 'token_calls', 'bench_tokens']
 
 # %% ../nbs/bench.ipynb #44c260b4
 def plain_layer(layer, x: Tensor, seen: dict) -> Tensor:
@@ -254,18 +254,24 @@ def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
     return model.eval().to(device)
 
 # %% ../nbs/bench.ipynb #83d4f918
+def passing_ways(G: ReverseModel, z: Tensor, c: Tensor, w, compiled: bool) -> dict:
+    "What is added to the name of one pass → a call: nothing, packed (on a CPU in float32), native (where a compiler may be used)."
+    ways = {"": lambda: one_pass(G, z, c, w)}
+    if z.device.type == "cpu" and z.dtype == torch.float32:
+        packed = laid_out(G, z.shape[:2].numel())
+        ways[", packed"] = lambda: one_pass(packed(), z, c, w)
+    if compiled and not why_not(G):
+        native = cache(lambda: NativePass(G))
+        ways[", native"] = lambda: native()(z, c, w)
+    return ways
+
+
 def pair_ways(F: TARFlow, G: ReverseModel, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool) -> dict:
     "Name → a call: one pass of G (of one that takes w, where a scale is given), also packed on a CPU; the score step alone; both compiled too if asked for, and on a CPU the pass native; and `inverse_ways`."
     scale_in = scale if scale or G.cfg.max_guidance else None
     x, fused = unpatchify(z, F.cfg.patch_size, F.cfg.channels), partial(torch.compile, dynamic=False)
-    ways = {"one pass": lambda: one_pass(G, z, c, scale_in), "score step": lambda: score_denoise(F, x, c)}
-    if z.device.type == "cpu" and z.dtype == torch.float32:
-        packed = laid_out(G, z.shape[:2].numel())
-        ways["one pass, packed"] = lambda: one_pass(packed(), z, c, scale_in)
+    ways = {f"one pass{how}": call for how, call in passing_ways(G, z, c, scale_in, compiled).items()} | {"score step": lambda: score_denoise(F, x, c)}
     if compiled:
-        if not why_not(G):
-            native = cache(lambda: NativePass(G))
-            ways["one pass, native"] = lambda: native()(z, c, scale_in)
         still = copy.deepcopy(F).requires_grad_(False)  # else the compiled step computes gradients of the weights, too
         fast_pass, fast_F = fused(lambda z, c: one_pass(G, z, c, scale_in)), fused(still)
         ways |= {"one pass, compiled": lambda: fast_pass(z, c), "score step, compiled": lambda: score_denoise(fast_F, x, c)}

@@ -2,7 +2,7 @@
 
 # %% ../nbs/native.ipynb #c2d9c89a
 from __future__ import annotations
-import copy, ctypes, os, platform, shutil, subprocess, tempfile
+import copy, ctypes, platform, subprocess, tempfile
 from functools import cache
 from pathlib import Path
 import torch
@@ -11,13 +11,13 @@ from .data import BitflowError, unpatchify
 from .exact_inverse import GUIDANCE, Guidance, PackedLinear, check_noise
 from .reverse_model import ReverseModel, guidance_scales
 from .tarflow import FlowBlock, TARFlow
-from .transformer import Layer, LayerStack
+from .transformer import Layer, LayerStack, find_compiler
 
 # %% auto #0
 __all__ = ['VECTORS', 'ACCESS', 'FUNCTIONS', 'TILE', 'PRODUCT', 'NORM', 'SOFTMAX', 'SHAPES', 'ROWS', 'LAYER', 'KEEP', 'WALK',
            'ADVISE', 'NEXT', 'UNDO', 'PASS', 'DRAW', 'SOURCE', 'POINTER', 'INT', 'FLOAT', 'CLinear', 'CLayer', 'CStack',
-           'CBlock', 'CNet', 'CPush', 'find_compiler', 'build_library', 'c_struct', 'why_not', 'Laid', 'lay_layer',
-           'lay_stack', 'lay_block', 'check_tokens', 'check_done', 'NativeInverse', 'NativePass']
+           'CBlock', 'CNet', 'CPush', 'build_library', 'c_struct', 'why_not', 'Laid', 'lay_layer', 'lay_stack',
+           'lay_block', 'check_tokens', 'check_done', 'NativeInverse', 'NativePass']
 
 # %% ../nbs/native.ipynb #2dfc9fa4
 VECTORS = r"""
@@ -135,9 +135,9 @@ struct Push { int kind; float scale, temperature; };   // 0: none; 1, 2, 3: line
 # %% ../nbs/native.ipynb #e4cc4a0f
 ROWS = r"""
 struct Rows {                               // `least`: columns that mlp must have besides
-    const Stack& s; int hd, ld, wide;       // features a head; floats from a row of h or n, and of mlp, to the next
+    const Stack& s; int rows, hd, ld, wide; // features a head; floats from a row of h or n, and of mlp, to the next
     std::vector<float> h, n, qkv, mlp;
-    Rows(const Stack& s, int rows, int least) : s(s), hd(s.W / s.heads), ld(padded(s.W) + P), wide(padded(least)) {
+    Rows(const Stack& s, int rows, int least) : s(s), rows(rows), hd(s.W / s.heads), ld(padded(s.W) + P), wide(padded(least)) {
         for (int l = 0; l < s.layers; l++) wide = std::max(wide, padded(s.layer[l].up.out));
         h.resize(rows * ld), n.resize(rows * ld), qkv.resize(rows * padded(3 * s.W)), mlp.resize(rows * wide);
     }
@@ -151,7 +151,7 @@ struct Rows {                               // `least`: columns that mlp must ha
 
 # %% ../nbs/native.ipynb #af93c65a
 LAYER = r"""
-    template <class Attend> void layer(const Layer& a, int rows, Attend attend) {
+    template <class Attend> void layer(const Layer& a, Attend attend) {
         for (int r = 0; r < rows; r++) norm(&h[r * ld], a.norm1, a.bias1, s.W, &n[r * ld]);
         product(a.qkv, n.data(), ld, rows, qkv.data(), padded(3 * s.W));
         attend();                                          // from qkv to n
@@ -179,9 +179,9 @@ KEEP = r"""
 # %% ../nbs/native.ipynb #f3b2d478
 WALK = r"""
 struct Walk : Rows {
-    const Block& b; const Push& g; int images, rows; size_t keys, values;
+    const Block& b; const Push& g; int images; size_t keys, values;
     std::vector<float> score, k, v;
-    Walk(const Block& b, const Push& g, int count) : Rows(b.s, g.kind ? 2 * count : count, 2 * b.D), b(b), g(g), images(count), rows(g.kind ? 2 * count : count),
+    Walk(const Block& b, const Push& g, int count) : Rows(b.s, g.kind ? 2 * count : count, 2 * b.D), b(b), g(g), images(count),
         keys((size_t)hd * padded(s.T)), values((size_t)padded(hd) * s.T), score(padded(s.T)), k(s.layers * rows * s.heads * keys), v(s.layers * rows * s.heads * values) {}
     size_t where(int i, int t) { return ((size_t)i * s.T + (b.flip ? s.T - 1 - t : t)) * b.D; }   // image i's token t, in the block's order
     void attend(const Layer& a, int l, int t) {
@@ -204,7 +204,7 @@ ADVISE = r"""
             product(b.in, x + where(r % images, t), 0, 1, &h[r * ld], 0);
             for (int i = 0; i < s.W; i++) h[r * ld + i] += c[i] + p[i];
         }
-        for (int l = 0; l < s.layers; l++) layer(s.layer[l], rows, [&] { attend(s.layer[l], l, t); });
+        for (int l = 0; l < s.layers; l++) layer(s.layer[l], [&] { attend(s.layer[l], l, t); });
         product(b.out, h.data(), ld, rows, mlp.data(), wide);
     }
 """
@@ -218,9 +218,11 @@ NEXT = r"""
     float next(int i, int d, int t, float y) {   // value d of image i's token t
         float alpha = read(i, d), mu = read(i, b.D + d), w = g.kind == 2 ? g.scale * t / (s.T - 1) : g.scale;
         if (g.kind) {
-            float more = alpha - read(images + i, d), shift = mu - read(images + i, b.D + d), ratio = std::exp(2 * std::min(more, 0.f)), share = 1 + w - w * ratio;
-            alpha += g.kind == 3 ? -0.5f * std::log(share) : w * more;
-            mu += (g.kind == 3 ? w * ratio / share : w) * shift;
+            float more = alpha - read(images + i, d), shift = mu - read(images + i, b.D + d);
+            if (g.kind == 3) {
+                float ratio = std::exp(2 * std::min(more, 0.f)), share = 1 + w - w * ratio;
+                alpha -= 0.5f * std::log(share), mu += w * ratio / share * shift;
+            } else alpha += w * more, mu += w * shift;
         }
         return y * std::exp(alpha) + mu;
     }
@@ -274,7 +276,7 @@ struct Pass : Rows {
     }
     void run(std::vector<float>& x, const float* label) {   // x: T rows, each followed by what a tile may write beyond it
         for (int t = 0; t < s.T; t++) for (int i = 0; i < s.W; i++) h[t * ld + i] = x[t * ld + i] + label[i];
-        for (int l = 0; l < s.layers; l++) layer(s.layer[l], s.T, [&] { attend(s.layer[l]); });
+        for (int l = 0; l < s.layers; l++) layer(s.layer[l], [&] { attend(s.layer[l]); });
         std::swap(x, h);
     }
 };
@@ -300,11 +302,6 @@ extern "C" int draw(const Net* g, const float* z, const float* labels, float* to
 
 # %% ../nbs/native.ipynb #605915e4
 SOURCE = VECTORS + ACCESS + FUNCTIONS + TILE + PRODUCT + NORM + SOFTMAX + SHAPES + ROWS + LAYER + KEEP + WALK + ADVISE + NEXT + UNDO + PASS + DRAW
-
-# %% ../nbs/native.ipynb #256db3c0
-def find_compiler() -> str | None:
-    "The C++ compiler: $CXX, c++, g++ or clang++, whichever is there first; None where there is none."
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "c++", "g++", "clang++"))), None)
 
 # %% ../nbs/native.ipynb #0e534a72
 @cache

@@ -23,14 +23,13 @@ __all__ = ['STABLE_DIFFUSION', 'PATIENT', 'BACK', 'PRECISIONS', 'DEFAULT_BATCHES
            'plot_speed']
 
 # %% ../nbs/16_speed.ipynb #d03f5e4b
-from .bench import jacobi_ways, laid_out, walking_ways
+from .bench import jacobi_ways, passing_ways, walking_ways
 from .budget import meta_batch, on_meta, pass_flops
 from .config import PRESETS, find_preset
 from .data import BitflowError, unpatchify
 from .evaluation import call_times, measurement, timed
 from .exact_inverse import PackedLinear, score_denoise, serial_steps, start_walk
 from .inverse_strategies import check_pair
-from .native import NativePass, why_not
 from .pipeline import build, count_flops, grid_labels, time_per_image
 from .plotting import PALETTE
 from .reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
@@ -166,10 +165,8 @@ def eager_ways(F: TARFlow, G: ReverseModel, batch: int, segments=2, tolerance: f
     z, c = example(F, batch)
     cost, x = pair_costs(F.cfg, G.cfg, batch, z.dtype), unpatchify(z, F.cfg.patch_size, F.cfg.channels)
     weights = sum(p.nbytes for p in F.blocks.parameters())
-    ways = {"one-pass": Way(partial(one_pass, G, z, c), cost["one-pass"]), "score-step": Way(partial(score_denoise, F, x, c), cost["score-step"])}
-    if z.device.type == "cpu" and z.dtype == torch.float32:
-        packed = laid_out(G, z.shape[:2].numel())
-        ways["one-pass, packed"] = Way(lambda: one_pass(packed(), z, c), cost["one-pass"], prepares=True)
+    ways = {f"one-pass{how}": Way(call, cost["one-pass"], prepares=bool(how)) for how, call in passing_ways(G, z, c, None, compiled=False).items()}
+    ways["score-step"] = Way(partial(score_denoise, F, x, c), cost["score-step"])
     for row, call in walking_ways(F, z, c, 0.0, compiled=False).items():
         ways[row] = Way(call, cost["exact"], prepares=row == "graph")
     for row, call in jacobi_ways(F, z, c, 0.0, tolerance, segments).items():
@@ -200,10 +197,9 @@ def compiled_ways(F: TARFlow, G: ReverseModel, batch: int) -> dict:
     z, c = example(F, batch)
     cost, x = pair_costs(F.cfg, G.cfg, batch, z.dtype), unpatchify(z, F.cfg.patch_size, F.cfg.channels)
     calls = {"one-pass, compiled": (partial(one_pass, compiled_copy(G), z, c), "one-pass"), "score-step, compiled": (partial(score_denoise, compiled_copy(F), x, c), "score-step")}
-    if not why_not(G):
-        calls["one-pass, native"] = (partial(NativePass(G), z, c), "one-pass")
-    walk = walking_ways(F, z, c, 0.0, compiled=True)
+    walk, passing = walking_ways(F, z, c, 0.0, compiled=True), passing_ways(G, z, c, None, compiled=True)
     calls |= {row: (walk[row], "exact") for row in ("native", "compiled") if row in walk}
+    calls |= {f"one-pass{how}": (call, "one-pass") for how, call in passing.items() if how == ", native"}
     return {row: Way(call, cost[of], prepares=True) for row, (call, of) in calls.items()}
 
 # %% ../nbs/16_speed.ipynb #9114ac21

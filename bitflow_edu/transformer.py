@@ -14,7 +14,7 @@ from .data import BitflowError
 # %% auto #0
 __all__ = ['NORMS', 'MLPS', 'MODERN', 'attend', 'RMSNorm', 'GeluMLP', 'SwiGLU', 'TransformerConfig', 'raster_coordinates',
            'rotary_angles', 'rotate', 'HeadProjections', 'Attention', 'Layer', 'LayerStack', 'KVCache', 'Transformer',
-           'checkpoint_layers', 'compile_layers']
+           'checkpoint_layers', 'find_compiler', 'compile_layers']
 
 # %% ../nbs/04_transformer.ipynb #c84e4146
 def attend(
@@ -251,9 +251,14 @@ def checkpoint_layers(model: nn.Module):
             stack.checkpointing = True
 
 
+def find_compiler() -> str | None:
+    "The C++ compiler: $CXX, c++, g++ or clang++, whichever is there first; None where there is none."
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "c++", "g++", "clang++"))), None)
+
+
 def compile_layers(model: nn.Module):
     "Have torch.compile fuse the operations inside every layer of a model, in place; weights keep their names, and the first step takes seconds longer. Needs a C++ compiler on a CPU."
-    if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+    if next(model.parameters()).device.type == "cpu" and find_compiler() is None:
         raise BitflowError("torch.compile needs a C++ compiler on a CPU, and none is here; install g++, or leave compile off")
     for layer in model.modules():
         if isinstance(layer, Layer):

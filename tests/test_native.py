@@ -1,5 +1,6 @@
 """The native inverse and one pass against the same in PyTorch."""
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +10,15 @@ import torch
 from conftest import shake
 from hypothesis import given, settings, strategies as st
 
-from bitflow_edu import bench, native
+from bitflow_edu import bench
 from bitflow_edu.data import BitflowError, asset
 from bitflow_edu.exact_inverse import GUIDANCE, Guidance, exact_trajectory, pack
-from bitflow_edu.native import NativeInverse, NativePass, build_library, find_compiler
+from bitflow_edu.native import NativeInverse, NativePass, build_library
 from bitflow_edu.pipeline import build
 from bitflow_edu.reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
 from bitflow_edu.tarflow import TARFlow, TARFlowConfig
 from bitflow_edu.training import load_model
-from bitflow_edu.transformer import MODERN, TransformerConfig
+from bitflow_edu.transformer import MODERN, TransformerConfig, find_compiler
 
 def small_flow(image_size=6, patch_size=2, width=32, head_dim=16, num_layers=2, transformer={}, **more):
     """A shaken flow of two blocks, both orders of reading."""
@@ -171,7 +172,7 @@ def test_no_memory_is_a_clear_error():
 
 
 def test_no_compiler_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(BitflowError, match="install g"):
         build_library("-DNOBODY")
 
