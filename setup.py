@@ -1,4 +1,5 @@
 """Install bitflow_edu: metadata comes from settings.ini, the embedded data from data/."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,7 +9,10 @@ HERE = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "perceptual", "scale", "dev")}
+extras = {
+    name: cfg[f"{name}_requirements"].split()
+    for name in ("notebooks", "perceptual", "scale", "dev")
+}
 
 setup(
     name=cfg["lib_name"],
@@ -24,10 +28,26 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={**extras, "all": sum(extras.values(), [])},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
     packages=[*find_packages(include=["bitflow_edu", "bitflow_edu.*"]), "bitflow_edu.assets"],
-    package_dir={"bitflow_edu.assets": "data"},  # data/ travels inside the package, where bitflow_edu.data.asset finds it
-    package_data={"bitflow_edu.assets": ["*.npz", "*/*.json", "*/*.safetensors", "*/*/*.json", "*/*/*.safetensors", "*/*/*.jsonl", "README.md", "*/README.md"]},
+    package_dir={
+        "bitflow_edu.assets": "data"
+    },  # data/ travels inside the package, where bitflow_edu.data.asset finds it
+    package_data={
+        "bitflow_edu.assets": [
+            "*.npz",
+            "*/*.json",
+            "*/*.safetensors",
+            "*/*/*.json",
+            "*/*/*.safetensors",
+            "*/*/*.jsonl",
+            "README.md",
+            "*/README.md",
+        ]
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Education",

@@ -11,11 +11,25 @@ from unittest import mock
 import torch
 from .config import Preset, with_strategy
 from .data import BitflowError, DataConfig, Images, add_noise, load_data
-from .evaluation import as_stored, frechet_distance, in_batches, measurement, precision_recall, rows_of
+from bitflow_edu.evaluation import (
+    as_stored,
+    frechet_distance,
+    in_batches,
+    measurement,
+    precision_recall,
+    rows_of,
+)
 from .inverse_strategies import STRATEGIES, mse
 from .plotting import plot_rows
 from .fid import FeatureNetwork, effnet_lite0, mnist_cnn
-from .pipeline import draw, draw_all, judge_for, num_parameters, train_forward, train_reverse
+from bitflow_edu.pipeline import (
+    draw,
+    draw_all,
+    judge_for,
+    num_parameters,
+    train_forward,
+    train_reverse,
+)
 from .tarflow import TARFlow
 from .training import load_model, read_metrics, write_atomically
 
@@ -30,11 +44,12 @@ __all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'Row', 'objective
 @dataclass(frozen=True)
 class Row:
     "One line of a table."
+
     name: str
-    change: tuple = ()        # functions preset → preset, applied in turn
+    change: tuple = ()  # functions preset → preset, applied in turn
     method: str = "one-pass"  # how images are drawn, see `draw`
-    w: float = 0.0            # guidance scale
-    paper: float = None       # FID that the paper reports for it (ImageNet 256², B/2)
+    w: float = 0.0  # guidance scale
+    paper: float = None  # FID that the paper reports for it (ImageNet 256², B/2)
 
     def preset(self, preset: Preset) -> Preset:
         "The preset with this row's changes."
@@ -65,93 +80,173 @@ def forward(**fields):
 # %% ../nbs/ablations.ipynb #d3e8817a
 def width(factor: float):
     "Scale the width of G, in whole heads."
+
     def change(preset):
         "The preset with a wider or narrower G."
         t = preset.reverse.transformer
         heads = max(round(factor * t.width / t.head_dim), 1)
         return reverse(transformer=replace(t, width=heads * t.head_dim))(preset)
+
     return change
 
 # %% ../nbs/ablations.ipynb #56eb06fd
-MSE = objective(feature_weight=0.0)          # the distance at the image end is MSE alone
+MSE = objective(feature_weight=0.0)  # the distance at the image end is MSE alone
 PLAIN = objective(feature_weight=0.0, adaptive_power=0.0)  # and no term is re-weighted
-CLIP = 2.0                                   # of the ablation's clipped F; mnist-mini's unclipped one reaches |α| = 2 and |μ| = 8
-W_MAX = 3.0                                  # guidance in training: w is drawn from 0 to this
-SWEEP = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)      # guidance scales that are measured
+CLIP = 2.0  # of the ablation's clipped F; mnist-mini's unclipped one reaches |α| = 2 and |μ| = 8
+W_MAX = 3.0  # guidance in training: w is drawn from 0 to this
+SWEEP = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)  # guidance scales that are measured
 
 # %% ../nbs/ablations.ipynb #395d258e
 def strategies() -> list:
     "Three ways to learn the inverse, by MSE alone as in the paper, and with the preset's whole loss."
-    names, paper = ("naive", "hidden-distillation", "hidden-alignment"), {"naive": 43.41, "hidden-distillation": 55.00, "hidden-alignment": 36.93}
-    return ([Row("exact", method="exact", paper=44.46)]
-            + [Row(f"{name}, MSE", (MSE, strategy(name)), paper=paper[name]) for name in names]
-            + [Row(f"{name}, whole loss", (strategy(name),)) for name in names])
+    names, paper = (
+        ("naive", "hidden-distillation", "hidden-alignment"),
+        {"naive": 43.41, "hidden-distillation": 55.00, "hidden-alignment": 36.93},
+    )
+    return (
+        [Row("exact", method="exact", paper=44.46)]
+        + [Row(f"{name}, MSE", (MSE, strategy(name)), paper=paper[name]) for name in names]
+        + [Row(f"{name}, whole loss", (strategy(name),)) for name in names]
+    )
 
 # %% ../nbs/ablations.ipynb #56931f5d
 def denoising() -> list:
     "What is done about the noise that F was trained with."
     none = (MSE, reverse(denoise=False))
-    return [Row("no denoising", none, paper=100.51), Row("score denoising", none, "one-pass+denoise", paper=42.62), Row("learned denoising", (MSE,), paper=31.88)]
+    return [
+        Row("no denoising", none, paper=100.51),
+        Row("score denoising", none, "one-pass+denoise", paper=42.62),
+        Row("learned denoising", (MSE,), paper=31.88),
+    ]
 
 # %% ../nbs/ablations.ipynb #ea3751ab
 def norm_control() -> list:
     "The size of the trajectory's states, held by F or divided out of the loss; without adaptive weights, which would hide it."
     clip, normal = forward(clip=CLIP), objective(normalise=True)
-    return [Row("none", (PLAIN,), paper=45.54), Row("clip", (PLAIN, clip), paper=31.88), Row("normalise", (PLAIN, normal)), Row("clip + normalise", (PLAIN, clip, normal))]
+    return [
+        Row("none", (PLAIN,), paper=45.54),
+        Row("clip", (PLAIN, clip), paper=31.88),
+        Row("normalise", (PLAIN, normal)),
+        Row("clip + normalise", (PLAIN, clip, normal)),
+    ]
 
 # %% ../nbs/ablations.ipynb #2b1ee883
 def distances() -> list:
-    "What \"close\" means at the image end. LPIPS is its shift-tolerant AlexNet on images enlarged to 32 pixels; the digit network stands where the paper has ConvNeXt-V2."
-    return [Row("MSE", (MSE,), paper=31.88), Row("MSE + LPIPS", (objective(features=("stlpips-alex-32",)),), paper=14.15),
-            Row("MSE + LPIPS + digits", (objective(features=("stlpips-alex-32", "digits")),), paper=2.46), Row("MSE + digits")]
+    'What "close" means at the image end. LPIPS is its shift-tolerant AlexNet on images enlarged to 32 pixels; the digit network stands where the paper has ConvNeXt-V2.'
+    return [
+        Row("MSE", (MSE,), paper=31.88),
+        Row("MSE + LPIPS", (objective(features=("stlpips-alex-32",)),), paper=14.15),
+        Row(
+            "MSE + LPIPS + digits", (objective(features=("stlpips-alex-32", "digits")),), paper=2.46
+        ),
+        Row("MSE + digits"),
+    ]
 
 # %% ../nbs/ablations.ipynb #d7dd0707
 def guidance() -> list:
     "The exact inverse guided; G without guidance; guided at inference, twice the work; guided in training, one pass with w as an input."
     trained = (reverse(max_guidance=W_MAX),)
-    return ([Row(f"exact + score denoising, w = {w:g}", method="exact+denoise", w=w) for w in (0.0, *SWEEP)]
-            + [Row("no guidance")] + [Row(f"at inference, w = {w:g}", (), "guided", w) for w in SWEEP]
-            + [Row(f"in training, w = {w:g}", trained, "one-pass", w) for w in (0.0, *SWEEP)])
+    return (
+        [
+            Row(f"exact + score denoising, w = {w:g}", method="exact+denoise", w=w)
+            for w in (0.0, *SWEEP)
+        ]
+        + [Row("no guidance")]
+        + [Row(f"at inference, w = {w:g}", (), "guided", w) for w in SWEEP]
+        + [Row(f"in training, w = {w:g}", trained, "one-pass", w) for w in (0.0, *SWEEP)]
+    )
 
 # %% ../nbs/ablations.ipynb #47fb2707
 def scaling() -> list:
     "G of half the width, of its own, and half as wide again, with MSE alone and with the whole loss. The paper's B and XL stand beside the last two."
-    paper = {"one, MSE": 6.79, "one and a half, MSE": 4.61, "one, whole loss": 2.46, "one and a half, whole loss": 2.57}
+    paper = {
+        "one, MSE": 6.79,
+        "one and a half, MSE": 4.61,
+        "one, whole loss": 2.46,
+        "one and a half, whole loss": 2.57,
+    }
     sizes = {"half": 0.5, "one": 1.0, "one and a half": 1.5}
-    return [Row(f"{size}, {loss}", ((width(f),) if f != 1 else ()) + change, paper=paper.get(f"{size}, {loss}")) for loss, change in (("MSE", (MSE,)), ("whole loss", ())) for size, f in sizes.items()]
+    return [
+        Row(
+            f"{size}, {loss}",
+            ((width(f),) if f != 1 else ()) + change,
+            paper=paper.get(f"{size}, {loss}"),
+        )
+        for loss, change in (("MSE", (MSE,)), ("whole loss", ()))
+        for size, f in sizes.items()
+    ]
 
 # %% ../nbs/ablations.ipynb #007b4663
 def depth() -> list:
     "Where in depth alignment helps: every depth, the half near the image, the half near the noise, all with little weight, none."
+
     def weights(near_image, near_noise):
         "A weight for the depths of each half of F."
-        return lambda p: objective(depth_weights=(near_image,) * (p.forward.num_blocks // 2) + (near_noise,) * (p.forward.num_blocks - p.forward.num_blocks // 2))(p)
-    return ([Row("all depths", (MSE,))] + [Row(name, (MSE, weights(*w))) for name, w in {"near the image": (1.0, 0.0), "near the noise": (0.0, 1.0), "all, weight 0.1": (0.1, 0.1)}.items()]
-            + [Row("none (naive)", (MSE, strategy("naive")))])
+        return lambda p: objective(
+            depth_weights=(near_image,) * (p.forward.num_blocks // 2)
+            + (near_noise,) * (p.forward.num_blocks - p.forward.num_blocks // 2)
+        )(p)
+
+    return (
+        [Row("all depths", (MSE,))]
+        + [
+            Row(name, (MSE, weights(*w)))
+            for name, w in {
+                "near the image": (1.0, 0.0),
+                "near the noise": (0.0, 1.0),
+                "all, weight 0.1": (0.1, 0.1),
+            }.items()
+        ]
+        + [Row("none (naive)", (MSE, strategy("naive")))]
+    )
 
 # %% ../nbs/ablations.ipynb #51938c6d
 def deeper(preset: Preset) -> Preset:
     "Twice as many blocks of half as many layers, for F and G."
-    halved = lambda shape: replace(shape, num_blocks=2 * shape.num_blocks, transformer=replace(shape.transformer, num_layers=max(shape.transformer.num_layers // 2, 1)))
+    halved = lambda shape: replace(
+        shape,
+        num_blocks=2 * shape.num_blocks,
+        transformer=replace(
+            shape.transformer, num_layers=max(shape.transformer.num_layers // 2, 1)
+        ),
+    )
     return replace(preset, forward=halved(preset.forward), reverse=halved(preset.reverse))
 
 # %% ../nbs/ablations.ipynb #8db22c35
 def regimes() -> list:
     "Does another F change the strategies' order? A longer trajectory of thinner blocks, and three times the noise; MSE alone."
-    return [row for regime, change in {"twice the blocks": deeper, "three times the noise": lambda p: forward(noise_std=3 * p.forward.noise_std)(p)}.items()
-            for row in (Row(f"exact + score denoising, {regime}", (change,), "exact+denoise"),
-                        *(Row(f"{name}, {regime}", (change, MSE, strategy(name))) for name in STRATEGIES))]
+    return [
+        row
+        for regime, change in {
+            "twice the blocks": deeper,
+            "three times the noise": lambda p: forward(noise_std=3 * p.forward.noise_std)(p),
+        }.items()
+        for row in (
+            Row(f"exact + score denoising, {regime}", (change,), "exact+denoise"),
+            *(Row(f"{name}, {regime}", (change, MSE, strategy(name))) for name in STRATEGIES),
+        )
+    ]
 
 # %% ../nbs/ablations.ipynb #0fb74c23
-TABLES = {"strategies": strategies, "regimes": regimes, "depth": depth, "denoising": denoising, "norm-control": norm_control, "distances": distances, "guidance": guidance, "scaling": scaling}
+TABLES = {
+    "strategies": strategies,
+    "regimes": regimes,
+    "depth": depth,
+    "denoising": denoising,
+    "norm-control": norm_control,
+    "distances": distances,
+    "guidance": guidance,
+    "scaling": scaling,
+}
 
 # %% ../nbs/ablations.ipynb #62006dc0
 @dataclass(frozen=True)
 class Training:
     "What a row trains: F, and G unless it needs none. Its key is made of all that it depends on."
+
     preset: Preset
     seed: int = 0
-    stage: str = "reverse"    # "forward" or "reverse"
+    stage: str = "reverse"  # "forward" or "reverse"
 
     @property
     def depends_on(self) -> dict:
@@ -159,7 +254,11 @@ class Training:
         p = self.preset
         parts = {"data": p.data, "forward": p.forward, "train_forward": p.train_forward}
         if self.stage == "reverse":
-            parts |= {"reverse": p.reverse, "train_reverse": replace(p.train_reverse, seed=self.seed), "objective": p.objective}
+            parts |= {
+                "reverse": p.reverse,
+                "train_reverse": replace(p.train_reverse, seed=self.seed),
+                "objective": p.objective,
+            }
         return {name: dataclasses.asdict(part) for name, part in parts.items()}
 
     @property
@@ -175,7 +274,9 @@ class Training:
 # %% ../nbs/ablations.ipynb #2cbfaf47
 def training_of(row: Row, preset: Preset, seed: int) -> Training:
     "What has to be trained for a row."
-    return Training(row.preset(preset), seed, "forward" if row.method.startswith("exact") else "reverse")
+    return Training(
+        row.preset(preset), seed, "forward" if row.method.startswith("exact") else "reverse"
+    )
 
 # %% ../nbs/ablations.ipynb #141460d9
 @lru_cache(maxsize=2)
@@ -192,8 +293,18 @@ def run_training(training: Training, root: Path, device: str, threads: int):
     if training.stage == "forward":
         model = train_forward(training.preset, data, folder, device, resume=folder.exists())
     else:
-        preset = replace(training.preset, train_reverse=replace(training.preset.train_reverse, seed=training.seed))
-        model = train_reverse(preset, load_model(root / training.forward.key / "run", TARFlow, device), data, folder, device, resume=folder.exists())
+        preset = replace(
+            training.preset,
+            train_reverse=replace(training.preset.train_reverse, seed=training.seed),
+        )
+        model = train_reverse(
+            preset,
+            load_model(root / training.forward.key / "run", TARFlow, device),
+            data,
+            folder,
+            device,
+            resume=folder.exists(),
+        )
     return model
 
 # %% ../nbs/ablations.ipynb #86bdb3c2
@@ -212,7 +323,13 @@ def real_features(cfg: DataConfig, channels: int, limit: int) -> dict | None:
     "The network that compares, and what it sees in up to `limit` real images of each split; None where there is no network. Computed once a process."
     data = {split: images_of(cfg, split) for split in ("train", "test")}
     net = network_for(data["test"], channels)
-    return net and {"network": net, **{split: in_batches(net.features, as_stored(images.x[:limit]), 100) for split, images in data.items()}}
+    return net and {
+        "network": net,
+        **{
+            split: in_batches(net.features, as_stored(images.x[:limit]), 100)
+            for split, images in data.items()
+        },
+    }
 
 # %% ../nbs/ablations.ipynb #5033dc50
 def judged(samples: torch.Tensor, real: dict) -> dict:
@@ -221,9 +338,14 @@ def judged(samples: torch.Tensor, real: dict) -> dict:
     seen = [net.look(part) for part in as_stored(samples).split(100)]
     features, logits = (torch.cat(parts) for parts in zip(*seen))
     precision, recall = precision_recall(real["test"][:2000], features[:2000])
-    found = {net.metric("fd"): frechet_distance(features, real["test"]), net.metric("fd_train"): frechet_distance(features, real["train"])}
+    found = {
+        net.metric("fd"): frechet_distance(features, real["test"]),
+        net.metric("fd_train"): frechet_distance(features, real["train"]),
+    }
     if net.name == "mnist-cnn":
-        found["label_accuracy"] = (logits.argmax(dim=1) == torch.arange(n) % logits.shape[1]).float().mean().item()
+        found["label_accuracy"] = (
+            (logits.argmax(dim=1) == torch.arange(n) % logits.shape[1]).float().mean().item()
+        )
     return {**found, "precision": precision, "recall": recall}
 
 # %% ../nbs/ablations.ipynb #c884885b
@@ -237,27 +359,41 @@ def reconstruction(F, G, test: Images, method: str, w: float, device: str) -> fl
 @torch.no_grad()
 def anatomy(F, training: Training, root: Path, device: str) -> dict:
     "What a training was made of: the rms of F's states on 1,000 test images with the noise of its training, and each term's share of G's loss over the last tenth of its steps."
-    test, log = images_of(training.preset.data, "test"), read_metrics(root / training.key / "run" / "metrics.jsonl")
+    test, log = (
+        images_of(training.preset.data, "test"),
+        read_metrics(root / training.key / "run" / "metrics.jsonl"),
+    )
     noisy = add_noise(test.x[:1000], F.cfg.noise_std, torch.Generator().manual_seed(0))
     states = F(noisy.to(device), test.labels[:1000].to(device)).states
-    found = {f"state_rms_{i}": state.square().mean().sqrt().item() for i, state in enumerate(states)}
+    found = {
+        f"state_rms_{i}": state.square().mean().sqrt().item() for i, state in enumerate(states)
+    }
     if training.stage == "reverse":
-        last = log[-max(len(log) // 10, 1):]
+        last = log[-max(len(log) // 10, 1) :]
         names = [name for name in last[-1] if name == "image" or name.startswith("depth_")]
         sizes = {name: statistics.fmean(row[name] for row in last) for name in names}
         found |= {f"share_{name}": size / sum(sizes.values()) for name, size in sizes.items()}
     return found
 
-
 # %% ../nbs/ablations.ipynb #b25f055a
 def measure_training(training: Training, ways: list, root: Path, device: str, threads: int) -> dict:
-    "Train what is missing and measure every (method, w) in `ways`: \"method@w\" → figures; under \"training\", its `anatomy`. Kept in the training's folder."
-    model, file = run_training(training, root, device, threads), root / training.key / "figures.json"
+    'Train what is missing and measure every (method, w) in `ways`: "method@w" → figures; under "training", its `anatomy`. Kept in the training\'s folder.'
+    model, file = (
+        run_training(training, root, device, threads),
+        root / training.key / "figures.json",
+    )
     found = json.loads(file.read_text()) if file.exists() else {}
     missing = [(method, w) for method, w in ways if f"{method}@{w:g}" not in found]
     if missing or "training" not in found:
-        forward_model = model if training.stage == "forward" else load_model(root / training.forward.key / "run", TARFlow, device)
-        found |= {f"{method}@{w:g}": measure(forward_model, model, training, method, w, device) for method, w in missing}
+        forward_model = (
+            model
+            if training.stage == "forward"
+            else load_model(root / training.forward.key / "run", TARFlow, device)
+        )
+        found |= {
+            f"{method}@{w:g}": measure(forward_model, model, training, method, w, device)
+            for method, w in missing
+        }
         found["training"] = anatomy(forward_model, training, root, device)
         write_atomically(file, json.dumps(found, indent=1) + "\n")
     return found
@@ -265,10 +401,21 @@ def measure_training(training: Training, ways: list, root: Path, device: str, th
 # %% ../nbs/ablations.ipynb #fc2f472e
 def measure(F, G, training: Training, method: str, w: float, device: str) -> dict:
     "Figures of one way to draw."
-    test, real = images_of(training.preset.data, "test"), real_features(training.preset.data, F.cfg.channels, 5 * training.preset.num_samples)
-    found = {"reconstruction_mse": reconstruction(F, G, test, method, w, device), "params": num_parameters(G)}
+    test, real = (
+        images_of(training.preset.data, "test"),
+        real_features(training.preset.data, F.cfg.channels, 5 * training.preset.num_samples),
+    )
+    found = {
+        "reconstruction_mse": reconstruction(F, G, test, method, w, device),
+        "params": num_parameters(G),
+    }
     if real:
-        found |= judged(draw_all(F, G, training.preset.num_samples, training.seed, device, rows=(method,), w=w)[method], real)
+        found |= judged(
+            draw_all(F, G, training.preset.num_samples, training.seed, device, rows=(method,), w=w)[
+                method
+            ],
+            real,
+        )
     return found
 
 # %% ../nbs/ablations.ipynb #7167917a
@@ -289,7 +436,11 @@ def run_jobs(jobs: dict, root: Path, device: str, workers: int, say=print) -> di
     quiet = mock.patch.dict(os.environ, TQDM_DISABLE="1")  # no progress bars from worker processes
     with quiet, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for stage in ("forward", "reverse"):
-            todo = {pool.submit(measure_training, t, sorted(ways), root, device, threads): t for t, ways in jobs.items() if t.stage == stage}
+            todo = {
+                pool.submit(measure_training, t, sorted(ways), root, device, threads): t
+                for t, ways in jobs.items()
+                if t.stage == stage
+            }
             for future in as_completed(todo):
                 found[todo[future].key] = future.result()
                 say(f"{len(found)}/{len(jobs)} {todo[future].key}")
@@ -301,14 +452,30 @@ def lines_of(name: str, preset: Preset, seeds: range, figures: dict) -> list:
     found = []
     for row in TABLES[name]():
         trainings = [training_of(row, preset, seed) for seed in seeds]
-        by_seed = [figures[t.key][f"{row.method}@{row.w:g}"] | figures[t.key]["training"] for t in trainings]
+        by_seed = [
+            figures[t.key][f"{row.method}@{row.w:g}"] | figures[t.key]["training"]
+            for t in trainings
+        ]
         by_seed = by_seed[:1] if row.method.startswith("exact") else by_seed
         more = dict(method=row.method, w=row.w, paper=row.paper)
         for metric in by_seed[0]:
             values = [f[metric] for f in by_seed]
-            found += [measurement(row.name, metric, v, n=preset.num_samples, seed=seed, **more) for seed, v in zip(seeds, values)]
+            found += [
+                measurement(row.name, metric, v, n=preset.num_samples, seed=seed, **more)
+                for seed, v in zip(seeds, values)
+            ]
             spread = statistics.stdev(values) if len(values) > 1 else None
-            found.append(measurement(row.name, f"mean {metric}", statistics.fmean(values), n=preset.num_samples, spread=spread, seeds=len(values), **more))
+            found.append(
+                measurement(
+                    row.name,
+                    f"mean {metric}",
+                    statistics.fmean(values),
+                    n=preset.num_samples,
+                    spread=spread,
+                    seeds=len(values),
+                    **more,
+                )
+            )
     return found
 
 # %% ../nbs/ablations.ipynb #9cb28ca5
@@ -319,11 +486,25 @@ def main_metric(found: list) -> str:
 
 def verdict(found: list) -> str:
     "How the order of the rows that the paper reports compares: same order, other order, or within the noise (a difference smaller than both rows' spreads together), in all and from row to row."
-    rows = sorted((m for m in found if m["metric"] == f"mean {main_metric(found)}" and m["paper"] is not None), key=lambda m: m["paper"])
-    steps = {f"{a['row']} before {b['row']}": compare(b["value"] - a["value"], math.hypot(a["spread"] or 0, b["spread"] or 0)) for a, b in zip(rows[:-1], rows[1:])}
+    rows = sorted(
+        (
+            m
+            for m in found
+            if m["metric"] == f"mean {main_metric(found)}" and m["paper"] is not None
+        ),
+        key=lambda m: m["paper"],
+    )
+    steps = {
+        f"{a['row']} before {b['row']}": compare(
+            b["value"] - a["value"], math.hypot(a["spread"] or 0, b["spread"] or 0)
+        )
+        for a, b in zip(rows[:-1], rows[1:])
+    }
     if not steps:
         return "the paper has no figures for single rows of this table"
-    whole = next(word for word in ("other order", "within the noise", "same order") if word in steps.values())
+    whole = next(
+        word for word in ("other order", "within the noise", "same order") if word in steps.values()
+    )
     return f"{whole} ({'; '.join(f'{step}: {word}' for step, word in steps.items())})"
 
 
@@ -335,5 +516,8 @@ def compare(gap: float, noise: float) -> str:
 def draw_table(found: list, title: str, metric: str = None):
     "Bars of the means with a dot for each seed, beside the paper's figures, for the main metric or another: a matplotlib figure."
     metric = metric or main_metric(found)
-    return plot_rows(rows_of({"name": title, "measurements": found}, metric), title, f"{metric}, a dot for each seed")
-
+    return plot_rows(
+        rows_of({"name": title, "measurements": found}, metric),
+        title,
+        f"{metric}, a dot for each seed",
+    )

@@ -14,28 +14,36 @@ __all__ = ['made_degrees', 'made_masks', 'MaskedLinear', 'MADE', 'one_by_one', '
 
 # %% ../nbs/03_autoregressive_flows.ipynb #d3e61edd
 def made_degrees(
-    dims: int,            # D, numbers a point
-    hidden: tuple,        # widths of the hidden layers; below D−1 some connections are lost
-) -> list:                # one int64 vector a layer, inputs first
+    dims: int,  # D, numbers a point
+    hidden: tuple,  # widths of the hidden layers; below D−1 some connections are lost
+) -> list:  # one int64 vector a layer, inputs first
     "Which input a unit may look up to: input d has degree d (from 1), hidden units take 1 … D−1 in turn (MADE, arXiv 1502.03509)."
     if dims < 1 or any(width < 1 for width in hidden):
-        raise BitflowError(f"dims is {dims} and hidden widths are {tuple(hidden)}; all must be at least 1")
-    return [torch.arange(1, dims + 1), *(torch.arange(width) % max(dims - 1, 1) + 1 for width in hidden)]
+        raise BitflowError(
+            f"dims is {dims} and hidden widths are {tuple(hidden)}; all must be at least 1"
+        )
+    return [
+        torch.arange(1, dims + 1),
+        *(torch.arange(width) % max(dims - 1, 1) + 1 for width in hidden),
+    ]
 
 # %% ../nbs/03_autoregressive_flows.ipynb #e7e3c1a5
 def made_masks(
-    dims: int,       # D
-    hidden: tuple,   # widths of the hidden layers
-    per_dim: int = 2, # outputs a dimension, e.g. α and μ
-) -> list:           # 0/1 matrices `(out, in)`, one a linear layer
+    dims: int,  # D
+    hidden: tuple,  # widths of the hidden layers
+    per_dim: int = 2,  # outputs a dimension, e.g. α and μ
+) -> list:  # 0/1 matrices `(out, in)`, one a linear layer
     "Masks that leave only paths from inputs 1 … d−1 to output d (MADE, arXiv 1502.03509)."
     degrees = made_degrees(dims, hidden)
-    masks = [(after[:, None] >= before[None]).float() for before, after in zip(degrees[:-1], degrees[1:])]
+    masks = [
+        (after[:, None] >= before[None]).float() for before, after in zip(degrees[:-1], degrees[1:])
+    ]
     return [*masks, (degrees[0][:, None] > degrees[-1][None]).float().repeat(per_dim, 1)]
 
 # %% ../nbs/03_autoregressive_flows.ipynb #776f1b54
 class MaskedLinear(nn.Linear):
     "A linear layer with some of its connections cut."
+
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
         self.register_buffer("mask", mask)
@@ -47,12 +55,15 @@ class MaskedLinear(nn.Linear):
 # %% ../nbs/03_autoregressive_flows.ipynb #64059ed1
 class MADE(nn.Module):
     "Advice for every number of a point from the numbers before it, all in one pass (Germain et al., arXiv 1502.03509)."
+
     def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = None):
         super().__init__()
         layers = [MaskedLinear(mask) for mask in made_masks(dims, hidden)]
         nn.init.zeros_(layers[-1].weight), nn.init.zeros_(layers[-1].bias)
         self.dims, self.bound = dims, bound  # bound: largest |α|, or None
-        self.net = nn.Sequential(*(piece for layer in layers[:-1] for piece in (layer, nn.SiLU())), layers[-1])
+        self.net = nn.Sequential(
+            *(piece for layer in layers[:-1] for piece in (layer, nn.SiLU())), layers[-1]
+        )
 
     def forward(self, x):
         "Points `(N, D)` to α and μ, each `(N, D)`: those of number d depend on x_1 … x_{d−1} alone."
@@ -61,20 +72,21 @@ class MADE(nn.Module):
 
 # %% ../nbs/03_autoregressive_flows.ipynb #b62d12ff
 def one_by_one(
-    advice,     # points `(N, D)` → α and μ, each `(N, D)`, those of number d from the numbers before it
+    advice,  # points `(N, D)` → α and μ, each `(N, D)`, those of number d from the numbers before it
     z: Tensor,  # noise `(N, D)`
-) -> Tensor:    # points `(N, D)`
+) -> Tensor:  # points `(N, D)`
     "Solve z_d = (x_d − μ_d)·exp(−α_d) for x in D calls of the advice: each call makes one more number known."
     x = torch.zeros_like(z)
     for d in range(z.shape[1]):
         alpha, mu = advice(x)
         new = z[:, d] * safe_exp(alpha[:, d]) + mu[:, d]
-        x = torch.cat([x[:, :d], new[:, None], x[:, d + 1:]], dim=1)
+        x = torch.cat([x[:, :d], new[:, None], x[:, d + 1 :]], dim=1)
     return x
 
 # %% ../nbs/03_autoregressive_flows.ipynb #22e366c0
 class MAF(Bijection):
     "Masked autoregressive flow: z_d = (x_d − μ_d(x_{<d}))·exp(−α_d(x_{<d})) (Papamakarios et al., arXiv 1705.07057)."
+
     def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = 3.0):
         super().__init__()
         self.made = MADE(dims, hidden, bound)
@@ -95,12 +107,14 @@ class MAF(Bijection):
 # %% ../nbs/03_autoregressive_flows.ipynb #e51f7659
 class IAF(Inverse):
     "Inverse autoregressive flow, a MAF turned round: x_d = (z_d − μ_d(z_{<d}))·exp(−α_d(z_{<d})); samples in one pass, densities in D (arXiv 1606.04934)."
+
     def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = 3.0):
         super().__init__(MAF(dims, hidden, bound))
 
 # %% ../nbs/03_autoregressive_flows.ipynb #118599a1
 class Flip(Bijection):
     "The numbers of a point in reverse order, so that the next layer reads them from the other end."
+
     def forward(self, x):
         "x `(N, D)` to its mirror image; log|det| = 0."
         return x.flip(1), x.new_zeros(len(x))
@@ -111,9 +125,9 @@ class Flip(Bijection):
 
 # %% ../nbs/03_autoregressive_flows.ipynb #86fdde53
 def maf_points(
-    dims: int = 2,            # of a point
-    layers: int = 5,          # MAF layers, every other one reads backwards
-    hidden: tuple = (64, 64), # widths of each MADE
+    dims: int = 2,  # of a point
+    layers: int = 5,  # MAF layers, every other one reads backwards
+    hidden: tuple = (64, 64),  # widths of each MADE
 ) -> Compose:
     "A stack of MAF layers with a flip after each."
     return Compose(*(layer for _ in range(layers) for layer in (MAF(dims, hidden), Flip())))

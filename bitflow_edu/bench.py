@@ -13,7 +13,18 @@ from torch.utils._pytree import tree_leaves
 from .config import PRESETS, check_pair_preset, find_preset
 from .data import BitflowError, patchify, unpatchify
 from .evaluation import measurement, timed
-from .exact_inverse import Guidance, capture_inverse, compile_blocks, exact_trajectory, invert_block, invert_block_jacobi, jacobi_trajectory, pack, score_denoise, segment_counts
+from bitflow_edu.exact_inverse import (
+    Guidance,
+    capture_inverse,
+    compile_blocks,
+    exact_trajectory,
+    invert_block,
+    invert_block_jacobi,
+    jacobi_trajectory,
+    pack,
+    score_denoise,
+    segment_counts,
+)
 from .native import NativeInverse, NativePass, why_not
 from .pipeline import build, time_per_image
 from .reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
@@ -55,11 +66,13 @@ def plain_inverse(model: TARFlow, z: Tensor, c: Tensor, scale: float = 0.0) -> T
         x, places = (x.flip(1), block.pos_embed.flip(0)) if block.flip else (x, block.pos_embed)
         labelled, unlabelled = ([{} for _ in block.transformer.layers] for _ in range(2))
         for t in range(1, x.shape[1]):
-            alpha, mu = plain_advice(block, x[:, t - 1:t], places[t - 1], c, labelled)
+            alpha, mu = plain_advice(block, x[:, t - 1 : t], places[t - 1], c, labelled)
             if scale:
-                alpha_u, mu_u = plain_advice(block, x[:, t - 1:t], places[t - 1], -torch.ones_like(c), unlabelled)
+                alpha_u, mu_u = plain_advice(
+                    block, x[:, t - 1 : t], places[t - 1], -torch.ones_like(c), unlabelled
+                )
                 alpha, mu = alpha + scale * (alpha - alpha_u), mu + scale * (mu - mu_u)
-            x[:, t:t + 1] = x[:, t:t + 1] * alpha.exp() + mu
+            x[:, t : t + 1] = x[:, t : t + 1] * alpha.exp() + mu
         x = x.flip(1) if block.flip else x
     return x
 
@@ -85,7 +98,9 @@ def plain_attention(a, h: Tensor, mask: Tensor) -> Tensor:
     "Masked attention over all tokens `(N, T, width)`."
     N, T, _ = h.shape
     q, k, v = a.qkv(a.norm(h)).reshape(N, T, 3, -1, a.head_dim).permute(2, 0, 3, 1, 4)
-    return a.proj(nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(N, T, -1))
+    return a.proj(
+        nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(N, T, -1)
+    )
 
 # %% ../nbs/bench.ipynb #da02124e
 def is_original(cfg: TARFlowConfig) -> bool:
@@ -103,7 +118,11 @@ def laid_out(model: TARFlow, rows):
 
 def walking_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, compiled: bool) -> dict:
     "The ways of `inverse_ways` that go token by token."
-    guidance, rows, device = Guidance(scale) if scale else None, len(z) * (2 if scale else 1), z.device.type
+    guidance, rows, device = (
+        Guidance(scale) if scale else None,
+        len(z) * (2 if scale else 1),
+        z.device.type,
+    )
     one = laid_out(model, rows)
     ways = {"plain": lambda: plain_inverse(model, z, c, scale)} if is_original(model.cfg) else {}
     ways["exact"] = lambda: exact_trajectory(model, z, c, guidance=guidance)[0]
@@ -115,26 +134,47 @@ def walking_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, compiled: b
     if compiled and not why_not(model):
         native = cache(lambda: NativeInverse(model))
         ways["native"] = lambda: native()(z, c, guidance)[0]
-    if compiled and (rows < 32 or device != "cpu"):  # the compiler cannot see into weights that are packed for many rows
+    if compiled and (
+        rows < 32 or device != "cpu"
+    ):  # the compiler cannot see into weights that are packed for many rows
         invert = cache(lambda: compile_blocks(one()))
         ways["compiled"] = lambda: exact_trajectory(one(), z, c, invert(), guidance)[0]
     return ways
 
 # %% ../nbs/bench.ipynb #77a8bdf7
-def jacobi_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments) -> dict:
+def jacobi_ways(
+    model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments
+) -> dict:
     "Name → the exact inverse by iteration: calls that give what `jacobi_trajectory` gives, in one segment and in several."
     guidance, rows, T = Guidance(scale) if scale else None, len(z) * (2 if scale else 1), z.shape[1]
     of_segments = [rows * math.ceil((T - 1) / n) for n in segment_counts(model, segments)]
     every, some = (laid_out(model, n) for n in (rows * (T - 1), of_segments))
-    return {"jacobi": lambda: jacobi_trajectory(every(), z, c, tolerance, 1, guidance=guidance),
-            "gs-jacobi": lambda: jacobi_trajectory(some(), z, c, tolerance, segments, guidance=guidance)}
+    return {
+        "jacobi": lambda: jacobi_trajectory(every(), z, c, tolerance, 1, guidance=guidance),
+        "gs-jacobi": lambda: jacobi_trajectory(
+            some(), z, c, tolerance, segments, guidance=guidance
+        ),
+    }
 
 # %% ../nbs/bench.ipynb #02f03b70
-def inverse_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool = False) -> dict:
+def inverse_ways(
+    model: TARFlow,
+    z: Tensor,
+    c: Tensor,
+    scale: float,
+    tolerance: float,
+    segments,
+    compiled: bool = False,
+) -> dict:
     "Name → a call that gives x^0 `(N, T, D)`. Its first call also packs the weights (on a CPU: for a token of every image, or for a segment's tokens in Jacobi), compiles them, or captures a graph (on a GPU)."
     ways = walking_ways(model, z, c, scale, compiled)
-    if z.shape[:2].numel() <= 4096 or z.device.type == "cuda":  # beyond, a processor is full, and whole passes take minutes
-        ways |= {row: lambda way=way: way()[0][0] for row, way in jacobi_ways(model, z, c, scale, tolerance, segments).items()}
+    if (
+        z.shape[:2].numel() <= 4096 or z.device.type == "cuda"
+    ):  # beyond, a processor is full, and whole passes take minutes
+        ways |= {
+            row: lambda way=way: way()[0][0]
+            for row, way in jacobi_ways(model, z, c, scale, tolerance, segments).items()
+        }
     return ways
 
 # %% ../nbs/bench.ipynb #56e91223
@@ -148,13 +188,33 @@ def timed_shortly(call, repeats: int, slow_s: float = 3.0) -> dict:
 # %% ../nbs/bench.ipynb #cf019537
 def bench_blocks(model: TARFlow, tolerance: float, repeats: int, device: str = "cpu") -> list:
     "Each block by itself, one image: how much faster Jacobi is than the walk, and after how many passes it stops; a list of `measurement`."
-    z, c = sample_noise(model.cfg, 1, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    states, found, packed = exact_trajectory(model, z, c), [], pack(model, model.cfg.num_tokens - 1) if device == "cpu" else model
+    z, c = (
+        sample_noise(model.cfg, 1, device=device),
+        torch.zeros(1, dtype=torch.long, device=device),
+    )
+    states, found, packed = (
+        exact_trajectory(model, z, c),
+        [],
+        pack(model, model.cfg.num_tokens - 1) if device == "cpu" else model,
+    )
     for i, block in enumerate(model.blocks):
         walk = timed(lambda: invert_block(block, states[i + 1], c), repeats)["median_ms"]
-        jacobi = timed(lambda: invert_block_jacobi(packed.blocks[i], states[i + 1], c, tolerance), repeats)["median_ms"]
+        jacobi = timed(
+            lambda: invert_block_jacobi(packed.blocks[i], states[i + 1], c, tolerance), repeats
+        )["median_ms"]
         passes = invert_block_jacobi(block, states[i + 1], c, tolerance)[1].iterations[0]
-        found.append(measurement("jacobi", "block_speedup_vs_exact", walk / jacobi, "×", repeats, batch=1, block=i, passes=passes))
+        found.append(
+            measurement(
+                "jacobi",
+                "block_speedup_vs_exact",
+                walk / jacobi,
+                "×",
+                repeats,
+                batch=1,
+                block=i,
+                passes=passes,
+            )
+        )
     return found
 
 # %% ../nbs/bench.ipynb #23e14698
@@ -162,30 +222,55 @@ def bench_inverse(
     model: TARFlow,
     batches: tuple = (1, 64),  # images at once
     scales: tuple = (0.0, 1.0),  # of linear guidance
-    tolerance: float = 1e-4,   # of Jacobi, in units of x
-    segments: int = 2,         # of Gauss–Seidel–Jacobi
-    repeats: int = 5,          # timed calls
+    tolerance: float = 1e-4,  # of Jacobi, in units of x
+    segments: int = 2,  # of Gauss–Seidel–Jacobi
+    repeats: int = 5,  # timed calls
     device: str = "cpu",
-    compiled: bool = False,    # with the native inverse and the compiled walk, which need a C++ compiler
-) -> list:                     # of `measurement`
+    compiled: bool = False,  # with the native inverse and the compiled walk, which need a C++ compiler
+) -> list:  # of `measurement`
     "Every way back side by side, for each batch size and guidance scale."
     found = bench_blocks(model, tolerance, repeats, device)
     for batch in batches:
-        z, c = sample_noise(model.cfg, batch, device=device), torch.arange(batch, device=device) % model.cfg.num_classes
+        z, c = (
+            sample_noise(model.cfg, batch, device=device),
+            torch.arange(batch, device=device) % model.cfg.num_classes,
+        )
         for scale in scales:
             ways = inverse_ways(model, z, c, scale, tolerance, segments, compiled)
-            first, times = next(iter(ways)), {row: timed_shortly(way, repeats) for row, way in ways.items()}
+            first, times = (
+                next(iter(ways)),
+                {row: timed_shortly(way, repeats) for row, way in ways.items()},
+            )
             truth = ways[first]()
             for row, t in times.items():
                 found += row_of(row, t, first, times[first], batch, scale)
-                found.append(measurement(row, f"max_difference_from_{first}", (ways[row]() - truth).abs().max().item(), "x", batch=batch, guidance=scale))
+                found.append(
+                    measurement(
+                        row,
+                        f"max_difference_from_{first}",
+                        (ways[row]() - truth).abs().max().item(),
+                        "x",
+                        batch=batch,
+                        guidance=scale,
+                    )
+                )
     return found
 
 # %% ../nbs/bench.ipynb #1a8afce3
 def row_of(row: str, t: dict, first: str, first_t: dict, batch: int, scale: float) -> list:
-    "A way's time an image, and its ratio to that of the first way: the plain one, or \"exact\" where F has parts that the plain one does not know."
-    return [time_per_image(row, t, batch, guidance=scale),
-            measurement(row, f"speedup_vs_{first}", first_t["median_ms"] / t["median_ms"], "×", t["repeats"], batch=batch, guidance=scale)]
+    'A way\'s time an image, and its ratio to that of the first way: the plain one, or "exact" where F has parts that the plain one does not know.'
+    return [
+        time_per_image(row, t, batch, guidance=scale),
+        measurement(
+            row,
+            f"speedup_vs_{first}",
+            first_t["median_ms"] / t["median_ms"],
+            "×",
+            t["repeats"],
+            batch=batch,
+            guidance=scale,
+        ),
+    ]
 
 # %% ../nbs/bench.ipynb #afee104e
 def training_step(model: TARFlow, loss, precision: str):
@@ -200,14 +285,25 @@ def training_step(model: TARFlow, loss, precision: str):
             value = loss()
         value.backward()
         optimizer.step()
+
     return step
 
 # %% ../nbs/bench.ipynb #d7475c0f
-def bench_training(cfg: TARFlowConfig, batch: int = 64, repeats: int = 15, device: str = "cpu", precision: str = "auto", compiled: bool = False) -> list:
+def bench_training(
+    cfg: TARFlowConfig,
+    batch: int = 64,
+    repeats: int = 15,
+    device: str = "cpu",
+    precision: str = "auto",
+    compiled: bool = False,
+) -> list:
     "A training step of the plain version and of the library, same weights, same images; `compiled`: the loss of both."
     model = build(TARFlow, cfg, 0, device)
     g = torch.Generator().manual_seed(0)
-    x, c = torch.randn(batch, cfg.channels, cfg.image_size, cfg.image_size, generator=g).to(device), (torch.arange(batch) % cfg.num_classes).to(device)
+    x, c = (
+        torch.randn(batch, cfg.channels, cfg.image_size, cfg.image_size, generator=g).to(device),
+        (torch.arange(batch) % cfg.num_classes).to(device),
+    )
 
     def plain_loss():
         "The same loss from the plain states."
@@ -218,12 +314,37 @@ def bench_training(cfg: TARFlowConfig, batch: int = 64, repeats: int = 15, devic
     losses = {"plain": fused(plain_loss), "exact": fused(lambda: nll_per_dim(model(x, c)))}
     steps = {row: training_step(model, loss, precision) for row, loss in losses.items()}
     times = {row: timed(step, repeats) for row, step in steps.items()}
-    return [m for row, t in times.items() for m in (
-        measurement(row, "ms_per_step", t["median_ms"], "ms", repeats, batch=batch, low=t["low_ms"], high=t["high_ms"]),
-        measurement(row, "training_speedup_vs_plain", times["plain"]["median_ms"] / t["median_ms"], "×", repeats, batch=batch))]
+    return [
+        m
+        for row, t in times.items()
+        for m in (
+            measurement(
+                row,
+                "ms_per_step",
+                t["median_ms"],
+                "ms",
+                repeats,
+                batch=batch,
+                low=t["low_ms"],
+                high=t["high_ms"],
+            ),
+            measurement(
+                row,
+                "training_speedup_vs_plain",
+                times["plain"]["median_ms"] / t["median_ms"],
+                "×",
+                repeats,
+                batch=batch,
+            ),
+        )
+    ]
 
 # %% ../nbs/bench.ipynb #9c14c2fb
-GEOMETRIES = {"mnist": (28, 4), "64-tokens": (32, 4), "256-tokens": (64, 4)}  # image size, patch size
+GEOMETRIES = {
+    "mnist": (28, 4),
+    "64-tokens": (32, 4),
+    "256-tokens": (64, 4),
+}  # image size, patch size
 
 # %% ../nbs/bench.ipynb #8f270f8f
 def geometry(name: str) -> TARFlowConfig:
@@ -231,10 +352,14 @@ def geometry(name: str) -> TARFlowConfig:
     if name not in GEOMETRIES:
         cfg = find_preset(name).forward if name in PRESETS else None
         if not isinstance(cfg, TARFlowConfig):
-            raise BitflowError(f"unknown geometry {name!r}; choose {', '.join(GEOMETRIES)}, or a preset with a TARFlow")
+            raise BitflowError(
+                f"unknown geometry {name!r}; choose {', '.join(GEOMETRIES)}, or a preset with a TARFlow"
+            )
         return cfg
     size, patch = GEOMETRIES[name]
-    return TARFlowConfig(image_size=size, patch_size=patch, transformer=TransformerConfig(width=128, num_layers=4))
+    return TARFlowConfig(
+        image_size=size, patch_size=patch, transformer=TransformerConfig(width=128, num_layers=4)
+    )
 
 # %% ../nbs/bench.ipynb #71d77a80
 def reverse_shape(name: str) -> ReverseConfig:
@@ -250,7 +375,9 @@ def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in model.blocks:
-            block.proj_out.weight.copy_(0.01 * torch.randn(block.proj_out.weight.shape, generator=generator))
+            block.proj_out.weight.copy_(
+                0.01 * torch.randn(block.proj_out.weight.shape, generator=generator)
+            )
     return model.eval().to(device)
 
 # %% ../nbs/bench.ipynb #83d4f918
@@ -266,29 +393,64 @@ def passing_ways(G: ReverseModel, z: Tensor, c: Tensor, w, compiled: bool) -> di
     return ways
 
 
-def pair_ways(F: TARFlow, G: ReverseModel, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled: bool) -> dict:
+def pair_ways(
+    F: TARFlow,
+    G: ReverseModel,
+    z: Tensor,
+    c: Tensor,
+    scale: float,
+    tolerance: float,
+    segments,
+    compiled: bool,
+) -> dict:
     "Name → a call: one pass of G (of one that takes w, where a scale is given), also packed on a CPU; the score step alone; both compiled too if asked for, and on a CPU the pass native; and `inverse_ways`."
     scale_in = scale if scale or G.cfg.max_guidance else None
-    x, fused = unpatchify(z, F.cfg.patch_size, F.cfg.channels), partial(torch.compile, dynamic=False)
-    ways = {f"one pass{how}": call for how, call in passing_ways(G, z, c, scale_in, compiled).items()} | {"score step": lambda: score_denoise(F, x, c)}
+    x, fused = (
+        unpatchify(z, F.cfg.patch_size, F.cfg.channels),
+        partial(torch.compile, dynamic=False),
+    )
+    ways = {
+        f"one pass{how}": call for how, call in passing_ways(G, z, c, scale_in, compiled).items()
+    } | {"score step": lambda: score_denoise(F, x, c)}
     if compiled:
-        still = copy.deepcopy(F).requires_grad_(False)  # else the compiled step computes gradients of the weights, too
+        still = copy.deepcopy(F).requires_grad_(
+            False
+        )  # else the compiled step computes gradients of the weights, too
         fast_pass, fast_F = fused(lambda z, c: one_pass(G, z, c, scale_in)), fused(still)
-        ways |= {"one pass, compiled": lambda: fast_pass(z, c), "score step, compiled": lambda: score_denoise(fast_F, x, c)}
+        ways |= {
+            "one pass, compiled": lambda: fast_pass(z, c),
+            "score step, compiled": lambda: score_denoise(fast_F, x, c),
+        }
     return {**ways, **inverse_ways(F, z, c, scale, tolerance, segments, compiled)}
 
 # %% ../nbs/bench.ipynb #pairfn00
-def bench_pair(F: TARFlow, G: ReverseModel, batches: tuple = (1, 64), scales: tuple = (0.0, 1.0), tolerance: float = 1e-4, segments=2,
-               repeats: int = 15, compiled: bool = False) -> list:
+def bench_pair(
+    F: TARFlow,
+    G: ReverseModel,
+    batches: tuple = (1, 64),
+    scales: tuple = (0.0, 1.0),
+    tolerance: float = 1e-4,
+    segments=2,
+    repeats: int = 15,
+    compiled: bool = False,
+) -> list:
     "Milliseconds an image of one pass, of every exact way back and of the score step, side by side; how much faster one pass is than the fastest exact way, alone and with the score step."
     device, found = next(F.parameters()).device, []
     for batch in batches:
-        z, c = sample_noise(F.cfg, batch, device=device), torch.arange(batch, device=device) % F.cfg.num_classes
+        z, c = (
+            sample_noise(F.cfg, batch, device=device),
+            torch.arange(batch, device=device) % F.cfg.num_classes,
+        )
         for scale in scales:
             ways = pair_ways(F, G, z, c, scale, tolerance, segments, compiled)
             times = {row: timed_shortly(way, repeats) for row, way in ways.items()}
             found += [time_per_image(row, t, batch, guidance=scale) for row, t in times.items()]
-            found += compared({row: t["median_ms"] for row, t in times.items()}, repeats, batch=batch, guidance=scale)
+            found += compared(
+                {row: t["median_ms"] for row, t in times.items()},
+                repeats,
+                batch=batch,
+                guidance=scale,
+            )
     return found
 
 # %% ../nbs/bench.ipynb #pairfn01
@@ -298,20 +460,38 @@ def compared(ms: dict, repeats: int, **more) -> list:
     for row in ms:
         groups[next(group for group in groups if row.startswith(group))].append(row)
     ours, score, exact = (min(rows, key=ms.get) for rows in groups.values())
-    ratios = {"exact": ms["exact"] / ms["one pass"], "exact+denoise": (ms["exact"] + ms["score step"]) / ms["one pass"],
-              "exact, fastest": ms[exact] / ms[ours], "exact+denoise, fastest": (ms[exact] + ms[score]) / ms[ours]}
-    return [measurement("one pass", f"speedup_vs_{name}", value, "×", repeats, fastest=[ours, exact, score], **more) for name, value in ratios.items()]
+    ratios = {
+        "exact": ms["exact"] / ms["one pass"],
+        "exact+denoise": (ms["exact"] + ms["score step"]) / ms["one pass"],
+        "exact, fastest": ms[exact] / ms[ours],
+        "exact+denoise, fastest": (ms[exact] + ms[score]) / ms[ours],
+    }
+    return [
+        measurement(
+            "one pass",
+            f"speedup_vs_{name}",
+            value,
+            "×",
+            repeats,
+            fastest=[ours, exact, score],
+            **more,
+        )
+        for name, value in ratios.items()
+    ]
 
 # %% ../nbs/bench.ipynb #eb150b02
 class PeakMemory(TorchDispatchMode):
     "Bytes of the tensors that are made inside `with PeakMemory() as m` and alive: `m.live` now, `m.peak` at most."
+
     def __init__(self):
         super().__init__()
         self.live, self.peak, self.known = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         "Run the operation, then count the memory that is new."
-        before = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
+        before = {
+            v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for storage in (v.untyped_storage() for v in tree_leaves(out) if isinstance(v, Tensor)):
             if storage._cdata not in before | self.known:
@@ -341,13 +521,24 @@ def peak_bytes(call) -> int:
 # %% ../nbs/bench.ipynb #96c04982
 def token_calls(side: int, batch: int, num_layers: int = 2) -> dict:
     "Name → a call, for 4 blocks of width 128 over `side²` tokens of 16 values; random weights."
-    shape = dict(image_size=4 * side, patch_size=4, transformer=TransformerConfig(width=128, num_layers=num_layers))
-    model, dense = random_flow(TARFlowConfig(**shape)), build(ReverseModel, ReverseConfig(**shape), 0).eval()
+    shape = dict(
+        image_size=4 * side,
+        patch_size=4,
+        transformer=TransformerConfig(width=128, num_layers=num_layers),
+    )
+    model, dense = (
+        random_flow(TARFlowConfig(**shape)),
+        build(ReverseModel, ReverseConfig(**shape), 0).eval(),
+    )
     z, c = sample_noise(model.cfg, batch), torch.arange(batch) % model.cfg.num_classes
     x = torch.randn(batch, 1, 4 * side, 4 * side, generator=torch.Generator().manual_seed(0))
     step = training_step(model, lambda: nll_per_dim(model(x, c)), "float32")
-    return {"training": step, "exact": lambda: exact_trajectory(model, z, c)[0], "jacobi": lambda: jacobi_trajectory(model, z, c)[0][0],
-            "dense": lambda: torch.no_grad()(dense)(z, c)}
+    return {
+        "training": step,
+        "exact": lambda: exact_trajectory(model, z, c)[0],
+        "jacobi": lambda: jacobi_trajectory(model, z, c)[0][0],
+        "dense": lambda: torch.no_grad()(dense)(z, c),
+    }
 
 # %% ../nbs/bench.ipynb #9557c9ef
 def bench_tokens(sides: tuple = (7, 10, 16, 24, 32), batch: int = 1, repeats: int = 9) -> list:
@@ -356,6 +547,20 @@ def bench_tokens(sides: tuple = (7, 10, 16, 24, 32), batch: int = 1, repeats: in
     for side in sides:
         for row, call in token_calls(side, batch).items():
             t = timed(call, repeats)
-            found += [measurement(row, "ms", t["median_ms"], "ms", repeats, batch=batch, tokens=side ** 2, low=t["low_ms"], high=t["high_ms"]),
-                      measurement(row, "peak_mb", peak_bytes(call) / 2 ** 20, "MB", 1, batch=batch, tokens=side ** 2)]
+            found += [
+                measurement(
+                    row,
+                    "ms",
+                    t["median_ms"],
+                    "ms",
+                    repeats,
+                    batch=batch,
+                    tokens=side**2,
+                    low=t["low_ms"],
+                    high=t["high_ms"],
+                ),
+                measurement(
+                    row, "peak_mb", peak_bytes(call) / 2**20, "MB", 1, batch=batch, tokens=side**2
+                ),
+            ]
     return found

@@ -17,6 +17,7 @@ __all__ = ['Bijection', 'safe_exp', 'Affine', 'Layered', 'Compose', 'Identity', 
 # %% ../nbs/01_change_of_variables.ipynb #40022e4c
 class Bijection(nn.Module, ABC):
     "A map x ↔ z that can be undone and knows how it stretches volume. Layers of flows are subclasses of it."
+
     @abstractmethod
     def forward(self, x):
         "x `(N, …)` to z, and log|det ∂z/∂x| `(N,)`, in nats, summed over dimensions."
@@ -29,20 +30,26 @@ class Bijection(nn.Module, ABC):
 def safe_exp(
     log_scale: Tensor,  # any shape
     limit: float = 30.0,  # largest |log-scale|: e^30 ≈ 1e13, float32 has 7 digits
-) -> Tensor:            # exp(log_scale)
+) -> Tensor:  # exp(log_scale)
     "exp, refused where the layer could no longer be undone in floating point. Raises `BitflowError`."
     worst = log_scale.detach().abs().max().item() if log_scale.numel() else 0.0
     if not worst <= limit:  # NaN as well
-        raise BitflowError(f"a layer's log-scale reached {worst:.4g} (limit {limit:g}): one of its directions shrinks by e^{worst:.4g}, "
-                           "and a shift added after that swallows the digits, so the flow cannot be undone; bound its log-scale, lower the learning rate, or rescale the data")
+        raise BitflowError(
+            f"a layer's log-scale reached {worst:.4g} (limit {limit:g}): one of its directions shrinks by e^{worst:.4g}, "
+            "and a shift added after that swallows the digits, so the flow cannot be undone; bound its log-scale, lower the learning rate, or rescale the data"
+        )
     return log_scale.exp()
 
 # %% ../nbs/01_change_of_variables.ipynb #c3ecb3ad
 class Affine(Bijection):
     "z = x·exp(log_scale) + shift, each dimension with its own learned numbers."
+
     def __init__(self, *shape: int):
         super().__init__()
-        self.log_scale, self.shift = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+        self.log_scale, self.shift = (
+            nn.Parameter(torch.zeros(shape)),
+            nn.Parameter(torch.zeros(shape)),
+        )
 
     def forward(self, x):
         "x `(N, *shape)` to z of the same shape, and log|det| `(N,)`."
@@ -55,6 +62,7 @@ class Affine(Bijection):
 # %% ../nbs/01_change_of_variables.ipynb #058a23e7
 class Layered(nn.Module):
     "Bijections in a row, and a view of what happens between them."
+
     def __init__(self, *layers: Bijection):
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -69,6 +77,7 @@ class Layered(nn.Module):
 # %% ../nbs/01_change_of_variables.ipynb #bb731861
 class Compose(Layered, Bijection):
     "One bijection after the other: log-determinants add."
+
     def forward(self, x):
         "x through all layers; the sum of their log|det| `(N,)`."
         total = x.new_zeros(len(x))
@@ -86,6 +95,7 @@ class Compose(Layered, Bijection):
 # %% ../nbs/01_change_of_variables.ipynb #acbf4d3d
 class Identity(Bijection):
     "Leaves everything as it is."
+
     def forward(self, x):
         "x, and log|det| = 0 `(N,)`."
         return x, x.new_zeros(len(x))
@@ -97,6 +107,7 @@ class Identity(Bijection):
 # %% ../nbs/01_change_of_variables.ipynb #9c56548b
 class Inverse(Bijection):
     "A bijection used the other way round."
+
     def __init__(self, layer: Bijection):
         super().__init__()
         self.layer = layer
@@ -114,16 +125,19 @@ class Inverse(Bijection):
 def full_jacobian(
     bijection: Bijection,
     x: Tensor,  # one input, without the batch axis
-) -> Tensor:    # ∂z/∂x, `(K, K)` with K values in x
+) -> Tensor:  # ∂z/∂x, `(K, K)` with K values in x
     "The Jacobian at one input, by automatic differentiation: K backward passes."
+
     def one(v):
         "The map on a single input, flat."
         return bijection(v[None])[0].flatten()
+
     return torch.autograd.functional.jacobian(one, x).reshape(x.numel(), x.numel())
 
 # %% ../nbs/01_change_of_variables.ipynb #e52266af
 class StandardNormal:
     "Noise whose every dimension is N(0, 1)."
+
     def log_prob(self, z):
         "z `(N, …)` to nats `(N,)`."
         return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(dim=1)
@@ -135,6 +149,7 @@ class StandardNormal:
 # %% ../nbs/01_change_of_variables.ipynb #ec89bb08
 class StandardLogistic:
     "Noise with the density σ(z)·σ(−z) in every dimension, heavier in its tails: NICE's choice (arXiv 1410.8516)."
+
     def log_prob(self, z):
         "z `(N, …)` to nats `(N,)`."
         return (nn.functional.logsigmoid(z) + nn.functional.logsigmoid(-z)).flatten(1).sum(dim=1)
@@ -146,6 +161,7 @@ class StandardLogistic:
 # %% ../nbs/01_change_of_variables.ipynb #acafa51e
 class Flow(nn.Module):
     "A density over points: a bijection to noise, and the noise's density."
+
     def __init__(self, bijection: Bijection, dims: int = 2, base=None):
         super().__init__()
         self.bijection, self.dims, self.base = bijection, dims, base or StandardNormal()
@@ -164,16 +180,19 @@ class Flow(nn.Module):
 def jacobian_check(
     bijection: Bijection,
     x: Tensor,  # a few inputs `(N, …)`
-) -> float:     # nats
+) -> float:  # nats
     "Largest |logdet − log|det J|| over a batch, J by autograd, all in float64."
     bijection, x = copy.deepcopy(bijection).double(), x.double()
     logdet = bijection(x)[1]
-    exact = torch.stack([torch.linalg.slogdet(full_jacobian(bijection, one)).logabsdet for one in x])
+    exact = torch.stack(
+        [torch.linalg.slogdet(full_jacobian(bijection, one)).logabsdet for one in x]
+    )
     return (logdet - exact).abs().max().item()
 
 # %% ../nbs/01_change_of_variables.ipynb #9848eed7
 class Linear(Bijection):
     "z = W x + b with a full matrix: the determinant costs D³. Starts as a random rotation."
+
     def __init__(self, dims: int):
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(dims, dims)).Q)
@@ -181,7 +200,9 @@ class Linear(Bijection):
 
     def forward(self, x):
         "x `(N, dims)` to z `(N, dims)`, and log|det W| `(N,)`."
-        return x @ self.weight.T + self.bias, torch.linalg.slogdet(self.weight).logabsdet.expand(len(x))
+        return x @ self.weight.T + self.bias, torch.linalg.slogdet(self.weight).logabsdet.expand(
+            len(x)
+        )
 
     def inverse(self, z):
         "z `(N, dims)` to x, by solving W x = z − b."
@@ -190,25 +211,34 @@ class Linear(Bijection):
 # %% ../nbs/01_change_of_variables.ipynb #2f0be364
 class RisingCurve(nn.Module):
     "A rising curve a dimension: z = e^a·x + Σ_k e^{h_k}·σ(e^{s_k}·(x − b_k))."
+
     def __init__(self, dims: int, steps: int = 8):
         super().__init__()
-        self.log_slope = nn.Parameter(torch.zeros(dims, 1))              # a
+        self.log_slope = nn.Parameter(torch.zeros(dims, 1))  # a
         self.log_height = nn.Parameter(torch.full((dims, steps), -2.0))  # h_k
-        self.log_steepness = nn.Parameter(torch.ones(dims, steps))       # s_k
+        self.log_steepness = nn.Parameter(torch.ones(dims, steps))  # s_k
         self.place = nn.Parameter(torch.linspace(-2, 2, steps).repeat(dims, 1))  # b_k
 
     def curve(self, x):
         "x `(N, dims)` to z and dz/dx, both `(N, dims)`."
-        slope, height, steepness = safe_exp(self.log_slope), safe_exp(self.log_height), safe_exp(self.log_steepness)
+        slope, height, steepness = (
+            safe_exp(self.log_slope),
+            safe_exp(self.log_height),
+            safe_exp(self.log_steepness),
+        )
         s = torch.sigmoid(steepness * (x[..., None] - self.place))
-        return ((slope * x[..., None]).squeeze(-1) + (height * s).sum(-1), slope.squeeze(-1) + (height * steepness * s * (1 - s)).sum(-1))
+        return (
+            (slope * x[..., None]).squeeze(-1) + (height * s).sum(-1),
+            slope.squeeze(-1) + (height * steepness * s * (1 - s)).sum(-1),
+        )
 
 # %% ../nbs/01_change_of_variables.ipynb #3afece91
 def bisect(
-    rising,         # Tensor → Tensor of the same shape, increasing in every element
-    target: Tensor, # values to reach
-    low: Tensor, high: Tensor,  # where rising ≤ target and rising ≥ target
-) -> Tensor:        # x with rising(x) = target
+    rising,  # Tensor → Tensor of the same shape, increasing in every element
+    target: Tensor,  # values to reach
+    low: Tensor,
+    high: Tensor,  # where rising ≤ target and rising ≥ target
+) -> Tensor:  # x with rising(x) = target
     "Undo a rising function without a formula: halve the interval until floating point can halve no more."
     for _ in range(2 + round(-math.log2(torch.finfo(target.dtype).eps)) * 2):
         middle = low + (high - low) / 2
@@ -219,6 +249,7 @@ def bisect(
 # %% ../nbs/01_change_of_variables.ipynb #b3675596
 class SoftSteps(RisingCurve, Bijection):
     "Each dimension through its own rising curve: z = e^a·x + Σ_k e^{h_k}·σ(e^{s_k}·(x − b_k)). The inverse has no formula."
+
     def forward(self, x):
         "x `(N, dims)` to z of the same shape, and log|det| `(N,)`: the Jacobian is diagonal."
         z, slope = self.curve(x)
@@ -234,15 +265,17 @@ class SoftSteps(RisingCurve, Bijection):
 
 # %% ../nbs/01_change_of_variables.ipynb #c6080410
 def likelihood_step(
-    flow: Flow,      # changed in place
-    batch: Tensor,   # points `(N, dims)`
-    optimizer,       # over the flow's parameters
-    step: int,       # for the error message
-) -> float:          # −mean log p of the batch, nats
+    flow: Flow,  # changed in place
+    batch: Tensor,  # points `(N, dims)`
+    optimizer,  # over the flow's parameters
+    step: int,  # for the error message
+) -> float:  # −mean log p of the batch, nats
     "One step of maximum likelihood. Raises `BitflowError` when the loss is not finite."
     loss = -flow.log_prob(batch).mean()
     if not torch.isfinite(loss):
-        raise BitflowError(f"the loss is {loss.item()} at step {step}; lower the learning rate (now {optimizer.param_groups[0]['lr']:g}) or rescale the data")
+        raise BitflowError(
+            f"the loss is {loss.item()} at step {step}; lower the learning rate (now {optimizer.param_groups[0]['lr']:g}) or rescale the data"
+        )
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
@@ -251,44 +284,53 @@ def likelihood_step(
 
 # %% ../nbs/01_change_of_variables.ipynb #0d19c768
 def fit(
-    flow: Flow,               # trained in place
-    x: Tensor,                # points `(N, dims)`
-    steps: int = 1000, batch_size: int = 256,  # of Adam, and points a step
-    lr: float = 5e-3,         # peak learning rate, falling to 0 along half a cosine
-    seed: int = 0,            # of the batches
-) -> list:                    # −mean log p of every step, nats
+    flow: Flow,  # trained in place
+    x: Tensor,  # points `(N, dims)`
+    steps: int = 1000,
+    batch_size: int = 256,  # of Adam, and points a step
+    lr: float = 5e-3,  # peak learning rate, falling to 0 along half a cosine
+    seed: int = 0,  # of the batches
+) -> list:  # −mean log p of every step, nats
     "Maximum likelihood: make the data probable. Raises `BitflowError` when the loss is no longer finite."
     optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator, losses = torch.Generator().manual_seed(seed), []
     for step in range(steps):
-        losses.append(likelihood_step(flow, x[torch.randint(len(x), (batch_size,), generator=generator)], optimizer, step))
+        losses.append(
+            likelihood_step(
+                flow, x[torch.randint(len(x), (batch_size,), generator=generator)], optimizer, step
+            )
+        )
         schedule.step()
     return losses
 
 # %% ../nbs/01_change_of_variables.ipynb #0c53e1ec
 def check_finite(
     bijection: Bijection,  # whose name goes into the message
-    **values: Tensor,      # what it made, by name
+    **values: Tensor,  # what it made, by name
 ):
     "Refuse infinities and NaN. Raises `BitflowError`, naming where they are and how many."
     for name, value in values.items():
         if bad := int((~torch.isfinite(value)).sum()):
-            raise BitflowError(f"{bad} values of {name} are not finite: {type(bijection).__name__} overflows; bound its log-scale")
+            raise BitflowError(
+                f"{bad} values of {name} are not finite: {type(bijection).__name__} overflows; bound its log-scale"
+            )
 
 # %% ../nbs/01_change_of_variables.ipynb #1cea7681
 @torch.no_grad()
 def check_invertible(
     bijection: Bijection,
-    x: Tensor,               # inputs `(N, …)`
-    tolerance: float = 1e-3, # largest |x − inverse(forward(x))|, in units of x
-) -> float:                  # what it is
+    x: Tensor,  # inputs `(N, …)`
+    tolerance: float = 1e-3,  # largest |x − inverse(forward(x))|, in units of x
+) -> float:  # what it is
     "Go there and back. Raises `BitflowError` when a layer loses x, naming what was seen."
     z, logdet = bijection(x)
     back = bijection.inverse(z)
     check_finite(bijection, **{"z": z, "log|det|": logdet, "x on the way back": back})
     error = (back - x).abs().max().item()
     if error > tolerance:
-        raise BitflowError(f"{type(bijection).__name__} does not come back: the largest error is {error:.3g}, allowed is {tolerance:g} "
-                           f"(largest |z| {z.abs().max():.3g}); bound its log-scale, or compute in float64")
+        raise BitflowError(
+            f"{type(bijection).__name__} does not come back: the largest error is {error:.3g}, allowed is {tolerance:g} "
+            f"(largest |z| {z.abs().max():.3g}); bound its log-scale, or compute in float64"
+        )
     return error

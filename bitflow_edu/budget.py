@@ -25,7 +25,11 @@ def on_meta(kind: type, cfg) -> nn.Module:
 def meta_batch(cfg, n: int = 1) -> tuple:
     "Images `(n, C, H, W)`, noise `(n, T, D)` and labels `(n,)` of a config, shapes alone."
     image = torch.empty(n, cfg.channels, cfg.image_size, cfg.image_size, device="meta")
-    return image, torch.empty(n, cfg.num_tokens, cfg.token_dim, device="meta"), torch.empty(n, dtype=torch.int64, device="meta")
+    return (
+        image,
+        torch.empty(n, cfg.num_tokens, cfg.token_dim, device="meta"),
+        torch.empty(n, dtype=torch.int64, device="meta"),
+    )
 
 # %% ../nbs/budget.ipynb #7453a9fd
 def flow_step(model: TARFlow, n: int = 1):
@@ -46,11 +50,13 @@ def reverse_step(model: ReverseModel, n: int = 1):
 def kept_bytes(step, model: nn.Module) -> int:
     "Bytes that a step puts aside for its backward pass, each piece of memory once, the weights left out."
     pieces, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
     def keep(t):
         "Note what autograd puts aside."
         piece = t.untyped_storage()
         pieces[piece._cdata] = piece  # held, so that no other piece gets its address
         return t
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         step(model)
     return sum(piece.nbytes() for address, piece in pieces.items() if address not in own)
@@ -58,28 +64,39 @@ def kept_bytes(step, model: nn.Module) -> int:
 # %% ../nbs/budget.ipynb #80ab862d
 def num_layers(cfg) -> int:
     "Transformer layers in all blocks of F, or of G with its denoising block."
-    return sum(getattr(cfg, "block_layers", ())) or (cfg.num_blocks + getattr(cfg, "denoise", False)) * cfg.transformer.num_layers
+    return (
+        sum(getattr(cfg, "block_layers", ()))
+        or (cfg.num_blocks + getattr(cfg, "denoise", False)) * cfg.transformer.num_layers
+    )
 
 
 def score_bytes(cfg) -> int:
     "Bytes of the attention scores of all layers for one image, 4 a value."
-    return 4 * num_layers(cfg) * cfg.transformer.width // cfg.transformer.head_dim * cfg.num_tokens ** 2
+    return (
+        4 * num_layers(cfg) * cfg.transformer.width // cfg.transformer.head_dim * cfg.num_tokens**2
+    )
 
 # %% ../nbs/budget.ipynb #d2606532
 @dataclass(frozen=True)
 class StepCost:
     "What training a model costs."
-    params: int       # trainable numbers
-    flops: int        # of a training step, an image
-    kept: int         # bytes kept for the backward pass, an image, without attention scores
-    scores: int       # bytes of the attention scores, an image
+
+    params: int  # trainable numbers
+    flops: int  # of a training step, an image
+    kept: int  # bytes kept for the backward pass, an image, without attention scores
+    scores: int  # bytes of the attention scores, an image
 
 
 def step_cost(model: nn.Module, step, more_flops: int = 0) -> StepCost:
     "The cost of a model on meta; `more_flops`: what else a step computes for an image."
     kept, scores = kept_bytes(lambda m: step(m, 2), model) // 2, score_bytes(model.cfg)
     passes = 2 if getattr(model.cfg, "max_guidance", 0) else 1
-    return StepCost(num_parameters(model), more_flops + count_flops(lambda: step(model).backward()), kept - passes * scores, passes * scores)
+    return StepCost(
+        num_parameters(model),
+        more_flops + count_flops(lambda: step(model).backward()),
+        kept - passes * scores,
+        passes * scores,
+    )
 
 # %% ../nbs/budget.ipynb #55659a8d
 def inverse_flops(cfg: TARFlowConfig, forward_flops: int) -> int:
@@ -96,16 +113,25 @@ def pass_flops(forward: TARFlow, reverse: ReverseModel | None) -> dict:
     if forward.cfg.noise_std:
         found["exact+denoise"] = found["exact"] + count_flops(lambda: score_denoise(forward, x, c))
     if reverse is not None:
-        plain, scale = on_meta(ReverseModel, replace(reverse.cfg, max_guidance=0.0)), torch.empty(1, 1, device="meta")  # w is checked by value, and there is none
-        embed_w = [m.scale_embed for m in reverse.modules() if isinstance(m, ReverseBlock) and m.scale_embed]
-        found["one-pass"] = count_flops(lambda: one_pass(plain, z, c)) + count_flops(lambda: [embed(scale) for embed in embed_w])
+        plain, scale = (
+            on_meta(ReverseModel, replace(reverse.cfg, max_guidance=0.0)),
+            torch.empty(1, 1, device="meta"),
+        )  # w is checked by value, and there is none
+        embed_w = [
+            m.scale_embed
+            for m in reverse.modules()
+            if isinstance(m, ReverseBlock) and m.scale_embed
+        ]
+        found["one-pass"] = count_flops(lambda: one_pass(plain, z, c)) + count_flops(
+            lambda: [embed(scale) for embed in embed_w]
+        )
     return found
 
 # %% ../nbs/budget.ipynb #0bf28dd4
 def images_per_hour(
-    flops: int,           # an image
-    peak_tflops: float,   # of one GPU, 10¹² operations a second
-    mfu: float,           # the share of it that is reached, 0 to 1
+    flops: int,  # an image
+    peak_tflops: float,  # of one GPU, 10¹² operations a second
+    mfu: float,  # the share of it that is reached, 0 to 1
 ) -> float:
     "Images that a GPU gets through in an hour."
     return 3600 * peak_tflops * 1e12 * mfu / flops
@@ -114,21 +140,38 @@ def images_per_hour(
 @dataclass(frozen=True)
 class Budgeted:
     "What a preset comes to."
+
     forward: StepCost
     reverse: StepCost | None
-    passes: dict            # row → FLOPs an image
-    serial: int             # serial steps of the exact inverse
+    passes: dict  # row → FLOPs an image
+    serial: int  # serial steps of the exact inverse
 
 
 def budget_of(preset: Preset) -> Budgeted:
     "The budget of a preset whose F is a TARFlow; seconds for the largest."
-    F = on_meta(TARFlow, replace(preset.forward, logit_alpha=0.0))  # a logit looks at values, and there are none
+    F = on_meta(
+        TARFlow, replace(preset.forward, logit_alpha=0.0)
+    )  # a logit looks at values, and there are none
     G = preset.reverse and on_meta(ReverseModel, preset.reverse)
     passes, params = pass_flops(F, G), num_parameters(on_meta(TARFlow, preset.forward))
-    return Budgeted(replace(step_cost(F, flow_step), params=params), G and step_cost(G, reverse_step, passes["density"]), passes, serial_steps(F))
+    return Budgeted(
+        replace(step_cost(F, flow_step), params=params),
+        G and step_cost(G, reverse_step, passes["density"]),
+        passes,
+        serial_steps(F),
+    )
 
 # %% ../nbs/budget.ipynb #beee8c05
 def against_published(preset: Preset, params: dict, within: float = 0.03) -> list:
     "For each model with a published size: name, parameters, published, relative difference, and whether that is small enough."
     known = PUBLISHED.get(preset.name, {})
-    return [(name, params[name], known[name], params[name] / known[name] - 1, abs(params[name] / known[name] - 1) <= within) for name in known]
+    return [
+        (
+            name,
+            params[name],
+            known[name],
+            params[name] / known[name] - 1,
+            abs(params[name] / known[name] - 1) <= within,
+        )
+        for name in known
+    ]

@@ -10,12 +10,33 @@ from typing import Annotated, Optional, Union
 import torch
 from . import ablations, bench, fid, pipeline, reproduce, speed, watching
 from .budget import StepCost, against_published, budget_of, images_per_hour, on_meta
-from .config import Preset, check_pair_preset, find_preset, inferred, one_line, read_fields, read_preset, split_fields, with_strategy, with_words, write_preset
+from bitflow_edu.config import (
+    Preset,
+    check_pair_preset,
+    find_preset,
+    inferred,
+    one_line,
+    read_fields,
+    read_preset,
+    split_fields,
+    with_strategy,
+    with_words,
+    write_preset,
+)
 from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, described, load_data
 from .evaluation import hardware, load_result, measurement, save_results
 from .inverse_strategies import check_pair
-from .latents import DEFAULT_VAE, CacheConfig, cache_latents, decode_all, find_source, load_decoder, load_vae, report as latents_report
+from bitflow_edu.latents import (
+    DEFAULT_VAE,
+    CacheConfig,
+    cache_latents,
+    decode_all,
+    find_source,
+    load_decoder,
+    load_vae,
+    report as latents_report,
+)
 from .parallel import end, find_ranks, lost_contact, together
 from .plotting import image_grid
 from .report import draw_rows, sample_rows, write_report
@@ -41,6 +62,7 @@ __all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo',
 @dataclass(frozen=True)
 class Common:
     "Options of every command."
+
     preset: str = "mnist-mini"
     """Configuration: mnist-mini, mnist, fashion-mnist, cifar10, image-folder, imagenet64, imagenet256-b2, -l2 or -xl2, each with a twin -smoke; flows alone: mnist-nice, mnist-realnvp, mnist-glow, mnist-tarflow, mnist-glow-smoke. Any field of it can be given beside it, e.g. --forward.transformer.width 256: bitflow info --fields lists them."""
     config: Optional[Path] = None
@@ -58,6 +80,7 @@ class Common:
 @dataclass(frozen=True)
 class Budget(Common):
     "Options of the commands that train."
+
     seed: Optional[int] = None
     """Seed of weights, data order and noise, instead of the preset's."""
     steps: Optional[int] = None
@@ -71,6 +94,7 @@ class Budget(Common):
 @dataclass(frozen=True)
 class Demo(Budget):
     "Train F and G on real digits, compare them, and write a report."
+
     out: Path = Path("runs/demo")
     """Folder for the models and report.html."""
     results: Path = Path("results")
@@ -80,6 +104,7 @@ class Demo(Budget):
 @dataclass(frozen=True)
 class TrainForward(Budget):
     "Stage 1: train the flow F by maximum likelihood."
+
     out: Optional[Path] = None
     """Folder for the run; default runs/<preset>-forward."""
     batch_size: Optional[int] = None
@@ -97,6 +122,7 @@ class TrainForward(Budget):
 @dataclass(frozen=True)
 class TrainReverse(Budget):
     "Stage 2: train the one-pass inverse G against a frozen F."
+
     forward: Optional[Path] = None
     """Run or checkpoint of F; default runs/<preset>-forward."""
     out: Optional[Path] = None
@@ -116,12 +142,14 @@ class TrainReverse(Budget):
 @dataclass(frozen=True)
 class Train:
     "Train one of the two models."
+
     stage: Union[TrainForward, TrainReverse]
 
 # %% ../nbs/19_command_line.ipynb #42b84653
 @dataclass(frozen=True)
 class Picture:
     "Options of a command that draws images into a file."
+
     checkpoint: Path
     """Run or checkpoint of F or of G."""
     out: Path = Path("samples.png")
@@ -133,6 +161,7 @@ class Picture:
 @dataclass(frozen=True)
 class Sample(Picture):
     "Draw images from a trained F (exactly, token by token) or G (in one pass)."
+
     labels: Optional[str] = None
     """Classes to draw, e.g. 3 or 0,1,7; default all in turn; -1 for none in particular."""
     denoise: bool = False
@@ -154,6 +183,7 @@ class Sample(Picture):
 @dataclass(frozen=True)
 class Evaluate(Common):
     "Measure a trained F, or a pair, and write a results file."
+
     forward: Optional[Path] = None
     """Run or checkpoint of F; default runs/<preset>-forward."""
     reverse: Optional[Path] = None
@@ -187,6 +217,7 @@ class Evaluate(Common):
 @dataclass(frozen=True)
 class Info(Common):
     "Say what a preset, or a checkpoint, consists of."
+
     checkpoint: Optional[Path] = None
     """Run or checkpoint to describe instead of a preset."""
     yaml: Optional[Path] = None
@@ -202,6 +233,7 @@ class Info(Common):
 @dataclass(frozen=True)
 class Bench:
     "Measure the exact inverse, or a training step, against plain implementations in the same run."
+
     what: str = "inverse"
     """inverse, training, pair (one pass of G against the ways back of F), speed (the same for any shape and batch, with decoders, MFU and roofline; chapter 16) or tokens (time and memory against the number of tokens, 49 to 1,024)."""
     geometry: str = "mnist"
@@ -225,6 +257,7 @@ class Bench:
 @dataclass(frozen=True)
 class Ablate(Common):
     "Train and measure the rows of a table, beside the paper's figures: bitflow ablate NAME."
+
     table: str = "all"
     """strategies, regimes, depth, denoising, norm-control, distances, guidance, scaling, or all."""
     seeds: int = 2
@@ -244,6 +277,7 @@ class Ablate(Common):
 @dataclass(frozen=True)
 class Reproduce:
     "Run the experiments behind the project's tables, skip those whose result stands, and write the page of all figures."
+
     names: tuple[str, ...] = ()
     """Experiments, e.g. mnist-full cifar10-main; none: only write the page anew."""
     budget: str = "cpu"
@@ -261,11 +295,11 @@ class Reproduce:
     record: bool = False
     """With check: measure those figures anew, with five seeds, and store them."""
 
-
 # %% ../nbs/19_command_line.ipynb #308cf603
 @dataclass(frozen=True)
 class CacheLatents:
     "Encode images into shards of latents, once, for the presets imagenet256-*; goes on where it stopped."
+
     source: str
     """Image folder (with <split>/<class>/<image>), or tar shards on disk or object storage: s3://bucket/train-{000..127}.tar."""
     out: Path
@@ -291,43 +325,89 @@ class CacheLatents:
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
 
-
 # %% ../nbs/19_command_line.ipynb #f30b7c2a
 @dataclass(frozen=True)
 class WatchRun:
     "Say how a run is going: last metrics, throughput, time left, alarms."
+
     run: Path
     """Folder of a run, going on or finished."""
     tensorboard: Optional[Path] = None
     """Mirror its metrics, samples and alarms into this folder, for tensorboard --logdir."""
 
-
 # %% ../nbs/19_command_line.ipynb #debbc86d
-NAMES = {Demo: "demo", TrainForward: "train forward", TrainReverse: "train reverse", Sample: "sample", Evaluate: "evaluate", Ablate: "ablate", Bench: "bench", Reproduce: "reproduce", CacheLatents: "cache-latents", WatchRun: "watch", Info: "info"}
-POSITIONAL = {Ablate: "table", WatchRun: "run", Reproduce: "names"}  # options that are typed as a bare word
+NAMES = {
+    Demo: "demo",
+    TrainForward: "train forward",
+    TrainReverse: "train reverse",
+    Sample: "sample",
+    Evaluate: "evaluate",
+    Ablate: "ablate",
+    Bench: "bench",
+    Reproduce: "reproduce",
+    CacheLatents: "cache-latents",
+    WatchRun: "watch",
+    Info: "info",
+}
+POSITIONAL = {
+    Ablate: "table",
+    WatchRun: "run",
+    Reproduce: "names",
+}  # options that are typed as a bare word
 
 # %% ../nbs/19_command_line.ipynb #9c943ba7
 def command_type():
     "All commands as one type, which tyro turns into a parser."
     import tyro
+
     sub = tyro.conf.subcommand
-    Ablate.__annotations__["table"], WatchRun.__annotations__["run"] = tyro.conf.Positional[str], tyro.conf.Positional[Path]
+    Ablate.__annotations__["table"], WatchRun.__annotations__["run"] = (
+        tyro.conf.Positional[str],
+        tyro.conf.Positional[Path],
+    )
     Reproduce.__annotations__["names"] = tyro.conf.Positional[tuple[str, ...]]
-    images = tyro.conf.arg(aliases=("--images",))  # torchrun takes --n for a short form of its own options
-    Picture.__annotations__["n"], Evaluate.__annotations__["n"] = Annotated[int, images], Annotated[Optional[int], images]
+    images = tyro.conf.arg(
+        aliases=("--images",)
+    )  # torchrun takes --n for a short form of its own options
+    Picture.__annotations__["n"], Evaluate.__annotations__["n"] = (
+        Annotated[int, images],
+        Annotated[Optional[int], images],
+    )
     Common.__annotations__["changes"] = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
     stage = Union[Annotated[TrainForward, sub("forward")], Annotated[TrainReverse, sub("reverse")]]
-    train = dataclasses.make_dataclass("Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__})
-    return Union[Annotated[Demo, sub("demo")], Annotated[train, sub("train")], Annotated[Sample, sub("sample")],
-                 Annotated[Evaluate, sub("evaluate")], Annotated[Ablate, sub("ablate")], Annotated[Bench, sub("bench")],
-                 Annotated[Reproduce, sub("reproduce")], Annotated[CacheLatents, sub("cache-latents")], Annotated[WatchRun, sub("watch")], Annotated[Info, sub("info")]]
+    train = dataclasses.make_dataclass(
+        "Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__}
+    )
+    return Union[
+        Annotated[Demo, sub("demo")],
+        Annotated[train, sub("train")],
+        Annotated[Sample, sub("sample")],
+        Annotated[Evaluate, sub("evaluate")],
+        Annotated[Ablate, sub("ablate")],
+        Annotated[Bench, sub("bench")],
+        Annotated[Reproduce, sub("reproduce")],
+        Annotated[CacheLatents, sub("cache-latents")],
+        Annotated[WatchRun, sub("watch")],
+        Annotated[Info, sub("info")],
+    ]
 
 # %% ../nbs/19_command_line.ipynb #ac54ed07
 def read_words(argv: list[str]):
     "What tyro makes of the words: a command's dataclass. Raises `SystemExit`: 0 after --help, else with a box on stderr."
     import tyro
-    options = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
-    command = tyro.cli(command_type(), args=argv, prog="bitflow", config=options, description="Bidirectional normalizing flows.")
+
+    options = (
+        tyro.conf.OmitArgPrefixes,
+        tyro.conf.OmitSubcommandPrefixes,
+        tyro.conf.FlagCreatePairsOff,
+    )
+    command = tyro.cli(
+        command_type(),
+        args=argv,
+        prog="bitflow",
+        config=options,
+        description="Bidirectional normalizing flows.",
+    )
     return getattr(command, "stage", command)
 
 # %% ../nbs/19_command_line.ipynb #57768304
@@ -336,8 +416,17 @@ def with_changes(command, given: dict):
     if not given:
         return command
     if not isinstance(command, Common):
-        raise BitflowError(f"--{next(iter(given)).replace('_', '-')}: bitflow {NAMES[type(command)]} reads no preset whose fields could be changed; leave the option out")
-    return replace(command, changes=tuple(word for name, words in given.items() for word in (f"--{name.replace('_', '-')}", *words)))
+        raise BitflowError(
+            f"--{next(iter(given)).replace('_', '-')}: bitflow {NAMES[type(command)]} reads no preset whose fields could be changed; leave the option out"
+        )
+    return replace(
+        command,
+        changes=tuple(
+            word
+            for name, words in given.items()
+            for word in (f"--{name.replace('_', '-')}", *words)
+        ),
+    )
 
 # %% ../nbs/19_command_line.ipynb #5cb8fc35
 def parse(argv: list[str]):
@@ -350,7 +439,9 @@ def parse(argv: list[str]):
         if not e.code:
             raise
         words = " ".join(w for w in rest[:2] if w in " ".join(NAMES.values()).split())
-        raise BitflowError(f"{one_line(said.getvalue()) or 'no such command'}; see bitflow {words + ' ' if words else ''}--help") from None
+        raise BitflowError(
+            f"{one_line(said.getvalue()) or 'no such command'}; see bitflow {words + ' ' if words else ''}--help"
+        ) from None
 
 # %% ../nbs/19_command_line.ipynb #e418f5ff
 def option_words(name: str, value) -> list[str]:
@@ -360,7 +451,10 @@ def option_words(name: str, value) -> list[str]:
         return [f"--{flag}" if value else f"--no-{flag}"]
     if isinstance(value, tuple):
         return [f"--{flag}", *map(str, value)]
-    return [f"--{flag}", value.name if isinstance(value, Path) and value.is_absolute() else str(value)]
+    return [
+        f"--{flag}",
+        value.name if isinstance(value, Path) and value.is_absolute() else str(value),
+    ]
 
 # %% ../nbs/19_command_line.ipynb #49ed3917
 def command_line(args) -> str:
@@ -378,6 +472,7 @@ def command_line(args) -> str:
 
 # %% ../nbs/19_command_line.ipynb #1b198e6f
 RUN = {}  # a command's dataclass → the function that carries it out; each command below adds itself
+
 
 def main(argv: list[str] | None = None) -> int:
     "The `bitflow` command. Exit code 0: done, 2: a mistake in what was asked, 3: another process was lost, 130: interrupted."
@@ -416,11 +511,15 @@ def load_any(folder: Path, device: str):
 def describe_model(model):
     "Print a model's kind, size and shape."
     if isinstance(model, CouplingFlow):
-        return print(f"CouplingFlow {pipeline.num_parameters(model):,} parameters: {model.cfg.kind}, {model.cfg.levels} levels of {model.cfg.steps} steps, width {model.cfg.width}")
+        return print(
+            f"CouplingFlow {pipeline.num_parameters(model):,} parameters: {model.cfg.kind}, {model.cfg.levels} levels of {model.cfg.steps} steps, width {model.cfg.width}"
+        )
     t = model.cfg.transformer
     extra = " + 1 denoising" if getattr(model.cfg, "denoise", False) else ""
-    print(f"{type(model).__name__:8s} {pipeline.num_parameters(model):,} parameters: {model.cfg.num_blocks}{extra} blocks of {t.num_layers} layers, "
-          f"width {t.width}, {model.cfg.num_tokens} tokens of {model.cfg.token_dim} values")
+    print(
+        f"{type(model).__name__:8s} {pipeline.num_parameters(model):,} parameters: {model.cfg.num_blocks}{extra} blocks of {t.num_layers} layers, "
+        f"width {t.width}, {model.cfg.num_tokens} tokens of {model.cfg.token_dim} values"
+    )
 
 # %% ../nbs/19_command_line.ipynb #f0e6b959
 def describe_training(model, cfg: TrainConfig):
@@ -433,7 +532,10 @@ def describe_training(model, cfg: TrainConfig):
 def show(measurements: list):
     "Print measurements, a line each."
     for m in measurements:
-        print(f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}" + (f" batch {m['batch']}" if m["batch"] else ""))
+        print(
+            f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}"
+            + (f" batch {m['batch']}" if m["batch"] else "")
+        )
 
 # %% ../nbs/19_command_line.ipynb #7ba37d77
 def describe_shape(kind: type, cfg, train: TrainConfig):
@@ -445,35 +547,60 @@ def describe_step(name: str, cost: StepCost, train: TrainConfig, args: Info):
     "Print what training a model costs: an image, a step, a GPU-hour."
     batch, gb = train.batch_size, 1e9
     rate = images_per_hour(cost.flops, args.peak_tflops, args.mfu)
-    print(f"train {name}  {cost.flops / 1e9:.4g} GFLOP an image, {batch * cost.flops / 1e12:.4g} TFLOP a step of {batch}; activations of that step {batch * cost.kept / gb:.3g} GB in float32 "
-          f"(+ {batch * cost.scores / gb:.3g} GB attention scores without a fused kernel)")
-    hours = f"; {train.steps} steps: {train.steps * batch / rate:,.4g} GPU-hours" if train.steps else ""
-    print(f"         {rate:,.3g} images a GPU-hour, assuming {args.peak_tflops:g} TFLOP/s at {args.mfu:.0%} utilisation{hours}")
+    print(
+        f"train {name}  {cost.flops / 1e9:.4g} GFLOP an image, {batch * cost.flops / 1e12:.4g} TFLOP a step of {batch}; activations of that step {batch * cost.kept / gb:.3g} GB in float32 "
+        f"(+ {batch * cost.scores / gb:.3g} GB attention scores without a fused kernel)"
+    )
+    hours = (
+        f"; {train.steps} steps: {train.steps * batch / rate:,.4g} GPU-hours" if train.steps else ""
+    )
+    print(
+        f"         {rate:,.3g} images a GPU-hour, assuming {args.peak_tflops:g} TFLOP/s at {args.mfu:.0%} utilisation{hours}"
+    )
 
 # %% ../nbs/19_command_line.ipynb #7488ac7e
 def describe_costs(preset: Preset, args: Info):
     "Print a preset's training steps, the arithmetic of every method, and what was published about its size."
     cost = budget_of(preset)
-    for name, part, train in (("F", cost.forward, preset.train_forward), ("G", cost.reverse, preset.train_reverse)):
+    for name, part, train in (
+        ("F", cost.forward, preset.train_forward),
+        ("G", cost.reverse, preset.train_reverse),
+    ):
         if part is not None:
             describe_step(name, part, train, args)
     for row, flops in cost.passes.items():
-        waits = row.startswith("exact")  # token by token, no GPU is used that well: its hours cannot be reckoned so
-        more = f"{cost.serial} serial steps" if waits else f"{images_per_hour(flops, args.peak_tflops, args.mfu):,.3g} images a GPU-hour, on the same assumption"
+        waits = row.startswith(
+            "exact"
+        )  # token by token, no GPU is used that well: its hours cannot be reckoned so
+        more = (
+            f"{cost.serial} serial steps"
+            if waits
+            else f"{images_per_hour(flops, args.peak_tflops, args.mfu):,.3g} images a GPU-hour, on the same assumption"
+        )
         print(f"{row:14s} {flops / 1e6:12,.1f} MFLOP an image, {more}")
-    for name, own, published, difference, right in against_published(preset, {"F": cost.forward.params, "G": cost.reverse and cost.reverse.params}):
-        print(f"published {name}: {published / 1e6:.0f}M parameters; here {own / 1e6:.1f}M, {difference:+.1%}: {'within' if right else 'NOT within'} 3 %")
+    for name, own, published, difference, right in against_published(
+        preset, {"F": cost.forward.params, "G": cost.reverse and cost.reverse.params}
+    ):
+        print(
+            f"published {name}: {published / 1e6:.0f}M parameters; here {own / 1e6:.1f}M, {difference:+.1%}: {'within' if right else 'NOT within'} 3 %"
+        )
 
 # %% ../nbs/19_command_line.ipynb #ebff0936
 def describe_preset(preset: Preset, args: Info):
     "Print a preset's data, models, budgets and costs, and what of it stands in no source."
     d, f = preset.data, preset.forward
-    print(f"preset   {preset.name}: {d.name}, {d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes")
+    print(
+        f"preset   {preset.name}: {d.name}, {d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes"
+    )
     if not isinstance(f, TARFlowConfig):
         forward = pipeline.build(pipeline.FLOWS[type(f)], f, 0)
         describe_training(forward, preset.train_forward)
-        return show([m for m in pipeline.flow_cost(forward, 0, timing=False) if m["unit"] == "FLOP"])
-    print(f"tokens   {f.num_tokens} of {f.token_dim} values, patches of {f.patch_size}x{f.patch_size}")
+        return show(
+            [m for m in pipeline.flow_cost(forward, 0, timing=False) if m["unit"] == "FLOP"]
+        )
+    print(
+        f"tokens   {f.num_tokens} of {f.token_dim} values, patches of {f.patch_size}x{f.patch_size}"
+    )
     describe_shape(TARFlow, f, preset.train_forward)
     if preset.reverse is not None:
         describe_shape(ReverseModel, preset.reverse, preset.train_reverse)
@@ -486,7 +613,9 @@ def check_writable(folder: Path):
     "Refuse a folder that cannot be written to, before any work is done."
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise BitflowError(f"cannot write to {folder}: {existing} is not a folder that can be written to; name another one")
+        raise BitflowError(
+            f"cannot write to {folder}: {existing} is not a folder that can be written to; name another one"
+        )
 
 # %% ../nbs/19_command_line.ipynb #4434ba05
 def check_new_file(path: Path, option: str = "--out"):
@@ -514,15 +643,20 @@ def run_info(args: Info):
     if args.checkpoint:
         return describe_model(load_any(args.checkpoint, "cpu"))
     if not 0 < args.peak_tflops < float("inf") or not 0 < args.mfu <= 1:
-        raise BitflowError(f"--peak-tflops {args.peak_tflops:g} must be positive and --mfu {args.mfu:g} lie in (0, 1]")
+        raise BitflowError(
+            f"--peak-tflops {args.peak_tflops:g} must be positive and --mfu {args.mfu:g} lie in (0, 1]"
+        )
     preset = preset_of(args)
     if args.yaml:
         check_new_file(args.yaml, "--yaml")
         write_preset(preset, args.yaml)
-        return print(f"preset {preset.name} is in {args.yaml}; edit it and give it back with --config {args.yaml}")
+        return print(
+            f"preset {preset.name} is in {args.yaml}; edit it and give it back with --config {args.yaml}"
+        )
     if args.fields:
         return list_fields(preset)
     describe_preset(preset, args)
+
 
 RUN[Info] = run_info
 
@@ -532,7 +666,9 @@ def refuse_existing(folder: Path, resume: bool):
     if folder.exists() and not folder.is_dir():
         raise BitflowError(f"{folder} is a file; name a folder with --out")
     if folder.exists() and any(folder.iterdir()) and not resume:
-        raise BitflowError(f"{folder} exists already; go on with --resume, or name another folder with --out")
+        raise BitflowError(
+            f"{folder} exists already; go on with --resume, or name another folder with --out"
+        )
     check_writable(folder)
 
 # %% ../nbs/19_command_line.ipynb #a1d81ae3
@@ -544,9 +680,14 @@ def run_folder(given: Path | None, preset: Preset, stage: str) -> Path:
 def said_once(args: Budget, stage: str):
     "Refuse an option and a field that say the same thing twice."
     for name in ("steps", "minutes", "batch_size", "lr", "seed"):
-        if getattr(args, name, None) is not None and f"train_{stage}.{name}" in split_fields(args.changes)[1]:
+        if (
+            getattr(args, name, None) is not None
+            and f"train_{stage}.{name}" in split_fields(args.changes)[1]
+        ):
             flag = name.replace("_", "-")
-            raise BitflowError(f"--{flag} {getattr(args, name)} and --train-{stage}.{flag} say it twice; give one of them")
+            raise BitflowError(
+                f"--{flag} {getattr(args, name)} and --train-{stage}.{flag} say it twice; give one of them"
+            )
 
 # %% ../nbs/19_command_line.ipynb #67c0310f
 def with_options(preset: Preset, args: Budget, stage: str) -> Preset:
@@ -555,7 +696,9 @@ def with_options(preset: Preset, args: Budget, stage: str) -> Preset:
         check_pair_preset(preset)
     cfg = getattr(preset, f"train_{stage}")
     if args.steps is not None and args.minutes is not None:
-        raise BitflowError(f"--steps {args.steps} and --minutes {args.minutes} exclude each other; give one of them")
+        raise BitflowError(
+            f"--steps {args.steps} and --minutes {args.minutes} exclude each other; give one of them"
+        )
     said_once(args, stage)
     if args.steps is not None or args.minutes is not None:
         cfg = replace(cfg, steps=args.steps, minutes=args.minutes)
@@ -569,10 +712,16 @@ def with_patch_size(preset: Preset, patch_size: int | None) -> Preset:
     if patch_size is None:
         return preset
     if not isinstance(preset.forward, TARFlowConfig):
-        raise BitflowError(f"--patch-size {patch_size}: the flow of preset {preset.name} has no tokens; leave the option out")
+        raise BitflowError(
+            f"--patch-size {patch_size}: the flow of preset {preset.name} has no tokens; leave the option out"
+        )
     if preset.reverse is None:
         return replace(preset, forward=replace(preset.forward, patch_size=patch_size))
-    return replace(preset, forward=replace(preset.forward, patch_size=patch_size), reverse=replace(preset.reverse, patch_size=patch_size))
+    return replace(
+        preset,
+        forward=replace(preset.forward, patch_size=patch_size),
+        reverse=replace(preset.reverse, patch_size=patch_size),
+    )
 
 # %% ../nbs/19_command_line.ipynb #1d311984
 def load_together(cfg, split: str, root, ranks):
@@ -591,8 +740,21 @@ def run_train_forward(args: TrainForward):
     folder, device = run_folder(args.out, preset, "forward"), pipeline.find_device(args.device)
     ranks = find_ranks(device, args.sharding)
     ranks.on_main(lambda: refuse_existing(folder, args.resume))
-    pipeline.train_forward(preset, load_together(preset.data, "train", args.data_root, ranks), folder, device, args.resume, ranks, watch_of(args))
-    ranks.on_main(lambda: print(f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"))
+    pipeline.train_forward(
+        preset,
+        load_together(preset.data, "train", args.data_root, ranks),
+        folder,
+        device,
+        args.resume,
+        ranks,
+        watch_of(args),
+    )
+    ranks.on_main(
+        lambda: print(
+            f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"
+        )
+    )
+
 
 RUN[TrainForward] = run_train_forward
 
@@ -601,8 +763,10 @@ def check_fits(model, data):
     "Refuse a model made for other images than a preset's."
     for name in ("image_size", "channels", "num_classes"):
         if getattr(model.cfg, name) != getattr(data, name):
-            raise BitflowError(f"the checkpoint was made for {name} {getattr(model.cfg, name)}, but {data.name} has {getattr(data, name)}; "
-                               "name the preset that it was trained with")
+            raise BitflowError(
+                f"the checkpoint was made for {name} {getattr(model.cfg, name)}, but {data.name} has {getattr(data, name)}; "
+                "name the preset that it was trained with"
+            )
 
 # %% ../nbs/19_command_line.ipynb #22cdc790
 def run_train_reverse(args: TrainReverse):
@@ -615,8 +779,22 @@ def run_train_reverse(args: TrainReverse):
     forward = load_model(run_folder(args.forward, preset, "forward"), TARFlow, device)
     check_fits(forward, preset.data)
     preset = with_patch_size(preset, forward.cfg.patch_size)
-    pipeline.train_reverse(preset, forward, load_together(preset.data, "train", args.data_root, ranks), folder, device, args.resume, ranks, watch_of(args))
-    ranks.on_main(lambda: print(f"G is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"))
+    pipeline.train_reverse(
+        preset,
+        forward,
+        load_together(preset.data, "train", args.data_root, ranks),
+        folder,
+        device,
+        args.resume,
+        ranks,
+        watch_of(args),
+    )
+    ranks.on_main(
+        lambda: print(
+            f"G is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"
+        )
+    )
+
 
 RUN[TrainReverse] = run_train_reverse
 
@@ -636,13 +814,23 @@ def parse_labels(text: str | None, cfg, n: int) -> torch.Tensor:
 def method_of(model, args: Sample) -> str:
     "How a model is drawn from, for `draw`."
     if args.w and isinstance(model, CouplingFlow):
-        raise BitflowError(f"--w {args.w:g}: the flow in {args.checkpoint} reads no labels to be guided by; leave the option out")
-    if args.denoise and not getattr(model.cfg, "noise_std", 0) and not isinstance(model, ReverseModel):
-        raise BitflowError(f"--denoise: the flow in {args.checkpoint} was trained without Gaussian noise, so there is none to remove; leave the option out")
+        raise BitflowError(
+            f"--w {args.w:g}: the flow in {args.checkpoint} reads no labels to be guided by; leave the option out"
+        )
+    if (
+        args.denoise
+        and not getattr(model.cfg, "noise_std", 0)
+        and not isinstance(model, ReverseModel)
+    ):
+        raise BitflowError(
+            f"--denoise: the flow in {args.checkpoint} was trained without Gaussian noise, so there is none to remove; leave the option out"
+        )
     if not isinstance(model, ReverseModel):
         return "exact+denoise" if args.denoise else "exact"
     if args.denoise:
-        raise BitflowError(f"--denoise needs F, but {args.checkpoint} holds a G, which denoises by itself; leave the option out")
+        raise BitflowError(
+            f"--denoise needs F, but {args.checkpoint} holds a G, which denoises by itself; leave the option out"
+        )
     return "guided" if args.w and not model.cfg.max_guidance else "one-pass"
 
 # %% ../nbs/19_command_line.ipynb #7f2f73c5
@@ -651,7 +839,9 @@ def check_sample(args: Sample):
     if args.n < 1 or args.columns < 1:
         raise BitflowError(f"--n {args.n} and --columns {args.columns} must be at least 1")
     if not 0 <= args.temperature < float("inf"):
-        raise BitflowError(f"--temperature {args.temperature} must be a number of at least 0; 1 is the noise that was trained with")
+        raise BitflowError(
+            f"--temperature {args.temperature} must be a number of at least 0; 1 is the noise that was trained with"
+        )
     if not 0 <= args.w < float("inf"):
         raise BitflowError(f"--w {args.w} must be a number of at least 0; 0 is no guidance")
     check_new_file(args.out)
@@ -664,12 +854,21 @@ def run_sample(args: Sample):
     ranks, model = find_ranks(device), load_any(args.checkpoint, device)
     z = pipeline.noise_for(model.cfg, args.n, args.seed, "cpu", args.temperature)
     if args.labels is not None and isinstance(model, CouplingFlow):
-        raise BitflowError(f"--labels {args.labels}: the flow in {args.checkpoint} reads no labels; leave the option out")
+        raise BitflowError(
+            f"--labels {args.labels}: the flow in {args.checkpoint} reads no labels; leave the option out"
+        )
     c, row = parse_labels(args.labels, model.cfg, args.n), method_of(model, args)
     vae = load_decoder(args.vae, device) if args.vae else None
-    x = pipeline.draw_together(row, model, model, z, c, args.w, device, 500 if ranks.size == 1 else 64, ranks)
-    ranks.on_main(lambda: save_grid(image_grid(pipeline.to_picture(x, vae), args.columns), args.out))
-    ranks.on_main(lambda: print(f"{args.n} images ({pipeline.METHODS.get(row, row)}) in {args.out}"))
+    x = pipeline.draw_together(
+        row, model, model, z, c, args.w, device, 500 if ranks.size == 1 else 64, ranks
+    )
+    ranks.on_main(
+        lambda: save_grid(image_grid(pipeline.to_picture(x, vae), args.columns), args.out)
+    )
+    ranks.on_main(
+        lambda: print(f"{args.n} images ({pipeline.METHODS.get(row, row)}) in {args.out}")
+    )
+
 
 RUN[Sample] = run_sample
 
@@ -678,7 +877,9 @@ def load_pair(args: Evaluate, preset: Preset, device: str):
     "The F, and the G or None, that a user wants measured."
     if args.reverse is not None:
         check_pair_preset(preset)
-    forward = load_model(run_folder(args.forward, preset, "forward"), pipeline.FLOWS[type(preset.forward)], device)
+    forward = load_model(
+        run_folder(args.forward, preset, "forward"), pipeline.FLOWS[type(preset.forward)], device
+    )
     reverse = args.reverse and load_model(args.reverse, ReverseModel, device)
     check_fits(forward, preset.data)
     return forward, reverse
@@ -689,29 +890,46 @@ def measure(args: Evaluate, preset: Preset, forward, reverse, device: str, pictu
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
     n = preset.num_samples if args.n is None else args.n
     if preset.reverse is not None:
-        done = pipeline.evaluate(forward, reverse, train, test, n, args.seed, device, args.timing, args.w)
+        done = pipeline.evaluate(
+            forward, reverse, train, test, n, args.seed, device, args.timing, args.w
+        )
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw_rows(sample_rows(done.samples, test, min(n, 10))).savefig(picture, dpi=110)
         return done.measurements + training_lines(args, preset)
-    found = pipeline.evaluate_flow(forward, train, test, n, args.seed, preset.conditional, args.timing).measurements
+    found = pipeline.evaluate_flow(
+        forward, train, test, n, args.seed, preset.conditional, args.timing
+    ).measurements
     return found + training_lines(args, preset)
 
 
 def training_lines(args: Evaluate, preset: Preset) -> list:
     "Steps and seconds that F, and G where it is measured, were trained for."
-    of_g = [{**m, "row": "one-pass"} for m in pipeline.training_record(args.reverse)] if args.reverse else []
+    of_g = (
+        [{**m, "row": "one-pass"} for m in pipeline.training_record(args.reverse)]
+        if args.reverse
+        else []
+    )
     return pipeline.training_record(run_folder(args.forward, preset, "forward")) + of_g
 
 # %% ../nbs/19_command_line.ipynb #3486afb9
 def write_figures(out: Path, preset: str, args, config: dict, found: list, start: float):
     "Write a results file, and print what it holds."
-    save_results(out.parent, out.name.removesuffix(".json"), preset, command_line(args), config, found, time.perf_counter() - start)
+    save_results(
+        out.parent,
+        out.name.removesuffix(".json"),
+        preset,
+        command_line(args),
+        config,
+        found,
+        time.perf_counter() - start,
+    )
     show(found)
     print(f"figures in {out}")
 
 # %% ../nbs/19_command_line.ipynb #32a2c682
 class Decoded:
     "Latents as the images that an autoencoder makes of them: what samples can be compared with where the real images are elsewhere."
+
     def __init__(self, data, vae):
         self.data, self.vae = data, vae
 
@@ -725,14 +943,20 @@ class Decoded:
 # %% ../nbs/19_command_line.ipynb #0ea34aee
 def stream_rows(args: Evaluate, reverse) -> list:
     "What is measured: (row, guidance scale) of every method asked for."
-    rows = args.rows or tuple(row for row in pipeline.METHODS if reverse is not None or row != "one-pass")
-    if unknown := [row for row in rows if row not in pipeline.METHODS or row == "one-pass" and reverse is None]:
-        raise BitflowError(f"--rows {unknown[0]}: no such method here; choose from {', '.join(pipeline.METHODS)}" + ("" if reverse is not None else ", and name a G with --reverse for one-pass"))
+    rows = args.rows or tuple(
+        row for row in pipeline.METHODS if reverse is not None or row != "one-pass"
+    )
+    if unknown := [
+        row for row in rows if row not in pipeline.METHODS or row == "one-pass" and reverse is None
+    ]:
+        raise BitflowError(
+            f"--rows {unknown[0]}: no such method here; choose from {', '.join(pipeline.METHODS)}"
+            + ("" if reverse is not None else ", and name a G with --reverse for one-pass")
+        )
     if args.w and reverse is None:
         raise BitflowError("--w is for G; name one with --reverse, or leave it out")
     guided = "one-pass" if reverse is not None and reverse.cfg.max_guidance else "guided"
     return [(row, 0.0) for row in rows] + [(guided, w) for w in args.w]
-
 
 # %% ../nbs/19_command_line.ipynb #3b2c49b8
 def reference_of(args: Evaluate, preset: Preset, test, net, cfg, work: Path, vae, ranks):
@@ -740,32 +964,82 @@ def reference_of(args: Evaluate, preset: Preset, test, net, cfg, work: Path, vae
     if args.reference:
         return fid.import_reference(args.reference, net, work, cfg, ranks)
     size = preset.data.image_size
-    return fid.make_reference(Decoded(test, vae) if vae else test, net, fid.reference_path(work, preset.data.name, "test", size, net), cfg, ranks)
+    return fid.make_reference(
+        Decoded(test, vae) if vae else test,
+        net,
+        fid.reference_path(work, preset.data.name, "test", size, net),
+        cfg,
+        ranks,
+    )
 
 # %% ../nbs/19_command_line.ipynb #857c04ca
-def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, picture: Path, ranks) -> list:
+def stream(
+    args: Evaluate, preset: Preset, forward, reverse, device: str, picture: Path, ranks
+) -> list:
     "Every method's figures from a stream of samples, spread over processes."
     if preset.data.channels > 3 and not args.vae:
-        raise BitflowError(f"preset {preset.name} draws latents; name the autoencoder that turns them into images with --vae")
-    net, work = fid.find_features(args.features or "inception", device, args.weights), args.work or Path(f"runs/evaluate-{preset.name}")
+        raise BitflowError(
+            f"preset {preset.name} draws latents; name the autoencoder that turns them into images with --vae"
+        )
+    net, work = (
+        fid.find_features(args.features or "inception", device, args.weights),
+        args.work or Path(f"runs/evaluate-{preset.name}"),
+    )
     vae = load_decoder(args.vae, device) if args.vae else None
-    cfg = fid.ScaleConfig(n=preset.num_samples if args.n is None else args.n, batch_size=args.batch_size, seed=args.seed)
+    cfg = fid.ScaleConfig(
+        n=preset.num_samples if args.n is None else args.n,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
     test = None if args.reference else load_together(preset.data, "test", args.data_root, ranks)
     reference, found, shown = reference_of(args, preset, test, net, cfg, work, vae, ranks), [], {}
-    about = {"forward": str(newest_checkpoint(run_folder(args.forward, preset, "forward"))), "reverse": args.reverse and str(newest_checkpoint(args.reverse))}
+    about = {
+        "forward": str(newest_checkpoint(run_folder(args.forward, preset, "forward"))),
+        "reverse": args.reverse and str(newest_checkpoint(args.reverse)),
+    }
+
     def measured(name, sampler, scale, about, passes=None, repeats=0):
         "Figures of one row; its first images are kept for the picture."
         shown[name] = sampler(torch.arange(min(scale.n, 10))).cpu()
-        return fid.evaluate_at_scale(sampler, reference, net, scale, work / name.replace(", w = ", "-w"), name, ranks, args.resume, about, passes, repeats)
+        return fid.evaluate_at_scale(
+            sampler,
+            reference,
+            net,
+            scale,
+            work / name.replace(", w = ", "-w"),
+            name,
+            ranks,
+            args.resume,
+            about,
+            passes,
+            repeats,
+        )
 
     for row, w in stream_rows(args, reverse):
-        sampler = fid.sampler_of(row, forward, reverse, args.seed, w, vae and partial(decode_all, vae))
-        found += measured(f"{row}, w = {w:g}" if w else row, sampler, cfg, {**about, "w": w}, fid.nfe(row, forward, w), 5 * args.timing)
+        sampler = fid.sampler_of(
+            row, forward, reverse, args.seed, w, vae and partial(decode_all, vae)
+        )
+        found += measured(
+            f"{row}, w = {w:g}" if w else row,
+            sampler,
+            cfg,
+            {**about, "w": w},
+            fid.nfe(row, forward, w),
+            5 * args.timing,
+        )
     if not (args.vae or args.rows or args.reference):
         train = load_together(preset.data, "train", args.data_root, ranks)
-        found += measured("real", fid.source_of(train), dataclasses.replace(cfg, n=min(cfg.n, len(train))), {"w": 0.0})
+        found += measured(
+            "real",
+            fid.source_of(train),
+            dataclasses.replace(cfg, n=min(cfg.n, len(train))),
+            {"w": 0.0},
+        )
         if isinstance(forward, TARFlow):
-            found += ranks.on_main(lambda: pipeline.fidelity(forward, reverse, test, args.seed, device)) or []
+            found += (
+                ranks.on_main(lambda: pipeline.fidelity(forward, reverse, test, args.seed, device))
+                or []
+            )
     ranks.on_main(lambda: save_picture(shown, picture))
     return found
 
@@ -773,8 +1047,12 @@ def stream(args: Evaluate, preset: Preset, forward, reverse, device: str, pictur
 def save_picture(rows: dict, path: Path):
     "The first samples of every method as a picture."
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_rows({{**pipeline.METHODS, "real": "real training images"}.get(row, row): x for row, x in rows.items()}).savefig(path, dpi=110)
-
+    draw_rows(
+        {
+            {**pipeline.METHODS, "real": "real training images"}.get(row, row): x
+            for row, x in rows.items()
+        }
+    ).savefig(path, dpi=110)
 
 # %% ../nbs/19_command_line.ipynb #7b7d1326
 def run_evaluate(args: Evaluate):
@@ -783,27 +1061,57 @@ def run_evaluate(args: Evaluate):
     out, ranks = args.out or Path(f"results/evaluate-{preset.name}.json"), find_ranks(device)
     ranks.on_main(lambda: check_new_file(out))
     forward, reverse = load_pair(args, preset, device)
-    if args.features or args.vae or ranks.size > 1 or preset.reverse is not None and preset.data.channels > 1:
-        found = stream(args, preset, forward, reverse, device, out.with_suffix(".png"), ranks) + training_lines(args, preset)
+    if (
+        args.features
+        or args.vae
+        or ranks.size > 1
+        or preset.reverse is not None
+        and preset.data.channels > 1
+    ):
+        found = stream(
+            args, preset, forward, reverse, device, out.with_suffix(".png"), ranks
+        ) + training_lines(args, preset)
     else:
         found = measure(args, preset, forward, reverse, device, out.with_suffix(".png"))
-    of_f, of_g = pipeline.run_settings(run_folder(args.forward, preset, "forward")), pipeline.run_settings(args.reverse) if args.reverse else {}
-    config = {"data": dataclasses.asdict(preset.data), "images": described(preset.data, args.data_root), "forward": dataclasses.asdict(forward.cfg), "reverse": reverse and dataclasses.asdict(reverse.cfg),
-              "train_forward": of_f.get("train"), "train_reverse": of_g.get("train"), "objective": of_g.get("objective")}
+    of_f, of_g = (
+        pipeline.run_settings(run_folder(args.forward, preset, "forward")),
+        pipeline.run_settings(args.reverse) if args.reverse else {},
+    )
+    config = {
+        "data": dataclasses.asdict(preset.data),
+        "images": described(preset.data, args.data_root),
+        "forward": dataclasses.asdict(forward.cfg),
+        "reverse": reverse and dataclasses.asdict(reverse.cfg),
+        "train_forward": of_f.get("train"),
+        "train_reverse": of_g.get("train"),
+        "objective": of_g.get("objective"),
+    }
     ranks.on_main(lambda: write_figures(out, preset.name, args, config, found, start))
+
 
 RUN[Evaluate] = run_evaluate
 
 # %% ../nbs/19_command_line.ipynb #2ff50d37
 def bench_model(args: Bench, device: str) -> TARFlow:
     "The F that is measured: from a checkpoint, or with random weights."
-    return load_model(args.checkpoint, TARFlow, device) if args.checkpoint else bench.random_flow(bench.geometry(args.geometry), device)
+    return (
+        load_model(args.checkpoint, TARFlow, device)
+        if args.checkpoint
+        else bench.random_flow(bench.geometry(args.geometry), device)
+    )
 
 # %% ../nbs/19_command_line.ipynb #d9d2734d
-MEASURED = {"inverse": lambda args, model, device: bench.bench_inverse(model, segments=parse_segments(args.segments), device=device, compiled=args.compiled),
-            "training": lambda args, model, device: bench.bench_training(model.cfg, device=device, compiled=args.compiled),
-            "tokens": lambda args, model, device: bench.bench_tokens(), "pair": lambda args, model, device: measure_pair(args, model, device),
-            "speed": lambda args, model, device: measure_speed(args, model)}
+MEASURED = {
+    "inverse": lambda args, model, device: bench.bench_inverse(
+        model, segments=parse_segments(args.segments), device=device, compiled=args.compiled
+    ),
+    "training": lambda args, model, device: bench.bench_training(
+        model.cfg, device=device, compiled=args.compiled
+    ),
+    "tokens": lambda args, model, device: bench.bench_tokens(),
+    "pair": lambda args, model, device: measure_pair(args, model, device),
+    "speed": lambda args, model, device: measure_speed(args, model),
+}
 
 # %% ../nbs/19_command_line.ipynb #c00f6ee1
 def whole_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -820,14 +1128,23 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
 def measure_speed(args: Bench, model: TARFlow) -> list:
     "Every way back, decoders included, for a sweep of batches."
     batches = whole_numbers(args.batches, "--batches")
-    return speed.bench_geometry(args.geometry, model, args.precision, batches or None, args.compiled, parse_segments(args.segments))
+    return speed.bench_geometry(
+        args.geometry,
+        model,
+        args.precision,
+        batches or None,
+        args.compiled,
+        parse_segments(args.segments),
+    )
 
 # %% ../nbs/19_command_line.ipynb #409846bd
 def measure_pair(args: Bench, model: TARFlow, device: str) -> list:
     "One pass of a G of the preset's shape against the ways back of F."
     reverse = pipeline.build(ReverseModel, bench.reverse_shape(args.geometry), 0, device).eval()
     check_pair(model, reverse)
-    return bench.bench_pair(model, reverse, segments=parse_segments(args.segments), compiled=args.compiled)
+    return bench.bench_pair(
+        model, reverse, segments=parse_segments(args.segments), compiled=args.compiled
+    )
 
 # %% ../nbs/19_command_line.ipynb #70ead3fc
 def parse_segments(text: str):
@@ -835,7 +1152,9 @@ def parse_segments(text: str):
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
-        raise BitflowError(f"--segments {text!r} is no number and no list of numbers like 1,1,1,48") from None
+        raise BitflowError(
+            f"--segments {text!r} is no number and no list of numbers like 1,1,1,48"
+        ) from None
     return counts[0] if len(counts) == 1 else counts
 
 # %% ../nbs/19_command_line.ipynb #517d57a5
@@ -844,10 +1163,22 @@ def run_bench(args: Bench):
     if args.what not in MEASURED:
         raise BitflowError(f"--what {args.what!r} cannot be measured; choose {', '.join(MEASURED)}")
     of = "" if args.what == "tokens" else f"-{args.geometry}"
-    out, start, device = args.out or Path(f"results/bench-{args.what}{of}.json"), time.perf_counter(), pipeline.find_device(args.device)
+    out, start, device = (
+        args.out or Path(f"results/bench-{args.what}{of}.json"),
+        time.perf_counter(),
+        pipeline.find_device(args.device),
+    )
     check_new_file(out)
     model = bench_model(args, device)
-    write_figures(out, "", args, dataclasses.asdict(model.cfg), MEASURED[args.what](args, model, device), start)
+    write_figures(
+        out,
+        "",
+        args,
+        dataclasses.asdict(model.cfg),
+        MEASURED[args.what](args, model, device),
+        start,
+    )
+
 
 RUN[Bench] = run_bench
 
@@ -861,7 +1192,9 @@ def tables_asked(args: Ablate) -> list:
     "The tables to make. Refuses an unknown one, and results that would be overwritten."
     names = list(ablations.TABLES) if args.table == "all" else [args.table]
     if names[0] not in ablations.TABLES:
-        raise BitflowError(f"no ablation is named {args.table!r}; choose {', '.join(ablations.TABLES)}, or all")
+        raise BitflowError(
+            f"no ablation is named {args.table!r}; choose {', '.join(ablations.TABLES)}, or all"
+        )
     if args.seeds < 1 or (args.workers or 1) < 1:
         raise BitflowError(f"--seeds {args.seeds} and --workers {args.workers} must be at least 1")
     for name in names if not args.resume else ():
@@ -871,19 +1204,32 @@ def tables_asked(args: Ablate) -> list:
 # %% ../nbs/19_command_line.ipynb #baa34638
 def workers_for(args: Ablate, device: str) -> int:
     "Trainings at a time: one on an accelerator, else one for each core and 2 GB of memory."
-    return args.workers or (1 if device != "cpu" else max(min(torch.get_num_threads(), int(hardware()["memory_gb"] or 2) // 2), 1))
+    return args.workers or (
+        1
+        if device != "cpu"
+        else max(min(torch.get_num_threads(), int(hardware()["memory_gb"] or 2) // 2), 1)
+    )
 
 # %% ../nbs/19_command_line.ipynb #3707c7ce
 def ablation_preset(args: Ablate) -> Preset:
     "The preset with the steps asked for."
     preset = preset_of(args)
     check_pair_preset(preset)
-    return replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps)) if args.steps else preset
+    return (
+        replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps))
+        if args.steps
+        else preset
+    )
 
 # %% ../nbs/19_command_line.ipynb #7c320045
 def run_ablate(args: Ablate):
     "`bitflow ablate`"
-    names, preset, device, start = tables_asked(args), ablation_preset(args), pipeline.find_device(args.device), time.perf_counter()
+    names, preset, device, start = (
+        tables_asked(args),
+        ablation_preset(args),
+        pipeline.find_device(args.device),
+        time.perf_counter(),
+    )
     if args.data_root:
         os.environ["BITFLOW_DATA"] = str(args.data_root)
     seeds = range(args.seed, args.seed + args.seeds)
@@ -891,11 +1237,26 @@ def run_ablate(args: Ablate):
     figures = ablations.run_jobs(jobs, args.out, device, workers_for(args, device))
     for name in names:
         found = ablations.lines_of(name, preset, seeds, figures)
-        config = {"verdict": ablations.verdict(found), "seeds": args.seeds, **dataclasses.asdict(preset)}
+        config = {
+            "verdict": ablations.verdict(found),
+            "seeds": args.seeds,
+            **dataclasses.asdict(preset),
+        }
         stem = table_stem(name, args)
-        save_results(args.results, stem, preset.name, command_line(replace(args, table=name)), config, found, time.perf_counter() - start)
-        ablations.draw_table(found, f"{name}, {preset.name}").savefig(args.results / f"{stem}.png", dpi=110)
+        save_results(
+            args.results,
+            stem,
+            preset.name,
+            command_line(replace(args, table=name)),
+            config,
+            found,
+            time.perf_counter() - start,
+        )
+        ablations.draw_table(found, f"{name}, {preset.name}").savefig(
+            args.results / f"{stem}.png", dpi=110
+        )
         print(f"{name}: {config['verdict']}; figures in {args.results / stem}.json")
+
 
 RUN[Ablate] = run_ablate
 
@@ -903,25 +1264,40 @@ RUN[Ablate] = run_ablate
 def run_cache_latents(args: CacheLatents):
     "`bitflow cache-latents`"
     device = pipeline.find_device(args.device)
-    ranks, source = find_ranks(device), find_source(args.source, args.split, args.per_shard, args.num_classes)
-    cfg = CacheConfig(args.image_size, args.batch_size, args.precision, args.max_corrupt, args.workers)
-    index = cache_latents(source, args.out / ("train" if args.split == "train" else "test"), load_vae(args.vae, device), cfg, ranks)
+    ranks, source = (
+        find_ranks(device),
+        find_source(args.source, args.split, args.per_shard, args.num_classes),
+    )
+    cfg = CacheConfig(
+        args.image_size, args.batch_size, args.precision, args.max_corrupt, args.workers
+    )
+    index = cache_latents(
+        source,
+        args.out / ("train" if args.split == "train" else "test"),
+        load_vae(args.vae, device),
+        cfg,
+        ranks,
+    )
     ranks.on_main(lambda: print(latents_report(index)))
 
-RUN[CacheLatents] = run_cache_latents
 
+RUN[CacheLatents] = run_cache_latents
 
 # %% ../nbs/19_command_line.ipynb #d5a9c7e9
 def run_watch(args: WatchRun):
     "`bitflow watch`"
     if not (args.run / "run.json").exists():
-        raise BitflowError(f"{args.run} is no run: it has no run.json; name the folder that a training was given with --out")
+        raise BitflowError(
+            f"{args.run} is no run: it has no run.json; name the folder that a training was given with --out"
+        )
     print(watching.watch(args.run))
     if args.tensorboard:
-        print(f"{watching.to_tensorboard(args.run, args.tensorboard)} items mirrored; look at them with: tensorboard --logdir {args.tensorboard}")
+        print(
+            f"{watching.to_tensorboard(args.run, args.tensorboard)} items mirrored; look at them with: tensorboard --logdir {args.tensorboard}"
+        )
+
 
 RUN[WatchRun] = run_watch
-
 
 # %% ../nbs/19_command_line.ipynb #59ec1224
 def run_guard(args: Reproduce):
@@ -930,11 +1306,17 @@ def run_guard(args: Reproduce):
     if args.record:
         check_new_file(path)
         return print(f"figures in {reproduce.record_guard(args.results, device=device)}")
-    lines = reproduce.compare_guard(load_result(reproduce.GUARD, args.results), reproduce.brief_figures(0, device))
+    lines = reproduce.compare_guard(
+        load_result(reproduce.GUARD, args.results), reproduce.brief_figures(0, device)
+    )
     for row, metric, value, mean, spread, fine in lines:
-        print(f"{'as stored' if fine else 'MOVED    '}  {row} {metric}: {value:.4g}, stored {mean:.4g} ± {spread:.2g}")
+        print(
+            f"{'as stored' if fine else 'MOVED    '}  {row} {metric}: {value:.4g}, stored {mean:.4g} ± {spread:.2g}"
+        )
     if moved := [metric for _, metric, *_, fine in lines if not fine]:
-        raise BitflowError(f"{', '.join(moved)} moved by more than four standard deviations; find the change, or store the new figures with --check --record")
+        raise BitflowError(
+            f"{', '.join(moved)} moved by more than four standard deviations; find the change, or store the new figures with --check --record"
+        )
 
 # %% ../nbs/19_command_line.ipynb #dce2f15c
 def run_reproduce(args: Reproduce):
@@ -943,19 +1325,26 @@ def run_reproduce(args: Reproduce):
         return run_guard(args)
     for name in args.names:
         reproduce.commands_of(name, args.budget, args.out, args.results)
-    more = [word for name in ("device", "data_root") if (value := getattr(args, name)) not in (None, "auto") for word in (f"--{name.replace('_', '-')}", str(value))]
+    more = [
+        word
+        for name in ("device", "data_root")
+        if (value := getattr(args, name)) not in (None, "auto")
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
     for name in args.names:
         reproduce.run_experiment(name, args.budget, args.out, args.results, main, tuple(more))
     print(f"all figures: {reproduce.write_index(args.results)}")
 
-RUN[Reproduce] = run_reproduce
 
+RUN[Reproduce] = run_reproduce
 
 # %% ../nbs/19_command_line.ipynb #da325fee
 def peak_memory_mb() -> float:
     "The most memory this process has held, in MB."
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 1024)  # macOS counts bytes, Linux kibibytes
+    return peak / (
+        2**20 if sys.platform == "darwin" else 1024
+    )  # macOS counts bytes, Linux kibibytes
 
 # %% ../nbs/19_command_line.ipynb #856fc2d1
 def train_pair(preset: Preset, train, out: Path, device: str, resume: bool):
@@ -966,8 +1355,19 @@ def train_pair(preset: Preset, train, out: Path, device: str, resume: bool):
 # %% ../nbs/19_command_line.ipynb #46039c97
 def save_demo(args: Demo, preset: Preset, done: pipeline.Evaluation, test, start: float) -> Path:
     "Write and print a demo's figures, and a picture of its samples; gives the results file."
-    name, found = f"demo-{preset.name}", [*done.measurements, measurement("demo", "peak_memory_mb", peak_memory_mb(), "MB")]
-    path = save_results(args.results, name, preset.name, command_line(args), dataclasses.asdict(preset), found, time.perf_counter() - start)
+    name, found = (
+        f"demo-{preset.name}",
+        [*done.measurements, measurement("demo", "peak_memory_mb", peak_memory_mb(), "MB")],
+    )
+    path = save_results(
+        args.results,
+        name,
+        preset.name,
+        command_line(args),
+        dataclasses.asdict(preset),
+        found,
+        time.perf_counter() - start,
+    )
     draw_rows(sample_rows(done.samples, test)).savefig(path.with_suffix(".png"), dpi=110)
     show(found)
     return path
@@ -981,7 +1381,11 @@ def check_folders(args: Demo):
 # %% ../nbs/19_command_line.ipynb #43049793
 def run_demo(args: Demo):
     "`bitflow demo`"
-    start, device, report = time.perf_counter(), pipeline.find_device(args.device), args.out / "report.html"
+    start, device, report = (
+        time.perf_counter(),
+        pipeline.find_device(args.device),
+        args.out / "report.html",
+    )
     preset = with_options(with_options(preset_of(args), args, "forward"), args, "reverse")
     if args.resume and report.exists():
         return print(f"{args.out} is finished; its report: {report}")
@@ -989,14 +1393,18 @@ def run_demo(args: Demo):
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
     forward, reverse = train_pair(preset, train, args.out, device, args.resume)
     print("drawing and measuring …")
-    done = pipeline.evaluate(forward, reverse, train, test, preset.num_samples, preset.train_reverse.seed, device)
+    done = pipeline.evaluate(
+        forward, reverse, train, test, preset.num_samples, preset.train_reverse.seed, device
+    )
     path = save_demo(args, preset, done, test, start)
     write_report(report, json.loads(path.read_text()), done.samples, forward, reverse, test)
     print(f"figures in {path}\nreport: {report}")
 
+
 RUN[Demo] = run_demo
 
 # %% ../nbs/19_command_line.ipynb #cee9670c
-if __name__ == "__main__" and "__file__" in globals():  # python -m bitflow_edu.cli, as torchrun starts it; a notebook has no __file__
+if (
+    __name__ == "__main__" and "__file__" in globals()
+):  # python -m bitflow_edu.cli, as torchrun starts it; a notebook has no __file__
     end(main())
-

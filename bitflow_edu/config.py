@@ -29,35 +29,43 @@ __all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'LARGE', 'LATENT', 'PUBLISHED', '
 @dataclass(frozen=True)
 class ObjectiveConfig:
     "What G is trained to match, and how its errors are weighed (chapters 11, 13 and 14)."
+
     strategy: str = "hidden-alignment"  # a key of `STRATEGIES`
-    feature_weight: float = 0.0         # of each perceptual distance at the image end; 0: MSE alone
+    feature_weight: float = 0.0  # of each perceptual distance at the image end; 0: MSE alone
     features: tuple[str, ...] = ("digits",)  # those distances, keys of `DISTANCES`
-    adaptive_power: float = 0.0         # p of the adaptive weights; 0: none
-    normalise: bool = False             # divide each depth's states by their size before they are compared
+    adaptive_power: float = 0.0  # p of the adaptive weights; 0: none
+    normalise: bool = False  # divide each depth's states by their size before they are compared
     depth_weights: tuple[float, ...] = ()  # of the depths' terms; (): 1 for all
-    w_per_block: bool = False           # draw a guidance scale for each block, not one for all (where G takes w)
-    decoder: str = ""                   # autoencoder, by hub name or folder, that latents pass before the perceptual distances see them
-    decoded_images: int = 4             # of each piece of a batch, that are decoded: the decoder costs more than G
+    w_per_block: bool = (
+        False  # draw a guidance scale for each block, not one for all (where G takes w)
+    )
+    decoder: str = ""  # autoencoder, by hub name or folder, that latents pass before the perceptual distances see them
+    decoded_images: int = (
+        4  # of each piece of a batch, that are decoded: the decoder costs more than G
+    )
 
     def __post_init__(self):
         find_strategy(self.strategy)
         for name in self.features:
             check_distance(name)
         if self.feature_weight < 0 or self.adaptive_power < 0:
-            raise BitflowError(f"feature_weight {self.feature_weight} and adaptive_power {self.adaptive_power} must not be negative")
+            raise BitflowError(
+                f"feature_weight {self.feature_weight} and adaptive_power {self.adaptive_power} must not be negative"
+            )
 
 # %% ../nbs/config.ipynb #cc037419
 @dataclass(frozen=True)
 class Preset:
     "All that a run needs to know."
+
     name: str
-    data: DataConfig                          # which images
-    forward: TARFlowConfig | CouplingConfig   # the shape of F
-    reverse: ReverseConfig | None             # the shape of G; None: a flow alone, trained for its likelihood
-    train_forward: TrainConfig                # how F is trained
-    train_reverse: TrainConfig | None         # how G is trained
-    objective: ObjectiveConfig | None         # what G is asked to match
-    num_samples: int = 2000                   # images drawn for an evaluation
+    data: DataConfig  # which images
+    forward: TARFlowConfig | CouplingConfig  # the shape of F
+    reverse: ReverseConfig | None  # the shape of G; None: a flow alone, trained for its likelihood
+    train_forward: TrainConfig  # how F is trained
+    train_reverse: TrainConfig | None  # how G is trained
+    objective: ObjectiveConfig | None  # what G is asked to match
+    num_samples: int = 2000  # images drawn for an evaluation
 
     @property
     def conditional(self):
@@ -67,16 +75,37 @@ class Preset:
 # %% ../nbs/config.ipynb #b23389f3
 def make_preset(
     name: str,
-    data: DataConfig, patch_size: int, num_blocks: int,            # images, p and B
-    forward: TransformerConfig, reverse: TransformerConfig,        # of each block of F, of G
-    train_forward: TrainConfig, train_reverse: TrainConfig,        # how each is trained
-    objective: ObjectiveConfig = ObjectiveConfig(), noise_std: float = 0.1, num_samples: int = 2000,
+    data: DataConfig,
+    patch_size: int,
+    num_blocks: int,  # images, p and B
+    forward: TransformerConfig,
+    reverse: TransformerConfig,  # of each block of F, of G
+    train_forward: TrainConfig,
+    train_reverse: TrainConfig,  # how each is trained
+    objective: ObjectiveConfig = ObjectiveConfig(),
+    noise_std: float = 0.1,
+    num_samples: int = 2000,
 ) -> Preset:
     "A preset whose F and G fit the data and each other."
-    shape = dict(image_size=data.image_size, channels=data.channels, num_classes=data.num_classes, patch_size=patch_size, num_blocks=num_blocks)
-    return Preset(name, data, TARFlowConfig(**shape, noise_std=noise_std, transformer=forward),
-                  ReverseConfig(**shape, token_states=needs_token_states(objective.strategy), transformer=reverse),
-                  train_forward, train_reverse, objective, num_samples)
+    shape = dict(
+        image_size=data.image_size,
+        channels=data.channels,
+        num_classes=data.num_classes,
+        patch_size=patch_size,
+        num_blocks=num_blocks,
+    )
+    return Preset(
+        name,
+        data,
+        TARFlowConfig(**shape, noise_std=noise_std, transformer=forward),
+        ReverseConfig(
+            **shape, token_states=needs_token_states(objective.strategy), transformer=reverse
+        ),
+        train_forward,
+        train_reverse,
+        objective,
+        num_samples,
+    )
 
 # %% ../nbs/config.ipynb #a58a7381
 DIGITS = ObjectiveConfig(feature_weight=3.0, adaptive_power=1.0)
@@ -87,8 +116,17 @@ GPU = TrainConfig(steps=20_000, batch_size=256, lr=1e-3, sample_every=2000, chec
 # %% ../nbs/config.ipynb #1d9d94a8
 def mnist_mini() -> Preset:
     "10,000 embedded digits at 16×16, 16 tokens: minutes on two cores."
-    return make_preset("mnist-mini", DataConfig("mnist-mini", 16), 4, 4, TransformerConfig(), TransformerConfig(),
-                       TrainConfig(steps=2500, lr=4e-3), TrainConfig(steps=1500, lr=4e-3), DIGITS)
+    return make_preset(
+        "mnist-mini",
+        DataConfig("mnist-mini", 16),
+        4,
+        4,
+        TransformerConfig(),
+        TransformerConfig(),
+        TrainConfig(steps=2500, lr=4e-3),
+        TrainConfig(steps=1500, lr=4e-3),
+        DIGITS,
+    )
 
 # %% ../nbs/config.ipynb #eec637f2
 def taking_w(preset: Preset, w_max: float = 3.0) -> Preset:
@@ -99,32 +137,90 @@ def taking_w(preset: Preset, w_max: float = 3.0) -> Preset:
 def mnist_like(name: str) -> Preset:
     "60,000 grey images at 28×28, 49 tokens: one GPU."
     objective = DIGITS if name == "mnist" else ObjectiveConfig()
-    return taking_w(make_preset(name, DataConfig(name, 28), 4, 4, TransformerConfig(num_layers=4), TransformerConfig(num_layers=4, **MODERN),
-                       GPU, GPU, objective, num_samples=10_000))
+    return taking_w(
+        make_preset(
+            name,
+            DataConfig(name, 28),
+            4,
+            4,
+            TransformerConfig(num_layers=4),
+            TransformerConfig(num_layers=4, **MODERN),
+            GPU,
+            GPU,
+            objective,
+            num_samples=10_000,
+        )
+    )
 
 # %% ../nbs/config.ipynb #7bfd3ab0
 def colour(name: str) -> Preset:
     "32×32 colour images, 64 tokens, F of about 29M parameters: one GPU."
     wide = dict(width=384, num_layers=4)
     long = replace(GPU, steps=60_000, lr=5e-4)
-    return taking_w(make_preset(name, DataConfig(name, 32, 3), 4, 4, TransformerConfig(**wide), TransformerConfig(**wide, **MODERN), long, long, num_samples=10_000))
+    return taking_w(
+        make_preset(
+            name,
+            DataConfig(name, 32, 3),
+            4,
+            4,
+            TransformerConfig(**wide),
+            TransformerConfig(**wide, **MODERN),
+            long,
+            long,
+            num_samples=10_000,
+        )
+    )
 
 
 def cifar10_mini() -> Preset:
     "CIFAR-10 for a CPU: the same parts, narrower and half as deep, an hour of one core for each model."
-    small, hour = dict(width=192, num_layers=2), TrainConfig(batch_size=64, lr=2e-3, compile=True, sample_every=1000, checkpoint_every=1000)
-    return taking_w(make_preset("cifar10-mini", DataConfig("cifar10", 32, 3), 4, 4, TransformerConfig(**small), TransformerConfig(**small, **MODERN),
-                                replace(hour, steps=8000), replace(hour, steps=4000), num_samples=10_000))
+    small, hour = (
+        dict(width=192, num_layers=2),
+        TrainConfig(batch_size=64, lr=2e-3, compile=True, sample_every=1000, checkpoint_every=1000),
+    )
+    return taking_w(
+        make_preset(
+            "cifar10-mini",
+            DataConfig("cifar10", 32, 3),
+            4,
+            4,
+            TransformerConfig(**small),
+            TransformerConfig(**small, **MODERN),
+            replace(hour, steps=8000),
+            replace(hour, steps=4000),
+            num_samples=10_000,
+        )
+    )
 
 # %% ../nbs/config.ipynb #25229745
-LARGE = TrainConfig(steps=800_000, batch_size=256, lr=1e-4, ema=0.9999, precision="bf16", log_every=100, sample_every=10_000, checkpoint_every=5000, pieces=8)
+LARGE = TrainConfig(
+    steps=800_000,
+    batch_size=256,
+    lr=1e-4,
+    ema=0.9999,
+    precision="bf16",
+    log_every=100,
+    sample_every=10_000,
+    checkpoint_every=5000,
+    pieces=8,
+)
 
 
 def imagenet64() -> Preset:
     "ImageNet at 64×64 pixels, 256 tokens of 48 values, F of about 818M parameters (TARFlow, arXiv 2412.06329): many GPUs."
     wide = dict(width=1024, head_dim=64)
-    return make_preset("imagenet64", DataConfig("image-folder", 64, 3, 1000), 4, 8, TransformerConfig(**wide, num_layers=8),
-                       TransformerConfig(**wide, num_layers=2, **MODERN), LARGE, LARGE, noise_std=0.05, num_samples=50_000)
+    return make_preset(
+        "imagenet64",
+        DataConfig("image-folder", 64, 3, 1000),
+        4,
+        8,
+        TransformerConfig(**wide, num_layers=8),
+        TransformerConfig(**wide, num_layers=2, **MODERN),
+        LARGE,
+        LARGE,
+        noise_std=0.05,
+        num_samples=50_000,
+    )
 
 # %% ../nbs/config.ipynb #f6c1d25a
 LATENT = {"b2": (768, 2), "l2": (1024, 3), "xl2": (1536, 3)}  # width, layers a block
@@ -134,15 +230,48 @@ def imagenet256(size: str) -> Preset:
     "ImageNet at 256×256 in SD-VAE latents 32×32×4, 256 tokens of 16 values (BiFlow, arXiv 2512.10953): 8 blocks, G one more for the noise."
     width, layers = LATENT[size]
     t = TransformerConfig(width, layers, **MODERN)
-    preset = make_preset(f"imagenet256-{size}", DataConfig("imagenet-latents", 32, 4, 1000), 2, 8, t, t, LARGE, LARGE, noise_std=0.1, num_samples=50_000)
+    preset = make_preset(
+        f"imagenet256-{size}",
+        DataConfig("imagenet-latents", 32, 4, 1000),
+        2,
+        8,
+        t,
+        t,
+        LARGE,
+        LARGE,
+        noise_std=0.1,
+        num_samples=50_000,
+    )
     return replace(preset, forward=improved(preset.forward))
 
 # %% ../nbs/config.ipynb #c383b487
-PUBLISHED = {"imagenet256-b2": {"F": 120e6, "G": 133e6}, "imagenet256-xl2": {"F": 690e6}}  # parameters (arXiv 2512.10953)
-BOTH = ("forward.transformer", "forward.num_blocks", "forward.clip", "forward.noise_std", "reverse.transformer", "train_forward", "train_reverse")
-INFERRED = {"imagenet64": ("forward.patch_size", "forward.num_blocks", "forward.transformer.width", "forward.transformer.num_layers", "reverse", "train_forward.steps",
-                           "train_forward.batch_size", "train_forward.ema", "train_reverse"),
-            **{f"imagenet256-{size}": BOTH for size in LATENT}}
+PUBLISHED = {
+    "imagenet256-b2": {"F": 120e6, "G": 133e6},
+    "imagenet256-xl2": {"F": 690e6},
+}  # parameters (arXiv 2512.10953)
+BOTH = (
+    "forward.transformer",
+    "forward.num_blocks",
+    "forward.clip",
+    "forward.noise_std",
+    "reverse.transformer",
+    "train_forward",
+    "train_reverse",
+)
+INFERRED = {
+    "imagenet64": (
+        "forward.patch_size",
+        "forward.num_blocks",
+        "forward.transformer.width",
+        "forward.transformer.num_layers",
+        "reverse",
+        "train_forward.steps",
+        "train_forward.batch_size",
+        "train_forward.ema",
+        "train_reverse",
+    ),
+    **{f"imagenet256-{size}": BOTH for size in LATENT},
+}
 
 
 def inferred(name: str) -> tuple[str, ...]:
@@ -153,34 +282,95 @@ def inferred(name: str) -> tuple[str, ...]:
 LIKELIHOOD = TrainConfig(label_dropout=1.0, sample_every=1000, checkpoint_every=500)
 
 
-def flow_alone(name: str, forward, steps: int, lr: float, train: TrainConfig = LIKELIHOOD, data: str = "mnist") -> Preset:
+def flow_alone(
+    name: str, forward, steps: int, lr: float, train: TrainConfig = LIKELIHOOD, data: str = "mnist"
+) -> Preset:
     "A flow trained for its likelihood, on digits of its own size."
-    return Preset(name, DataConfig(data, forward.image_size), forward, None, replace(train, steps=steps, lr=lr), None, None)
+    return Preset(
+        name,
+        DataConfig(data, forward.image_size),
+        forward,
+        None,
+        replace(train, steps=steps, lr=lr),
+        None,
+        None,
+    )
 
 # %% ../nbs/config.ipynb #587c45c1
 ALONE = {  # shape of the flow, steps, learning rate
     "mnist-nice": (CouplingConfig("nice", levels=1, steps=4, width=97, alpha=1e-5), 100_000, 2e-3),
     "mnist-realnvp": (CouplingConfig("realnvp", steps=4, width=152, alpha=1e-5), 1650, 5e-3),
     "mnist-glow": (CouplingConfig("glow", steps=8, width=160, alpha=1e-5), 3750, 5e-3),
-    "mnist-tarflow": (TARFlowConfig(image_size=28, noise_std=0.0, logit_alpha=1e-5, transformer=TransformerConfig(width=112, head_dim=28, num_layers=1)), 10_000, 4e-3)}
+    "mnist-tarflow": (
+        TARFlowConfig(
+            image_size=28,
+            noise_std=0.0,
+            logit_alpha=1e-5,
+            transformer=TransformerConfig(width=112, head_dim=28, num_layers=1),
+        ),
+        10_000,
+        4e-3,
+    ),
+}
 
 # %% ../nbs/config.ipynb #ce4b36bc
-PAIRS = {"mnist-mini": mnist_mini, "mnist": lambda: mnist_like("mnist"), "fashion-mnist": lambda: mnist_like("fashion-mnist"), "cifar10": lambda: colour("cifar10"), "cifar10-mini": cifar10_mini,
-         "image-folder": lambda: colour("image-folder"), "imagenet64": imagenet64, **{f"imagenet256-{size}": partial(imagenet256, size) for size in LATENT}}
-SMALL = {"imagenet64": dict(image_size=16, num_classes=2), **{f"imagenet256-{size}": dict(image_size=8, num_classes=2) for size in LATENT}}
+PAIRS = {
+    "mnist-mini": mnist_mini,
+    "mnist": lambda: mnist_like("mnist"),
+    "fashion-mnist": lambda: mnist_like("fashion-mnist"),
+    "cifar10": lambda: colour("cifar10"),
+    "cifar10-mini": cifar10_mini,
+    "image-folder": lambda: colour("image-folder"),
+    "imagenet64": imagenet64,
+    **{f"imagenet256-{size}": partial(imagenet256, size) for size in LATENT},
+}
+SMALL = {
+    "imagenet64": dict(image_size=16, num_classes=2),
+    **{f"imagenet256-{size}": dict(image_size=8, num_classes=2) for size in LATENT},
+}
 
 
 def smoke_twin(name: str) -> Preset:
     "The twin of a pair's preset: the same kinds of parts, tiny."
     p, small = PAIRS[name](), SMALL.get(name, {})
-    tiny = lambda model: replace(model, **small, num_blocks=2, transformer=replace(model.transformer, width=TINY.width, head_dim=TINY.head_dim, num_layers=TINY.num_layers))
+    tiny = lambda model: replace(
+        model,
+        **small,
+        num_blocks=2,
+        transformer=replace(
+            model.transformer, width=TINY.width, head_dim=TINY.head_dim, num_layers=TINY.num_layers
+        ),
+    )
     brief = lambda train: replace(SECONDS, precision=train.precision, pieces=min(train.pieces, 4))
-    return Preset(f"{name}-smoke", replace(p.data, **small), tiny(p.forward), tiny(p.reverse), brief(p.train_forward), brief(p.train_reverse), p.objective, num_samples=100)
+    return Preset(
+        f"{name}-smoke",
+        replace(p.data, **small),
+        tiny(p.forward),
+        tiny(p.reverse),
+        brief(p.train_forward),
+        brief(p.train_reverse),
+        p.objective,
+        num_samples=100,
+    )
 
 # %% ../nbs/config.ipynb #592c6df3
-PRESETS = {**{preset: make for name, pair in PAIRS.items() for preset, make in ((name, pair), (f"{name}-smoke", partial(smoke_twin, name)))},
-           **{name: partial(flow_alone, name, *parts) for name, parts in ALONE.items()},
-           "mnist-glow-smoke": partial(flow_alone, "mnist-glow-smoke", CouplingConfig("glow", 16, steps=2, width=16), 30, 2e-3, replace(SECONDS, label_dropout=1.0), "mnist-mini")}
+PRESETS = {
+    **{
+        preset: make
+        for name, pair in PAIRS.items()
+        for preset, make in ((name, pair), (f"{name}-smoke", partial(smoke_twin, name)))
+    },
+    **{name: partial(flow_alone, name, *parts) for name, parts in ALONE.items()},
+    "mnist-glow-smoke": partial(
+        flow_alone,
+        "mnist-glow-smoke",
+        CouplingConfig("glow", 16, steps=2, width=16),
+        30,
+        2e-3,
+        replace(SECONDS, label_dropout=1.0),
+        "mnist-mini",
+    ),
+}
 
 # %% ../nbs/config.ipynb #06122efb
 def nearest(name: str, names, cutoff: float = 0.6) -> str:
@@ -193,13 +383,19 @@ def nearest_field(name: str, known) -> str:
     "The same for a dotted name: its last part counts first, so that `forward.widht` finds `forward.transformer.width`."
     leaf = lambda dotted: dotted.rpartition(".")[2]
     near = difflib.get_close_matches(leaf(name), {leaf(k) for k in known}, n=1)
-    return nearest(name, [k for k in known if leaf(k) in near], cutoff=0.0) if near else nearest(name, known)
+    return (
+        nearest(name, [k for k in known if leaf(k) in near], cutoff=0.0)
+        if near
+        else nearest(name, known)
+    )
 
 # %% ../nbs/config.ipynb #a0668506
 def find_preset(name: str) -> Preset:
     "The preset of that name. Raises `BitflowError` with the nearest name for another."
     if name not in PRESETS:
-        raise BitflowError(f"unknown preset {name!r}; {nearest(name, PRESETS)}presets: {', '.join(PRESETS)}")
+        raise BitflowError(
+            f"unknown preset {name!r}; {nearest(name, PRESETS)}presets: {', '.join(PRESETS)}"
+        )
     return PRESETS[name]()
 
 # %% ../nbs/config.ipynb #5f002ceb
@@ -207,14 +403,20 @@ def check_pair_preset(preset: Preset):
     "Refuse a preset that describes a flow alone, where a pair of F and G is needed."
     if preset.reverse is None:
         pairs = ", ".join(name for name, make in PRESETS.items() if make().reverse is not None)
-        raise BitflowError(f"preset {preset.name} describes a flow alone, trained for its likelihood; a pair of F and G is needed here: {pairs}")
+        raise BitflowError(
+            f"preset {preset.name} describes a flow alone, trained for its likelihood; a pair of F and G is needed here: {pairs}"
+        )
 
 # %% ../nbs/config.ipynb #d2ccead3
 def with_strategy(preset: Preset, strategy: str) -> Preset:
     "The same preset with another strategy, and the G that it needs."
     check_pair_preset(preset)
     objective = replace(preset.objective, strategy=strategy)
-    return replace(preset, objective=objective, reverse=replace(preset.reverse, token_states=needs_token_states(strategy)))
+    return replace(
+        preset,
+        objective=objective,
+        reverse=replace(preset.reverse, token_states=needs_token_states(strategy)),
+    )
 
 # %% ../nbs/config.ipynb #7f34623e
 def check_same(a: str, b: str, names: tuple, preset: Preset):
@@ -222,10 +424,16 @@ def check_same(a: str, b: str, names: tuple, preset: Preset):
     for name in names:
         values = [getattr(getattr(preset, part), name) for part in (a, b)]
         if values[0] != values[1]:
-            raise BitflowError(f"{a}.{name} is {values[0]} but {b}.{name} is {values[1]}; they must agree: change both")
+            raise BitflowError(
+                f"{a}.{name} is {values[0]} but {b}.{name} is {values[1]}; they must agree: change both"
+            )
 
 # %% ../nbs/config.ipynb #68eb1070
-PARTS = {"reverse": ReverseConfig, "train_reverse": TrainConfig, "objective": ObjectiveConfig}  # what a flow alone lacks
+PARTS = {
+    "reverse": ReverseConfig,
+    "train_reverse": TrainConfig,
+    "objective": ObjectiveConfig,
+}  # what a flow alone lacks
 
 
 def check_preset(preset: Preset) -> Preset:
@@ -234,10 +442,14 @@ def check_preset(preset: Preset) -> Preset:
     check_same("data", "forward", shape, preset)
     missing = [name for name in PARTS if getattr(preset, name) is None]
     if missing and len(missing) < len(PARTS):
-        raise BitflowError(f"{', '.join(missing)} is null but {', '.join(sorted(set(PARTS) - set(missing)))} is not; a pair needs all of them, a flow alone none")
+        raise BitflowError(
+            f"{', '.join(missing)} is null but {', '.join(sorted(set(PARTS) - set(missing)))} is not; a pair needs all of them, a flow alone none"
+        )
     if not missing:
         if not isinstance(preset.forward, TARFlowConfig):
-            raise BitflowError("only a TARFlow has an inverse G to learn; set reverse, train_reverse and objective to null, or give a TARFlow")
+            raise BitflowError(
+                "only a TARFlow has an inverse G to learn; set reverse, train_reverse and objective to null, or give a TARFlow"
+            )
         check_same("forward", "reverse", (*shape, "patch_size", "num_blocks"), preset)
         check_objective(preset)
     return preset
@@ -245,11 +457,19 @@ def check_preset(preset: Preset) -> Preset:
 # %% ../nbs/config.ipynb #315cb832
 def check_objective(preset: Preset):
     "Refuse a G, or weights, that do not suit what G is asked to match."
-    strategy, weights, B = preset.objective.strategy, preset.objective.depth_weights, preset.forward.num_blocks
+    strategy, weights, B = (
+        preset.objective.strategy,
+        preset.objective.depth_weights,
+        preset.forward.num_blocks,
+    )
     if preset.reverse.token_states != needs_token_states(strategy):
-        raise BitflowError(f"reverse.token_states is {preset.reverse.token_states}, but objective.strategy {strategy} needs {needs_token_states(strategy)}; change one of them")
+        raise BitflowError(
+            f"reverse.token_states is {preset.reverse.token_states}, but objective.strategy {strategy} needs {needs_token_states(strategy)}; change one of them"
+        )
     if weights and len(weights) != B:
-        raise BitflowError(f"objective.depth_weights has {len(weights)} values for forward.num_blocks {B}; give one for each block")
+        raise BitflowError(
+            f"objective.depth_weights has {len(weights)} values for forward.num_blocks {B}; give one for each block"
+        )
 
 # %% ../nbs/config.ipynb #e1e0f614
 def as_tree(preset: Preset) -> dict:
@@ -264,7 +484,9 @@ def to_words(tree: dict, prefix: str = "") -> dict:
         if isinstance(value, dict):
             found |= to_words(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+            found[f"{prefix}{key}"] = (
+                [str(v) for v in value] if isinstance(value, list) else [str(value)]
+            )
     return found
 
 # %% ../nbs/config.ipynb #5b20bbde
@@ -280,20 +502,35 @@ def one_line(message: str) -> str:
 def read_fields(preset: Preset, argv: list[str]) -> Preset:
     "What tyro makes of a preset and words such as `--data.image-size 8`. Raises `SystemExit`: 0 after --help, else with a box on stderr."
     import tyro
-    return tyro.cli(Preset, default=preset, args=argv, prog="bitflow …", config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff))
+
+    return tyro.cli(
+        Preset,
+        default=preset,
+        args=argv,
+        prog="bitflow …",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
 
 # %% ../nbs/config.ipynb #50b30004
 def with_words(preset: Preset, given: dict, where: str = "") -> Preset:
     "The preset with some fields changed, dotted name → words. Raises `BitflowError` for unknown fields, wrong types, and what contradicts itself."
     known, said = to_words(as_tree(preset)), io.StringIO()
     if unknown := next((name for name in given if name not in known), None):
-        raise BitflowError(f"{where}unknown field {unknown!r}; {nearest_field(unknown, known)}bitflow info --preset {preset.name} --fields lists them all")
+        raise BitflowError(
+            f"{where}unknown field {unknown!r}; {nearest_field(unknown, known)}bitflow info --preset {preset.name} --fields lists them all"
+        )
     try:
         with contextlib.redirect_stderr(said):
-            argv = [word for name, words in given.items() for word in (f"--{name.replace('_', '-')}", *words)]
+            argv = [
+                word
+                for name, words in given.items()
+                for word in (f"--{name.replace('_', '-')}", *words)
+            ]
             return check_preset(read_fields(preset, argv) if argv else preset)
     except SystemExit:
-        raise BitflowError(f"{where}{one_line(said.getvalue())}; bitflow info --fields says what each field takes") from None
+        raise BitflowError(
+            f"{where}{one_line(said.getvalue())}; bitflow info --fields says what each field takes"
+        ) from None
 
 # %% ../nbs/config.ipynb #e3775f32
 def split_fields(argv) -> tuple:
@@ -327,6 +564,7 @@ def write_preset(preset: Preset, path: Path):
 # %% ../nbs/config.ipynb #188f2e63
 class UniqueKeys(yaml.SafeLoader):
     "YAML that says nothing twice: of two values for a field, the standard loader silently takes the last."
+
     def construct_mapping(self, node, deep=False):
         "A mapping; a key that comes twice is an error."
         keys = [key.value for key, _ in node.value]
@@ -340,24 +578,42 @@ def read_tree(path: Path) -> dict:
     try:
         tree = yaml.load(path.read_text(), UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise BitflowError(f"{path} is no YAML file that can be read ({' '.join(str(e).split())}); bitflow info --yaml writes one") from e
+        raise BitflowError(
+            f"{path} is no YAML file that can be read ({' '.join(str(e).split())}); bitflow info --yaml writes one"
+        ) from e
     if not isinstance(tree, dict):
-        raise BitflowError(f"{path} holds no fields such as num_samples: 100; bitflow info --yaml writes a file that does")
+        raise BitflowError(
+            f"{path} holds no fields such as num_samples: 100; bitflow info --yaml writes a file that does"
+        )
     return tree
 
 # %% ../nbs/config.ipynb #eddb701f
 def with_parts_of(preset: Preset, tree: dict) -> Preset:
     "The preset with the parts that a file has: a G or none, and a flow of the kind whose fields it gives."
     changed = {name: None for name in PARTS if name in tree and tree[name] is None}
-    changed |= {name: kind() for name, kind in PARTS.items() if isinstance(tree.get(name), dict) and getattr(preset, name) is None}
+    changed |= {
+        name: kind()
+        for name, kind in PARTS.items()
+        if isinstance(tree.get(name), dict) and getattr(preset, name) is None
+    }
     given, kinds = tree.get("forward"), (type(preset.forward), TARFlowConfig, CouplingConfig)
-    fits = lambda kind: not isinstance(given, dict) or set(given) <= {f.name for f in dataclasses.fields(kind)}
+    fits = lambda kind: (
+        not isinstance(given, dict) or set(given) <= {f.name for f in dataclasses.fields(kind)}
+    )
     kind = next((kind for kind in kinds if fits(kind)), kinds[0])
-    return replace(preset, **changed) if kind is kinds[0] else replace(preset, forward=kind(), **changed)
+    return (
+        replace(preset, **changed)
+        if kind is kinds[0]
+        else replace(preset, forward=kind(), **changed)
+    )
 
 
 def read_preset(path: Path, base: Preset) -> Preset:
     "The preset in a YAML file; the fields it leaves out are those of `base`."
     tree = read_tree(path)
     absent = {name for name in PARTS if name in tree and tree[name] is None}
-    return with_words(with_parts_of(base, tree), to_words({k: v for k, v in tree.items() if k not in absent}), f"{path}: ")
+    return with_words(
+        with_parts_of(base, tree),
+        to_words({k: v for k, v in tree.items() if k not in absent}),
+        f"{path}: ",
+    )

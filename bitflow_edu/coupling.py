@@ -19,21 +19,25 @@ __all__ = ['KINDS', 'mlp', 'every_other', 'AdditiveCoupling', 'bounded', 'advice
 
 # %% ../nbs/02_affine_coupling.ipynb #4ae2d738
 def mlp(
-    inputs: int, outputs: int,  # sizes of first and last layer
-    width: int = 64, depth: int = 2,  # of the hidden layers
+    inputs: int,
+    outputs: int,  # sizes of first and last layer
+    width: int = 64,
+    depth: int = 2,  # of the hidden layers
 ) -> nn.Sequential:
     "Linear layers with SiLU between; the last starts at zero, so that a new coupling does nothing."
     sizes = [inputs, *[width] * depth]
-    layers = [piece for a, b in zip(sizes[:-1], sizes[1:]) for piece in (nn.Linear(a, b), nn.SiLU())]
+    layers = [
+        piece for a, b in zip(sizes[:-1], sizes[1:]) for piece in (nn.Linear(a, b), nn.SiLU())
+    ]
     last = nn.Linear(sizes[-1], outputs)
     nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
     return nn.Sequential(*layers, last)
 
 # %% ../nbs/02_affine_coupling.ipynb #acf8bb85
 def every_other(
-    *shape: int,      # of one input
+    *shape: int,  # of one input
     parity: int = 0,  # 0: the first value is 1
-) -> Tensor:          # ones and zeros, `shape`
+) -> Tensor:  # ones and zeros, `shape`
     "A mask that alternates along every axis: every other dimension of a vector, a checkerboard over an image `(1, H, W)`."
     index = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")).sum(dim=0)
     return ((index + parity) % 2 == 0).float()
@@ -41,10 +45,13 @@ def every_other(
 # %% ../nbs/02_affine_coupling.ipynb #68284196
 class AdditiveCoupling(Bijection):
     "NICE (arXiv 1410.8516): y_a = x_a, y_b = x_b + t(x_a). It keeps volume."
+
     def __init__(self, mask: Tensor, net: nn.Module):
         super().__init__()
         self.net = net
-        self.register_buffer("mask", mask)  # 1 where x passes through (x_a), 0 where it is changed (x_b)
+        self.register_buffer(
+            "mask", mask
+        )  # 1 where x passes through (x_a), 0 where it is changed (x_b)
 
     def shift(self, x):
         "t, zero where the mask lets x pass."
@@ -60,7 +67,7 @@ class AdditiveCoupling(Bijection):
 
 # %% ../nbs/02_affine_coupling.ipynb #b99db9dc
 def bounded(
-    raw: Tensor,          # what a network put out
+    raw: Tensor,  # what a network put out
     bound: float | None,  # largest |log-scale|; None: none
 ) -> Tensor:
     "A log-scale that cannot run away: b·tanh(raw/b)."
@@ -68,10 +75,10 @@ def bounded(
 
 # %% ../nbs/02_affine_coupling.ipynb #ac278f53
 def advice(
-    net: nn.Module,       # puts out two values for each that is to be changed
-    seen: Tensor,         # x_a `(N, C, …)`: what passes through
+    net: nn.Module,  # puts out two values for each that is to be changed
+    seen: Tensor,  # x_a `(N, C, …)`: what passes through
     bound: float | None,  # largest |log-scale|; None: none
-) -> tuple:               # s (bounded) and t
+) -> tuple:  # s (bounded) and t
     "What a network says about x_b when it sees x_a: log-scale and shift."
     s, t = net(seen).to(seen.dtype).chunk(2, dim=1)
     return bounded(s, bound), t
@@ -79,6 +86,7 @@ def advice(
 # %% ../nbs/02_affine_coupling.ipynb #c2aade7e
 class AffineCoupling(Bijection):
     "RealNVP (arXiv 1605.08803, eq. 4–5): y_a = x_a, y_b = x_b·exp(s(x_a)) + t(x_a)."
+
     def __init__(self, mask: Tensor, net: nn.Module, bound: float | None = 2.0):
         super().__init__()
         self.net, self.bound = net, bound
@@ -96,38 +104,55 @@ class AffineCoupling(Bijection):
 
 # %% ../nbs/02_affine_coupling.ipynb #36290062
 def realnvp_points(
-    dims: int = 2,      # of a point
-    layers: int = 8,    # couplings
-    width: int = 64,    # of their networks
+    dims: int = 2,  # of a point
+    layers: int = 8,  # couplings
+    width: int = 64,  # of their networks
 ) -> Compose:
     "RealNVP for points: affine couplings that pass every other dimension in turn."
-    return Compose(*(AffineCoupling(every_other(dims, parity=i % 2), mlp(dims, 2 * dims, width)) for i in range(layers)))
+    return Compose(
+        *(
+            AffineCoupling(every_other(dims, parity=i % 2), mlp(dims, 2 * dims, width))
+            for i in range(layers)
+        )
+    )
 
 # %% ../nbs/02_affine_coupling.ipynb #468bc74f
 def conv_net(
-    inputs: int, outputs: int,  # channels
-    width: int = 64,            # channels between
+    inputs: int,
+    outputs: int,  # channels
+    width: int = 64,  # channels between
 ) -> nn.Sequential:
     "3×3, 1×1, 3×3 convolutions as in Glow (arXiv 1807.03039); the last starts at zero."
     last = nn.Conv2d(width, outputs, 3, padding=1)
     nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), last)
+    return nn.Sequential(
+        nn.Conv2d(inputs, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 1),
+        nn.ReLU(),
+        last,
+    )
 
 # %% ../nbs/02_affine_coupling.ipynb #32551443
 def check_image(
-    x: Tensor,    # images or feature maps
-    divisor: int = 1, # of height and width
+    x: Tensor,  # images or feature maps
+    divisor: int = 1,  # of height and width
 ):
     "Refuse what is no batch of images `(N, C, H, W)`, or has a height or width that `divisor` does not divide."
     if x.ndim != 4:
-        raise BitflowError(f"this layer works on images (N, C, H, W), not on {tuple(x.shape)}; add the missing axes")
+        raise BitflowError(
+            f"this layer works on images (N, C, H, W), not on {tuple(x.shape)}; add the missing axes"
+        )
     if x.shape[2] % divisor or x.shape[3] % divisor:
-        raise BitflowError(f"an image of {x.shape[2]}x{x.shape[3]} cannot be squeezed: height and width must be divisible by {divisor}; "
-                           "pad or resize the images, or use fewer levels")
+        raise BitflowError(
+            f"an image of {x.shape[2]}x{x.shape[3]} cannot be squeezed: height and width must be divisible by {divisor}; "
+            "pad or resize the images, or use fewer levels"
+        )
 
 # %% ../nbs/02_affine_coupling.ipynb #b64160b3
 class Squeeze(Bijection):
     "`(N, C, H, W)` to `(N, 4C, H/2, W/2)`: every 2×2 square becomes four channels. Nothing is computed, log|det| = 0."
+
     def forward(self, x):
         "Raises `BitflowError` for an odd height or width."
         check_image(x, divisor=2)
@@ -137,23 +162,25 @@ class Squeeze(Bijection):
         "`(N, 4C, H, W)` to `(N, C, 2H, 2W)`. Raises `BitflowError` where the channels are no multiple of 4."
         check_image(z)
         if z.shape[1] % 4:
-            raise BitflowError(f"{z.shape[1]} channels cannot be unsqueezed: the number must be divisible by 4")
+            raise BitflowError(
+                f"{z.shape[1]} channels cannot be unsqueezed: the number must be divisible by 4"
+            )
         return nn.functional.pixel_shuffle(z, 2)
 
 # %% ../nbs/02_affine_coupling.ipynb #520a2cab
-def check_even(
-    channels: int,
-) -> int:  # half of them
+def check_even(channels: int) -> int:  # half of them
     "Halve a number of channels. Raises `BitflowError` for one that has no halves."
     if channels < 2 or channels % 2:
-        raise BitflowError(f"{channels} channels cannot be split into two halves; squeeze first (it makes four channels of one), or choose an even number")
+        raise BitflowError(
+            f"{channels} channels cannot be split into two halves; squeeze first (it makes four channels of one), or choose an even number"
+        )
     return channels // 2
 
 
 def half_of(
-    channels: int,    # C
+    channels: int,  # C
     parity: int = 0,  # 0: the first half is 1
-) -> Tensor:          # `(C, 1, 1)`
+) -> Tensor:  # `(C, 1, 1)`
     "A mask over channels: one half of them. Raises `BitflowError` for an odd number."
     first = torch.arange(channels) < check_even(channels)
     return (first if parity == 0 else ~first).float()[:, None, None]
@@ -161,9 +188,13 @@ def half_of(
 # %% ../nbs/02_affine_coupling.ipynb #b993353f
 class ChannelAffine(Bijection):
     "z = (x + shift)·exp(log_scale), one pair of learned numbers for each channel."
+
     def __init__(self, channels: int):
         super().__init__()
-        self.log_scale, self.shift = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
+        self.log_scale, self.shift = (
+            nn.Parameter(torch.zeros(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
 
     def shaped(self, parameter, x):
         "A number a channel, laid out to fit `(N, C, …)`."
@@ -182,7 +213,7 @@ class ChannelAffine(Bijection):
 @torch.no_grad()
 def standardise(
     layer: ChannelAffine,  # changed in place
-    x: Tensor,             # a batch `(N, C, …)`
+    x: Tensor,  # a batch `(N, C, …)`
 ):
     "Set a layer so that this batch comes out with mean 0 and variance 1; a channel that never changes keeps its scale."
     values = x.transpose(0, 1).flatten(1).float()
@@ -193,6 +224,7 @@ def standardise(
 # %% ../nbs/02_affine_coupling.ipynb #a5b63767
 class ActNorm(ChannelAffine):
     "Glow's ActNorm (arXiv 1807.03039, §3.1): a scale and shift for each channel that start from the first batch seen in training."
+
     def __init__(self, channels: int):
         super().__init__(channels)
         self.register_buffer("ready", torch.tensor(False))
@@ -206,12 +238,15 @@ class ActNorm(ChannelAffine):
     def inverse(self, z):
         "z to x. Raises `BitflowError` before the first batch was seen."
         if not self.ready:
-            raise BitflowError("this ActNorm has seen no data yet, so its scale means nothing; train the flow, or call it once in training mode, before sampling")
+            raise BitflowError(
+                "this ActNorm has seen no data yet, so its scale means nothing; train the flow, or call it once in training mode, before sampling"
+            )
         return super().inverse(z)
 
 # %% ../nbs/02_affine_coupling.ipynb #3105aa72
 class LUMatrix(nn.Module):
     "An invertible matrix as P L (U + diag(sign·exp(log_s))); it starts as a random rotation."
+
     def __init__(self, channels: int):
         super().__init__()
         P, L, U = torch.linalg.lu(torch.linalg.qr(torch.randn(channels, channels)).Q)
@@ -223,11 +258,14 @@ class LUMatrix(nn.Module):
     def factors(self):
         "L with ones, and U with ±exp(log_s), on the diagonal: both `(C, C)`."
         eye = torch.eye(len(self.log_s), dtype=self.log_s.dtype, device=self.log_s.device)
-        return self.lower.tril(-1) + eye, self.upper.triu(1) + torch.diag(self.sign * safe_exp(self.log_s))
+        return self.lower.tril(-1) + eye, self.upper.triu(1) + torch.diag(
+            self.sign * safe_exp(self.log_s)
+        )
 
 # %% ../nbs/02_affine_coupling.ipynb #11311206
 class Invertible1x1(LUMatrix, Bijection):
     "Glow's invertible 1×1 convolution: log|det| is a sum (arXiv 1807.03039, eq. 10–11)."
+
     def forward(self, x):
         "x `(N, C, …)` to W x, and log|det| = H·W·Σ log_s `(N,)`; in full precision, also under autocast."
         with torch.autocast(x.device.type, enabled=False):
@@ -239,12 +277,17 @@ class Invertible1x1(LUMatrix, Bijection):
         "z `(N, C, …)` to x: a permutation and two triangular systems."
         L, U = self.factors()
         columns = self.P.T @ z.transpose(0, 1).flatten(1)
-        x = torch.linalg.solve_triangular(U, torch.linalg.solve_triangular(L, columns, upper=False, unitriangular=True), upper=True)
+        x = torch.linalg.solve_triangular(
+            U,
+            torch.linalg.solve_triangular(L, columns, upper=False, unitriangular=True),
+            upper=True,
+        )
         return x.unflatten(1, (len(z), *z.shape[2:])).transpose(0, 1)
 
 # %% ../nbs/02_affine_coupling.ipynb #f906fe68
 class HalfCoupling(Bijection):
     "An affine coupling between two halves of the channels, cut apart instead of masked: no work on zeros (Glow)."
+
     def __init__(self, channels: int, width: int = 64, bound: float | None = 2.0):
         super().__init__()
         self.net, self.bound = conv_net(check_even(channels), channels, width), bound
@@ -264,6 +307,7 @@ class HalfCoupling(Bijection):
 # %% ../nbs/02_affine_coupling.ipynb #d94dcccb
 class Flatten(Bijection):
     "`(N, *shape)` to `(N, dims)` and back."
+
     def __init__(self, *shape: int):
         super().__init__()
         self.shape = shape
@@ -279,9 +323,14 @@ class Flatten(Bijection):
 # %% ../nbs/02_affine_coupling.ipynb #05ecafab
 class Split(Bijection):
     "Multi-scale: one half of the channels goes on into `inner`, the other is done, and normalised by what the first says of it."
+
     def __init__(self, inner: Bijection, channels: int, side: int, width: int = 64):
         super().__init__()
-        self.inner, self.prior, self.shape = inner, HalfCoupling(channels, width), (check_even(channels), side, side)
+        self.inner, self.prior, self.shape = (
+            inner,
+            HalfCoupling(channels, width),
+            (check_even(channels), side, side),
+        )
 
     def forward(self, x):
         "x `(N, C, H, W)` to z `(N, C·H·W)`: first the inner flow's, then the half that left here."
@@ -293,13 +342,15 @@ class Split(Bijection):
     def inverse(self, z):
         "z `(N, C·H·W)` to x `(N, C, H, W)`."
         inner, left = z.tensor_split([-math.prod(self.shape)], dim=1)
-        return self.prior.inverse(torch.cat([self.inner.inverse(inner), left.unflatten(1, self.shape)], dim=1))
+        return self.prior.inverse(
+            torch.cat([self.inner.inverse(inner), left.unflatten(1, self.shape)], dim=1)
+        )
 
 # %% ../nbs/02_affine_coupling.ipynb #4d2cfbbb
 def to_bits(
     log_prob: Tensor,  # nats `(N,)`, of images scaled to [-1, 1]
-    dims: int,         # values an image
-) -> Tensor:           # `(N,)`
+    dims: int,  # values an image
+) -> Tensor:  # `(N,)`
     "Bits a dimension of 8-bit images: −log p/(dims·ln 2) + 7, where 7 = log₂ 128 undoes the scaling of a bin to width 1/128."
     return -log_prob / (dims * math.log(2)) + 7
 
@@ -310,11 +361,14 @@ def check_range(
     "Refuse pixel values outside [-1, 1], and NaN."
     low, high = x.min().item(), x.max().item()
     if not (low >= -1 and high <= 1):
-        raise BitflowError(f"pixel values run from {low:.4g} to {high:.4g}, but must lie in [-1, 1]; scale the images (load_data does)")
+        raise BitflowError(
+            f"pixel values run from {low:.4g} to {high:.4g}, but must lie in [-1, 1]; scale the images (load_data does)"
+        )
 
 # %% ../nbs/02_affine_coupling.ipynb #93f361b3
 class Logit(Bijection):
     "Pixels in [-1, 1] to the whole line: logit(α + (1 − 2α)·(x + 1)/2) (RealNVP §4.1; α = 0.05 there)."
+
     def __init__(self, alpha: float = 0.05):
         super().__init__()
         self.alpha = alpha
@@ -333,7 +387,10 @@ class Logit(Bijection):
 # %% ../nbs/02_affine_coupling.ipynb #0adfef21
 def nice_layers(cfg) -> Bijection:
     "Additive couplings on the flat image, every other pixel in turn, then a learned scale a pixel (NICE)."
-    couplings = [AdditiveCoupling(every_other(cfg.dims, parity=i % 2), mlp(cfg.dims, cfg.dims, cfg.width)) for i in range(cfg.steps)]
+    couplings = [
+        AdditiveCoupling(every_other(cfg.dims, parity=i % 2), mlp(cfg.dims, cfg.dims, cfg.width))
+        for i in range(cfg.steps)
+    ]
     return Compose(Flatten(*cfg.shape), *couplings, Affine(cfg.dims))
 
 # %% ../nbs/02_affine_coupling.ipynb #099a1f94
@@ -341,40 +398,66 @@ def realnvp_level(channels, side, cfg) -> list:
     "Checkerboard couplings, a squeeze, channel couplings; ActNorm stands where the paper has batch norm."
     layers = []
     for i in range(cfg.steps):
-        layers += [AffineCoupling(every_other(1, side, side, parity=i % 2), conv_net(channels, 2 * channels, cfg.width)), ActNorm(channels)]
+        layers += [
+            AffineCoupling(
+                every_other(1, side, side, parity=i % 2),
+                conv_net(channels, 2 * channels, cfg.width),
+            ),
+            ActNorm(channels),
+        ]
     layers.append(Squeeze())
     for i in range(cfg.steps):
-        layers += [AffineCoupling(half_of(4 * channels, parity=i % 2), conv_net(4 * channels, 8 * channels, cfg.width)), ActNorm(4 * channels)]
+        layers += [
+            AffineCoupling(
+                half_of(4 * channels, parity=i % 2), conv_net(4 * channels, 8 * channels, cfg.width)
+            ),
+            ActNorm(4 * channels),
+        ]
     return layers
 
 # %% ../nbs/02_affine_coupling.ipynb #8cc96375
 def glow_level(channels, side, cfg) -> list:
     "A squeeze, then steps of ActNorm, 1×1 convolution and coupling (Glow)."
-    steps = [(ActNorm(4 * channels), Invertible1x1(4 * channels), HalfCoupling(4 * channels, cfg.width)) for _ in range(cfg.steps)]
+    steps = [
+        (ActNorm(4 * channels), Invertible1x1(4 * channels), HalfCoupling(4 * channels, cfg.width))
+        for _ in range(cfg.steps)
+    ]
     return [Squeeze(), *(layer for step in steps for layer in step)]
 
 # %% ../nbs/02_affine_coupling.ipynb #c5e1416d
 def multi_scale(
-    level,          # (channels, side, cfg) → layers, which squeeze once
-    cfg,            # a `CouplingConfig`
-    channels: int, side: int, levels: int,  # what comes in, and how many levels are left
-) -> Bijection:     # images to flat noise
+    level,  # (channels, side, cfg) → layers, which squeeze once
+    cfg,  # a `CouplingConfig`
+    channels: int,
+    side: int,
+    levels: int,  # what comes in, and how many levels are left
+) -> Bijection:  # images to flat noise
     "Level by level: half of the channels leaves after each but the last."
     if side % 2:
-        raise BitflowError(f"an image side of {cfg.image_size} cannot be halved {cfg.levels} times; use fewer levels, or another size")
+        raise BitflowError(
+            f"an image side of {cfg.image_size} cannot be halved {cfg.levels} times; use fewer levels, or another size"
+        )
     layers, channels, side = level(channels, side, cfg), 4 * channels, side // 2
     if levels == 1:
         return Compose(*layers, Flatten(channels, side, side))
-    return Compose(*layers, Split(multi_scale(level, cfg, channels // 2, side, levels - 1), channels, side, cfg.width))
+    return Compose(
+        *layers,
+        Split(multi_scale(level, cfg, channels // 2, side, levels - 1), channels, side, cfg.width),
+    )
 
 # %% ../nbs/02_affine_coupling.ipynb #f276fd36
-KINDS = {"nice": nice_layers,
-         "realnvp": lambda cfg: multi_scale(realnvp_level, cfg, cfg.channels, cfg.image_size, cfg.levels),
-         "glow": lambda cfg: multi_scale(glow_level, cfg, cfg.channels, cfg.image_size, cfg.levels)}
+KINDS = {
+    "nice": nice_layers,
+    "realnvp": lambda cfg: multi_scale(
+        realnvp_level, cfg, cfg.channels, cfg.image_size, cfg.levels
+    ),
+    "glow": lambda cfg: multi_scale(glow_level, cfg, cfg.channels, cfg.image_size, cfg.levels),
+}
 
 # %% ../nbs/02_affine_coupling.ipynb #cfb8e259
 class ImageShape:
     "What follows from a config's `channels` and `image_size`."
+
     @property
     def shape(self):
         "(C, H, W) of an image."
@@ -400,14 +483,15 @@ def check_coupling(cfg):
 @dataclass(frozen=True)
 class CouplingConfig(ImageShape):
     "The shape of a coupling flow over images."
-    kind: str = "glow"     # "nice", "realnvp" or "glow"
-    image_size: int = 28   # pixels a side
-    channels: int = 1      # C
+
+    kind: str = "glow"  # "nice", "realnvp" or "glow"
+    image_size: int = 28  # pixels a side
+    channels: int = 1  # C
     num_classes: int = 10  # of the data; these flows read no labels
-    levels: int = 2        # scales (NICE has one)
-    steps: int = 8         # couplings (RealNVP: of each mask) a level
-    width: int = 128       # hidden channels of a coupling's network
-    alpha: float = 0.05    # of the logit that pixels go through first
+    levels: int = 2  # scales (NICE has one)
+    steps: int = 8  # couplings (RealNVP: of each mask) a level
+    width: int = 128  # hidden channels of a coupling's network
+    alpha: float = 0.05  # of the logit that pixels go through first
 
     def __post_init__(self):
         check_coupling(self)
@@ -415,6 +499,7 @@ class CouplingConfig(ImageShape):
 # %% ../nbs/02_affine_coupling.ipynb #7995efae
 class CouplingLayers(nn.Module):
     "What a coupling flow is made of: the logit, the layers of its kind, and the noise's density."
+
     Config = CouplingConfig
 
     def __init__(self, cfg: CouplingConfig):
@@ -426,12 +511,15 @@ class CouplingLayers(nn.Module):
     def check_input(self, x):
         "x itself. Raises `BitflowError` for images `(N, C, H, W)` of another size than the config's."
         if x.shape[1:] != self.cfg.shape:
-            raise BitflowError(f"this flow was built for images (N, {', '.join(map(str, self.cfg.shape))}) and got {tuple(x.shape)}; resize the images")
+            raise BitflowError(
+                f"this flow was built for images (N, {', '.join(map(str, self.cfg.shape))}) and got {tuple(x.shape)}; resize the images"
+            )
         return x
 
 # %% ../nbs/02_affine_coupling.ipynb #617845a9
 class CouplingFlow(CouplingLayers, Bijection):
     "NICE, RealNVP or Glow: images in [-1, 1] to flat noise, and their density."
+
     def forward(self, x):
         "Images `(N, C, H, W)` to z `(N, C·H·W)` and log|det| `(N,)`."
         y, first = self.to_line(self.check_input(x))
@@ -451,35 +539,43 @@ class CouplingFlow(CouplingLayers, Bijection):
 # %% ../nbs/02_affine_coupling.ipynb #b5d4177b
 def uniform_noise_loss(model, x, c, generator):
     "Maximum likelihood under uniform dequantisation, in bits/dim; a loss for `train`. x holds the middles of the bins."
-    u = torch.rand(x.shape, generator=generator, device=x.device) * (1 - 2 ** -16) - 0.5
+    u = torch.rand(x.shape, generator=generator, device=x.device) * (1 - 2**-16) - 0.5
     return to_bits(model.log_prob(x + u / 128, c), x[0].numel()).mean(), {}
 
 # %% ../nbs/02_affine_coupling.ipynb #7bfdb62c
 @torch.no_grad()
 def batch_bits(
-    model,                 # has `log_prob(x, c)`
-    pixels: Tensor,        # uint8 `(N, C, H, W)`
-    c: Tensor,             # labels `(N,)`, −1: none
-    draws: int, generator: torch.Generator,  # how many draws of noise an image, and where they come from
-) -> Tensor:               # bits/dim `(N,)`
+    model,  # has `log_prob(x, c)`
+    pixels: Tensor,  # uint8 `(N, C, H, W)`
+    c: Tensor,  # labels `(N,)`, −1: none
+    draws: int,
+    generator: torch.Generator,  # how many draws of noise an image, and where they come from
+) -> Tensor:  # bits/dim `(N,)`
     "Bits/dim of a batch of 8-bit images: −log of the mean density over `draws` points of each image's bin."
     device = next(model.parameters()).device
-    nats = torch.stack([model.log_prob(dequantize(pixels, generator).to(device), c.to(device)).cpu() for _ in range(draws)])
+    nats = torch.stack(
+        [
+            model.log_prob(dequantize(pixels, generator).to(device), c.to(device)).cpu()
+            for _ in range(draws)
+        ]
+    )
     return to_bits(nats.logsumexp(dim=0) - math.log(draws), pixels[0].numel())
 
 # %% ../nbs/02_affine_coupling.ipynb #99b1823e
 def bits_per_dim(
-    model,                  # has `log_prob(x, c)`: a `CouplingFlow`, a `TARFlow`
-    data: Images,           # images as pixels
-    seed: int = 0,          # of the dequantisation noise
+    model,  # has `log_prob(x, c)`: a `CouplingFlow`, a `TARFlow`
+    data: Images,  # images as pixels
+    seed: int = 0,  # of the dequantisation noise
     batch_size: int = 250,  # images at a time
     conditional: bool = True,  # give the labels to the model
-    draws: int = 1,         # of noise, an image; more make the bound on the discrete likelihood tighter
-) -> Tensor:                # bits a dimension of every image, `(N,)`
+    draws: int = 1,  # of noise, an image; more make the bound on the discrete likelihood tighter
+) -> Tensor:  # bits a dimension of every image, `(N,)`
     "Bits/dim of 8-bit images under uniform dequantisation: an upper bound, −log of the mean density over `draws` points of each bin."
     if draws < 1:
         raise BitflowError(f"draws is {draws}; at least one draw of noise is needed")
     generator = torch.Generator().manual_seed(seed)
     c = data.labels if conditional else -torch.ones_like(data.labels)
     batches = zip(data.pixels.split(batch_size), c.split(batch_size))
-    return torch.cat([batch_bits(model, pixels, part, draws, generator) for pixels, part in batches])
+    return torch.cat(
+        [batch_bits(model, pixels, part, draws, generator) for pixels, part in batches]
+    )

@@ -34,19 +34,21 @@ def asset(
     for folder in (here / "assets", here.parent / "data"):
         if (folder / name).exists():
             return folder / name
-    raise BitflowError(f"{name} is not among the files that come with bitflow_edu; reinstall the package")
+    raise BitflowError(
+        f"{name} is not among the files that come with bitflow_edu; reinstall the package"
+    )
 
 # %% ../nbs/00_data.ipynb #897d2b66
 def to_model_range(
     pixels: Tensor,  # uint8 `(N, C, H, W)`
-) -> Tensor:         # float32 `(N, C, H, W)` in (-1, 1): the middle of each pixel's bin
+) -> Tensor:  # float32 `(N, C, H, W)` in (-1, 1): the middle of each pixel's bin
     "Map pixel values 0 … 255 to the middles of 256 bins of width 1/128 that tile [-1, 1]."
     return (pixels.float() + 0.5) / 128 - 1
 
 # %% ../nbs/00_data.ipynb #10a57203
 def to_pixels(
     x: Tensor,  # float `(N, C, H, W)`, values outside [-1, 1] are clipped
-) -> Tensor:    # uint8 `(N, C, H, W)`
+) -> Tensor:  # uint8 `(N, C, H, W)`
     "Undo `to_model_range`: the bin that each value falls into."
     return ((x.float() + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
@@ -54,8 +56,9 @@ def to_pixels(
 @dataclass(frozen=True)
 class Images:
     "A split of a dataset in memory, as 8-bit pixels: a quarter of the bytes of floats."
-    pixels: Tensor            # uint8 `(N, C, H, W)`
-    labels: Tensor            # int64 `(N,)`
+
+    pixels: Tensor  # uint8 `(N, C, H, W)`
+    labels: Tensor  # int64 `(N,)`
     classes: tuple[str, ...]  # a name for every label
 
     def __len__(self):
@@ -74,27 +77,36 @@ class Images:
 @dataclass(frozen=True)
 class DataConfig:
     "Which images, and at what size. `name` is a key of `LOADERS`."
+
     name: str = "mnist-mini"  # dataset
-    image_size: int = 16      # pixels a side, after resizing
-    channels: int = 1         # 1 grey, 3 colour, 4 latents
-    num_classes: int = 10     # labels are 0 … num_classes − 1
+    image_size: int = 16  # pixels a side, after resizing
+    channels: int = 1  # 1 grey, 3 colour, 4 latents
+    num_classes: int = 10  # labels are 0 … num_classes − 1
 
     def __post_init__(self):
         if self.name not in LOADERS:
             raise BitflowError(f"unknown dataset {self.name!r}; choose one of {', '.join(LOADERS)}")
-        if self.image_size < 1 or self.channels not in CHANNELS.get(self.name, (1, 3)) or self.num_classes < 1:
-            raise BitflowError(f"no images are {self.image_size} pixels wide with {self.channels} channels and "
-                               f"{self.num_classes} classes: give a positive size, 1 or 3 channels, at least 1 class")
+        if (
+            self.image_size < 1
+            or self.channels not in CHANNELS.get(self.name, (1, 3))
+            or self.num_classes < 1
+        ):
+            raise BitflowError(
+                f"no images are {self.image_size} pixels wide with {self.channels} channels and "
+                f"{self.num_classes} classes: give a positive size, 1 or 3 channels, at least 1 class"
+            )
 
 # %% ../nbs/00_data.ipynb #cd79c460
 def data_root(
     root: str | Path | None = None,  # the user's choice, `--data-root`
-) -> Path | None:                    # None: nothing chosen
+) -> Path | None:  # None: nothing chosen
     "The folder to look for datasets in: `root`, else the environment variable `BITFLOW_DATA`."
     chosen = root or os.environ.get("BITFLOW_DATA")
     if chosen and not Path(chosen).is_dir():
         problem = "is no folder" if Path(chosen).exists() else "does not exist"
-        raise BitflowError(f"data folder {str(chosen)!r} {problem}; correct --data-root or BITFLOW_DATA")
+        raise BitflowError(
+            f"data folder {str(chosen)!r} {problem}; correct --data-root or BITFLOW_DATA"
+        )
     return Path(chosen) if chosen else None
 
 # %% ../nbs/00_data.ipynb #2be62919
@@ -104,9 +116,9 @@ def first_sentence(error: Exception) -> str:
 
 
 def read_arrays(
-    path: Path,   # an .npz file
+    path: Path,  # an .npz file
     *names: str,  # the arrays wanted
-) -> list:        # NumPy arrays, in that order
+) -> list:  # NumPy arrays, in that order
     "Arrays of an .npz file, by name. Pickled objects are refused: loading data never runs code."
     try:
         if not zipfile.is_zipfile(path):
@@ -114,7 +126,9 @@ def read_arrays(
         with np.load(path, allow_pickle=False) as archive:
             return [archive[name] for name in names]
     except Exception as e:
-        raise BitflowError(f"{path} is damaged or no dataset with {', '.join(names)}; replace the file ({first_sentence(e)})") from e
+        raise BitflowError(
+            f"{path} is damaged or no dataset with {', '.join(names)}; replace the file ({first_sentence(e)})"
+        ) from e
 
 # %% ../nbs/00_data.ipynb #78bee295
 def load_mnist_mini(root, split):
@@ -135,10 +149,13 @@ TORCHVISION = {  # torchvision's class, and the folder below the root where it k
 def load_torchvision(name, root, split):
     "MNIST, Fashion-MNIST or CIFAR-10 in torchvision's layout; downloaded only where no folder was named."
     from torchvision import datasets
+
     kind, place = TORCHVISION[name]
     if root and not (root / place).is_dir():
-        raise BitflowError(f"no {name} in {root}: torchvision keeps it in {place}/ there; "
-                           "correct --data-root or BITFLOW_DATA, or set neither to download it")
+        raise BitflowError(
+            f"no {name} in {root}: torchvision keeps it in {place}/ there; "
+            "correct --data-root or BITFLOW_DATA, or set neither to download it"
+        )
     folder = root or Path.home() / ".cache" / "bitflow_edu"
     d = getattr(datasets, kind)(str(folder), train=split == "train", download=root is None)
     pixels = np.asarray(d.data)
@@ -151,8 +168,13 @@ def load_cifar10(root, split):
     path = root and root / "cifar10_jpeg.npz"
     if not (path and path.exists()):
         return load_torchvision("cifar10", root, split)
-    blob, ends, labels, classes = read_arrays(path, f"{split}_jpeg", f"{split}_offsets", f"{split}_labels", "classes")
-    images = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB")) for a, b in zip(ends[:-1], ends[1:])]
+    blob, ends, labels, classes = read_arrays(
+        path, f"{split}_jpeg", f"{split}_offsets", f"{split}_labels", "classes"
+    )
+    images = [
+        np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB"))
+        for a, b in zip(ends[:-1], ends[1:])
+    ]
     return np.stack(images).transpose(0, 3, 1, 2), labels, tuple(str(c) for c in classes)
 
 # %% ../nbs/00_data.ipynb #573d5553
@@ -161,7 +183,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".ti
 
 def class_folders(
     folder: Path,  # `root/train` or `root/test`
-) -> list:         # names, sorted
+) -> list:  # names, sorted
     "Names of the class folders; hidden ones are left out."
     return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
 
@@ -169,15 +191,23 @@ def class_folders(
 def folder_classes(root, split):
     "The class names of an image folder: `train/` decides where there is one, so that both splits number them alike."
     if root is None:
-        raise BitflowError("image-folder has no place to look: name the folder with --data-root or BITFLOW_DATA")
+        raise BitflowError(
+            "image-folder has no place to look: name the folder with --data-root or BITFLOW_DATA"
+        )
     if not (root / split).is_dir():
-        raise BitflowError(f"an image folder needs {split}/<class>/<image> below --data-root; {root} has no {split}/")
+        raise BitflowError(
+            f"an image folder needs {split}/<class>/<image> below --data-root; {root} has no {split}/"
+        )
     here = class_folders(root / split)
     classes = class_folders(root / "train") if (root / "train").is_dir() else here
     if not here:
-        raise BitflowError(f"{root / split} holds no class folders; lay the images out as {split}/<class>/<image>")
+        raise BitflowError(
+            f"{root / split} holds no class folders; lay the images out as {split}/<class>/<image>"
+        )
     if extra := sorted(set(here) - set(classes)):
-        raise BitflowError(f"{root / split} has a class {extra[0]!r} that train/ lacks; rename or remove that folder")
+        raise BitflowError(
+            f"{root / split} has a class {extra[0]!r} that train/ lacks; rename or remove that folder"
+        )
     return tuple(classes)
 
 # %% ../nbs/00_data.ipynb #370a386a
@@ -186,9 +216,13 @@ def image_files(root, split, classes):
     paths, labels = [], []
     for label, name in enumerate(classes):
         folder = root / split / name
-        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        found = sorted(
+            f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
+        )
         if folder.is_dir() and not found:
-            raise BitflowError(f"class folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill it or remove it")
+            raise BitflowError(
+                f"class folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill it or remove it"
+            )
         paths += found
         labels += [label] * len(found)
     return paths, np.array(labels, dtype=np.int64)
@@ -200,7 +234,9 @@ def read_square(path, size, channels):
         with Image.open(path) as image:
             image = image.convert("L" if channels == 1 else "RGB")
     except Exception as e:
-        raise BitflowError(f"{path} is no readable image; replace or remove the file ({first_sentence(e)})") from e
+        raise BitflowError(
+            f"{path} is no readable image; replace or remove the file ({first_sentence(e)})"
+        ) from e
     pixels = np.asarray(ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -214,8 +250,8 @@ def load_image_folder(root, split, image_size, channels):
 # %% ../nbs/00_data.ipynb #a7ceb97b
 def resize(
     pixels: Tensor,  # uint8 `(N, C, H, W)`
-    size: int,       # new height and width
-) -> Tensor:         # uint8 `(N, C, size, size)`
+    size: int,  # new height and width
+) -> Tensor:  # uint8 `(N, C, size, size)`
     "Resize with antialiasing, rounded back to 8 bits, so that bits/dim keeps its meaning."
     if pixels.shape[-2:] == (size, size):
         return pixels
@@ -229,6 +265,7 @@ CHANNELS = {"imagenet-latents": (4,)}  # of data that are no 8-bit images
 def load_latents(root, split, cfg):
     "Encoded images stay on disk, as `latents.Latents`; they are the one kind of data that is no `Images`."
     from bitflow_edu.latents import read_latents
+
     return read_latents(root, split, cfg)
 
 
@@ -238,29 +275,40 @@ LOADERS = {
     "mnist": lambda root, split, cfg: load_torchvision("mnist", root, split),
     "fashion-mnist": lambda root, split, cfg: load_torchvision("fashion-mnist", root, split),
     "cifar10": lambda root, split, cfg: load_cifar10(root, split),
-    "image-folder": lambda root, split, cfg: load_image_folder(root, split, cfg.image_size, cfg.channels),
+    "image-folder": lambda root, split, cfg: load_image_folder(
+        root, split, cfg.image_size, cfg.channels
+    ),
 }
 
 # %% ../nbs/00_data.ipynb #4602151a
 def check_labels(
-    labels: Tensor,    # integers `(N,)`
+    labels: Tensor,  # integers `(N,)`
     num_classes: int,  # labels must be 0 … num_classes − 1
 ):
     "Refuse labels out of range, naming the first bad one."
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
-        raise BitflowError(f"label {int(bad[0])} is out of range: the model knows 0 to {num_classes - 1}; choose one of these")
+        raise BitflowError(
+            f"label {int(bad[0])} is out of range: the model knows 0 to {num_classes - 1}; choose one of these"
+        )
 
 # %% ../nbs/00_data.ipynb #e2824232
 def check_arrays(
     pixels: np.ndarray,  # what a loader returned: should be uint8 `(N, C, H, W)`
     labels: np.ndarray,  # should be integers `(N,)`
-    name: str,           # of the dataset
+    name: str,  # of the dataset
 ):
     "Refuse arrays that are not 8-bit images with a whole number for each."
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or labels.dtype.kind not in "iu" or labels.shape != pixels.shape[:1]:
-        raise BitflowError(f"{name}: pixels {pixels.dtype} {pixels.shape} and labels {labels.dtype} {labels.shape} are not "
-                           "uint8 (N, C, H, W) with one integer label an image; replace the files")
+    if (
+        pixels.dtype != np.uint8
+        or pixels.ndim != 4
+        or labels.dtype.kind not in "iu"
+        or labels.shape != pixels.shape[:1]
+    ):
+        raise BitflowError(
+            f"{name}: pixels {pixels.dtype} {pixels.shape} and labels {labels.dtype} {labels.shape} are not "
+            "uint8 (N, C, H, W) with one integer label an image; replace the files"
+        )
     if pixels.size == 0:
         raise BitflowError(f"{name} holds no images: pixels {pixels.shape}; check the files")
 
@@ -268,12 +316,20 @@ def check_arrays(
 def check_images(images, cfg):
     "Refuse images that `cfg` does not describe, then resize them."
     if images.pixels.shape[1] != cfg.channels:
-        raise BitflowError(f"{cfg.name} has {images.pixels.shape[1]} channels but the config says {cfg.channels}; "
-                           f"set channels to {images.pixels.shape[1]}")
+        raise BitflowError(
+            f"{cfg.name} has {images.pixels.shape[1]} channels but the config says {cfg.channels}; "
+            f"set channels to {images.pixels.shape[1]}"
+        )
     if (top := int(images.labels.max())) >= cfg.num_classes:
         named = len(images.classes)
-        way_out = f"set num_classes to {named}" if top < named else f"there are names for {named} only: replace the files"
-        raise BitflowError(f"{cfg.name} has label {top}, which is out of range for {cfg.num_classes} classes; {way_out}")
+        way_out = (
+            f"set num_classes to {named}"
+            if top < named
+            else f"there are names for {named} only: replace the files"
+        )
+        raise BitflowError(
+            f"{cfg.name} has label {top}, which is out of range for {cfg.num_classes} classes; {way_out}"
+        )
     check_labels(images.labels, cfg.num_classes)
     return Images(resize(images.pixels, cfg.image_size), images.labels, images.classes)
 
@@ -281,7 +337,11 @@ def check_images(images, cfg):
 def as_images(pixels, labels, classes, cfg):
     "Arrays that a loader returned as `Images` that `cfg` describes."
     check_arrays(pixels, labels, cfg.name)
-    images = Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)), classes)
+    images = Images(
+        torch.from_numpy(np.ascontiguousarray(pixels)),
+        torch.from_numpy(labels.astype(np.int64)),
+        classes,
+    )
     return check_images(images, cfg)
 
 
@@ -292,15 +352,20 @@ def read_split(cfg, split, root):
     except BitflowError:
         raise
     except Exception as e:
-        what = f"could not read {cfg.name} ({split}) in {root}: missing or damaged files" if root else \
-            f"could not download or read {cfg.name} ({split})"
+        what = (
+            f"could not read {cfg.name} ({split}) in {root}: missing or damaged files"
+            if root
+            else f"could not download or read {cfg.name} ({split})"
+        )
         way_out = "replace them, or name another folder" if root else "name a folder that holds it"
-        raise BitflowError(f"{what} ({first_sentence(e)});\n{way_out} with --data-root or BITFLOW_DATA") from e
+        raise BitflowError(
+            f"{what} ({first_sentence(e)});\n{way_out} with --data-root or BITFLOW_DATA"
+        ) from e
 
 # %% ../nbs/00_data.ipynb #d2889291
 def load_data(
-    cfg: DataConfig,                 # what to load
-    split: str = "train",            # "train" or "test"
+    cfg: DataConfig,  # what to load
+    split: str = "train",  # "train" or "test"
     root: str | Path | None = None,  # folder of the datasets; default `BITFLOW_DATA`
 ) -> Images:
     "Load a split into memory (latents stay on disk). Raises `BitflowError` when files are missing or corrupt, or do not fit `cfg`."
@@ -319,52 +384,69 @@ def described(
     lossy = cfg.name == "cifar10" and root and (root / "cifar10_jpeg.npz").exists()
     return f"{cfg.name}, JPEG copy" if lossy else cfg.name
 
-
 # %% ../nbs/00_data.ipynb #d1841517
 def dequantize(
-    pixels: Tensor,                    # uint8 `(N, C, H, W)`
-    generator: torch.Generator = None, # source of the noise
-) -> Tensor:                           # float32 `(N, C, H, W)` in [-1, 1)
+    pixels: Tensor,  # uint8 `(N, C, H, W)`
+    generator: torch.Generator = None,  # source of the noise
+) -> Tensor:  # float32 `(N, C, H, W)` in [-1, 1)
     "Spread each 8-bit value evenly over its bin: uniform dequantisation, which makes bits/dim meaningful."
     u = torch.rand(pixels.shape, generator=generator, device=pixels.device)
-    u = u.clamp(max=1 - 2 ** -16)  # float32 would round 255 + u up to 256, into the next bin, for larger u
+    u = u.clamp(
+        max=1 - 2**-16
+    )  # float32 would round 255 + u up to 256, into the next bin, for larger u
     return (pixels.float() + u) / 128 - 1
 
 # %% ../nbs/00_data.ipynb #c05c6f6f
 def add_noise(
-    x: Tensor,                         # clean images `(N, C, H, W)`
-    sigma: float,                      # σ, in units of x
-    generator: torch.Generator = None, # source of the noise
-) -> Tensor:                           # x̃ `(N, C, H, W)`
+    x: Tensor,  # clean images `(N, C, H, W)`
+    sigma: float,  # σ, in units of x
+    generator: torch.Generator = None,  # source of the noise
+) -> Tensor:  # x̃ `(N, C, H, W)`
     "The noise augmentation x̃ = x + σ ε that TARFlow trains on (arXiv 2412.06329, §3)."
     return x + sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 # %% ../nbs/00_data.ipynb #c44ae25e
 def patchify(
-    x: Tensor,        # images `(N, C, H, W)`
+    x: Tensor,  # images `(N, C, H, W)`
     patch_size: int,  # p, pixels a side; must divide H and W
-) -> Tensor:          # tokens `(N, T, D)`: T = HW/p² in raster order, D = C·p²
+) -> Tensor:  # tokens `(N, T, D)`: T = HW/p² in raster order, D = C·p²
     "Cut images into tokens."
     if x.ndim != 4:
-        raise BitflowError(f"images must have the shape (N, C, H, W), not {tuple(x.shape)}; add the missing axes")
+        raise BitflowError(
+            f"images must have the shape (N, C, H, W), not {tuple(x.shape)}; add the missing axes"
+        )
     N, C, H, W = x.shape
     p = patch_size
     if p < 1 or H % p or W % p:
-        raise BitflowError(f"patch size {p} does not divide an image of {H}x{W} pixels; choose a common divisor")
-    return x.reshape(N, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(N, (H // p) * (W // p), C * p * p)
+        raise BitflowError(
+            f"patch size {p} does not divide an image of {H}x{W} pixels; choose a common divisor"
+        )
+    return (
+        x.reshape(N, C, H // p, p, W // p, p)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(N, (H // p) * (W // p), C * p * p)
+    )
 
 # %% ../nbs/00_data.ipynb #519cd078
 def unpatchify(
-    tokens: Tensor,   # `(N, T, D)`
+    tokens: Tensor,  # `(N, T, D)`
     patch_size: int,  # p
-    channels: int,    # C
-) -> Tensor:          # square images `(N, C, H, H)` with H = p·√T
+    channels: int,  # C
+) -> Tensor:  # square images `(N, C, H, H)` with H = p·√T
     "Put tokens back where `patchify` took them from."
     if tokens.ndim != 3:
-        raise BitflowError(f"tokens must have the shape (N, T, D), not {tuple(tokens.shape)}; add the missing axes")
+        raise BitflowError(
+            f"tokens must have the shape (N, T, D), not {tuple(tokens.shape)}; add the missing axes"
+        )
     N, T, D = tokens.shape
-    p, side = patch_size, round(T ** 0.5)
+    p, side = patch_size, round(T**0.5)
     if side * side != T or D != channels * p * p:
-        raise BitflowError(f"{T} tokens of {D} values are no square image with {channels} channels and patches of {p}x{p}; "
-                           "give the patch size and channels that patchify was given")
-    return tokens.reshape(N, side, side, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(N, channels, side * p, side * p)
+        raise BitflowError(
+            f"{T} tokens of {D} values are no square image with {channels} channels and patches of {p}x{p}; "
+            "give the patch size and channels that patchify was given"
+        )
+    return (
+        tokens.reshape(N, side, side, channels, p, p)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(N, channels, side * p, side * p)
+    )

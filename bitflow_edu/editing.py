@@ -26,7 +26,9 @@ def check_edit(forward: TARFlow, x: Tensor, c: Tensor):
     "Refuse images of another size, a number of labels that is not the number of images, and labels out of range, with a `BitflowError`."
     check_input(x, forward.cfg)
     if c.shape != x.shape[:1]:
-        raise BitflowError(f"labels of shape {tuple(c.shape)} for {len(x)} images; give one label for each image, ({len(x)},)")
+        raise BitflowError(
+            f"labels of shape {tuple(c.shape)} for {len(x)} images; give one label for each image, ({len(x)},)"
+        )
     check_labels(c[c != -1], forward.cfg.num_classes)
 
 
@@ -35,34 +37,40 @@ def encode(
     forward: TARFlow,
     x: Tensor,  # images `(N, C, H, W)`
     c: Tensor,  # labels `(N,)`, −1: none
-) -> Tensor:    # z `(N, T, D)`
+) -> Tensor:  # z `(N, T, D)`
     "z = F(x), the noise that belongs to images."
     check_edit(forward, x, c)
     return forward(x, c).z
 
 # %% ../nbs/15_editing.ipynb #a991cd71
 def decode(
-    reverse,    # a `ReverseModel`, or a function (z, c) → images such as an exact inverse
+    reverse,  # a `ReverseModel`, or a function (z, c) → images such as an exact inverse
     z: Tensor,  # noise tokens `(N, T, D)`
     c: Tensor,  # labels `(N,)`, −1: none
-    w=None,     # guidance scale, as in `one_pass` or `guided_pass`; None: no guidance
-) -> Tensor:    # images `(N, C, H, W)`
+    w=None,  # guidance scale, as in `one_pass` or `guided_pass`; None: no guidance
+) -> Tensor:  # images `(N, C, H, W)`
     "Noise to images: one pass of G, guided on request. `BitflowError` where a plain function is asked for guidance."
     if not isinstance(reverse, ReverseModel):
         if w is not None:
-            raise BitflowError(f"guidance w = {w} needs a ReverseModel, not {type(reverse).__name__}; leave w out, or build the guidance into the function")
+            raise BitflowError(
+                f"guidance w = {w} needs a ReverseModel, not {type(reverse).__name__}; leave w out, or build the guidance into the function"
+            )
         return reverse(z, c)
-    return one_pass(reverse, z, c, w) if w is None or reverse.cfg.max_guidance else guided_pass(reverse, z, c, w)
+    return (
+        one_pass(reverse, z, c, w)
+        if w is None or reverse.cfg.max_guidance
+        else guided_pass(reverse, z, c, w)
+    )
 
 # %% ../nbs/15_editing.ipynb #b4a40325
 def edit_class(
     forward: TARFlow,
-    reverse,     # as in `decode`
-    x: Tensor,   # images `(N, C, H, W)`
-    c: Tensor,   # a: labels that they have `(N,)`
+    reverse,  # as in `decode`
+    x: Tensor,  # images `(N, C, H, W)`
+    c: Tensor,  # a: labels that they have `(N,)`
     to: Tensor,  # b: labels that they shall have `(N,)`
-    w=None,      # guidance scale, as in `decode`
-) -> Tensor:     # images `(N, C, H, W)`
+    w=None,  # guidance scale, as in `decode`
+) -> Tensor:  # images `(N, C, H, W)`
     "Encode with class a, decode with class b (PAPER: class editing)."
     check_edit(forward, x, to)
     return decode(reverse, encode(forward, x, c), to, w)
@@ -84,41 +92,49 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     length = [s.norm(dim=1, keepdim=True).clamp(min=1e-12) for s in (u, v)]
     cos = (u / length[0] * v / length[1]).sum(dim=1, keepdim=True).clamp(-1, 1)
     angle = cos.acos()
-    arc = (((1 - t) * angle).sin() * u / length[0] + (t * angle).sin() * v / length[1]) / angle.sin().clamp(min=1e-12)
+    arc = (
+        ((1 - t) * angle).sin() * u / length[0] + (t * angle).sin() * v / length[1]
+    ) / angle.sin().clamp(min=1e-12)
     arc = arc * lerp(*length, t)
     return torch.where(angle.sin() < 1e-4, lerp(u, v, t), arc).reshape(a.shape)
 
 # %% ../nbs/15_editing.ipynb #3f97feea
 def interpolate(
     forward: TARFlow,
-    reverse,       # as in `decode`
-    a: Tensor,     # images to start from `(N, C, H, W)`
-    b: Tensor,     # images to arrive at, same shape
-    c: Tensor,     # labels `(N,)` of both
-    steps: int = 7,   # images on the way, both ends included
-    w=None,        # guidance scale, as in `decode`
-    path=slerp,    # (a, b, t) → noise
-) -> Tensor:       # `(steps, N, C, H, W)`
+    reverse,  # as in `decode`
+    a: Tensor,  # images to start from `(N, C, H, W)`
+    b: Tensor,  # images to arrive at, same shape
+    c: Tensor,  # labels `(N,)` of both
+    steps: int = 7,  # images on the way, both ends included
+    w=None,  # guidance scale, as in `decode`
+    path=slerp,  # (a, b, t) → noise
+) -> Tensor:  # `(steps, N, C, H, W)`
     "Images between images, along a path between their noises. `BitflowError` for fewer than two steps."
     if steps < 2:
         raise BitflowError(f"a walk of {steps} steps has no two ends; give at least 2")
     start, end = encode(forward, a, c), encode(forward, b, c)
-    return torch.stack([decode(reverse, path(start, end, i / (steps - 1)), c, w) for i in range(steps)])
+    return torch.stack(
+        [decode(reverse, path(start, end, i / (steps - 1)), c, w) for i in range(steps)]
+    )
 
 # %% ../nbs/15_editing.ipynb #39e9cf5c
 def check_mask(mask: Tensor, x: Tensor):
     "Refuse a mask that is not boolean, or not `(H, W)` or `(N, H, W)` of the images, with a `BitflowError`."
     if mask.dtype != torch.bool:
-        raise BitflowError(f"the mask holds {mask.dtype}, not torch.bool; compare it with something, e.g. mask > 0.5 (True: known)")
+        raise BitflowError(
+            f"the mask holds {mask.dtype}, not torch.bool; compare it with something, e.g. mask > 0.5 (True: known)"
+        )
     if mask.shape not in (x.shape[-2:], (len(x), *x.shape[-2:])):
         wanted = tuple(x.shape[-2:])
-        raise BitflowError(f"a mask of shape {tuple(mask.shape)} does not fit images of {wanted[0]}x{wanted[1]} pixels; give {wanted} or {(len(x), *wanted)}")
+        raise BitflowError(
+            f"a mask of shape {tuple(mask.shape)} does not fit images of {wanted[0]}x{wanted[1]} pixels; give {wanted} or {(len(x), *wanted)}"
+        )
 
 
 def token_mask(
-    mask: Tensor,     # bool `(H, W)` or `(N, H, W)`, True: known
+    mask: Tensor,  # bool `(H, W)` or `(N, H, W)`, True: known
     patch_size: int,  # p
-) -> Tensor:          # bool `(1 or N, T)`, True: every pixel of the token is known
+) -> Tensor:  # bool `(1 or N, T)`, True: every pixel of the token is known
     "From pixels to tokens: any hidden pixel hides its token."
     return patchify(mask.reshape(-1, 1, *mask.shape[-2:]).float(), patch_size).bool().all(dim=2)
 
@@ -130,29 +146,32 @@ def paste(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
 
 
 def hide(
-    x: Tensor,     # images `(N, C, H, W)`
+    x: Tensor,  # images `(N, C, H, W)`
     mask: Tensor,  # as in `check_mask`
-    fill=-1.0,     # what stands in the hole: a number (−1 is black), or images that broadcast to x
-) -> Tensor:       # images whose hidden pixels are gone
+    fill=-1.0,  # what stands in the hole: a number (−1 is black), or images that broadcast to x
+) -> Tensor:  # images whose hidden pixels are gone
     "Make sure that nothing hidden reaches F."
     return paste(x, torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x), mask)
 
 # %% ../nbs/15_editing.ipynb #a3c88bcd
 def inpaint(
-    forward: TARFlow, reverse,  # as in `decode`
-    x: Tensor,          # images `(N, C, H, W)`; hidden pixels are never looked at
-    mask: Tensor,       # as in `check_mask`, True: known
-    c: Tensor,          # labels to encode with `(N,)`, −1: none
-    w=None,             # guidance scale, as in `decode`
+    forward: TARFlow,
+    reverse,  # as in `decode`
+    x: Tensor,  # images `(N, C, H, W)`; hidden pixels are never looked at
+    mask: Tensor,  # as in `check_mask`, True: known
+    c: Tensor,  # labels to encode with `(N,)`, −1: none
+    w=None,  # guidance scale, as in `decode`
     to: Tensor = None,  # labels to decode with; default c
-    eps: Tensor = None, # ε, noise of the hidden tokens `(N, T, D)`; default drawn with seed 0
-    fill=-1.0,          # shown to F in the hole, as in `hide`
-    repeats: int = 1,   # encode this often, each time with the last result in the hole
-    steps: int = 0,     # of `refine` behind it
-) -> Tensor:            # images `(N, C, H, W)`, nothing pasted
+    eps: Tensor = None,  # ε, noise of the hidden tokens `(N, T, D)`; default drawn with seed 0
+    fill=-1.0,  # shown to F in the hole, as in `hide`
+    repeats: int = 1,  # encode this often, each time with the last result in the hole
+    steps: int = 0,  # of `refine` behind it
+) -> Tensor:  # images `(N, C, H, W)`, nothing pasted
     "Decode z' = M⊙z + (1 − M)⊙ε (PAPER: inpainting). More repeats: encode again with the result in the hole, keep ε."
     if repeats < 1 or steps < 0:
-        raise BitflowError(f"repeats is {repeats} and steps {steps}; the hole is filled by at least 1 repeat and 0 steps")
+        raise BitflowError(
+            f"repeats is {repeats} and steps {steps}; the hole is filled by at least 1 repeat and 0 steps"
+        )
     to = c if to is None else to
     z, y = fill_hole(forward, reverse, x, hide(x, mask, fill), mask, (c, to), w, eps, repeats)
     return decode(reverse, refine(reverse, z, x, mask, to, w, steps), to, w) if steps else y
@@ -177,46 +196,50 @@ def fill_hole(forward, reverse, x, guess, mask, labels, w, eps, repeats):
 
 def refine(
     reverse: ReverseModel,
-    z: Tensor,         # noise tokens `(N, T, D)` to start from
-    x: Tensor,         # images `(N, C, H, W)`; hidden pixels are never looked at
-    mask: Tensor,      # as in `check_mask`, True: known
-    c: Tensor,         # labels `(N,)`, −1: none
-    w=None,            # guidance scale, for a G that takes it
-    steps: int = 20,   # of Adam
-    lr: float = 0.1,   # their size, in units of z
-) -> Tensor:           # noise tokens `(N, T, D)`
+    z: Tensor,  # noise tokens `(N, T, D)` to start from
+    x: Tensor,  # images `(N, C, H, W)`; hidden pixels are never looked at
+    mask: Tensor,  # as in `check_mask`, True: known
+    c: Tensor,  # labels `(N,)`, −1: none
+    w=None,  # guidance scale, for a G that takes it
+    steps: int = 20,  # of Adam
+    lr: float = 0.1,  # their size, in units of z
+) -> Tensor:  # noise tokens `(N, T, D)`
     "z moved by gradient until G's known pixels are those given. `BitflowError` for an inverse that takes more than one pass."
     if not isinstance(reverse, ReverseModel) or (w is not None and not reverse.cfg.max_guidance):
-        raise BitflowError(f"refining needs one pass of a ReverseModel, not {type(reverse).__name__} with w = {w}; leave the steps out, or guide with a G that takes w")
+        raise BitflowError(
+            f"refining needs one pass of a ReverseModel, not {type(reverse).__name__} with w = {w}; leave the steps out, or guide with a G that takes w"
+        )
     z = z.detach().clone().requires_grad_(True)
     adam = torch.optim.Adam([z], lr)
     with torch.enable_grad():
         for _ in range(steps):
             y = reverse(z, c, w).image
-            z.grad, = torch.autograd.grad((y - paste(x, y, mask)).square().sum(), z)
+            (z.grad,) = torch.autograd.grad((y - paste(x, y, mask)).square().sum(), z)
             adam.step()
     return z.detach()
 
 # %% ../nbs/15_editing.ipynb #067856d4
 def influence(
-    fn,              # tokens `(1, T, D)` → tokens `(1, T, D')`
+    fn,  # tokens `(1, T, D)` → tokens `(1, T, D')`
     tokens: Tensor,  # where to look, `(N, T, D)`
-) -> Tensor:         # `(T, T)`: row t answers column s
+) -> Tensor:  # `(T, T)`: row t answers column s
     "Frobenius norm of ∂fn(tokens)_t/∂tokens_s, averaged over the samples."
+
     def at(sample):
         "The map at one sample `(T, D)`."
         J = torch.autograd.functional.jacobian(lambda v: fn(v[None])[0], sample, vectorize=True)
         return J.square().sum(dim=(1, 3)).sqrt()
+
     return torch.stack([at(sample) for sample in tokens]).mean(dim=0)
 
 # %% ../nbs/15_editing.ipynb #d4b23f79
 def drift(
     forward: TARFlow,
-    reverse,       # as in `decode`
-    x: Tensor,     # images `(N, C, H, W)`
-    c: Tensor,     # labels `(N,)`
+    reverse,  # as in `decode`
+    x: Tensor,  # images `(N, C, H, W)`
+    c: Tensor,  # labels `(N,)`
     repeats: int,  # rounds
-) -> list:         # images after 0, 1, … rounds, each `(N, C, H, W)`
+) -> list:  # images after 0, 1, … rounds, each `(N, C, H, W)`
     "Encode and decode again and again."
     images = [x]
     for _ in range(repeats):
@@ -227,24 +250,30 @@ def drift(
 @torch.no_grad()
 def strangeness(
     forward: TARFlow,
-    reverse,          # as in `decode`
-    x: Tensor,        # images `(N, C, H, W)`
-    distance,         # images, images → `(N,)`: a feature distance
-    c: Tensor = None, # labels `(N,)`; default none
-) -> dict:            # name → `(N,)`, high where an image is unlike the training images
+    reverse,  # as in `decode`
+    x: Tensor,  # images `(N, C, H, W)`
+    distance,  # images, images → `(N,)`: a feature distance
+    c: Tensor = None,  # labels `(N,)`; default none
+) -> dict:  # name → `(N,)`, high where an image is unlike the training images
     "Three scores of how far an image is from what F and G were trained on."
     c = torch.full((len(x),), -1, device=x.device) if c is None else c
     check_edit(forward, x, c)
     trajectory = forward(x, c)
     back = decode(reverse, trajectory.z, c)
     bits = -log_prob(trajectory) / (x[0].numel() * math.log(2)) + 7
-    return {"bits/dim": bits, "round trip": (x - back).flatten(1).norm(dim=1), "features": distance(back, x)}
+    return {
+        "bits/dim": bits,
+        "round trip": (x - back).flatten(1).norm(dim=1),
+        "features": distance(back, x),
+    }
 
 # %% ../nbs/15_editing.ipynb #bc4e147d
 def roc_curve(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     "False alarms and hits, shares for every threshold from high to low, of scores `(N,)` and `(M,)`."
     limits = torch.cat([inside, outside]).unique().flip(0)
-    share = lambda scores: torch.cat([torch.zeros(1), (scores[None] >= limits[:, None]).float().mean(dim=1)])
+    share = lambda scores: torch.cat(
+        [torch.zeros(1), (scores[None] >= limits[:, None]).float().mean(dim=1)]
+    )
     return share(inside), share(outside)
 
 
@@ -256,14 +285,24 @@ def auc(inside: Tensor, outside: Tensor) -> float:
 # %% ../nbs/15_editing.ipynb #42deca7f
 class Canvas:
     "A digit, and which of its cells are hidden: what a person paints."
+
     def __init__(self, images: Images, cells: int = 8):
         side = images.pixels.shape[-1]
         if len(images) < 1 or cells < 1 or side % cells:
-            raise BitflowError(f"{cells} cells a side do not divide {len(images)} images of {side} pixels; give at least one image and a divisor of its size")
-        self.images, self.cells, self.index, self.hidden = images, cells, 0, torch.zeros(cells, cells, dtype=torch.bool)
+            raise BitflowError(
+                f"{cells} cells a side do not divide {len(images)} images of {side} pixels; give at least one image and a divisor of its size"
+            )
+        self.images, self.cells, self.index, self.hidden = (
+            images,
+            cells,
+            0,
+            torch.zeros(cells, cells, dtype=torch.bool),
+        )
+
     def toggle(self, row: int, column: int):
         "Hide a cell, or show it again."
         self.hidden[row, column] ^= True
+
     @property
     def mask(self):
         "The painted mask in pixels, bool `(H, W)`, True: known."
@@ -273,26 +312,39 @@ class Canvas:
 # %% ../nbs/15_editing.ipynb #e8ca4253
 class Editor(Canvas):
     "The widget's logic: from a painted mask, a class and a guidance scale to a picture."
+
     def __init__(self, forward: TARFlow, reverse: ReverseModel, images: Images, cells: int = 8):
         check_pair(forward, reverse)
         super().__init__(images, cells)
-        self.forward, self.reverse, self.seed, self.c, self.w = forward, reverse, 0, int(images.labels[0]), 0.0
+        self.forward, self.reverse, self.seed, self.c, self.w = (
+            forward,
+            reverse,
+            0,
+            int(images.labels[0]),
+            0.0,
+        )
+
     def choose(self, index: int):
         "Take another image: its own class, no guidance, nothing hidden."
         self.index, self.c, self.w = index, int(self.images.labels[index]), 0.0
         self.hidden = torch.zeros_like(self.hidden)
+
     def result(self):
         "The edited image `(1, C, H, W)`: encoded with the image's class, decoded with the chosen one."
         own = self.images[[self.index]]
         c, eps = torch.tensor([self.c]), sample_noise(self.forward.cfg, 1, self.seed)
-        return inpaint(self.forward, self.reverse, own.x, self.mask, own.labels, self.w or None, c, eps)
+        return inpaint(
+            self.forward, self.reverse, own.x, self.mask, own.labels, self.w or None, c, eps
+        )
 
 # %% ../nbs/15_editing.ipynb #19d436a5
 def as_png(x: Tensor, scale: int = 10) -> bytes:
     "Images `(N, C, H, W)` in a row, every pixel `scale` pixels wide, as the bytes of a PNG file."
     picture = Image.fromarray(image_grid(x, len(x)))
     buffer = io.BytesIO()
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 
@@ -307,7 +359,9 @@ def widgets_library():
     try:
         import ipywidgets
     except ImportError as e:
-        raise BitflowError("the editor needs ipywidgets, which is missing; install it with: pip install ipywidgets, and run this in JupyterLab") from e
+        raise BitflowError(
+            "the editor needs ipywidgets, which is missing; install it with: pip install ipywidgets, and run this in JupyterLab"
+        ) from e
     return ipywidgets
 
 
@@ -316,19 +370,31 @@ def cell_colors(logic: Editor) -> list:
     image = logic.images[[logic.index]].x.mean(dim=1, keepdim=True)
     grey = nnf.adaptive_avg_pool2d(image, logic.cells).flatten()
     shades = ((grey + 1) * 127.5).clamp(0, 255).int().tolist()
-    return ["#E69F00" if hidden else f"rgb({s},{s},{s})" for hidden, s in zip(logic.hidden.flatten().tolist(), shades)]
+    return [
+        "#E69F00" if hidden else f"rgb({s},{s},{s})"
+        for hidden, s in zip(logic.hidden.flatten().tolist(), shades)
+    ]
 
 # %% ../nbs/15_editing.ipynb #c660eb5b
 def cell_buttons(widgets, logic: Editor, changed) -> list:
     "A button for each cell; a click hides or shows it and calls `changed()`."
-    buttons = [widgets.Button(layout=widgets.Layout(width="24px", height="24px", margin="0px", padding="0px")) for _ in range(logic.cells ** 2)]
+    buttons = [
+        widgets.Button(
+            layout=widgets.Layout(width="24px", height="24px", margin="0px", padding="0px")
+        )
+        for _ in range(logic.cells**2)
+    ]
+
     def clicked(place):
         "What the button of this cell does."
+
         def act(_):
             "Toggle, then redraw."
             logic.toggle(*divmod(place, logic.cells))
             changed()
+
         return act
+
     for place, button in enumerate(buttons):
         button.on_click(clicked(place))
     return buttons
@@ -337,10 +403,17 @@ def cell_buttons(widgets, logic: Editor, changed) -> list:
 def controls(widgets, logic: Editor, changed) -> dict:
     "The other inputs by name: image, class, w, and a button for new noise."
     top = logic.reverse.cfg.max_guidance or 3.0
-    return {"index": widgets.IntSlider(0, 0, len(logic.images) - 1, description="image"),
-            "c": widgets.Dropdown(options=[(name, i) for i, name in enumerate(logic.images.classes)], value=logic.c, description="class"),
-            "w": widgets.FloatSlider(0.0, min=0.0, max=top, step=top / 12, description="guidance w"),
-            "seed": widgets.Button(description="new noise"), "clear": widgets.Button(description="clear the mask")}
+    return {
+        "index": widgets.IntSlider(0, 0, len(logic.images) - 1, description="image"),
+        "c": widgets.Dropdown(
+            options=[(name, i) for i, name in enumerate(logic.images.classes)],
+            value=logic.c,
+            description="class",
+        ),
+        "w": widgets.FloatSlider(0.0, min=0.0, max=top, step=top / 12, description="guidance w"),
+        "seed": widgets.Button(description="new noise"),
+        "clear": widgets.Button(description="clear the mask"),
+    }
 
 
 def editor(forward: TARFlow, reverse: ReverseModel, images: Images, cells: int = 8):
@@ -352,28 +425,38 @@ def editor(forward: TARFlow, reverse: ReverseModel, images: Images, cells: int =
 def connect(widgets, logic: Editor):
     "Buttons, sliders and a picture around an `Editor`."
     picture = widgets.Image(format="png", layout=widgets.Layout(width="510px"))
+
     def draw():
         "Show what the logic knows."
         picture.value = editor_png(logic)
         for button, color in zip(buttons, cell_colors(logic)):
             button.style.button_color = color
+
     buttons, inputs = cell_buttons(widgets, logic, draw), controls(widgets, logic, draw)
     listen(logic, inputs, draw)
     draw()
-    grid = widgets.GridBox(buttons, layout=widgets.Layout(grid_template_columns=f"repeat({logic.cells}, 25px)", width=f"{26 * logic.cells}px"))
+    grid = widgets.GridBox(
+        buttons,
+        layout=widgets.Layout(
+            grid_template_columns=f"repeat({logic.cells}, 25px)", width=f"{26 * logic.cells}px"
+        ),
+    )
     return widgets.VBox([widgets.HBox([grid, widgets.VBox(list(inputs.values()))]), picture])
 
 # %% ../nbs/15_editing.ipynb #c1156111
 def listen(logic: Editor, inputs: dict, draw):
     "Tell the logic what the inputs say, then draw."
+
     def chosen(change):
         "Another image: class, w and mask start anew."
         logic.choose(change["new"])
         inputs["c"].value, inputs["w"].value = logic.c, logic.w
         draw()
+
     def act(fn):
         "A callback that changes the logic and draws."
         return lambda change: (fn(change), draw())
+
     inputs["index"].observe(chosen, "value")
     inputs["c"].observe(act(lambda change: setattr(logic, "c", change["new"])), "value")
     inputs["w"].observe(act(lambda change: setattr(logic, "w", change["new"])), "value")

@@ -26,36 +26,49 @@ __all__ = ['ClassifierConfig', 'conv_stage', 'at_size', 'Classifier', 'augment',
 @dataclass(frozen=True)
 class ClassifierConfig:
     "The shape of a small convolutional classifier."
-    image_size: int = 28    # pixels a side inside the network; other sizes are resized to it
-    channels: int = 1       # of the images
-    num_classes: int = 10   # labels
-    width: int = 32         # channels of the first stage; the second has twice as many
-    num_features: int = 128 # size of the feature vector
+
+    image_size: int = 28  # pixels a side inside the network; other sizes are resized to it
+    channels: int = 1  # of the images
+    num_classes: int = 10  # labels
+    width: int = 32  # channels of the first stage; the second has twice as many
+    num_features: int = 128  # size of the feature vector
 
 # %% ../nbs/06_evaluation.ipynb #24378c9b
 def conv_stage(in_channels: int, out_channels: int) -> nn.Sequential:
     "Two 3×3 convolutions, the second halving height and width."
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.GroupNorm(8, out_channels), nn.ReLU(),
-        nn.Conv2d(out_channels, out_channels, 3, padding=1, stride=2), nn.GroupNorm(8, out_channels), nn.ReLU())
+        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.GroupNorm(8, out_channels),
+        nn.ReLU(),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1, stride=2),
+        nn.GroupNorm(8, out_channels),
+        nn.ReLU(),
+    )
 
 # %% ../nbs/06_evaluation.ipynb #2b95edda
 def at_size(
     x: Tensor,  # images `(N, C, H, W)`
     size: int,  # pixels a side
-) -> Tensor:    # `(N, C, size, size)`, x itself where it has that size
+) -> Tensor:  # `(N, C, size, size)`, x itself where it has that size
     "Resize with antialiasing, keeping floats: what a network with a fixed input size needs."
-    return x if x.shape[-2:] == (size, size) else nnf.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+    return (
+        x
+        if x.shape[-2:] == (size, size)
+        else nnf.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+    )
 
 # %% ../nbs/06_evaluation.ipynb #893b54c7
 class Classifier(nn.Module):
     "The judge: labels images, and turns them into the features behind `FD[mnist-cnn]`."
+
     Config = ClassifierConfig
 
     def __init__(self, cfg: ClassifierConfig):
         super().__init__()
         self.cfg, side = cfg, -(-cfg.image_size // 4)
-        self.stages = nn.Sequential(conv_stage(cfg.channels, cfg.width), conv_stage(cfg.width, 2 * cfg.width))
+        self.stages = nn.Sequential(
+            conv_stage(cfg.channels, cfg.width), conv_stage(cfg.width, 2 * cfg.width)
+        )
         self.to_features = nn.Linear(2 * cfg.width * side * side, cfg.num_features)
         self.head = nn.Linear(cfg.num_features, cfg.num_classes)
 
@@ -69,42 +82,56 @@ class Classifier(nn.Module):
 
 # %% ../nbs/06_evaluation.ipynb #d639befb
 def augment(
-    x: Tensor,                    # images `(N, C, H, W)`
-    generator: torch.Generator,   # source of the shifts
-    coarse: int = 16,             # half of the batch goes through this many pixels a side
-) -> Tensor:                      # same shape
+    x: Tensor,  # images `(N, C, H, W)`
+    generator: torch.Generator,  # source of the shifts
+    coarse: int = 16,  # half of the batch goes through this many pixels a side
+) -> Tensor:  # same shape
     "Shift by up to two pixels, turn and stretch a little, blur half of them through a coarser grid."
     N, device = len(x), x.device
     r = 2 * torch.rand(N, 4, generator=generator, device=device) - 1
-    theta = torch.eye(2, 3, device=device).expand(N, 2, 3) + torch.stack([
-        torch.stack([0.1 * r[:, 0], 0.15 * r[:, 1], 0.14 * r[:, 2]], 1), torch.stack([-0.15 * r[:, 1], 0.1 * r[:, 0], 0.14 * r[:, 3]], 1)], 1)
-    x = nnf.grid_sample(x + 1, nnf.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False) - 1
+    theta = torch.eye(2, 3, device=device).expand(N, 2, 3) + torch.stack(
+        [
+            torch.stack([0.1 * r[:, 0], 0.15 * r[:, 1], 0.14 * r[:, 2]], 1),
+            torch.stack([-0.15 * r[:, 1], 0.1 * r[:, 0], 0.14 * r[:, 3]], 1),
+        ],
+        1,
+    )
+    x = (
+        nnf.grid_sample(
+            x + 1, nnf.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False
+        )
+        - 1
+    )
     small = nnf.interpolate(x[: N // 2], size=(coarse, coarse), mode="bilinear", antialias=True)
-    return torch.cat([nnf.interpolate(small, size=x.shape[-2:], mode="bilinear"), x[N // 2:]])
+    return torch.cat([nnf.interpolate(small, size=x.shape[-2:], mode="bilinear"), x[N // 2 :]])
 
 # %% ../nbs/06_evaluation.ipynb #5c8c3d5a
 def classifier_loss(model, x, c, generator):
     "Cross-entropy on augmented images; a loss for `train`, with label_dropout 0."
     logits = model(augment(x, generator))
-    return nnf.cross_entropy(logits, c, label_smoothing=0.05), {"accuracy": (logits.argmax(1) == c).float().mean()}
+    return nnf.cross_entropy(logits, c, label_smoothing=0.05), {
+        "accuracy": (logits.argmax(1) == c).float().mean()
+    }
 
 # %% ../nbs/06_evaluation.ipynb #17e07bae
 @torch.no_grad()
 def in_batches(
-    fn,                     # (images) → Tensor `(n, …)`
-    x: Tensor,              # images `(N, C, H, W)`
+    fn,  # (images) → Tensor `(n, …)`
+    x: Tensor,  # images `(N, C, H, W)`
     batch_size: int = 500,
-) -> Tensor:                # `(N, …)`
+) -> Tensor:  # `(N, …)`
     "Apply a function to many images without filling the memory."
     return torch.cat([fn(part) for part in x.split(batch_size)])
 
 # %% ../nbs/06_evaluation.ipynb #428f9fcd
 def as_stored(
     x: Tensor,  # images `(N, C, H, W)`
-) -> Tensor:    # the middles of the 8-bit bins, float32 in (-1, 1)
+) -> Tensor:  # the middles of the 8-bit bins, float32 in (-1, 1)
     "Images rounded to 8 bits, as a file would hold them: what every metric sees, real and generated alike. Refuses NaN."
     if bad := int(x.isnan().flatten(1).any(dim=1).sum()):
-        raise BitflowError(f"{bad} of {len(x)} images hold NaN, which no file can store; find out where the sampler produced them")
+        raise BitflowError(
+            f"{bad} of {len(x)} images hold NaN, which no file can store; find out where the sampler produced them"
+        )
     return to_model_range(to_pixels(x))
 
 # %% ../nbs/06_evaluation.ipynb #9967d640
@@ -112,7 +139,7 @@ def accuracy(
     classifier: Classifier,
     x: Tensor,  # images `(N, C, H, W)`
     c: Tensor,  # labels that they should show `(N,)`
-) -> float:     # share in [0, 1]
+) -> float:  # share in [0, 1]
     "How often the classifier sees the label that was asked for, in images as they would be stored."
     return (in_batches(classifier, as_stored(x), 100).argmax(dim=1) == c).float().mean().item()
 
@@ -124,20 +151,26 @@ def load_classifier(device: str = "cpu") -> Classifier:
 # %% ../nbs/06_evaluation.ipynb #69df8783
 def check_features(
     *clouds: Tensor,  # features, each `(N, K)` with the same K
-    least: int = 2,   # vectors that a cloud must have
+    least: int = 2,  # vectors that a cloud must have
 ):
     "Refuse clouds that are too small, not finite, or of different widths, with a `BitflowError`."
     for cloud in clouds:
         if cloud.ndim != 2 or cloud.shape[1] != clouds[0].shape[1]:
-            raise BitflowError(f"features of shapes {[tuple(f.shape) for f in clouds]} cannot be compared; each must be (N, K) with one K")
+            raise BitflowError(
+                f"features of shapes {[tuple(f.shape) for f in clouds]} cannot be compared; each must be (N, K) with one K"
+            )
         if len(cloud) < least:
-            raise BitflowError(f"{len(cloud)} feature vectors are too few, {least} are needed at least; draw more samples")
+            raise BitflowError(
+                f"{len(cloud)} feature vectors are too few, {least} are needed at least; draw more samples"
+            )
         if bad := int((~torch.isfinite(cloud)).any(dim=1).sum()):
-            raise BitflowError(f"{bad} of {len(cloud)} feature vectors are not finite (NaN or infinite); look at the images they come from")
+            raise BitflowError(
+                f"{bad} of {len(cloud)} feature vectors are not finite (NaN or infinite); look at the images they come from"
+            )
 
 # %% ../nbs/06_evaluation.ipynb #1ca76429
 def moments(
-    features: Tensor,        # `(N, K)`
+    features: Tensor,  # `(N, K)`
 ) -> tuple[Tensor, Tensor]:  # mean `(K,)`, covariance `(K, K)`, float64
     "Mean and covariance of a cloud of features. Raises `BitflowError` for fewer than 2 vectors, or NaN."
     check_features(features)
@@ -147,7 +180,7 @@ def moments(
 # %% ../nbs/06_evaluation.ipynb #7242f45f
 def matrix_sqrt(
     a: Tensor,  # symmetric, positive semi-definite `(K, K)`
-) -> Tensor:    # the symmetric root, same shape
+) -> Tensor:  # the symmetric root, same shape
     "Square root through the eigenvalues; tiny negative ones, from rounding, count as zero."
     values, vectors = torch.linalg.eigh(a)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -170,35 +203,43 @@ def distance_of_moments(
     (mu_a, cov_a), (mu_b, cov_b) = a, b
     root = matrix_sqrt(cov_a)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0).item()
+    return (
+        ((mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+        .clamp(min=0)
+        .item()
+    )
 
 # %% ../nbs/06_evaluation.ipynb #6ee9eabd
 def fd(
     classifier: Classifier,
-    x: Tensor,     # generated images `(N, C, H, W)`
+    x: Tensor,  # generated images `(N, C, H, W)`
     real: Tensor,  # real images `(M, C, H, W)`
 ) -> float:
     "Fréchet distance between the classifier's features of two sets of images: `FD[mnist-cnn]` with the course's own."
-    return frechet_distance(*(in_batches(classifier.features, as_stored(images), 100) for images in (x, real)))
+    return frechet_distance(
+        *(in_batches(classifier.features, as_stored(images), 100) for images in (x, real))
+    )
 
 # %% ../nbs/06_evaluation.ipynb #03f3ae14
 def covered(
     queries: Tensor,  # features `(M, K)`
-    cloud: Tensor,    # features `(N, K)`, N > k
-    k: int = 3,       # each ball of the cloud reaches to the k-th nearest neighbour
-) -> Tensor:          # bool `(M,)`
+    cloud: Tensor,  # features `(N, K)`, N > k
+    k: int = 3,  # each ball of the cloud reaches to the k-th nearest neighbour
+) -> Tensor:  # bool `(M,)`
     "Which queries lie in the territory of a cloud, the union of its nearest-neighbour balls (arXiv 1904.06991, eq. 1)."
     check_features(queries, cloud, least=k + 1)
     distance = lambda part: torch.cdist(part, cloud, compute_mode="donot_use_mm_for_euclid_dist")
-    radius = in_batches(lambda part: distance(part).kthvalue(k + 1, dim=1).values, cloud)  # the nearest is the point itself
+    radius = in_batches(
+        lambda part: distance(part).kthvalue(k + 1, dim=1).values, cloud
+    )  # the nearest is the point itself
     return in_batches(lambda part: (distance(part) <= radius).any(dim=1), queries)
 
 # %% ../nbs/06_evaluation.ipynb #dfd5c353
 def precision_recall(
-    real_features: Tensor,   # `(N, K)`
-    fake_features: Tensor,   # `(M, K)`
-    k: int = 3,              # neighbour that sets the size of a ball
-) -> tuple[float, float]:    # precision, recall: shares in [0, 1]
+    real_features: Tensor,  # `(N, K)`
+    fake_features: Tensor,  # `(M, K)`
+    k: int = 3,  # neighbour that sets the size of a ball
+) -> tuple[float, float]:  # precision, recall: shares in [0, 1]
     "Share of samples within the real territory, and of real images within the samples' (Kynkäänniemi et al., arXiv 1904.06991)."
     precision = covered(fake_features, real_features, k).float().mean().item()
     return precision, covered(real_features, fake_features, k).float().mean().item()
@@ -207,7 +248,7 @@ def precision_recall(
 def polynomial_kernel(
     a: Tensor,  # features `(N, K)`
     b: Tensor,  # features `(M, K)`
-) -> Tensor:    # `(N, M)`, float64
+) -> Tensor:  # `(N, M)`, float64
     "How similar each pair of features is: k(u, v) = (u·v/K + 1)³ (Bińkowski et al., arXiv 1801.01401)."
     return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
 
@@ -215,22 +256,26 @@ def polynomial_kernel(
 def kid(
     a: Tensor,  # features `(N, K)`, N ≥ 2
     b: Tensor,  # features `(M, K)`, M ≥ 2
-) -> float:     # 0 on average for clouds from one distribution; may be slightly negative
+) -> float:  # 0 on average for clouds from one distribution; may be slightly negative
     "Kernel distance, the unbiased estimator of MMD² over all pairs (arXiv 1801.01401; published KIDs average it over subsets)."
     check_features(a, b)
-    within = lambda m: (m.sum() - m.trace()) / (len(m) * (len(m) - 1))  # without the pairs of a point with itself
+    within = lambda m: (
+        (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
+    )  # without the pairs of a point with itself
     own = within(polynomial_kernel(a, a)) + within(polynomial_kernel(b, b))
     return (own - 2 * polynomial_kernel(a, b).mean()).item()
 
 # %% ../nbs/06_evaluation.ipynb #925f60f4
 def inception_score(
     probabilities: Tensor,  # p(c|x) of every sample `(N, C)`, rows sum to 1
-) -> float:                 # between 1 and C
+) -> float:  # between 1 and C
     "exp(E KL(p(c|x) ‖ p(c))): clear and varied labels (Salimans et al., arXiv 1606.03498). Name it after the classifier it comes from."
     check_features(probabilities)
     p = probabilities.double()
     if p.min() < 0 or (p.sum(dim=1) - 1).abs().max() > 1e-3:
-        raise BitflowError(f"rows sum to {p.sum(dim=1).min():.3g} … {p.sum(dim=1).max():.3g}; give probabilities (softmax of the logits), not logits")
+        raise BitflowError(
+            f"rows sum to {p.sum(dim=1).min():.3g} … {p.sum(dim=1).max():.3g}; give probabilities (softmax of the logits), not logits"
+        )
     marginal = p.mean(dim=0)
     return (torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1).mean().exp().item()
 
@@ -262,10 +307,10 @@ def call_times(fn, repeats: int) -> list:
 
 # %% ../nbs/06_evaluation.ipynb #33be571a
 def timed(
-    fn,                # called without arguments
-    repeats: int = 15, # measured calls, at least 2
-    warmup: int = 3,   # calls before
-) -> dict:             # median_ms, low_ms and high_ms (quartiles), repeats
+    fn,  # called without arguments
+    repeats: int = 15,  # measured calls, at least 2
+    warmup: int = 3,  # calls before
+) -> dict:  # median_ms, low_ms and high_ms (quartiles), repeats
     "Median and quartiles of a call's time, in milliseconds: of its work on the GPU where this process uses one, else by the clock on the wall."
     for _ in range(warmup):
         fn()
@@ -284,15 +329,28 @@ def processor() -> str:
 # %% ../nbs/06_evaluation.ipynb #020e9f16
 def hardware() -> dict:
     "The machine that a figure was measured on."
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if hasattr(os, "sysconf")
+        else None
+    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
-            "memory_gb": memory and round(memory, 1)}
+    return {
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "memory_gb": memory and round(memory, 1),
+    }
 
 # %% ../nbs/06_evaluation.ipynb #ee87e7a2
 def versions() -> dict:
     "The software that a figure was measured with."
-    return {"python": platform.python_version(), "torch": torch.__version__, "bitflow_edu": version("bitflow_edu")}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "bitflow_edu": version("bitflow_edu"),
+    }
 
 # %% ../nbs/06_evaluation.ipynb #64c8e003
 def git(
@@ -312,18 +370,29 @@ def commit() -> str:
     head = git("rev-parse", "--short=12", "HEAD")
     if head is None or git("ls-files", "--error-unmatch", "data.py") is None:
         return "unknown"
-    return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else "")
+    return head + (
+        "+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else ""
+    )
 
 # %% ../nbs/06_evaluation.ipynb #5423c6e2
 def measurement(row, metric, value, unit="1", n=None, seed=None, batch=None, **more) -> dict:
     "One line of a results file: `row` names the method, `n` counts the samples."
-    return {"row": row, "metric": metric, "value": value, "unit": unit, "n": n, "seed": seed, "batch": batch, **more}
+    return {
+        "row": row,
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "n": n,
+        "seed": seed,
+        "batch": batch,
+        **more,
+    }
 
 # %% ../nbs/06_evaluation.ipynb #2447badb
 def results_text(
-    head: dict,          # everything but the measurements
+    head: dict,  # everything but the measurements
     measurements: list,  # of `measurement`
-) -> str:                # JSON
+) -> str:  # JSON
     "A results file's text: one measurement a line, so that a changed figure is a changed line."
     lines = ",\n".join("  " + json.dumps(m) for m in measurements)
     return f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n{lines}\n ]\n}}\n'
@@ -335,73 +404,113 @@ def now() -> str:
 
 
 def save_results(
-    folder: Path,        # usually `results/`
-    name: str,           # file name without .json
-    preset: str,         # configuration it ran with
-    command: str,        # that reproduces it
-    config: dict,        # the whole configuration
+    folder: Path,  # usually `results/`
+    name: str,  # file name without .json
+    preset: str,  # configuration it ran with
+    command: str,  # that reproduces it
+    config: dict,  # the whole configuration
     measurements: list,  # of `measurement`
-    wall_s: float,       # seconds it all took
-) -> Path:               # the file
+    wall_s: float,  # seconds it all took
+) -> Path:  # the file
     "Write a results file: every figure that the project shows comes from one."
-    head = dict(name=name, preset=preset, command=command, commit=commit(), date=now(),
-                wall_s=round(wall_s, 1), hardware=hardware(), versions=versions(), config=config)
+    head = dict(
+        name=name,
+        preset=preset,
+        command=command,
+        commit=commit(),
+        date=now(),
+        wall_s=round(wall_s, 1),
+        hardware=hardware(),
+        versions=versions(),
+        config=config,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{name}.json", results_text(head, measurements))
     return folder / f"{name}.json"
 
 # %% ../nbs/06_evaluation.ipynb #b2f309f4
 def measured(
-    result: dict,      # a results file, loaded
-    row: str,          # method
-    metric: str,       # metric
-    batch: int = None, # where there are several
-) -> list:             # of measurements, empty where there are none
+    result: dict,  # a results file, loaded
+    row: str,  # method
+    metric: str,  # metric
+    batch: int = None,  # where there are several
+) -> list:  # of measurements, empty where there are none
     "The lines of a results file for one method and metric."
-    return [m for m in result["measurements"] if (m["row"], m["metric"]) == (row, metric) and batch in (None, m["batch"])]
+    return [
+        m
+        for m in result["measurements"]
+        if (m["row"], m["metric"]) == (row, metric) and batch in (None, m["batch"])
+    ]
 
 # %% ../nbs/06_evaluation.ipynb #6ad23bf7
 def figure(
-    result: dict,      # a results file, loaded
-    row: str,          # method
-    metric: str,       # metric
-    batch: int = None, # where there are several
-):                     # its value
+    result: dict,  # a results file, loaded
+    row: str,  # method
+    metric: str,  # metric
+    batch: int = None,  # where there are several
+):  # its value
     "Look a figure up in a results file. Raises `BitflowError` where it holds none, naming what it has."
     found = measured(result, row, metric, batch)
     if not found:
-        has = sorted({m["metric"] for m in result["measurements"] if m["row"] == row}) or sorted({m["row"] for m in result["measurements"]})
-        raise BitflowError(f"{result['name']} has no {metric} of {row}" + (f" at batch {batch}" if batch else "") + f"; it has {', '.join(has)}")
+        has = sorted({m["metric"] for m in result["measurements"] if m["row"] == row}) or sorted(
+            {m["row"] for m in result["measurements"]}
+        )
+        raise BitflowError(
+            f"{result['name']} has no {metric} of {row}"
+            + (f" at batch {batch}" if batch else "")
+            + f"; it has {', '.join(has)}"
+        )
     return found[0]["value"]
 
 # %% ../nbs/06_evaluation.ipynb #93d6dd28
 def load_result(
-    name: str,            # of a file in the folder, without .json
+    name: str,  # of a file in the folder, without .json
     folder="../results",  # where results are kept; as seen from a notebook of this course
 ) -> dict:
     "A results file. `BitflowError` where it is missing."
     try:
         return json.loads((Path(folder) / f"{name}.json").read_text())
     except FileNotFoundError as e:
-        raise BitflowError(f"there is no {e.filename}; measure it first, or name another folder") from None
+        raise BitflowError(
+            f"there is no {e.filename}; measure it first, or name another folder"
+        ) from None
 
 # %% ../nbs/06_evaluation.ipynb #rowsof01
 def rows_of(
-    result: dict,                    # a table of `bitflow ablate`, loaded
+    result: dict,  # a table of `bitflow ablate`, loaded
     metric: str = "fd[mnist-cnn]",
-) -> dict:                           # row → (every seed's values, their mean, the paper's figure or None), in the table's order
+) -> (
+    dict
+):  # row → (every seed's values, their mean, the paper's figure or None), in the table's order
     "A table's rows for one metric; rows without it are left out."
-    rows = {name: measured(result, name, metric) for name in dict.fromkeys(m["row"] for m in result["measurements"])}
-    return {name: ([m["value"] for m in seeds], figure(result, name, f"mean {metric}"), seeds[0]["paper"]) for name, seeds in rows.items() if seeds}
+    rows = {
+        name: measured(result, name, metric)
+        for name in dict.fromkeys(m["row"] for m in result["measurements"])
+    }
+    return {
+        name: (
+            [m["value"] for m in seeds],
+            figure(result, name, f"mean {metric}"),
+            seeds[0]["paper"],
+        )
+        for name, seeds in rows.items()
+        if seeds
+    }
 
 # %% ../nbs/06_evaluation.ipynb #tabtxt01
 def table_text(
     result: dict,  # a table of `bitflow ablate`, loaded
     *metrics: str,
-) -> str:          # a line for each row
+) -> str:  # a line for each row
     "A table in letters: the mean over seeds, and in brackets every seed's value."
     rows, columns = rows_of(result, metrics[0]), [rows_of(result, metric) for metric in metrics]
     cell = lambda values, mean, _: f"{mean:.4g} (" + ", ".join(f"{v:.4g}" for v in values) + ")"
-    lines = [["", *metrics], *([name, *(cell(*column[name]) for column in columns)] for name in rows)]
+    lines = [
+        ["", *metrics],
+        *([name, *(cell(*column[name]) for column in columns)] for name in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("   ".join(f"{text:{width}}" for text, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "   ".join(f"{text:{width}}" for text, width in zip(line, widths)).rstrip()
+        for line in lines
+    )

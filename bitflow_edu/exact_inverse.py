@@ -25,29 +25,45 @@ def invert_block_uncached(
     block: FlowBlock,
     y: Tensor,  # x^{i+1} `(N, T, D)`
     c: Tensor,  # labels `(N,)`
-) -> Tensor:    # x^i `(N, T, D)`
+) -> Tensor:  # x^i `(N, T, D)`
     "f_i⁻¹ as the equation says it: T−1 times, run the whole block to learn one more token. For reading and testing."
     y = block.order(y)
     x = y.clone()
     for t in range(1, y.shape[1]):
         alpha, mu = block.parameters_of(x, c)
-        x = torch.cat([x[:, :t], y[:, t:t + 1] * alpha[:, t:t + 1].exp() + mu[:, t:t + 1], y[:, t + 1:]], dim=1)
+        x = torch.cat(
+            [
+                x[:, :t],
+                y[:, t : t + 1] * alpha[:, t : t + 1].exp() + mu[:, t : t + 1],
+                y[:, t + 1 :],
+            ],
+            dim=1,
+        )
     return block.order(x)
 
 # %% ../nbs/08_exact_inverse.ipynb #fe9a631e
 @dataclass(frozen=True)
 class Walk:
     "What stays the same while a block is undone: its inputs' offsets, and how its advice is pushed."
+
     block: FlowBlock
-    offset: Tensor       # position and class embeddings `(N or 2N, T, width)`, in the block's order
-    place: Tensor        # t/(T−1) of the tokens that advice is for, t = 1 … T−1, `(T−1, 1)`
+    offset: Tensor  # position and class embeddings `(N or 2N, T, width)`, in the block's order
+    place: Tensor  # t/(T−1) of the tokens that advice is for, t = 1 … T−1, `(T−1, 1)`
     temperature: Tensor  # of each image's attention `(N or 2N, 1, 1, 1)`; None: 1 for all
     guidance: Guidance = None
 
     def advice(self, tokens, cache):
         "α and μ for the S tokens that follow `tokens` `(N, S, D)`, each `(N, S, D)`, and the longer cache."
         now = slice(cache.length, cache.length + tokens.shape[1])
-        return ask(self.block, self.guidance, tokens, self.offset[:, now], self.place[now], self.temperature, cache)
+        return ask(
+            self.block,
+            self.guidance,
+            tokens,
+            self.offset[:, now],
+            self.place[now],
+            self.temperature,
+            cache,
+        )
 
 # %% ../nbs/08_exact_inverse.ipynb #0b91371c
 def ask(block: FlowBlock, guidance, tokens, offset, place, temperature, cache):
@@ -60,49 +76,55 @@ def ask(block: FlowBlock, guidance, tokens, offset, place, temperature, cache):
 # %% ../nbs/08_exact_inverse.ipynb #3e2b5991
 def start_walk(
     block: FlowBlock,
-    c: Tensor,                  # labels `(N,)`, −1: none
+    c: Tensor,  # labels `(N,)`, −1: none
     guidance: Guidance = None,
-) -> tuple:                     # the walk, and an empty cache for it
+) -> tuple:  # the walk, and an empty cache for it
     "Get ready to undo a block. With guidance, both branches go in one batch: first with labels, then without."
     labels = c if guidance is None else torch.cat([c, -torch.ones_like(c)])
     offset = block.order(block.pos_embed) + block.class_embed(labels)
     place = torch.arange(1, offset.shape[1], device=c.device)[:, None] / (offset.shape[1] - 1)
     heat = None
     if guidance is not None and guidance.temperature != 1:
-        heat = torch.where(torch.arange(len(labels), device=c.device) < len(c), 1.0, guidance.temperature).to(offset.dtype)[:, None, None, None]
+        heat = torch.where(
+            torch.arange(len(labels), device=c.device) < len(c), 1.0, guidance.temperature
+        ).to(offset.dtype)[:, None, None, None]
     return Walk(block, offset, place, heat, guidance), block.transformer.empty_cache(len(labels))
 
 # %% ../nbs/08_exact_inverse.ipynb #58b58df0
 @torch.no_grad()
 def invert_block(
     block: FlowBlock,
-    y: Tensor,                  # x^{i+1} `(N, T, D)`
-    c: Tensor,                  # labels `(N,)`
+    y: Tensor,  # x^{i+1} `(N, T, D)`
+    c: Tensor,  # labels `(N,)`
     guidance: Guidance = None,
-) -> Tensor:                    # x^i `(N, T, D)`
+) -> Tensor:  # x^i `(N, T, D)`
     "f_i⁻¹ with a KV cache: x_t = y_t·exp(α_t) + μ_t, where one new token a step is run through the transformer."
     y = block.order(y)
     walk, cache = start_walk(block, c, guidance)
     x = [y[:, :1]]
     for t in range(1, y.shape[1]):
         alpha, mu, cache = walk.advice(x[-1], cache)
-        x.append(y[:, t:t + 1] * alpha.exp() + mu)
+        x.append(y[:, t : t + 1] * alpha.exp() + mu)
     return block.order(torch.cat(x, dim=1))
 
 # %% ../nbs/08_exact_inverse.ipynb #46145d05
 def check_noise(model: TARFlow, z: Tensor, c: Tensor, guidance: Guidance | None):
     "Refuse noise of another shape, and guidance where the model never saw a hidden label."
     if z.shape[1:] != (model.cfg.num_tokens, model.cfg.token_dim):
-        raise BitflowError(f"noise of shape {tuple(z.shape)} does not fit: F takes (N, {model.cfg.num_tokens}, {model.cfg.token_dim})")
+        raise BitflowError(
+            f"noise of shape {tuple(z.shape)} does not fit: F takes (N, {model.cfg.num_tokens}, {model.cfg.token_dim})"
+        )
     if guidance is not None and not model.cfg.label_dropout and bool((c >= 0).any()):
-        raise BitflowError("this F was trained without label dropout (label_dropout 0), so it does not know what an image without label looks like; "
-                           "train one with label dropout, or leave the guidance out")
+        raise BitflowError(
+            "this F was trained without label dropout (label_dropout 0), so it does not know what an image without label looks like; "
+            "train one with label dropout, or leave the guidance out"
+        )
 
 # %% ../nbs/08_exact_inverse.ipynb #2e1d8e95
 def exact_trajectory(
     model: TARFlow,
-    z: Tensor,      # noise tokens `(N, T, D)`
-    c: Tensor,      # labels `(N,)`, −1: none
+    z: Tensor,  # noise tokens `(N, T, D)`
+    c: Tensor,  # labels `(N,)`, −1: none
     invert=invert_block,  # (block, y, c) → x: how one block is undone
     guidance: Guidance = None,  # passed on to `invert` where given
 ) -> list[Tensor]:  # x^0 … x^B, each `(N, T, D)`
@@ -122,7 +144,7 @@ def undo_blocks(model, z, c, invert, guidance):
 def to_images(
     model: TARFlow,
     tokens: Tensor,  # x^0 `(N, T, D)`
-) -> Tensor:         # `(N, C, H, W)`
+) -> Tensor:  # `(N, C, H, W)`
     "The start of a trajectory as images."
     return model.to_line.inverse(unpatchify(tokens, model.cfg.patch_size, model.cfg.channels))
 
@@ -132,7 +154,7 @@ def exact_inverse(
     z: Tensor,  # noise tokens `(N, T, D)`
     c: Tensor,  # labels `(N,)`, −1: none
     guidance: Guidance = None,
-) -> Tensor:    # noisy images x̃ `(N, C, H, W)`
+) -> Tensor:  # noisy images x̃ `(N, C, H, W)`
     "F⁻¹(z), exact but serial; with guidance, of the flow that it makes of F."
     return to_images(model, exact_trajectory(model, z, c, guidance=guidance)[0])
 
@@ -142,14 +164,12 @@ def round_trip_error(
     model: TARFlow,
     x: Tensor,  # images `(N, C, H, W)`
     c: Tensor,  # labels `(N,)`
-) -> float:     # in units of x
+) -> float:  # in units of x
     "The largest |x − F⁻¹(F(x))| over all pixels."
     return (exact_inverse(model, model(x, c).z, c) - x).abs().max().item()
 
 # %% ../nbs/08_exact_inverse.ipynb #f8544c80
-def serial_steps(
-    model: TARFlow,
-) -> int:
+def serial_steps(model: TARFlow) -> int:
     "Transformer evaluations that must follow one another in the exact inverse: B·(T−1)."
     return model.cfg.num_blocks * (model.cfg.num_tokens - 1)
 
@@ -158,12 +178,12 @@ def score_denoise(
     model: TARFlow,
     x: Tensor,  # noisy images x̃ `(N, C, H, W)`
     c: Tensor,  # labels `(N,)`, −1: none
-) -> Tensor:    # the expected clean images, same shape
+) -> Tensor:  # the expected clean images, same shape
     "Tweedie's step x̃ + σ²·∇ log p(x̃): one forward and one backward pass through F (arXiv 2412.06329, §3)."
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
-        score, = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)
-    return (x + model.cfg.noise_std ** 2 * score).detach()
+        (score,) = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)
+    return (x + model.cfg.noise_std**2 * score).detach()
 
 # %% ../nbs/08_exact_inverse.ipynb #046f97c6
 def linear(alpha, mu, alpha_u, mu_u, g):
@@ -184,47 +204,61 @@ GUIDANCE = {"linear": linear, "annealed": linear, "variance-aware": variance_awa
 @dataclass(frozen=True)
 class Guidance:
     "How far α and μ are pushed away from what they would be without a label."
-    scale: float = 1.0        # g, or w of the variance-aware rule; 0 changes nothing
-    kind: str = "linear"      # "linear", "annealed" (g·t/(T−1) at token t) or "variance-aware"
+
+    scale: float = 1.0  # g, or w of the variance-aware rule; 0 changes nothing
+    kind: str = "linear"  # "linear", "annealed" (g·t/(T−1) at token t) or "variance-aware"
     temperature: float = 1.0  # divides the attention scores of the branch without label; where there are no labels, this alone makes the difference
 
     def __post_init__(self):
         if self.kind not in GUIDANCE:
-            raise BitflowError(f"unknown kind of guidance {self.kind!r}; choose {', '.join(GUIDANCE)}")
+            raise BitflowError(
+                f"unknown kind of guidance {self.kind!r}; choose {', '.join(GUIDANCE)}"
+            )
         if not (0 <= self.scale < float("inf") and 0 < self.temperature < float("inf")):
-            raise BitflowError(f"guidance scale {self.scale} must be at least 0, temperature {self.temperature} above 0")
+            raise BitflowError(
+                f"guidance scale {self.scale} must be at least 0, temperature {self.temperature} above 0"
+            )
 
     def push(self, alpha, mu, place):
         "α and μ of both branches, each `(2N, S, D)`, and how far along the tokens are `(S, 1)`, to the pushed α and μ `(N, S, D)`."
         (a, a_u), (m, m_u) = alpha.chunk(2), mu.chunk(2)
-        return GUIDANCE[self.kind](a, m, a_u, m_u, self.scale * place if self.kind == "annealed" else self.scale)
+        return GUIDANCE[self.kind](
+            a, m, a_u, m_u, self.scale * place if self.kind == "annealed" else self.scale
+        )
 
 # %% ../nbs/08_exact_inverse.ipynb #d5754506
 @dataclass(frozen=True)
 class Convergence:
     "How the fixed-point iteration of a block went."
+
     iterations: tuple[int, ...]  # passes that each segment took
-    change: float                # largest change in a segment's last pass, in units of x
-    fell_back: bool = False      # it did not get there, and the block was undone token by token
+    change: float  # largest change in a segment's last pass, in units of x
+    fell_back: bool = False  # it did not get there, and the block was undone token by token
 
 
 def check_iteration(tolerance, segments, max_iterations, T):
     "Refuse what no iteration can use."
     if not 0 <= tolerance < float("inf"):
-        raise BitflowError(f"tolerance is {tolerance}; it must not be negative (units of x; 0 goes on until nothing changes)")
+        raise BitflowError(
+            f"tolerance is {tolerance}; it must not be negative (units of x; 0 goes on until nothing changes)"
+        )
     if not 1 <= segments <= max(T - 1, 1):
-        raise BitflowError(f"{segments} segments do not fit {T} tokens; choose 1 (Jacobi) to {max(T - 1, 1)} (token by token)")
+        raise BitflowError(
+            f"{segments} segments do not fit {T} tokens; choose 1 (Jacobi) to {max(T - 1, 1)} (token by token)"
+        )
     if max_iterations is not None and max_iterations < 1:
         raise BitflowError(f"max_iterations is {max_iterations}; at least one pass is needed")
 
 # %% ../nbs/08_exact_inverse.ipynb #17728643
 def solve_segment(
-    walk: Walk, cache,            # how to ask for α and μ; all tokens before the segment's are in the cache, but the last
-    before: Tensor,               # the last known token `(N, 1, D)`
-    y: Tensor, guess: Tensor,     # the segment's tokens of x^{i+1}, and a first guess of x^i, each `(N, S, D)`
-    tolerance: float,             # largest change of a pass that counts as none
-    max_iterations: int,          # S passes are always enough
-) -> tuple:                       # x^i `(N, S, D)`, the longer cache, passes, last change
+    walk: Walk,
+    cache,  # how to ask for α and μ; all tokens before the segment's are in the cache, but the last
+    before: Tensor,  # the last known token `(N, 1, D)`
+    y: Tensor,
+    guess: Tensor,  # the segment's tokens of x^{i+1}, and a first guess of x^i, each `(N, S, D)`
+    tolerance: float,  # largest change of a pass that counts as none
+    max_iterations: int,  # S passes are always enough
+) -> tuple:  # x^i `(N, S, D)`, the longer cache, passes, last change
     "Jacobi: ask for all α and μ of the segment at the present guess, take what they give as the next guess, until it stays."
     for i in range(1, max_iterations + 1):
         alpha, mu, after = walk.advice(torch.cat([before, guess[:, :-1]], dim=1), cache)
@@ -238,10 +272,17 @@ def solve_segment(
 def solve_in_segments(walk, cache, y, guess, tolerance, segments, max_iterations):
     "One segment after the other, in the block's order: x^i `(N, T, D)` and its `Convergence`, or what is left where a segment did not converge."
     T = y.shape[1]
-    x, passes, changes, edges = [y[:, :1]], [], [0.0], [1 + (T - 1) * s // segments for s in range(segments + 1)]
+    x, passes, changes, edges = (
+        [y[:, :1]],
+        [],
+        [0.0],
+        [1 + (T - 1) * s // segments for s in range(segments + 1)],
+    )
     for a, b in zip(edges[:-1], edges[1:]) if T > 1 else ():
         limit = b - a if max_iterations is None else min(max_iterations, b - a)
-        part, cache, i, change = solve_segment(walk, cache, x[-1][:, -1:], y[:, a:b], guess[:, a:b], tolerance, limit)
+        part, cache, i, change = solve_segment(
+            walk, cache, x[-1][:, -1:], y[:, a:b], guess[:, a:b], tolerance, limit
+        )
         x, passes, changes = [*x, part], [*passes, i], [*changes, change]
         if not change <= tolerance and limit < b - a or change != change:
             return torch.cat(x, dim=1), Convergence(tuple(passes), change, fell_back=True)
@@ -250,69 +291,105 @@ def solve_in_segments(walk, cache, y, guess, tolerance, segments, max_iterations
 # %% ../nbs/08_exact_inverse.ipynb #a687d967
 def fall_back(block, y, c, guidance, tolerance, how):
     "Say that the iteration did not converge, then undo the block token by token: x^i `(N, T, D)`."
-    warnings.warn(f"Jacobi did not converge (change {how.change:.3g} after {how.iterations[-1]} passes, tolerance {tolerance:g}); "
-                  "undoing the block token by token", stacklevel=4)  # the caller's caller, behind no_grad's wrapper
+    warnings.warn(
+        f"Jacobi did not converge (change {how.change:.3g} after {how.iterations[-1]} passes, tolerance {tolerance:g}); "
+        "undoing the block token by token",
+        stacklevel=4,
+    )  # the caller's caller, behind no_grad's wrapper
     return invert_block(block, y, c, guidance)
 
 # %% ../nbs/08_exact_inverse.ipynb #6317f1c1
 @torch.no_grad()
 def invert_block_jacobi(
-    block: FlowBlock, y: Tensor, c: Tensor,  # as in `invert_block`
-    tolerance: float = 1e-4,    # largest change of a pass that counts as none, in units of x
-    segments: int = 1,          # 1: Jacobi; more: Gauss–Seidel–Jacobi, one segment after the other; T − 1: token by token
-    max_iterations: int = None, # passes a segment may take; default as many as it has tokens, which is always enough
-    start: Tensor = None,       # first guess of x^i `(N, T, D)`; default y
+    block: FlowBlock,
+    y: Tensor,
+    c: Tensor,  # as in `invert_block`
+    tolerance: float = 1e-4,  # largest change of a pass that counts as none, in units of x
+    segments: int = 1,  # 1: Jacobi; more: Gauss–Seidel–Jacobi, one segment after the other; T − 1: token by token
+    max_iterations: int = None,  # passes a segment may take; default as many as it has tokens, which is always enough
+    start: Tensor = None,  # first guess of x^i `(N, T, D)`; default y
     guidance: Guidance = None,
-) -> tuple:                     # x^i `(N, T, D)`, and its `Convergence`
+) -> tuple:  # x^i `(N, T, D)`, and its `Convergence`
     "f_i⁻¹ as a fixed point of x = y·exp(α(x)) + μ(x) (arXiv 2505.12849). Falls back to the exact walk, with a warning, where it does not converge."
     check_iteration(tolerance, segments, max_iterations, y.shape[1])
     if segments == y.shape[1] - 1:  # nothing is left to iterate
         return invert_block(block, y, c, guidance), Convergence((1,) * segments, 0.0)
     guess = block.order(y if start is None else start)
-    x, how = solve_in_segments(*start_walk(block, c, guidance), block.order(y), guess, tolerance, segments, max_iterations)
-    return (fall_back(block, y, c, guidance, tolerance, how) if how.fell_back else block.order(x)), how
+    x, how = solve_in_segments(
+        *start_walk(block, c, guidance), block.order(y), guess, tolerance, segments, max_iterations
+    )
+    return (
+        fall_back(block, y, c, guidance, tolerance, how) if how.fell_back else block.order(x)
+    ), how
 
 # %% ../nbs/08_exact_inverse.ipynb #849e663e
 def segment_counts(model: TARFlow, segments) -> list:
     "Segments of each block, near the data first, from one number or one for each."
     counts = [segments] * model.cfg.num_blocks if isinstance(segments, int) else list(segments)
     if len(counts) != model.cfg.num_blocks:
-        raise BitflowError(f"{len(counts)} numbers of segments for {model.cfg.num_blocks} blocks; give one number, or one for each block")
+        raise BitflowError(
+            f"{len(counts)} numbers of segments for {model.cfg.num_blocks} blocks; give one number, or one for each block"
+        )
     return counts
 
 # %% ../nbs/08_exact_inverse.ipynb #8eeff922
 def jacobi_trajectory(
-    model: TARFlow, z: Tensor, c: Tensor,  # as in `exact_trajectory`
+    model: TARFlow,
+    z: Tensor,
+    c: Tensor,  # as in `exact_trajectory`
     tolerance: float = 1e-4,  # as in `invert_block_jacobi`
-    segments=1,               # for every block, or one number a block, near the data first
-    starts: list = None,      # guesses of x^0 … x^{B−1}: a warm start
+    segments=1,  # for every block, or one number a block, near the data first
+    starts: list = None,  # guesses of x^0 … x^{B−1}: a warm start
     guidance: Guidance = None,
-) -> tuple:                   # x^0 … x^B, each `(N, T, D)`, and a `Convergence` for each block
+) -> tuple:  # x^0 … x^B, each `(N, T, D)`, and a `Convergence` for each block
     "The whole way back by fixed-point iteration."
     check_noise(model, z, c, guidance)
     states, found, counts = [z], [], segment_counts(model, segments)
     for i in reversed(range(model.cfg.num_blocks)):
-        x, how = invert_block_jacobi(model.blocks[i], states[-1], c, tolerance, counts[i], start=starts and starts[i], guidance=guidance)
+        x, how = invert_block_jacobi(
+            model.blocks[i],
+            states[-1],
+            c,
+            tolerance,
+            counts[i],
+            start=starts and starts[i],
+            guidance=guidance,
+        )
         states, found = [*states, x], [how, *found]
     return states[::-1], found
 
 # %% ../nbs/08_exact_inverse.ipynb #7575f79e
-def jacobi_inverse(model: TARFlow, z: Tensor, c: Tensor, tolerance: float = 1e-4, segments=1, guidance: Guidance = None) -> Tensor:
+def jacobi_inverse(
+    model: TARFlow,
+    z: Tensor,
+    c: Tensor,
+    tolerance: float = 1e-4,
+    segments=1,
+    guidance: Guidance = None,
+) -> Tensor:
     "F⁻¹(z) `(N, C, H, W)` by fixed-point iteration, to a tolerance a block."
-    return to_images(model, jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)[0][0])
+    return to_images(
+        model, jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)[0][0]
+    )
 
 # %% ../nbs/08_exact_inverse.ipynb #5291353d
 class FixedCache(KVCache):
     "A cache for one token a step whose shapes never change: `length` is a tensor `(1,)`, and empty slots are masked. What a compiled step needs."
+
     def __init__(self, k, v, length):
         vars(self).update(k=k, v=v, length=length)
 
     def attend(self, layer, q, k, v, causal):
         "Take in the token's k and v, and look at all slots that are filled."
-        keys, values = self.k[layer].index_copy_(2, self.length, k), self.v[layer].index_copy_(2, self.length, v)
+        keys, values = (
+            self.k[layer].index_copy_(2, self.length, k),
+            self.v[layer].index_copy_(2, self.length, v),
+        )
         filled = torch.arange(keys.shape[2], device=k.device)[None] <= self.length
         scores = ((keys * q).sum(-1) * q.shape[-1] ** -0.5).masked_fill(~filled, float("-inf"))
-        return (scores.softmax(-1)[..., None] * values).sum(2, keepdim=True)  # sums, not products of matrices: compiled, they are one loop
+        return (scores.softmax(-1)[..., None] * values).sum(
+            2, keepdim=True
+        )  # sums, not products of matrices: compiled, they are one loop
 
     def own(self, table, S, flip):
         "The row of a table `(T, …)` that belongs to the token."
@@ -331,18 +408,39 @@ def next_token(block: FlowBlock, guidance, token, y, offset, place, temperature,
 # %% ../nbs/08_exact_inverse.ipynb #8e50dd31
 def compile_blocks(model: TARFlow):
     "A compiled `invert` for `exact_trajectory`, best for few images. Needs a C++ compiler; the first call, and each new batch size or guidance, takes seconds."
-    steps = {block: torch.compile(partial(next_token, block), dynamic=False) for block in model.blocks}
+    steps = {
+        block: torch.compile(partial(next_token, block), dynamic=False) for block in model.blocks
+    }
 
     @torch.no_grad()
     def invert(block, y, c, guidance=None):
         "As `invert_block`."
         walk, cache = start_walk(block, c, guidance)
-        by_token = lambda v: v.transpose(0, 1).unsqueeze(2).contiguous()  # token t's values are one piece of memory
-        y, offset, at = by_token(block.order(y)), by_token(walk.offset), torch.arange(y.shape[1], device=y.device)[:, None]
+        by_token = lambda v: (
+            v.transpose(0, 1).unsqueeze(2).contiguous()
+        )  # token t's values are one piece of memory
+        y, offset, at = (
+            by_token(block.order(y)),
+            by_token(walk.offset),
+            torch.arange(y.shape[1], device=y.device)[:, None],
+        )
         x = [y[0]]
         for t in range(1, len(y)):
-            x.append(steps[block](guidance, x[-1], y[t], offset[t - 1], walk.place[t - 1], walk.temperature, cache.k, cache.v, at[t - 1]))
+            x.append(
+                steps[block](
+                    guidance,
+                    x[-1],
+                    y[t],
+                    offset[t - 1],
+                    walk.place[t - 1],
+                    walk.temperature,
+                    cache.k,
+                    cache.v,
+                    at[t - 1],
+                )
+            )
         return block.order(torch.cat(x, dim=1))
+
     return invert
 
 # %% ../nbs/08_exact_inverse.ipynb #5e6dfa46
@@ -350,8 +448,16 @@ def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, label
     "The exact inverse of `batch` images as one CUDA graph: (z, c) → x^0 `(N, T, D)`, `labelled` if any c is. `BitflowError` where the model is not on a GPU."
     device = model.blocks[0].pos_embed.device
     if device.type != "cuda":
-        raise BitflowError(f"a CUDA graph needs a model on a GPU; this one is on {device}: `compile_blocks` and `pack` are for processors")
-    z = torch.zeros(batch, model.cfg.num_tokens, model.cfg.token_dim, device=device, dtype=model.blocks[0].pos_embed.dtype)
+        raise BitflowError(
+            f"a CUDA graph needs a model on a GPU; this one is on {device}: `compile_blocks` and `pack` are for processors"
+        )
+    z = torch.zeros(
+        batch,
+        model.cfg.num_tokens,
+        model.cfg.token_dim,
+        device=device,
+        dtype=model.blocks[0].pos_embed.dtype,
+    )
     c = torch.full((batch,), 0 if labelled else -1, device=device)
     exact_trajectory(model, z, c, guidance=guidance)  # checks, and warms up
     graph = torch.cuda.CUDAGraph()
@@ -363,14 +469,19 @@ def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, label
         z.copy_(noise), c.copy_(labels)
         graph.replay()
         return x.clone()
+
     return replay
 
 # %% ../nbs/08_exact_inverse.ipynb #4432a65f
 class PackedLinear(nn.Module):
     "A linear layer for inference on many rows, its weights in oneDNN's own order."
+
     def __init__(self, linear: nn.Linear, rows: int):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows), linear.bias
+        self.weight, self.bias = (
+            torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows),
+            linear.bias,
+        )
 
     def forward(self, x):
         "`(…, in)` to `(…, out)`."
@@ -384,15 +495,25 @@ def lay_out(part: nn.Module, rows: int):
             if isinstance(child, nn.Linear) and rows >= 32:
                 setattr(module, name, PackedLinear(child, rows))
             elif isinstance(child, nn.Linear):
-                child.weight.data = child.weight.data.t().contiguous().t()  # column by column, which suits a few rows
+                child.weight.data = (
+                    child.weight.data.t().contiguous().t()
+                )  # column by column, which suits a few rows
 
 # %% ../nbs/08_exact_inverse.ipynb #7f763197
 def pack(model: nn.Module, rows) -> nn.Module:
     "A copy for inference on a CPU in float32, for products with `rows` rows (images × tokens at once; one number, or one for each of `model.blocks`). `BitflowError` elsewhere."
     weight = next(model.parameters())
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        raise BitflowError(f"only float32 models on a CPU, with oneDNN, can be packed; this one is {weight.dtype} on {weight.device}")
+    if (
+        weight.device.type != "cpu"
+        or weight.dtype != torch.float32
+        or not torch.backends.mkldnn.is_available()
+    ):
+        raise BitflowError(
+            f"only float32 models on a CPU, with oneDNN, can be packed; this one is {weight.dtype} on {weight.device}"
+        )
     packed = copy.deepcopy(model).requires_grad_(False).eval()
-    for part, n in [(packed, rows)] if isinstance(rows, int) else zip(packed.blocks, rows, strict=True):
+    for part, n in (
+        [(packed, rows)] if isinstance(rows, int) else zip(packed.blocks, rows, strict=True)
+    ):
         lay_out(part, n)
     return packed

@@ -14,9 +14,27 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from tqdm import tqdm
 from .coupling import CouplingConfig
-from .data import BitflowError, Images, first_sentence, folder_classes, image_files, read_arrays, to_model_range, to_pixels
+from bitflow_edu.data import (
+    BitflowError,
+    Images,
+    first_sentence,
+    folder_classes,
+    image_files,
+    read_arrays,
+    to_model_range,
+    to_pixels,
+)
 from .distances import as_photos, effnet_features, imagenet_units
-from .evaluation import as_stored, check_features, distance_of_moments, kid, load_classifier, measurement, precision_recall, timed
+from bitflow_edu.evaluation import (
+    as_stored,
+    check_features,
+    distance_of_moments,
+    kid,
+    load_classifier,
+    measurement,
+    precision_recall,
+    timed,
+)
 from .latents import square
 from .pipeline import draw, time_per_image
 from .training import ALONE, first_difference, to_disk, write_atomically, writing
@@ -35,8 +53,9 @@ __all__ = ['FEATURES', 'FeatureNetwork', 'mnist_cnn', 'effnet_lite0', 'own_netwo
 @dataclass(frozen=True, eq=False)
 class FeatureNetwork:
     "A frozen network that images are compared through."
-    name: str            # figures are named after it
-    look: Callable       # images in [-1, 1] `(N, C, H, W)` → features `(N, K)`, logits `(N, classes)` or None
+
+    name: str  # figures are named after it
+    look: Callable  # images in [-1, 1] `(N, C, H, W)` → features `(N, K)`, logits `(N, classes)` or None
     device: str = "cpu"  # where it computes, and where features are compared
 
     def features(self, x):
@@ -48,38 +67,44 @@ class FeatureNetwork:
         return self.look(x)[1]
 
     def metric(self, kind):
-        "What a figure is called: \"fd\" is `fid` with Inception and `fd[<name>]` with another network, \"kid\" is `kid` or `kid[<name>]`, and so on."
+        'What a figure is called: "fd" is `fid` with Inception and `fd[<name>]` with another network, "kid" is `kid` or `kid[<name>]`, and so on.'
         return {"fd": "fid"}.get(kind, kind) if self.name == "inception" else f"{kind}[{self.name}]"
 
 # %% ../nbs/fid.ipynb #fd396b0a
 def mnist_cnn(device: str = "cpu") -> FeatureNetwork:
     "The digit classifier of this course: 128 features, 10 classes."
     net = load_classifier(device)
+
     def look(x):
         "Features, and logits where there are any."
         features = net.features(x.to(device))
         return features, net.head(features)
+
     return FeatureNetwork("mnist-cnn", look, device)
 
 # %% ../nbs/fid.ipynb #c23bb541
 def effnet_lite0(device: str = "cpu") -> FeatureNetwork:
     "EfficientNet-Lite0 (ImageNet), from a package that brings the weights: 1,280 features, 1,000 classes."
     net = effnet_features(device).net
+
     def look(x):
         "Features, and logits where there are any."
         features = net.extract_features(imagenet_units(as_photos(x.to(device)))).mean(dim=(2, 3))
         return features, net._fc(features)
+
     return FeatureNetwork("effnet-lite0", look, device)
 
 # %% ../nbs/fid.ipynb #360c3e37
 def own_network(module: nn.Module, name: str, device: str = "cpu") -> FeatureNetwork:
     "Any module that turns images in [-1, 1] `(N, C, H, W)` into features `(N, …)`, or into a pair of features and logits."
     net = module.to(device).eval()
+
     def look(x):
         "Features, and logits where there are any."
         out = net(x.to(device))
         features, logits = out if isinstance(out, tuple) else (out, None)
         return features.flatten(1), logits
+
     return FeatureNetwork(name, look, device)
 
 # %% ../nbs/fid.ipynb #428d2747
@@ -88,18 +113,24 @@ def fidelity_package():
     try:
         return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except ImportError as e:
-        raise BitflowError("FID means Inception, which the package torch-fidelity holds; install it with: pip install torchmetrics torch-fidelity, "
-                           "or choose features that need no download: mnist-cnn, effnet-lite0") from e
+        raise BitflowError(
+            "FID means Inception, which the package torch-fidelity holds; install it with: pip install torchmetrics torch-fidelity, "
+            "or choose features that need no download: mnist-cnn, effnet-lite0"
+        ) from e
 
 # %% ../nbs/fid.ipynb #1c9ee29d
 def fetched_weights(url: str) -> Path:
     "Inception's weights in torch's folder of downloads, fetched if need be. `BitflowError` says where they belong."
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     try:
-        torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
+        torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
     except Exception as e:
-        raise BitflowError(f"Inception's weights are not in {path.parent} and cannot be fetched ({first_sentence(e)}); "
-                           f"download {url} elsewhere and put the file there, or name it as the weights' file") from e
+        raise BitflowError(
+            f"Inception's weights are not in {path.parent} and cannot be fetched ({first_sentence(e)}); "
+            f"download {url} elsewhere and put the file there, or name it as the weights' file"
+        ) from e
     return path
 
 # %% ../nbs/fid.ipynb #9537e401
@@ -108,24 +139,33 @@ def safe_weights(path: Path) -> Path:
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise BitflowError(f"{path} holds no weights of Inception that can be read safely ({first_sentence(e)}); name torch-fidelity's weights-inception-2015-12-05-6726825d.pth") from e
+        raise BitflowError(
+            f"{path} holds no weights of Inception that can be read safely ({first_sentence(e)}); name torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+        ) from e
     return path
 
 # %% ../nbs/fid.ipynb #5ad86092
 def inception(
     device: str = "cpu",
-    weights: str | Path = None,  # torch-fidelity's weights file; default: torch's folder of downloads, fetched if need be
+    weights: str
+    | Path = None,  # torch-fidelity's weights file; default: torch's folder of downloads, fetched if need be
 ) -> FeatureNetwork:
     "Inception of 2015, as FID is defined by: 2,048 features, and 1,008 logits without bias for the Inception score."
     make = fidelity_package()
     path = safe_weights(Path(weights)) if weights else fetched_weights(make.URL_INCEPTION_V3)
     try:
-        net = make.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path)).to(device)
+        net = make.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
+        ).to(device)
     except (RuntimeError, TypeError, AttributeError) as e:
-        raise BitflowError(f"{path} holds weights of another network ({first_sentence(e)}); name torch-fidelity's weights-inception-2015-12-05-6726825d.pth") from e
+        raise BitflowError(
+            f"{path} holds weights of another network ({first_sentence(e)}); name torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+        ) from e
+
     def look(x):
         "Features, and logits where there are any."
         return net(to_pixels(x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)).to(device))
+
     return FeatureNetwork("inception", look, device)
 
 # %% ../nbs/fid.ipynb #7a3a1e28
@@ -137,7 +177,9 @@ def find_features(name: str, device: str = "cpu", weights: str | Path = None) ->
     if name not in FEATURES:
         raise BitflowError(f"unknown features {name!r}; choose one of {', '.join(FEATURES)}")
     if weights and name != "inception":
-        raise BitflowError(f"{name} brings its weights; a weights file is for inception only: leave it out")
+        raise BitflowError(
+            f"{name} brings its weights; a weights file is for inception only: leave it out"
+        )
     return FEATURES[name](device, weights) if weights else FEATURES[name](device)
 
 # %% ../nbs/fid.ipynb #a6c3c551
@@ -149,7 +191,8 @@ def in_double(t: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Moments:
     "Three sums over features, from which mean and covariance follow."
-    n: int         # how many
+
+    n: int  # how many
     total: Tensor  # Σ f `(K,)`, float64
     outer: Tensor  # Σ f fᵀ `(K, K)`, float64
 
@@ -165,7 +208,9 @@ class Moments:
     def gaussian(self):
         "Mean `(K,)` and unbiased covariance `(K, K)`. Raises `BitflowError` for fewer than 2."
         if self.n < 2:
-            raise BitflowError(f"{self.n} feature vectors are too few, 2 are needed at least; draw more samples")
+            raise BitflowError(
+                f"{self.n} feature vectors are too few, 2 are needed at least; draw more samples"
+            )
         mu = self.total / self.n
         return mu, (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
 
@@ -173,9 +218,10 @@ class Moments:
 @dataclass(frozen=True, eq=False)
 class LabelSums:
     "Sums over predicted labels, one for each of S splits, from which the Inception score follows."
+
     count: Tensor  # images `(S,)`, float64
     plogp: Tensor  # Σ p log p `(S,)`
-    p: Tensor      # Σ p `(S, classes)`
+    p: Tensor  # Σ p `(S, classes)`
 
     @classmethod
     def of(cls, logits, split, splits):
@@ -197,23 +243,28 @@ class LabelSums:
 @dataclass(frozen=True)
 class ScaleConfig:
     "How much is drawn and how it is summed up. The defaults are the published protocols."
-    n: int = 50_000          # samples of each method
-    batch_size: int = 128    # images a forward pass
-    seed: int = 0            # of the noise, of which features are kept, and of KID's subsets
-    keep: int = 10_000       # features kept, at most, for KID, precision and recall
-    subsets: int = 100       # of the kept features, that KID is the mean over
+
+    n: int = 50_000  # samples of each method
+    batch_size: int = 128  # images a forward pass
+    seed: int = 0  # of the noise, of which features are kept, and of KID's subsets
+    keep: int = 10_000  # features kept, at most, for KID, precision and recall
+    subsets: int = 100  # of the kept features, that KID is the mean over
     subset_size: int = 1000  # of each; fewer where fewer are kept
-    splits: int = 10         # of the samples, that the Inception score is the mean over
-    neighbours: int = 3      # the neighbour that sets a ball's size, for precision and recall
-    parts: int = 64          # at most; work is saved and shared out part by part
+    splits: int = 10  # of the samples, that the Inception score is the mean over
+    neighbours: int = 3  # the neighbour that sets a ball's size, for precision and recall
+    parts: int = 64  # at most; work is saved and shared out part by part
 
     def __post_init__(self):
         least = {"n": 2, "seed": 0, "subset_size": 2, "keep": self.neighbours + 1}
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < least.get(field.name, 1):
-                raise BitflowError(f"{field.name} is {getattr(self, field.name)}; it must be {least.get(field.name, 1)} at least")
+                raise BitflowError(
+                    f"{field.name} is {getattr(self, field.name)}; it must be {least.get(field.name, 1)} at least"
+                )
         if self.n < self.splits:
-            raise BitflowError(f"{self.n} samples cannot be split into {self.splits} for the Inception score; draw more, or set splits to 1")
+            raise BitflowError(
+                f"{self.n} samples cannot be split into {self.splits} for the Inception score; draw more, or set splits to 1"
+            )
 
 # %% ../nbs/fid.ipynb #eb33f7d7
 def chosen(n: int, keep: int, seed: int = 0) -> Tensor:
@@ -226,9 +277,10 @@ def chosen(n: int, keep: int, seed: int = 0) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Tally:
     "All that is remembered of images that were looked at."
+
     moments: Moments
     labels: LabelSums | None  # None where the network is no classifier
-    kept: Tensor              # features of the chosen ones `(M, K)`, float32, in the order of the images
+    kept: Tensor  # features of the chosen ones `(M, K)`, float32, in the order of the images
 
     def __add__(self, other):
         labels = self.labels and self.labels + other.labels
@@ -238,31 +290,39 @@ class Tally:
 def indexed_noise(cfg, index: Tensor, seed: int) -> Tensor:
     "Noise for the images of these numbers, `(n, T, D)`, or `(n, C·H·W)` for a coupling flow: a function of seed and number alone."
     shape = (cfg.dims,) if isinstance(cfg, CouplingConfig) else (cfg.num_tokens, cfg.token_dim)
-    rows = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in index.tolist()]
+    rows = [
+        np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32)
+        for i in index.tolist()
+    ]
     return torch.from_numpy(np.stack(rows))
 
 # %% ../nbs/fid.ipynb #21b008ca
 def sampler_of(
-    row: str,                # a method of `pipeline.draw`
-    forward, reverse,        # F and G; the one that the method does not need may be None
-    seed: int = 0,           # of the noise
-    w: float = 0.0,          # guidance scale
-    decoder: Callable = None # latents `(n, C, H, W)` → images in [-1, 1], where F and G see latents
-) -> Callable:               # image numbers, int64 `(n,)` → images `(n, C, H, W)`
+    row: str,  # a method of `pipeline.draw`
+    forward,
+    reverse,  # F and G; the one that the method does not need may be None
+    seed: int = 0,  # of the noise
+    w: float = 0.0,  # guidance scale
+    decoder: Callable = None,  # latents `(n, C, H, W)` → images in [-1, 1], where F and G see latents
+) -> Callable:  # image numbers, int64 `(n,)` → images `(n, C, H, W)`
     "Samples by number: the labels take the classes in turn, the noise is `indexed_noise`."
     model = forward if row.startswith("exact") else reverse
     device, decode = next(model.parameters()).device, decoder or (lambda x: x)
+
     def sample(index):
         "Images by number."
         z, c = indexed_noise(model.cfg, index, seed), index % model.cfg.num_classes
         return decode(draw(row, forward, reverse, z.to(device), c.to(device), w))
+
     return torch.no_grad()(sample)
 
 # %% ../nbs/fid.ipynb #a750863e
 def nfe(row: str, forward, w: float = 0.0) -> int:
     "Passes through a network for an image, as published: 1 or 2 for G; for the exact inverse one for each token, twice that with guidance; 2 for the score step."
     name, _, step = row.partition("+")
-    passes = {"one-pass": 1, "guided": 2}.get(name) or (getattr(forward.cfg, "num_tokens", 1) * (2 if w else 1))
+    passes = {"one-pass": 1, "guided": 2}.get(name) or (
+        getattr(forward.cfg, "num_tokens", 1) * (2 if w else 1)
+    )
     return passes + 2 * bool(step)
 
 # %% ../nbs/fid.ipynb #89b08bfa
@@ -275,22 +335,40 @@ def source_of(data) -> Callable:
 # %% ../nbs/fid.ipynb #5b93bc04
 def seen_through(network: FeatureNetwork, x: Tensor, width: int = None) -> tuple:
     "Features and logits of images as a file would hold them, in full float32. `BitflowError` for NaN, and for features that are not `(n, width)`."
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with (
+        torch.no_grad(),
+        torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ),
+    ):
         features, logits = network.look(as_stored(x))
     check_features(features, least=1)
     if features.shape[1] != (width or features.shape[1]):
-        raise BitflowError(f"{network.name} gives {features.shape[1]} features, the reference has {width}; take the reference made with {network.name}, or the features that it was made with")
+        raise BitflowError(
+            f"{network.name} gives {features.shape[1]} features, the reference has {width}; take the reference made with {network.name}, or the features that it was made with"
+        )
     return features.float(), logits
 
 # %% ../nbs/fid.ipynb #d2f166ab
-def tally_batch(source: Callable, network: FeatureNetwork, cfg: ScaleConfig, batch: range, keep: Tensor, width: int = None) -> Tally:
+def tally_batch(
+    source: Callable,
+    network: FeatureNetwork,
+    cfg: ScaleConfig,
+    batch: range,
+    keep: Tensor,
+    width: int = None,
+) -> Tally:
     "Look at the images of one batch of numbers, and sum up."
     index = torch.arange(batch.start, batch.stop)
     images = source(index)
     if len(images) != len(index):
-        raise BitflowError(f"asked for {len(index)} images ({batch.start} to {batch.stop - 1}) and got {len(images)}; a source must give one for each number")
+        raise BitflowError(
+            f"asked for {len(index)} images ({batch.start} to {batch.stop - 1}) and got {len(images)}; a source must give one for each number"
+        )
     features, logits = seen_through(network, images, width)
-    labels = None if logits is None else LabelSums.of(logits, index * cfg.splits // cfg.n, cfg.splits)
+    labels = (
+        None if logits is None else LabelSums.of(logits, index * cfg.splits // cfg.n, cfg.splits)
+    )
     return Tally(Moments.of(features), labels, features[keep[index].to(features.device)].cpu())
 
 # %% ../nbs/fid.ipynb #dd81417e
@@ -298,7 +376,7 @@ def parts_of(cfg: ScaleConfig) -> list:
     "The batches of all n images, as ranges of numbers, in at most `parts` lists."
     batches = [range(i, min(i + cfg.batch_size, cfg.n)) for i in range(0, cfg.n, cfg.batch_size)]
     size = math.ceil(len(batches) / cfg.parts)
-    return [batches[i:i + size] for i in range(0, len(batches), size)]
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
 
 # %% ../nbs/fid.ipynb #5103e98d
 def save_arrays(arrays: dict, path: Path):
@@ -307,7 +385,13 @@ def save_arrays(arrays: dict, path: Path):
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            np.savez(file, **{name: t.cpu().numpy() if isinstance(t, Tensor) else np.asarray(t) for name, t in arrays.items()})
+            np.savez(
+                file,
+                **{
+                    name: t.cpu().numpy() if isinstance(t, Tensor) else np.asarray(t)
+                    for name, t in arrays.items()
+                },
+            )
         to_disk(part)
         os.replace(part, path)
 
@@ -321,7 +405,10 @@ def save_tally(tally: Tally, path: Path):
 def read_tally(path: Path) -> Tally:
     "What `save_tally` wrote. Raises `BitflowError` for a damaged file."
     names = [f.name for kind in (Moments, LabelSums) for f in dataclasses.fields(kind)]
-    n, total, outer, *labels, kept = map(torch.from_numpy, read_arrays(path, *(names if "count" in names_in(path) else names[:3]), "kept"))
+    n, total, outer, *labels, kept = map(
+        torch.from_numpy,
+        read_arrays(path, *(names if "count" in names_in(path) else names[:3]), "kept"),
+    )
     return Tally(Moments(int(n), total, outer), LabelSums(*labels) if labels else None, kept)
 
 # %% ../nbs/fid.ipynb #5980684f
@@ -331,25 +418,41 @@ def names_in(path: Path) -> tuple:
         with zipfile.ZipFile(path) as archive:
             return tuple(name.removesuffix(".npy") for name in archive.namelist())
     except FileNotFoundError:
-        raise BitflowError(f"{path} is missing; correct the path (processes on several machines need a folder that all of them see)") from None
+        raise BitflowError(
+            f"{path} is missing; correct the path (processes on several machines need a folder that all of them see)"
+        ) from None
     except (OSError, zipfile.BadZipFile) as e:
-        raise BitflowError(f"{path} is no intact .npz file ({first_sentence(e)}); replace it, or delete it to make it anew") from e
+        raise BitflowError(
+            f"{path} is no intact .npz file ({first_sentence(e)}); replace it, or delete it to make it anew"
+        ) from e
 
 # %% ../nbs/fid.ipynb #af61ee6c
 def collect(
-    source: Callable,         # image numbers → images
+    source: Callable,  # image numbers → images
     network: FeatureNetwork,
     cfg: ScaleConfig,
-    folder: Path,             # where the parts are written; what is there is not done again
-    ranks=ALONE,              # who shares the work
-    width: int = None,        # features that the reference has
-) -> Tally | None:            # None on other processes than the main one
+    folder: Path,  # where the parts are written; what is there is not done again
+    ranks=ALONE,  # who shares the work
+    width: int = None,  # features that the reference has
+) -> Tally | None:  # None on other processes than the main one
     "Look at images 0 … n − 1, spread over processes, saving part by part, and add the parts up."
     parts, keep = parts_of(cfg), chosen(cfg.n, cfg.keep, cfg.seed)
     paths = [folder / f"part-{i:04d}.npz" for i in range(len(parts))]
-    for i in tqdm(ranks.share(len(parts)), desc="looking at images", unit="part", leave=False, disable=None if ranks.main else True):
+    for i in tqdm(
+        ranks.share(len(parts)),
+        desc="looking at images",
+        unit="part",
+        leave=False,
+        disable=None if ranks.main else True,
+    ):
         if not paths[i].exists():
-            save_tally(reduce(Tally.__add__, (tally_batch(source, network, cfg, batch, keep, width) for batch in parts[i])), paths[i])
+            save_tally(
+                reduce(
+                    Tally.__add__,
+                    (tally_batch(source, network, cfg, batch, keep, width) for batch in parts[i]),
+                ),
+                paths[i],
+            )
     ranks.barrier()
     return ranks.on_main(lambda: reduce(Tally.__add__, map(read_tally, paths)))
 
@@ -357,27 +460,39 @@ def collect(
 @dataclass(frozen=True, eq=False)
 class Reference:
     "What is known of the features of real images."
-    mu: Tensor                # `(K,)`, float64
-    sigma: Tensor             # `(K, K)`, float64
-    features: Tensor = None   # of a choice of them `(M, K)`, for KID, precision and recall
+
+    mu: Tensor  # `(K,)`, float64
+    sigma: Tensor  # `(K, K)`, float64
+    features: Tensor = None  # of a choice of them `(M, K)`, for KID, precision and recall
     where: str = "real images"  # what they are, for the results file
 
 # %% ../nbs/fid.ipynb #2aa550c5
 def check_gaussian(mu: np.ndarray, sigma: np.ndarray, path: Path):
     "Refuse a mean and a covariance that no features can have."
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise BitflowError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance, (K,) and (K, K); make the file anew")
+        raise BitflowError(
+            f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance, (K,) and (K, K); make the file anew"
+        )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise BitflowError(f"{path}: mu or sigma are not finite; make the file anew, from images without NaN")
-    if not np.allclose(sigma, sigma.T, atol=1e-6 * max(1.0, np.abs(sigma).max())) or (sigma.diagonal() < 0).any():
-        raise BitflowError(f"{path}: sigma is no covariance, which is symmetric with no negative variance; make the file anew")
+        raise BitflowError(
+            f"{path}: mu or sigma are not finite; make the file anew, from images without NaN"
+        )
+    if (
+        not np.allclose(sigma, sigma.T, atol=1e-6 * max(1.0, np.abs(sigma).max()))
+        or (sigma.diagonal() < 0).any()
+    ):
+        raise BitflowError(
+            f"{path}: sigma is no covariance, which is symmetric with no negative variance; make the file anew"
+        )
 
 # %% ../nbs/fid.ipynb #f5bc0c2e
 def read_reference(path: str | Path) -> Reference:
     "A statistics file: `mu` and `sigma`, and `features` where it has them; other arrays are passed over. Raises `BitflowError` for a bad one."
     path, names = Path(path), names_in(path)
     if missing := [name for name in ("mu", "sigma") if name not in names]:
-        raise BitflowError(f"{path} has no {missing[0]}; it holds {', '.join(names)}: a statistics file needs mu and sigma")
+        raise BitflowError(
+            f"{path} has no {missing[0]}; it holds {', '.join(names)}: a statistics file needs mu and sigma"
+        )
     mu, sigma = (a.astype(np.float64) for a in read_arrays(path, "mu", "sigma"))
     check_gaussian(mu, sigma, path)
     features = torch.from_numpy(read_arrays(path, "features")[0]) if "features" in names else None
@@ -389,7 +504,9 @@ def read_reference(path: str | Path) -> Reference:
 def save_reference(tally: Tally, path: Path, about: dict):
     "Write what was seen as a statistics file in the common form, with the kept features and what it was made from."
     mu, sigma = tally.moments.gaussian()
-    save_arrays({"mu": mu, "sigma": sigma, "features": tally.kept, "about": json.dumps(about)}, path)
+    save_arrays(
+        {"mu": mu, "sigma": sigma, "features": tally.kept, "about": json.dumps(about)}, path
+    )
 
 # %% ../nbs/fid.ipynb #51802c88
 def open_parts(folder: Path, about: dict, resume: bool):
@@ -404,12 +521,18 @@ def check_same_settings(folder: Path, about: dict, resume: bool):
     "Refuse a folder that holds something else, other settings, or an evaluation that nobody asked to go on with."
     held = [p.name for p in folder.iterdir() if p.suffix != ".part"] if folder.is_dir() else []
     if held and "settings.json" not in held:
-        raise BitflowError(f"{folder} holds {held[0]} but no settings.json: it is no evaluation; name another folder")
+        raise BitflowError(
+            f"{folder} holds {held[0]} but no settings.json: it is no evaluation; name another folder"
+        )
     if held and not resume:
-        raise BitflowError(f"{folder} holds an evaluation already; go on with it with --resume, or name another folder")
+        raise BitflowError(
+            f"{folder} holds an evaluation already; go on with it with --resume, or name another folder"
+        )
     if held and (old := read_settings(folder)) != about:
         key, was, now = first_difference(old, about)
-        raise BitflowError(f"{folder} was begun with {key} = {was}, not {now}; use the old setting, or name another folder")
+        raise BitflowError(
+            f"{folder} was begun with {key} = {was}, not {now}; use the old setting, or name another folder"
+        )
 
 # %% ../nbs/fid.ipynb #e5647f2e
 def read_settings(folder: Path) -> dict:
@@ -417,21 +540,31 @@ def read_settings(folder: Path) -> dict:
     try:
         return json.loads((folder / "settings.json").read_text())
     except (OSError, ValueError) as e:
-        raise BitflowError(f"{folder / 'settings.json'} is damaged ({first_sentence(e)}); name another folder") from e
+        raise BitflowError(
+            f"{folder / 'settings.json'} is damaged ({first_sentence(e)}); name another folder"
+        ) from e
 
 # %% ../nbs/fid.ipynb #a8418c0c
-def reference_path(folder: Path, dataset: str, split: str, size: int, network: FeatureNetwork) -> Path:
+def reference_path(
+    folder: Path, dataset: str, split: str, size: int, network: FeatureNetwork
+) -> Path:
     "Where the statistics of a dataset are kept: one file for each split, image size and network."
     return Path(folder) / f"{dataset}-{split}-{size}-{network.name}.npz"
 
 # %% ../nbs/fid.ipynb #32cd13d6
-def make_reference(data, network: FeatureNetwork, path: Path, cfg: ScaleConfig = ScaleConfig(), ranks=ALONE) -> Reference:
+def make_reference(
+    data, network: FeatureNetwork, path: Path, cfg: ScaleConfig = ScaleConfig(), ranks=ALONE
+) -> Reference:
     "Statistics of all images of a dataset, from the file where there is one, else computed in a stream and written there."
     about = {"network": network.name, "n": len(data), "keep": cfg.keep}
     if not ranks.agree(path.exists()):
         cfg = replace(cfg, n=len(data), seed=0, splits=1)
         parts = path.with_name(f"{path.stem}.parts")
-        ranks.on_main(lambda: open_parts(parts, {**about, "batch_size": cfg.batch_size, "parts": cfg.parts}, True))
+        ranks.on_main(
+            lambda: open_parts(
+                parts, {**about, "batch_size": cfg.batch_size, "parts": cfg.parts}, True
+            )
+        )
         tally = collect(source_of(data), network, cfg, parts, ranks)
         ranks.on_main(lambda: (save_reference(tally, path, about), shutil.rmtree(parts)))
     check_made_from(path, about)
@@ -443,11 +576,14 @@ def check_made_from(path: Path, about: dict):
     old = json.loads(str(read_arrays(path, "about")[0])) if "about" in names_in(path) else {}
     if old != about:
         key, was, now = first_difference(old, about)
-        raise BitflowError(f"{path} was made with {key} = {was}, not {now}; delete it to make it anew, or name another folder")
+        raise BitflowError(
+            f"{path} was made with {key} = {was}, not {now}; delete it to make it anew, or name another folder"
+        )
 
 # %% ../nbs/fid.ipynb #3b1eb7ab
 class FolderImages:
     "Pictures `root/split/<class>/<file>` in colour, read when their number comes up; as a dataset with `draw`."
+
     def __init__(self, root: str | Path, split: str, size: int):
         self.paths, _ = image_files(Path(root), split, folder_classes(Path(root), split))
         self.size = size
@@ -464,7 +600,9 @@ class FolderImages:
         try:
             return square(path.read_bytes(), self.size)
         except Exception as e:
-            raise BitflowError(f"{path} is no readable image; replace or remove the file ({first_sentence(e)})") from e
+            raise BitflowError(
+                f"{path} is no readable image; replace or remove the file ({first_sentence(e)})"
+            ) from e
 
 # %% ../nbs/fid.ipynb #5074506e
 @contextmanager
@@ -473,19 +611,26 @@ def reading_images(path: Path):
     try:
         yield
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-        raise BitflowError(f"{path}: the images arr_0 cannot be read ({first_sentence(e)}); replace the file") from e
+        raise BitflowError(
+            f"{path}: the images arr_0 cannot be read ({first_sentence(e)}); replace the file"
+        ) from e
 
 # %% ../nbs/fid.ipynb #acd1a315
 class StoredImages:
     "The images `arr_0`, uint8 `(N, H, W, C)`, of an .npz file, read one at a time; as a dataset with `draw`."
+
     def __init__(self, path: Path):
         self.path = path
         with reading_images(path):
             self.file = zipfile.ZipFile(path).open("arr_0.npy")
             version = np.lib.format.read_magic(self.file)
-            self.shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(self.file)
+            self.shape, fortran, dtype = getattr(
+                np.lib.format, f"read_array_header_{version[0]}_0"
+            )(self.file)
         if len(self.shape) != 4 or dtype != np.uint8 or fortran or self.shape[3] not in (1, 3):
-            raise BitflowError(f"{path}: arr_0 is {dtype} {self.shape}, not images, uint8 (N, H, W, C); name another file")
+            raise BitflowError(
+                f"{path}: arr_0 is {dtype} {self.shape}, not images, uint8 (N, H, W, C); name another file"
+            )
         self.start = self.file.tell()
 
     def __len__(self):
@@ -495,18 +640,34 @@ class StoredImages:
         "Images in [-1, 1] `(n, C, H, W)` by number; fastest in rising order."
         size, shape = math.prod(self.shape[1:]), self.shape[1:]
         with reading_images(self.path):
-            rows = [self.file.read(size) for i in index.tolist() if self.file.seek(self.start + i * size)]
+            rows = [
+                self.file.read(size)
+                for i in index.tolist()
+                if self.file.seek(self.start + i * size)
+            ]
             pixels = np.stack([np.frombuffer(row, np.uint8).reshape(shape) for row in rows])
         return to_model_range(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 # %% ../nbs/fid.ipynb #1bb44a92
-def import_reference(path: str | Path, network: FeatureNetwork, folder: Path, cfg: ScaleConfig = ScaleConfig(), ranks=ALONE) -> Reference:
+def import_reference(
+    path: str | Path,
+    network: FeatureNetwork,
+    folder: Path,
+    cfg: ScaleConfig = ScaleConfig(),
+    ranks=ALONE,
+) -> Reference:
     "A statistics file of any of the common forms; where it holds images, their features are computed, and cached in `folder`. With other networks than Inception the images are all that counts."
     path, names = Path(path), names_in(path)
     if "arr_0" not in names:
         return read_reference(path)
     images = StoredImages(path)
-    own = make_reference(images, network, reference_path(folder, path.stem, "arr_0", images.shape[1], network), cfg, ranks)
+    own = make_reference(
+        images,
+        network,
+        reference_path(folder, path.stem, "arr_0", images.shape[1], network),
+        cfg,
+        ranks,
+    )
     if "mu" not in names or network.name != "inception":
         return replace(own, where=f"{path.name}, {len(images)} images")
     given = read_reference(path)
@@ -519,71 +680,109 @@ def gaussian_distance(a: Reference, b: Reference) -> float:
 
 # %% ../nbs/fid.ipynb #46c3666c
 def kid_over_subsets(
-    real: Tensor,    # features `(N, K)`
-    fake: Tensor,    # features `(M, K)`
+    real: Tensor,  # features `(N, K)`
+    fake: Tensor,  # features `(M, K)`
     subsets: int = 100,
     size: int = 1000,  # of each; fewer where there are fewer features
-    seed: int = 0,   # of the choice
-) -> tuple:          # mean and standard deviation over the subsets
+    seed: int = 0,  # of the choice
+) -> tuple:  # mean and standard deviation over the subsets
     "Kernel distance as published: the mean over random subsets (arXiv 1801.01401)."
     generator = torch.Generator().manual_seed(seed)
     size = min(size, len(real), len(fake))
     pick = lambda features: features[torch.randperm(len(features), generator=generator)[:size]]
-    values = torch.tensor([kid(pick(real), pick(fake)) for _ in range(subsets)], dtype=torch.float64)
+    values = torch.tensor(
+        [kid(pick(real), pick(fake)) for _ in range(subsets)], dtype=torch.float64
+    )
     return values.mean().item(), values.std(correction=0).item()
 
 # %% ../nbs/fid.ipynb #5d442d02
-def compared_one_by_one(real: Tensor, fake: Tensor, network: FeatureNetwork, cfg: ScaleConfig, say: Callable) -> list:
+def compared_one_by_one(
+    real: Tensor, fake: Tensor, network: FeatureNetwork, cfg: ScaleConfig, say: Callable
+) -> list:
     "KID, precision and recall, from the kept features."
     mean, spread = kid_over_subsets(real, fake, cfg.subsets, cfg.subset_size, cfg.seed)
     pair = dict(kept=len(fake), kept_real=len(real))
-    found = [say(network.metric("kid"), mean, spread=spread, subsets=cfg.subsets, subset_size=min(cfg.subset_size, len(real), len(fake)), **pair)]
+    found = [
+        say(
+            network.metric("kid"),
+            mean,
+            spread=spread,
+            subsets=cfg.subsets,
+            subset_size=min(cfg.subset_size, len(real), len(fake)),
+            **pair,
+        )
+    ]
     shares = zip(("precision", "recall"), precision_recall(real, fake, cfg.neighbours))
-    return found + [say(network.metric(kind), value, neighbours=cfg.neighbours, **pair) for kind, value in shares]
+    return found + [
+        say(network.metric(kind), value, neighbours=cfg.neighbours, **pair)
+        for kind, value in shares
+    ]
 
 # %% ../nbs/fid.ipynb #bd019db5
-def figures(tally: Tally, reference: Reference, network: FeatureNetwork, cfg: ScaleConfig, row: str) -> list:
+def figures(
+    tally: Tally, reference: Reference, network: FeatureNetwork, cfg: ScaleConfig, row: str
+) -> list:
     "FID or FD, Inception score where the network is a classifier, and KID, precision and recall where the reference has features."
     say = partial(measurement, row, n=tally.moments.n, seed=cfg.seed, reference=reference.where)
-    found = [say(network.metric("fd"), gaussian_distance(Reference(*tally.moments.gaussian()), reference))]
+    found = [
+        say(
+            network.metric("fd"), gaussian_distance(Reference(*tally.moments.gaussian()), reference)
+        )
+    ]
     if tally.labels:
         mean, spread = tally.labels.score()
         found.append(say(network.metric("inception_score"), mean, spread=spread, splits=cfg.splits))
     if reference.features is not None:
         device = "cpu" if network.device == "mps" else network.device  # no float64 there
-        found += compared_one_by_one(reference.features.to(device), tally.kept.to(device), network, cfg, say)
+        found += compared_one_by_one(
+            reference.features.to(device), tally.kept.to(device), network, cfg, say
+        )
     return found
 
 # %% ../nbs/fid.ipynb #64d6ed27
 def evaluate_at_scale(
-    sampler: Callable,         # image numbers, int64 `(n,)` → images in [-1, 1] `(n, C, H, W)`; see `sampler_of`
+    sampler: Callable,  # image numbers, int64 `(n,)` → images in [-1, 1] `(n, C, H, W)`; see `sampler_of`
     reference: Reference,
     network: FeatureNetwork,
     cfg: ScaleConfig,
-    folder: Path,              # seen by all processes; for this evaluation alone
-    row: str = "one-pass",     # the method's name in the results
+    folder: Path,  # seen by all processes; for this evaluation alone
+    row: str = "one-pass",  # the method's name in the results
     ranks=ALONE,
-    resume: bool = False,      # go on with what the folder holds
-    about: dict = None,        # what else the samples depend on (checkpoint, w): noted, and compared when it goes on
-    passes: int = None,        # of a network for an image, see `nfe`
-    repeats: int = 5,          # timed batches; 0: no timing
-) -> list:                     # of `measurement`
+    resume: bool = False,  # go on with what the folder holds
+    about: dict = None,  # what else the samples depend on (checkpoint, w): noted, and compared when it goes on
+    passes: int = None,  # of a network for an image, see `nfe`
+    repeats: int = 5,  # timed batches; 0: no timing
+) -> list:  # of `measurement`
     "All figures of a method from n samples, in one pass, spread over processes, resumable. Raises `BitflowError` for NaN."
     folder, done = Path(folder), Path(folder) / "measurements.json"
-    settings = {"row": row, "features": network.name, "reference": reference.where, **dataclasses.asdict(cfg), **(about or {})}
+    settings = {
+        "row": row,
+        "features": network.name,
+        "reference": reference.where,
+        **dataclasses.asdict(cfg),
+        **(about or {}),
+    }
     ranks.on_main(lambda: open_parts(folder, settings, resume))
     if not ranks.agree(done.exists()):
         tally = collect(sampler, network, cfg, folder, ranks, len(reference.mu))
-        measure = lambda: figures(tally, reference, network, cfg, row) + costs(sampler, cfg, row, passes, repeats)
+        measure = lambda: (
+            figures(tally, reference, network, cfg, row) + costs(sampler, cfg, row, passes, repeats)
+        )
         ranks.on_main(lambda: close_evaluation(folder, tally, settings, measure()))
     return ranks.agree(ranks.on_main(lambda: json.loads(done.read_text())))
 
 # %% ../nbs/fid.ipynb #96e8f63f
-def costs(sampler: Callable, cfg: ScaleConfig, row: str, passes: int = None, repeats: int = 5) -> list:
+def costs(
+    sampler: Callable, cfg: ScaleConfig, row: str, passes: int = None, repeats: int = 5
+) -> list:
     "Passes through a network, and milliseconds an image in batches as they are drawn; each where it is asked for."
     size = min(cfg.batch_size, cfg.n)
     found = [measurement(row, "nfe", passes)] if passes else []
-    return found + ([time_per_image(row, timed(partial(sampler, torch.arange(size)), repeats, warmup=1), size)] if repeats else [])
+    return found + (
+        [time_per_image(row, timed(partial(sampler, torch.arange(size)), repeats, warmup=1), size)]
+        if repeats
+        else []
+    )
 
 # %% ../nbs/fid.ipynb #3b694e2e
 def close_evaluation(folder: Path, tally: Tally, settings: dict, found: list):

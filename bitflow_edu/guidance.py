@@ -25,51 +25,61 @@ def both_branches(
     model: ReverseModel,
     c: Tensor,  # labels `(N,)`, −1: none
     w: Tensor,  # guidance scales `(N, B + 1)`, the denoising block last
-    combine,    # (a, b, w) → one state of two: `push` or `unpush`
-):              # run(block, h, i), for `ReverseModel.walk`
+    combine,  # (a, b, w) → one state of two: `push` or `unpush`
+):  # run(block, h, i), for `ReverseModel.walk`
     "How a block is applied when it is asked twice, with labels and without, in one batch."
     twice = torch.cat([c, -torch.ones_like(c)])
+
     def run(block, h, i):
         "h `(N, T, width)` to the combined state of the same shape."
         own = w[:, i]
         a, b = block(torch.cat([h, h]), twice, torch.cat([own, own])).chunk(2)
         return combine(a, b, own[:, None, None])
+
     return run
 
 # %% ../nbs/14_guidance.ipynb #a7a2aa6a
 @torch.no_grad()
 def guided_pass(
     model: ReverseModel,  # trained without w
-    z: Tensor,            # noise tokens `(N, T, D)`
-    c: Tensor,            # labels `(N,)`
-    w,                    # guidance scale: a number, `(N,)`, or `(N, B + 1)` with the denoising block last
-) -> Tensor:              # images `(N, C, H, W)`
+    z: Tensor,  # noise tokens `(N, T, D)`
+    c: Tensor,  # labels `(N,)`
+    w,  # guidance scale: a number, `(N,)`, or `(N, B + 1)` with the denoising block last
+) -> Tensor:  # images `(N, C, H, W)`
     "Guidance at inference, 2-NFE: each block is applied with and without labels, and the difference is pushed (PAPER). w = 0 is `one_pass`."
     if model.cfg.max_guidance:
-        raise BitflowError("this G takes w as an input, so one pass is guided already; use one_pass(model, z, c, w)")
-    return model.walk(z, both_branches(model, c, per_block(w, len(z), model.cfg.num_blocks, z), push)).image
+        raise BitflowError(
+            "this G takes w as an input, so one pass is guided already; use one_pass(model, z, c, w)"
+        )
+    return model.walk(
+        z, both_branches(model, c, per_block(w, len(z), model.cfg.num_blocks, z), push)
+    ).image
 
 # %% ../nbs/14_guidance.ipynb #decf5397
 def draw_scales(
-    cfg,                                # `ReverseConfig`
-    n: int,                             # images
-    per_block: bool,                    # a scale for each block, or one for all blocks of an image
+    cfg,  # `ReverseConfig`
+    n: int,  # images
+    per_block: bool,  # a scale for each block, or one for all blocks of an image
     generator: torch.Generator = None,  # on the same device
     device="cpu",
-) -> Tensor:                            # `(n, B + 1)`, the denoising block last
+) -> Tensor:  # `(n, B + 1)`, the denoising block last
     "Guidance scales for a training step, uniform from 0 to cfg.max_guidance. `BitflowError` for a G that takes none."
     if not cfg.max_guidance:
-        raise BitflowError("this G takes no guidance scale w (max_guidance is 0); train it with reverse_loss's ordinary run")
+        raise BitflowError(
+            "this G takes no guidance scale w (max_guidance is 0); train it with reverse_loss's ordinary run"
+        )
     w = torch.rand(n, cfg.num_blocks + 1 if per_block else 1, generator=generator, device=device)
     return (cfg.max_guidance * w).expand(n, cfg.num_blocks + 1)
 
 # %% ../nbs/14_guidance.ipynb #f848b533
 def guided_run(
     per_block: bool = False,  # see `draw_scales`
-):                            # (model, z, c, generator) → `ReverseOutput`
+):  # (model, z, c, generator) → `ReverseOutput`
     "How G is run in training with guidance: `run` of `reverse_loss`."
+
     def run(model, z, c, generator) -> ReverseOutput:
         "The states that remain when the push is taken back: these are compared with F's."
         w = draw_scales(model.cfg, len(z), per_block, generator, z.device)
         return model.walk(z, both_branches(model, c, w, unpush))
+
     return run

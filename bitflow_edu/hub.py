@@ -18,7 +18,14 @@ from .inverse_strategies import check_pair
 from .pipeline import METHODS, num_parameters
 from .reverse_model import ReverseModel
 from .tarflow import TARFlow
-from .training import first_difference, load_model, save_model, to_config, to_disk, write_atomically
+from bitflow_edu.training import (
+    first_difference,
+    load_model,
+    save_model,
+    to_config,
+    to_disk,
+    write_atomically,
+)
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'FILES', 'DTYPES', 'RESULT_KEYS', 'SOURCES', 'COSTS', 'DRAWS', 'TAGS', 'HOME', 'PAPERS', 'Pair',
@@ -32,6 +39,7 @@ __all__ = ['MODEL_FILES', 'FILES', 'DTYPES', 'RESULT_KEYS', 'SOURCES', 'COSTS', 
 @dataclass(frozen=True, eq=False)
 class Pair:
     "F and the G that undoes it. Raises `BitflowError` where G cannot be the inverse of this F."
+
     forward: TARFlow
     reverse: ReverseModel
 
@@ -40,27 +48,40 @@ class Pair:
 
 # %% ../nbs/hub.ipynb #999b222b
 def parts_of(model: nn.Module | Pair) -> dict:
-    "What is to be saved, by stage: F is \"forward\", G is \"reverse\". Raises `BitflowError` for anything else."
+    'What is to be saved, by stage: F is "forward", G is "reverse". Raises `BitflowError` for anything else.'
     if isinstance(model, Pair):
         return {"forward": model.forward, "reverse": model.reverse}
     if not isinstance(model, (TARFlow, CouplingFlow, ReverseModel)):
-        raise BitflowError(f"a {type(model).__name__} cannot be saved here; give a flow, a ReverseModel or a Pair (of a compiled model, what it was compiled from)")
+        raise BitflowError(
+            f"a {type(model).__name__} cannot be saved here; give a flow, a ReverseModel or a Pair (of a compiled model, what it was compiled from)"
+        )
     return {"reverse" if isinstance(model, ReverseModel) else "forward": model}
 
 # %% ../nbs/hub.ipynb #437ffc3c
 MODEL_FILES = ("config.json", "model.safetensors")
-FILES = ("README.md", *(f"{part}{name}" for part in ("", "forward/", "reverse/") for name in MODEL_FILES))
+FILES = (
+    "README.md",
+    *(f"{part}{name}" for part in ("", "forward/", "reverse/") for name in MODEL_FILES),
+)
 
 
 def check_free(folder: Path, overwrite: bool):
     "Refuse a folder that holds anything, or, with `overwrite`, anything but a saved model."
     if folder.exists() and not folder.is_dir():
         raise BitflowError(f"{folder} is a file; name a folder to save to")
-    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    found = sorted(
+        p.relative_to(folder).as_posix()
+        for p in folder.rglob("*")
+        if p.is_symlink() or not p.is_dir()
+    )
     if found and not overwrite:
-        raise BitflowError(f"{folder} already holds {found[0]}; name another folder, or pass overwrite=True to replace a saved model")
+        raise BitflowError(
+            f"{folder} already holds {found[0]}; name another folder, or pass overwrite=True to replace a saved model"
+        )
     if foreign := [name for name in found if name not in FILES]:
-        raise BitflowError(f"{folder} holds {foreign[0]}, which is no part of a saved model, so it is not replaced; name another folder")
+        raise BitflowError(
+            f"{folder} holds {foreign[0]}, which is no part of a saved model, so it is not replaced; name another folder"
+        )
 
 # %% ../nbs/hub.ipynb #c1741890
 def exchange(new: Path, final: Path, aside: Path):
@@ -83,7 +104,9 @@ def all_or_nothing(folder: Path):
     "A new folder to fill, which becomes `folder` at the end. Raises `BitflowError`, with nothing changed, where that fails."
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as beside:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+        ) as beside:
             new = Path(beside) / "new"
             new.mkdir()
             yield new
@@ -91,30 +114,38 @@ def all_or_nothing(folder: Path):
                 to_disk(inside)
             exchange(new, folder, Path(beside) / "old")
     except (OSError, BitflowError) as e:
-        reason = e.__cause__ or e  # `save_model` names the unfinished folder, which the user does not know
-        raise BitflowError(f"cannot save to {folder} ({getattr(reason, 'strerror', None) or reason}); nothing was changed: make room, or name another folder") from e
+        reason = (
+            e.__cause__ or e
+        )  # `save_model` names the unfinished folder, which the user does not know
+        raise BitflowError(
+            f"cannot save to {folder} ({getattr(reason, 'strerror', None) or reason}); nothing was changed: make room, or name another folder"
+        ) from e
 
 # %% ../nbs/hub.ipynb #9149b037
 def stamp(folder: Path):
     "Note in a `config.json` which version of bitflow_edu wrote it."
     config = json.loads((folder / "config.json").read_text())
-    write_atomically(folder / "config.json", json.dumps({**config, "bitflow_edu": __version__}, indent=1) + "\n")
+    write_atomically(
+        folder / "config.json", json.dumps({**config, "bitflow_edu": __version__}, indent=1) + "\n"
+    )
 
 # %% ../nbs/hub.ipynb #18dd9204
 DTYPES = (torch.float32, torch.bfloat16)
 
 # %% ../nbs/hub.ipynb #1cacfb24
 def save_pretrained(
-    model: nn.Module | Pair,             # F, G, or both
-    folder: str | Path,                  # made; a pair goes into its forward/ and reverse/
+    model: nn.Module | Pair,  # F, G, or both
+    folder: str | Path,  # made; a pair goes into its forward/ and reverse/
     dtype: torch.dtype = torch.float32,  # of the stored weights; `torch.bfloat16` takes half the room and rounds to 8 bits
-    card: ModelCard = None,              # becomes README.md
-    overwrite: bool = False,             # replace a saved model that is there already
-) -> Path:                               # the folder
+    card: ModelCard = None,  # becomes README.md
+    overwrite: bool = False,  # replace a saved model that is there already
+) -> Path:  # the folder
     "Write what `from_pretrained` and `load_model` read, all or nothing. Raises `BitflowError` where it cannot."
     parts, folder = parts_of(model), Path(folder).resolve()
     if dtype not in DTYPES:
-        raise BitflowError(f"weights are not stored as {dtype}; choose torch.float32 or torch.bfloat16")
+        raise BitflowError(
+            f"weights are not stored as {dtype}; choose torch.float32 or torch.bfloat16"
+        )
     check_free(folder, overwrite)
     with all_or_nothing(folder) as new:
         for name, part in parts.items():
@@ -158,11 +189,18 @@ def find_folder(source: str | Path, kind: type, revision: str | None) -> Path:
     "A folder as it is; a repository on the Hub, once what is needed of it has been fetched or found in the cache."
     if Path(source).exists():
         if revision:
-            raise BitflowError(f"{source} is a folder here and has no revision {revision}; leave the revision out")
+            raise BitflowError(
+                f"{source} is a folder here and has no revision {revision}; leave the revision out"
+            )
         return Path(source)
     if not is_repo_id(source):
-        raise BitflowError(f"folder {source} does not exist; name a saved model, or a repository on the Hub as owner/name")
-    with asking_hub(f"load {source}, which is no folder here, from the Hub", "correct the name, or log in with `hf auth login` where it is private"):
+        raise BitflowError(
+            f"folder {source} does not exist; name a saved model, or a repository on the Hub as owner/name"
+        )
+    with asking_hub(
+        f"load {source}, which is no folder here, from the Hub",
+        "correct the name, or log in with `hf auth login` where it is private",
+    ):
         return Path(snapshot_download(source, revision=revision, allow_patterns=wanted_files(kind)))
 
 # %% ../nbs/hub.ipynb #f422c61d
@@ -172,7 +210,11 @@ def version_note(folder: Path) -> str:
         writer = json.loads((folder / "config.json").read_text())["bitflow_edu"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return "" if writer == __version__ else f"; bitflow_edu {writer} wrote it and this is {__version__}: install that version"
+    return (
+        ""
+        if writer == __version__
+        else f"; bitflow_edu {writer} wrote it and this is {__version__}: install that version"
+    )
 
 
 def load_part(folder: Path, kind: type, device: str) -> nn.Module:
@@ -186,69 +228,104 @@ def load_part(folder: Path, kind: type, device: str) -> nn.Module:
 
 # %% ../nbs/hub.ipynb #f153f474
 def from_pretrained(
-    source: str | Path,     # a folder that `save_pretrained` or a training wrote, or a repository on the Hub: "owner/name"
-    kind: type,             # what is wanted: `Pair`, `ReverseModel`, `TARFlow` or `CouplingFlow`
+    source: str
+    | Path,  # a folder that `save_pretrained` or a training wrote, or a repository on the Hub: "owner/name"
+    kind: type,  # what is wanted: `Pair`, `ReverseModel`, `TARFlow` or `CouplingFlow`
     device: str = "cpu",
-    revision: str = None,   # branch, tag or commit, for a repository
-) -> nn.Module | Pair:      # in evaluation mode, float32
+    revision: str = None,  # branch, tag or commit, for a repository
+) -> nn.Module | Pair:  # in evaluation mode, float32
     "Load F, G or both. Raises `BitflowError` when it is missing, damaged, of another kind, or of a version that this one cannot read."
     if kind not in (Pair, TARFlow, ReverseModel, CouplingFlow):
-        raise BitflowError(f"{kind!r} is nothing to load; choose Pair, ReverseModel, TARFlow or CouplingFlow")
+        raise BitflowError(
+            f"{kind!r} is nothing to load; choose Pair, ReverseModel, TARFlow or CouplingFlow"
+        )
     folder = find_folder(source, kind, revision)
     if kind is not Pair:
         return load_part(folder, kind, device)
     if (folder / "config.json").exists():
-        raise BitflowError(f"{folder} holds a single model, no pair; name its class instead of Pair")
-    return Pair(load_part(folder / "forward", TARFlow, device), load_part(folder / "reverse", ReverseModel, device))
+        raise BitflowError(
+            f"{folder} holds a single model, no pair; name its class instead of Pair"
+        )
+    return Pair(
+        load_part(folder / "forward", TARFlow, device),
+        load_part(folder / "reverse", ReverseModel, device),
+    )
 
 # %% ../nbs/hub.ipynb #7bd6561e
 def pretrained_names() -> list[str]:
     "Names of the pairs that come with the course: folders below `data/` with F and G."
     home = asset("README.md").parent
-    return sorted(p.parent.name for p in home.glob("*/forward") if (p.parent / "reverse" / "config.json").exists())
+    return sorted(
+        p.parent.name
+        for p in home.glob("*/forward")
+        if (p.parent / "reverse" / "config.json").exists()
+    )
 
 
 def load_pretrained(
-    name: str,            # of `pretrained_names()`, e.g. "mnist-mini"
+    name: str,  # of `pretrained_names()`, e.g. "mnist-mini"
     device: str = "cpu",
 ) -> tuple[TARFlow, ReverseModel]:  # in evaluation mode, float32
     "F and G that come with the course, without a network. Raises `BitflowError` with the names there are."
     if name not in pretrained_names():
-        raise BitflowError(f"no pair named {name!r} comes with this version; choose {', '.join(pretrained_names())}, or train it: bitflow reproduce")
+        raise BitflowError(
+            f"no pair named {name!r} comes with this version; choose {', '.join(pretrained_names())}, or train it: bitflow reproduce"
+        )
     pair = from_pretrained(asset(name), Pair, device)
     return pair.forward, pair.reverse
 
-
 # %% ../nbs/hub.ipynb #368dc367
-RESULT_KEYS = ("name", "preset", "command", "commit", "date", "wall_s", "hardware", "versions", "config", "measurements")
+RESULT_KEYS = (
+    "name",
+    "preset",
+    "command",
+    "commit",
+    "date",
+    "wall_s",
+    "hardware",
+    "versions",
+    "config",
+    "measurements",
+)
 
 
 def check_result(result: dict, model: nn.Module | Pair):
     "Refuse a results file that lacks something, or was measured on a model of another shape."
     missing = [key for key in RESULT_KEYS if key not in result]
     if missing:
-        raise BitflowError(f"a results file needs {missing[0]}, and this one has {', '.join(result) or 'nothing'}; give one that a `bitflow` command wrote")
+        raise BitflowError(
+            f"a results file needs {missing[0]}, and this one has {', '.join(result) or 'nothing'}; give one that a `bitflow` command wrote"
+        )
     for name, part in parts_of(model).items():
         found, shape = result["config"].get(name), {name: asdict(part.cfg)}
-        measured_on = {name: found and asdict(to_config(type(part).Config, found, f"{result['name']}.json, config.{name}"))}
+        measured_on = {
+            name: found
+            and asdict(to_config(type(part).Config, found, f"{result['name']}.json, config.{name}"))
+        }
         if measured_on != shape:
             key, was, now = first_difference(measured_on, shape)
-            raise BitflowError(f"{result['name']} was measured with {key} = {was}, but this {type(part).__name__} has {now}; give the results of this model")
+            raise BitflowError(
+                f"{result['name']} was measured with {key} = {was}, but this {type(part).__name__} has {now}; give the results of this model"
+            )
 
 # %% ../nbs/hub.ipynb #2416820b
 @dataclass(frozen=True)
 class DataSource:
     "Where training images come from, for a card."
-    title: str             # what to call them
-    licence: str           # theirs, or where to find it
-    hub_id: str = None     # their name among the Hub's datasets
+
+    title: str  # what to call them
+    licence: str  # theirs, or where to find it
+    hub_id: str = None  # their name among the Hub's datasets
 
 
 SOURCES = {
-    "mnist-mini": DataSource("MNIST digits (the 10,000 that come with bitflow_edu)", "CC BY-SA 3.0", "ylecun/mnist"),
+    "mnist-mini": DataSource(
+        "MNIST digits (the 10,000 that come with bitflow_edu)", "CC BY-SA 3.0", "ylecun/mnist"
+    ),
     "mnist": DataSource("MNIST digits", "CC BY-SA 3.0", "ylecun/mnist"),
     "fashion-mnist": DataSource("Fashion-MNIST", "MIT", "zalando-datasets/fashion_mnist"),
-    "cifar10": DataSource("CIFAR-10", "none is stated by its authors", "uoft-cs/cifar10")}
+    "cifar10": DataSource("CIFAR-10", "none is stated by its authors", "uoft-cs/cifar10"),
+}
 
 # %% ../nbs/hub.ipynb #c2c9c95d
 def data_source(result: dict) -> DataSource:
@@ -259,27 +336,59 @@ def data_source(result: dict) -> DataSource:
 
 def card_rows(result: dict, model: nn.Module | Pair) -> dict:
     "The methods that a model takes part in and that were measured, with their names; real images, the floor, last."
-    methods = {Pair: tuple(METHODS), ReverseModel: ("one-pass",)}.get(type(model), ("exact", "exact+denoise"))
+    methods = {Pair: tuple(METHODS), ReverseModel: ("one-pass",)}.get(
+        type(model), ("exact", "exact+denoise")
+    )
     found = {m["row"] for m in result["measurements"]}
     rows = {row: METHODS[row] for row in methods if row in found}
     if not rows:
-        raise BitflowError(f"{result['name']} has nothing on {' or '.join(methods)}; it has {', '.join(sorted(found)) or 'no measurements'}")
+        raise BitflowError(
+            f"{result['name']} has nothing on {' or '.join(methods)}; it has {', '.join(sorted(found)) or 'no measurements'}"
+        )
     return {**rows, "real": "real images (the floor)"} if "real" in found else rows
 
 # %% ../nbs/hub.ipynb #2ba2ab0e
-COSTS = ("ms_per_image", "speedup", "params", "serial_steps", "flops", "nfe", "mfu", "train", "peak_memory")
+COSTS = (
+    "ms_per_image",
+    "speedup",
+    "params",
+    "serial_steps",
+    "flops",
+    "nfe",
+    "mfu",
+    "train",
+    "peak_memory",
+)
 
 
 def how(m: dict) -> dict:
     "What a measurement says beside its value: the number of images, the seed, the protocol."
-    return {key: v for key, v in m.items() if key not in ("row", "metric", "value", "unit", "low", "high") and v is not None}
+    return {
+        key: v
+        for key, v in m.items()
+        if key not in ("row", "metric", "value", "unit", "low", "high") and v is not None
+    }
 
 
 def eval_results(result: dict, rows: dict, source: DataSource) -> list[EvalResult]:
     "The qualities of each method, as the Hub's metadata, which have no place for what is not finite."
-    return [EvalResult(task_type="unconditional-image-generation", dataset_type=source.hub_id or source.title, dataset_name=source.title, dataset_split="test",
-                       metric_type=m["metric"], metric_name=f"{m['metric']}, {rows[m['row']]}", metric_value=m["value"], metric_args=how(m))
-            for m in result["measurements"] if m["row"] in rows and m["row"] != "real" and not m["metric"].startswith(COSTS) and math.isfinite(m["value"])]
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=source.hub_id or source.title,
+            dataset_name=source.title,
+            dataset_split="test",
+            metric_type=m["metric"],
+            metric_name=f"{m['metric']}, {rows[m['row']]}",
+            metric_value=m["value"],
+            metric_args=how(m),
+        )
+        for m in result["measurements"]
+        if m["row"] in rows
+        and m["row"] != "real"
+        and not m["metric"].startswith(COSTS)
+        and math.isfinite(m["value"])
+    ]
 
 # %% ../nbs/hub.ipynb #50d3dca4
 def in_words(m: dict) -> str:
@@ -291,7 +400,9 @@ def in_words(m: dict) -> str:
 # %% ../nbs/hub.ipynb #fb126626
 def line_of(m: dict) -> tuple:
     "The cells that head a measurement's line of the table: metric, unit, how it was measured."
-    notes = ", ".join(f"{key} {v:.2g}" if isinstance(v, float) else f"{key} {v}" for key, v in how(m).items())
+    notes = ", ".join(
+        f"{key} {v:.2g}" if isinstance(v, float) else f"{key} {v}" for key, v in how(m).items()
+    )
     return m["metric"], "" if m["unit"] == "1" else m["unit"], notes
 
 # %% ../nbs/hub.ipynb #fe48c3e2
@@ -300,51 +411,88 @@ def results_table(result: dict, rows: dict) -> str:
     found = [m for m in result["measurements"] if m["row"] in rows]
     cells = {(line_of(m), m["row"]): in_words(m) for m in found}
     head = ["metric", "unit", *rows.values(), "measured with"]
-    body = [[metric, unit, *(cells.get((line, row), "–") for row in rows), notes]
-            for line in dict.fromkeys(map(line_of, found)) for metric, unit, notes in [line]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in [head, ["---"] * len(head), *body])
+    body = [
+        [metric, unit, *(cells.get((line, row), "–") for row in rows), notes]
+        for line in dict.fromkeys(map(line_of, found))
+        for metric, unit, notes in [line]
+    ]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+        for line in [head, ["---"] * len(head), *body]
+    )
 
 # %% ../nbs/hub.ipynb #31dc1496
 def how_measured(result: dict) -> str:
     "Machine, versions and command of the run, in Markdown."
     h = result["hardware"]
-    machine = ", ".join([f"{h['cores']} cores ({h['cpu']})", h["gpu"] or "no GPU", f"{h['memory_gb']} GB of memory"])
+    machine = ", ".join(
+        [f"{h['cores']} cores ({h['cpu']})", h["gpu"] or "no GPU", f"{h['memory_gb']} GB of memory"]
+    )
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
-    return (f"Measured on {machine}, with {versions}; commit `{result['commit']}`, {result['date'][:10]}. The run took {result['wall_s']:.0f} s. It is repeated by\n\n"
-            f"```\n{result['command']}\n```\n\nTimes hold for that machine only; in brackets are quartiles. A Fréchet distance `fd[…]` is named after the network that it looks through, depends on the number of images, "
-            "and is no FID. Figures of real images, where there are any, are the floor.")
+    return (
+        f"Measured on {machine}, with {versions}; commit `{result['commit']}`, {result['date'][:10]}. The run took {result['wall_s']:.0f} s. It is repeated by\n\n"
+        f"```\n{result['command']}\n```\n\nTimes hold for that machine only; in brackets are quartiles. A Fréchet distance `fd[…]` is named after the network that it looks through, depends on the number of images, "
+        "and is no FID. Figures of real images, where there are any, are the floor."
+    )
 
 # %% ../nbs/hub.ipynb #01cfba2f
 DRAWS = {  # where the class is found, its config, how it draws
     Pair: ("hub", "model.reverse.cfg", 'draw("one-pass", model.forward, model.reverse, z, c)'),
     ReverseModel: ("reverse_model", "model.cfg", 'draw("one-pass", None, model, z, c)'),
     TARFlow: ("tarflow", "model.cfg", 'draw("exact", model, None, z, c)'),
-    CouplingFlow: ("coupling", "model.cfg", 'draw("exact", model, None, z, c)')}
+    CouplingFlow: ("coupling", "model.cfg", 'draw("exact", model, None, z, c)'),
+}
 
 
 def snippet(kind: type, source: str) -> str:
     "Python that loads a model and draws ten images."
     module, cfg, draw = DRAWS[kind]
-    return (f"from bitflow_edu.{module} import {kind.__name__}\nfrom bitflow_edu.hub import from_pretrained\nfrom bitflow_edu.pipeline import draw, grid_labels, noise_for\n\n"
-            f"model = from_pretrained({json.dumps(source)}, {kind.__name__})\nz, c = noise_for({cfg}, 10, seed=0), grid_labels({cfg}, 10)  # noise and labels of ten images\n"
-            f"images = {draw}  # (10, C, H, W), about -1 to 1\n")
+    return (
+        f"from bitflow_edu.{module} import {kind.__name__}\nfrom bitflow_edu.hub import from_pretrained\nfrom bitflow_edu.pipeline import draw, grid_labels, noise_for\n\n"
+        f"model = from_pretrained({json.dumps(source)}, {kind.__name__})\nz, c = noise_for({cfg}, 10, seed=0), grid_labels({cfg}, 10)  # noise and labels of ten images\n"
+        f"images = {draw}  # (10, C, H, W), about -1 to 1\n"
+    )
 
 # %% ../nbs/hub.ipynb #60b49245
 def what_it_is(model: nn.Module | Pair) -> str:
     "The networks in words, in Markdown."
-    text = {"forward": "**F**, a normalizing flow ({kind}, {n:,} parameters), maps images to noise and knows their likelihood. Undone exactly, it draws images.",
-            "reverse": "**G** (ReverseModel, {n:,} parameters) is the learned inverse of such a flow: it draws images from noise in one pass."}
-    return "\n".join(f"- {text[name].format(kind=type(part).__name__, n=num_parameters(part))}" for name, part in parts_of(model).items())
+    text = {
+        "forward": "**F**, a normalizing flow ({kind}, {n:,} parameters), maps images to noise and knows their likelihood. Undone exactly, it draws images.",
+        "reverse": "**G** (ReverseModel, {n:,} parameters) is the learned inverse of such a flow: it draws images from noise in one pass.",
+    }
+    return "\n".join(
+        f"- {text[name].format(kind=type(part).__name__, n=num_parameters(part))}"
+        for name, part in parts_of(model).items()
+    )
 
 
 def how_trained(result: dict, model: nn.Module | Pair, source: DataSource) -> str:
     "Data and budget of the training, in Markdown."
     cfg = next(iter(parts_of(model).values())).cfg
-    copy = f" (read from: {result['config']['images']})" if "copy" in result["config"].get("images", "") else ""
-    lines = [f"Images: {source.title}{copy}, {cfg.image_size}×{cfg.image_size} pixels, {cfg.channels} channel{'s' * (cfg.channels > 1)}; licence: {source.licence}."]
+    copy = (
+        f" (read from: {result['config']['images']})"
+        if "copy" in result["config"].get("images", "")
+        else ""
+    )
+    lines = [
+        f"Images: {source.title}{copy}, {cfg.image_size}×{cfg.image_size} pixels, {cfg.channels} channel{'s' * (cfg.channels > 1)}; licence: {source.licence}."
+    ]
     for name in parts_of(model):
         train = result["config"].get(f"train_{name}") or {}
-        shown = ", ".join(f"{key} {train[key]}" for key in ("steps", "minutes", "batch_size", "lr", "ema", "label_dropout", "precision", "seed") if train.get(key) is not None)
+        shown = ", ".join(
+            f"{key} {train[key]}"
+            for key in (
+                "steps",
+                "minutes",
+                "batch_size",
+                "lr",
+                "ema",
+                "label_dropout",
+                "precision",
+                "seed",
+            )
+            if train.get(key) is not None
+        )
         lines += [f"{'F' if name == 'forward' else 'G'}: {shown}."] if shown else []
     return "\n".join(f"- {line}" for line in lines)
 
@@ -353,51 +501,83 @@ def limits(model: nn.Module | Pair) -> str:
     "What a model is not for, read off its config, in Markdown."
     parts = parts_of(model)
     cfg = next(iter(parts.values())).cfg
-    lines = ["For study and teaching: to draw, edit and measure images like those it was trained on.",
-             f"It knows images of {cfg.image_size}×{cfg.image_size} pixels with the content named above, and no others; of anything else its likelihoods and pictures say nothing.",
-             "Errors and preferences of the training images are its own. Nothing keeps it from repeating one of them; that was not measured unless the table says so.",
-             "Its figures hold for the samples and the reference named in the table. They say nothing about single images, and label accuracy is the opinion of a classifier."]
+    lines = [
+        "For study and teaching: to draw, edit and measure images like those it was trained on.",
+        f"It knows images of {cfg.image_size}×{cfg.image_size} pixels with the content named above, and no others; of anything else its likelihoods and pictures say nothing.",
+        "Errors and preferences of the training images are its own. Nothing keeps it from repeating one of them; that was not measured unless the table says so.",
+        "Its figures hold for the samples and the reference named in the table. They say nothing about single images, and label accuracy is the opinion of a classifier.",
+    ]
     if sigma := "forward" in parts and getattr(parts["forward"].cfg, "noise_std", 0):
-        lines.append(f"F was trained on images with noise of σ = {sigma}: what it draws is noisy until it is denoised.")
+        lines.append(
+            f"F was trained on images with noise of σ = {sigma}: what it draws is noisy until it is denoised."
+        )
     if "reverse" in parts:
-        lines.append("G only approximates the inverse: what it draws has no exact likelihood, and an image that goes through F and G comes back changed.")
+        lines.append(
+            "G only approximates the inverse: what it draws has no exact likelihood, and an image that goes through F and G comes back changed."
+        )
     return "\n".join(f"- {line}" for line in lines)
 
 # %% ../nbs/hub.ipynb #0bdf1945
 TAGS = {TARFlow: "tarflow", CouplingFlow: "coupling-flow", ReverseModel: "biflow"}
 
 
-def card_metadata(model: nn.Module | Pair, name: str, licence: str, source: DataSource, results: list[EvalResult]) -> ModelCardData:
+def card_metadata(
+    model: nn.Module | Pair, name: str, licence: str, source: DataSource, results: list[EvalResult]
+) -> ModelCardData:
     "The block on top of a card. Raises `BitflowError` for a licence that is no identifier of the Hub's, or results that are not valid."
     if not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", licence):
-        raise BitflowError(f"licence {licence!r} is no identifier of the Hub's; write it like apache-2.0, mit or cc-by-4.0")
-    tags = ["normalizing-flow", *(TAGS[type(part)] for part in parts_of(model).values()), "safetensors"]
+        raise BitflowError(
+            f"licence {licence!r} is no identifier of the Hub's; write it like apache-2.0, mit or cc-by-4.0"
+        )
+    tags = [
+        "normalizing-flow",
+        *(TAGS[type(part)] for part in parts_of(model).values()),
+        "safetensors",
+    ]
     try:  # of the Hub's tasks, the nearest: there is none for images drawn by class
-        return ModelCardData(license=licence, library_name="bitflow_edu", pipeline_tag="unconditional-image-generation", tags=tags, model_name=name,
-                             datasets=[source.hub_id] if source.hub_id else None, eval_results=results or None)
+        return ModelCardData(
+            license=licence,
+            library_name="bitflow_edu",
+            pipeline_tag="unconditional-image-generation",
+            tags=tags,
+            model_name=name,
+            datasets=[source.hub_id] if source.hub_id else None,
+            eval_results=results or None,
+        )
     except ValueError as e:
-        raise BitflowError(f"the card's metadata are not valid ({e}); correct the results file") from e
+        raise BitflowError(
+            f"the card's metadata are not valid ({e}); correct the results file"
+        ) from e
 
 # %% ../nbs/hub.ipynb #7405b3d0
 HOME = "https://github.com/bitflow-edu/bitflow_edu"
-PAPERS = ("TARFlow: [arXiv:2412.06329](https://arxiv.org/abs/2412.06329). BiFlow: [arXiv:2512.10953](https://arxiv.org/abs/2512.10953). "
-          "These weights come from an independent implementation for teaching, not from the authors.")
+PAPERS = (
+    "TARFlow: [arXiv:2412.06329](https://arxiv.org/abs/2412.06329). BiFlow: [arXiv:2512.10953](https://arxiv.org/abs/2512.10953). "
+    "These weights come from an independent implementation for teaching, not from the authors."
+)
 
 
-def card_text(result: dict, model: nn.Module | Pair, source: str, licence: str, trained_on: DataSource) -> str:
+def card_text(
+    result: dict, model: nn.Module | Pair, source: str, licence: str, trained_on: DataSource
+) -> str:
     "What people read of a card, in Markdown."
-    sections = {"Results": results_table(result, card_rows(result, model)) + "\n\n" + how_measured(result),
-                "Load it and draw": f"With `bitflow_edu` {__version__} ({HOME}):\n\n```python\n{snippet(type(model), source)}```",
-                "Trained on": how_trained(result, model, trained_on), "What it is for, and what not": limits(model),
-                "Licence and sources": f"The weights are under {licence}; the training images under their own licence (above). {PAPERS}"}
-    return f"# {result['preset']}\n\n{what_it_is(model)}\n\n" + "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items())
+    sections = {
+        "Results": results_table(result, card_rows(result, model)) + "\n\n" + how_measured(result),
+        "Load it and draw": f"With `bitflow_edu` {__version__} ({HOME}):\n\n```python\n{snippet(type(model), source)}```",
+        "Trained on": how_trained(result, model, trained_on),
+        "What it is for, and what not": limits(model),
+        "Licence and sources": f"The weights are under {licence}; the training images under their own licence (above). {PAPERS}",
+    }
+    return f"# {result['preset']}\n\n{what_it_is(model)}\n\n" + "\n".join(
+        f"## {title}\n\n{text}\n" for title, text in sections.items()
+    )
 
 # %% ../nbs/hub.ipynb #83d5d40e
 def model_card(
-    result: dict,                   # a results file of this model, loaded
-    model: nn.Module | Pair,        # what the card describes
-    source: str = ".",              # where the card's example loads from: the repository's name, or the card's own folder
-    licence: str = "apache-2.0",    # of the weights, as the Hub writes it
+    result: dict,  # a results file of this model, loaded
+    model: nn.Module | Pair,  # what the card describes
+    source: str = ".",  # where the card's example loads from: the repository's name, or the card's own folder
+    licence: str = "apache-2.0",  # of the weights, as the Hub writes it
     trained_on: DataSource = None,  # default: known from the run's data
 ) -> ModelCard:
     "A card made of a run's measurements. Raises `BitflowError` where they are incomplete or belong to another shape of model."
@@ -405,7 +585,9 @@ def model_card(
     trained_on = trained_on or data_source(result)
     results = eval_results(result, card_rows(result, model), trained_on)
     data = card_metadata(model, result["preset"], licence, trained_on, results)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(result, model, source, licence, trained_on)}")
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n{card_text(result, model, source, licence, trained_on)}"
+    )
 
 # %% ../nbs/hub.ipynb #13eaf4e4
 def check_target(repo_id: str, card: ModelCard, model: nn.Module | Pair):
@@ -413,25 +595,33 @@ def check_target(repo_id: str, card: ModelCard, model: nn.Module | Pair):
     if not is_repo_id(repo_id):
         raise BitflowError(f"{repo_id!r} is no repository's name; write it as owner/name")
     if snippet(type(model), repo_id) not in str(card):
-        raise BitflowError(f"the card's example does not load {repo_id} as a {type(model).__name__}; make it with model_card(…, source={repo_id!r})")
+        raise BitflowError(
+            f"the card's example does not load {repo_id} as a {type(model).__name__}; make it with model_card(…, source={repo_id!r})"
+        )
 
 # %% ../nbs/hub.ipynb #90bfb1e7
 def push_to_hub(
-    model: nn.Module | Pair,             # F, G, or both
-    repo_id: str,                        # "owner/name"
-    card: ModelCard,                     # of `model_card(…, source=repo_id)`
+    model: nn.Module | Pair,  # F, G, or both
+    repo_id: str,  # "owner/name"
+    card: ModelCard,  # of `model_card(…, source=repo_id)`
     dtype: torch.dtype = torch.float32,  # of the stored weights
-    overwrite: bool = False,             # write to a repository that is there already
-    private: bool = True,                # a new repository is seen by its owner alone
-) -> str:                                # the commit's address
+    overwrite: bool = False,  # write to a repository that is there already
+    private: bool = True,  # a new repository is seen by its owner alone
+) -> str:  # the commit's address
     "Send a model with its card to the Hugging Face Hub. Raises `BitflowError` where that fails."
     check_target(repo_id, card, model)
-    way_out = "log in with `hf auth login`; where the repository is there already, pass overwrite=True"
+    way_out = (
+        "log in with `hf auth login`; where the repository is there already, pass overwrite=True"
+    )
     with tempfile.TemporaryDirectory() as tmp:
         folder = save_pretrained(model, Path(tmp) / "model", dtype, card)
         with asking_hub(f"send to {repo_id}", way_out):
             api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=overwrite)
-            sent = api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=list(FILES),
-                                     commit_message=f"{type(model).__name__}, saved by bitflow_edu {__version__}")
+            sent = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                delete_patterns=list(FILES),
+                commit_message=f"{type(model).__name__}, saved by bitflow_edu {__version__}",
+            )
     return sent.commit_url

@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 import matplotlib.pyplot as plt
 import numpy as np
-from .budget import flow_step, inverse_flops, meta_batch, num_layers, on_meta, reverse_step, step_cost
+from bitflow_edu.budget import (
+    flow_step,
+    inverse_flops,
+    meta_batch,
+    num_layers,
+    on_meta,
+    reverse_step,
+    step_cost,
+)
 from .config import Preset, check_pair_preset
 from .data import BitflowError
 from .pipeline import count_flops
@@ -23,14 +31,15 @@ __all__ = ['GPUS', 'ModelCost', 'traced', 'model_cost', 'lost_share', 'Gpu', 'Ar
 @dataclass(frozen=True)
 class ModelCost:
     "What F or G costs; operations and bytes are of one image, a multiplication and an addition count as two operations."
-    params: int      # trainable numbers
-    forward: int     # operations of one pass
-    step: int        # operations of a training step, there and back
-    kept: int        # bytes kept for the way back, 4 a value, without attention scores
-    layers: int      # transformer layers
-    layer: int       # operations of one pass through one layer
+
+    params: int  # trainable numbers
+    forward: int  # operations of one pass
+    step: int  # operations of a training step, there and back
+    kept: int  # bytes kept for the way back, 4 a value, without attention scores
+    layers: int  # transformer layers
+    layer: int  # operations of one pass through one layer
     layer_kept: int  # bytes that one layer keeps
-    layer_input: int # bytes that go into a layer
+    layer_input: int  # bytes that go into a layer
 
 # %% ../nbs/17_imagenet.ipynb #a11c5efb
 def traced(kind: type, cfg, blocks: int, layers: int) -> tuple:
@@ -38,10 +47,17 @@ def traced(kind: type, cfg, blocks: int, layers: int) -> tuple:
     small = replace(cfg, num_blocks=blocks, transformer=replace(cfg.transformer, num_layers=layers))
     x, z, c = meta_batch(small)
     if kind is TARFlow:
-        model, step = on_meta(kind, replace(small, logit_alpha=0.0)), flow_step  # a logit looks at values, and there are none
+        model, step = (
+            on_meta(kind, replace(small, logit_alpha=0.0)),
+            flow_step,
+        )  # a logit looks at values, and there are none
         go = lambda: model(x, c)
     else:
-        model, plain, step = on_meta(kind, small), on_meta(kind, replace(small, max_guidance=0.0)), reverse_step
+        model, plain, step = (
+            on_meta(kind, small),
+            on_meta(kind, replace(small, max_guidance=0.0)),
+            reverse_step,
+        )
         go = lambda: one_pass(plain, z, c)
     cost = step_cost(model, step)
     return (1, blocks, num_layers(small)), (cost.params, count_flops(go), cost.flops, cost.kept)
@@ -51,19 +67,32 @@ def traced(kind: type, cfg, blocks: int, layers: int) -> tuple:
 def model_cost(kind: type, cfg) -> ModelCost:
     "The cost of an F or a G of equal blocks, from three small ones. Raises `BitflowError` for blocks that each have a depth of their own."
     if getattr(cfg, "block_layers", ()):
-        raise BitflowError(f"block_layers {cfg.block_layers}: the blocks need not be alike; give transformer.num_layers for equal ones, or count the whole model with budget_of")
+        raise BitflowError(
+            f"block_layers {cfg.block_layers}: the blocks need not be alike; give transformer.num_layers for equal ones, or count the whole model with budget_of"
+        )
     sizes, costs = zip(*(traced(kind, cfg, *small) for small in ((1, 1), (2, 1), (1, 2))))
     law = np.linalg.solve(np.array(sizes, dtype=float), np.array(costs, dtype=float))
-    params, forward, step, kept = (round(v) for v in np.array([1, cfg.num_blocks, num_layers(cfg)]) @ law)
-    return ModelCost(params, forward, step, kept, num_layers(cfg), round(law[2, 1]), round(law[2, 3]), 4 * cfg.num_tokens * cfg.transformer.width)
+    params, forward, step, kept = (
+        round(v) for v in np.array([1, cfg.num_blocks, num_layers(cfg)]) @ law
+    )
+    return ModelCost(
+        params,
+        forward,
+        step,
+        kept,
+        num_layers(cfg),
+        round(law[2, 1]),
+        round(law[2, 3]),
+        4 * cfg.num_tokens * cfg.transformer.width,
+    )
 
 # %% ../nbs/17_imagenet.ipynb #440ca103
 def lost_share(
     interval_h: float,  # between checkpoints, hours of work
-    write_h: float,     # to write one
-    restart_h: float,   # until the work goes on after a failure
-    failure_h: float,   # mean time between failures of the whole cluster
-) -> float:             # hours lost for each hour of work
+    write_h: float,  # to write one
+    restart_h: float,  # until the work goes on after a failure
+    failure_h: float,  # mean time between failures of the whole cluster
+) -> float:  # hours lost for each hour of work
     "What checkpoints and failures cost, to first order (Young 1974)."
     return write_h / interval_h + (interval_h / 2 + restart_h) / failure_h
 
@@ -71,39 +100,48 @@ def lost_share(
 @dataclass(frozen=True)
 class Gpu:
     "What is rented."
+
     name: str
-    peak_tflops: float       # 10¹² operations a second in dense bfloat16 matrix products, as the maker says
-    memory_gb: float         # 10⁹ bytes
+    peak_tflops: (
+        float  # 10¹² operations a second in dense bfloat16 matrix products, as the maker says
+    )
+    memory_gb: float  # 10⁹ bytes
     dollars_per_hour: float  # an assumption: a round number for renting one, without discount
 
-GPUS = {gpu.name: gpu for gpu in (Gpu("A100", 312, 80, 1.5), Gpu("H100", 989, 80, 3.0), Gpu("H200", 989, 141, 3.5))}
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (Gpu("A100", 312, 80, 1.5), Gpu("H100", 989, 80, 3.0), Gpu("H200", 989, 141, 3.5))
+}
 
 # %% ../nbs/17_imagenet.ipynb #739b9952
 @dataclass(frozen=True)
 class Around:
     "What a bill has to know of everything that is not F or G."
-    encoder_flops: float = 273e9     # Stable Diffusion's encoder, an image of 256²
-    decoder_flops: float = 622e9     # its decoder
-    feature_flops: float = 52e9      # VGG-16 and ConvNeXt-tiny, of 256²
-    decoder_kept: float = 1.5e9      # bytes that the decoder keeps for the way back, an image
-    feature_kept: float = 0.17e9     # the same for the two networks
-    num_images: int = 1_281_167      # in ImageNet's training split
-    disk_gb_s: float = 1.0           # at which a checkpoint is written; an assumption
+
+    encoder_flops: float = 273e9  # Stable Diffusion's encoder, an image of 256²
+    decoder_flops: float = 622e9  # its decoder
+    feature_flops: float = 52e9  # VGG-16 and ConvNeXt-tiny, of 256²
+    decoder_kept: float = 1.5e9  # bytes that the decoder keeps for the way back, an image
+    feature_kept: float = 0.17e9  # the same for the two networks
+    num_images: int = 1_281_167  # in ImageNet's training split
+    disk_gb_s: float = 1.0  # at which a checkpoint is written; an assumption
     gpu_hours_a_failure: float = 50e3  # arXiv 2407.21783
-    restart_h: float = 0.25          # until the work goes on after a failure; an assumption
+    restart_h: float = 0.25  # until the work goes on after a failure; an assumption
 
 # %% ../nbs/17_imagenet.ipynb #2fe74746
 @dataclass(frozen=True)
 class Plan:
     "Under which assumptions a preset is paid for."
+
     gpu: Gpu = GPUS["H100"]
     num_gpus: int = 8
-    sharded: bool = False         # weights, gradients, moments and averages spread over the GPUs
-    mfu: float = 0.35             # share of the peak that training and one pass reach; an assumption
-    scaling: float = 0.9          # share of that which is left with more than one GPU; an assumption
+    sharded: bool = False  # weights, gradients, moments and averages spread over the GPUs
+    mfu: float = 0.35  # share of the peak that training and one pass reach; an assumption
+    scaling: float = 0.9  # share of that which is left with more than one GPU; an assumption
     slower_serial: float = 100.0  # times that an operation of the exact inverse takes one of a pass; published times imply 68 to 130
-    overhead_s: float = 0.0       # seconds that a layer takes for a pass beside its arithmetic; counts for tiny models alone
-    kept_share: float = 0.6       # bytes kept under bfloat16 against 4 a value; measured below
+    overhead_s: float = 0.0  # seconds that a layer takes for a pass beside its arithmetic; counts for tiny models alone
+    kept_share: float = 0.6  # bytes kept under bfloat16 against 4 a value; measured below
     around: Around = Around()
 
 # %% ../nbs/17_imagenet.ipynb #21124cb7
@@ -120,17 +158,20 @@ def memory_gb(model: ModelCost, train, plan: Plan, frozen: int = 0) -> float:
     state = 20 * model.params / (plan.num_gpus if plan.sharded else 1)
     copies = 2 * model.params + 6 * frozen
     piece = train.batch_size // train.pieces  # images at once
-    return (state + copies + piece * kept_bytes_of(model, train.checkpointing, plan.kept_share)) / 1e9
+    return (
+        state + copies + piece * kept_bytes_of(model, train.checkpointing, plan.kept_share)
+    ) / 1e9
 
 # %% ../nbs/17_imagenet.ipynb #a7367a22
 @dataclass(frozen=True)
 class Stage:
     "A line of the bill."
+
     name: str
-    flops: float           # operations in all
+    flops: float  # operations in all
     gpu_hours: float
-    memory_gb: float = 0.0 # on each GPU; 0: less than training
-    disk_gb: float = 0.0   # that it leaves or needs on disk
+    memory_gb: float = 0.0  # on each GPU; 0: less than training
+    disk_gb: float = 0.0  # that it leaves or needs on disk
 
     def days(self, plan: Plan):
         "Days on all GPUs of the plan."
@@ -149,8 +190,13 @@ def speed_of(plan: Plan) -> float:
 def caching(preset: Preset, plan: Plan) -> Stage:
     "Encode each image and its mirror image, and store two moments of each latent value in 16 bits."
     flops = 2 * plan.around.num_images * plan.around.encoder_flops
-    values = preset.data.channels * preset.data.image_size ** 2
-    return Stage("cache latents", flops, flops / speed_of(plan), disk_gb=plan.around.num_images * 2 * 2 * 2 * values / 1e9)
+    values = preset.data.channels * preset.data.image_size**2
+    return Stage(
+        "cache latents",
+        flops,
+        flops / speed_of(plan),
+        disk_gb=plan.around.num_images * 2 * 2 * 2 * values / 1e9,
+    )
 
 # %% ../nbs/17_imagenet.ipynb #88121e20
 def perceptual_flops(preset: Preset, plan: Plan) -> float:
@@ -166,7 +212,11 @@ def perceptual_gb(preset: Preset, plan: Plan) -> float:
     "GB that the image end takes: one image in the decoder at a time, all of a piece in the networks, and 93M frozen weights."
     if not perceptual_flops(preset, plan):
         return 0.0
-    return (plan.around.decoder_kept + preset.objective.decoded_images * plan.around.feature_kept + 4 * 93e6) / 1e9
+    return (
+        plan.around.decoder_kept
+        + preset.objective.decoded_images * plan.around.feature_kept
+        + 4 * 93e6
+    ) / 1e9
 
 # %% ../nbs/17_imagenet.ipynb #17ca8a99
 def step_hours(model: ModelCost, train, plan: Plan, extra_flops: float, passes: int) -> float:
@@ -176,14 +226,28 @@ def step_hours(model: ModelCost, train, plan: Plan, extra_flops: float, passes: 
     return flops / speed_of(plan) + train.pieces * passes * plan.overhead_s / 3600
 
 # %% ../nbs/17_imagenet.ipynb #13192817
-def training(name: str, model: ModelCost, train, plan: Plan, extra: tuple = (0.0, 0.0), frozen: ModelCost = None) -> Stage:
+def training(
+    name: str,
+    model: ModelCost,
+    train,
+    plan: Plan,
+    extra: tuple = (0.0, 0.0),
+    frozen: ModelCost = None,
+) -> Stage:
     "All steps of a stage, with checkpoints and failures; `extra`: operations a step, and GB, beside the model's own. Raises `BitflowError` for a budget in minutes."
     if train.steps is None:
-        raise BitflowError(f"{name} is to train for {train.minutes} minutes, which has no cost in steps; set steps instead")
+        raise BitflowError(
+            f"{name} is to train for {train.minutes} minutes, which has no cost in steps; set steps instead"
+        )
     passes = 3 * model.layers + (frozen.layers if frozen else 0)
     hours = step_hours(model, train, plan, extra[0], passes)
     write = 16 * model.params / 1e9 / plan.around.disk_gb_s / 3600
-    lost = lost_share(train.checkpoint_every * hours / plan.num_gpus, write, plan.around.restart_h, plan.around.gpu_hours_a_failure / plan.num_gpus)
+    lost = lost_share(
+        train.checkpoint_every * hours / plan.num_gpus,
+        write,
+        plan.around.restart_h,
+        plan.around.gpu_hours_a_failure / plan.num_gpus,
+    )
     flops = train.steps * (train.batch_size * model.step + extra[0])
     memory = memory_gb(model, train, plan, frozen.params if frozen else 0) + extra[1]
     return Stage(name, flops, train.steps * hours * (1 + lost), memory, 3 * 16 * model.params / 1e9)
@@ -193,31 +257,57 @@ def evaluating(preset: Preset, F: ModelCost, G: ModelCost, plan: Plan) -> tuple:
     "Samples for an evaluation, by one pass and by the exact inverse, and their way through the decoder where there is one."
     n, speed = preset.num_samples, speed_of(plan)
     walk = n * inverse_flops(preset.forward, F.forward)
-    found = (Stage(f"{n:,} by one pass", n * G.forward, n * G.forward / speed), Stage(f"{n:,} by exact inverse", walk, plan.slower_serial * walk / speed))
+    found = (
+        Stage(f"{n:,} by one pass", n * G.forward, n * G.forward / speed),
+        Stage(f"{n:,} by exact inverse", walk, plan.slower_serial * walk / speed),
+    )
     decode = n * plan.around.decoder_flops
-    return found + ((Stage(f"{n:,} decoded", decode, decode / speed),) if preset.data.name == "imagenet-latents" else ())
+    return found + (
+        (Stage(f"{n:,} decoded", decode, decode / speed),)
+        if preset.data.name == "imagenet-latents"
+        else ()
+    )
 
 # %% ../nbs/17_imagenet.ipynb #fba0cd29
 def bill(preset: Preset, plan: Plan = Plan()) -> tuple:
     "The stages of a preset, in the order in which they are paid. Raises `BitflowError` for a flow alone."
     check_pair_preset(preset)
     F, G = model_cost(TARFlow, preset.forward), model_cost(ReverseModel, preset.reverse)
-    extra = preset.train_reverse.batch_size * F.forward + perceptual_flops(preset, plan), perceptual_gb(preset, plan)
+    extra = (
+        preset.train_reverse.batch_size * F.forward + perceptual_flops(preset, plan),
+        perceptual_gb(preset, plan),
+    )
     first = (caching(preset, plan),) if preset.data.name == "imagenet-latents" else ()
-    return (*first, training("stage 1: F", F, preset.train_forward, plan), training("stage 2: G", G, preset.train_reverse, plan, extra, F),
-            *evaluating(preset, F, G, plan))
+    return (
+        *first,
+        training("stage 1: F", F, preset.train_forward, plan),
+        training("stage 2: G", G, preset.train_reverse, plan, extra, F),
+        *evaluating(preset, F, G, plan),
+    )
 
 # %% ../nbs/17_imagenet.ipynb #08d3b421
 def bill_table(preset: Preset, plan: Plan = Plan()) -> str:
     "The bill as text, with its total."
-    lines = [f"{preset.name} on {plan.num_gpus} {plan.gpu.name}, {plan.mfu:.0%} of {plan.gpu.peak_tflops} TFLOP/s, ${plan.gpu.dollars_per_hour:g} an hour",
-             f"{'':26}{'EFLOP':>11}{'GPU-hours':>12}{'days':>9}{'dollars':>11}{'GB a GPU':>10}{'GB disk':>9}"]
+    lines = [
+        f"{preset.name} on {plan.num_gpus} {plan.gpu.name}, {plan.mfu:.0%} of {plan.gpu.peak_tflops} TFLOP/s, ${plan.gpu.dollars_per_hour:g} an hour",
+        f"{'':26}{'EFLOP':>11}{'GPU-hours':>12}{'days':>9}{'dollars':>11}{'GB a GPU':>10}{'GB disk':>9}",
+    ]
     stages = bill(preset, plan)
-    total = Stage("in all", sum(s.flops for s in stages), sum(s.gpu_hours for s in stages), max(s.memory_gb for s in stages), sum(s.disk_gb for s in stages))
+    total = Stage(
+        "in all",
+        sum(s.flops for s in stages),
+        sum(s.gpu_hours for s in stages),
+        max(s.memory_gb for s in stages),
+        sum(s.disk_gb for s in stages),
+    )
     for s in (*stages, total):
-        lines.append(f"{s.name:26}{s.flops / 1e18:11.3g}{s.gpu_hours:12,.4g}{s.days(plan):9.3g}{s.dollars(plan):11,.2f}{s.memory_gb:10.3g}{s.disk_gb:9.3g}")
+        lines.append(
+            f"{s.name:26}{s.flops / 1e18:11.3g}{s.gpu_hours:12,.4g}{s.days(plan):9.3g}{s.dollars(plan):11,.2f}{s.memory_gb:10.3g}{s.disk_gb:9.3g}"
+        )
     if total.memory_gb > plan.gpu.memory_gb:
-        lines.append(f"this does not fit into {plan.gpu.memory_gb} GB: set checkpointing, more pieces, or sharding")
+        lines.append(
+            f"this does not fit into {plan.gpu.memory_gb} GB: set checkpointing, more pieces, or sharding"
+        )
     return "\n".join(lines)
 
 # %% ../nbs/17_imagenet.ipynb #79c6caf8
@@ -229,8 +319,16 @@ def plot_bill(presets: dict, plan: Plan = Plan(), ax=None):
     for color, mark, name in zip(PALETTE, "osD^vP", dict.fromkeys(kind(s.name) for _, s in stages)):
         at = [(s.dollars(plan), i) for i, s in stages if kind(s.name) == name]
         ax.plot(*zip(*at), mark, color=color, label=name)
-    ax.set(xscale="log", xlabel=f"dollars, at ${plan.gpu.dollars_per_hour:g} an hour (an assumption)", yticks=range(len(presets)), yticklabels=list(presets), title=f"The bill on {plan.num_gpus} {plan.gpu.name}")
+    ax.set(
+        xscale="log",
+        xlabel=f"dollars, at ${plan.gpu.dollars_per_hour:g} an hour (an assumption)",
+        yticks=range(len(presets)),
+        yticklabels=list(presets),
+        title=f"The bill on {plan.num_gpus} {plan.gpu.name}",
+    )
     ax.invert_yaxis()
     ax.grid(alpha=0.3, axis="x")
-    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    ax.figure.legend(
+        *ax.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
+    )
     return ax

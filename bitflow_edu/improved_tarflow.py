@@ -17,11 +17,12 @@ __all__ = ['BlockReport', 'report_blocks', 'with_parts', 'improved', 'deep_shall
 @dataclass(frozen=True)
 class BlockReport:
     "What a block does to a batch, and how well it is undone."
-    alpha_max: float    # largest |α|: the block multiplies by at most e^this, or divides
-    mu_max: float       # largest |μ|
-    rms: float          # of the block's output x^{i+1}
-    error: float        # largest error of undoing this block alone, in units of x^i
-    total: float        # largest error of x^i after undoing all blocks down to this one
+
+    alpha_max: float  # largest |α|: the block multiplies by at most e^this, or divides
+    mu_max: float  # largest |μ|
+    rms: float  # of the block's output x^{i+1}
+    error: float  # largest error of undoing this block alone, in units of x^i
+    total: float  # largest error of x^i after undoing all blocks down to this one
 
 # %% ../nbs/09_improved_tarflow.ipynb #906ad844
 @torch.no_grad()
@@ -29,28 +30,36 @@ def report_blocks(
     model: TARFlow,
     x: Tensor,  # images `(N, C, H, W)`
     c: Tensor,  # labels `(N,)`
-) -> list:      # a `BlockReport` for each block, near the data first
+) -> list:  # a `BlockReport` for each block, near the data first
     "Sizes and inverse errors, block by block."
     states, found = model(x, c).states, []
-    back, worst, rms = states[-1], (lambda v: v.abs().max().item()), (lambda v: v.square().mean().sqrt().item())
+    back, worst, rms = (
+        states[-1],
+        (lambda v: v.abs().max().item()),
+        (lambda v: v.square().mean().sqrt().item()),
+    )
     for block, before, after in zip(model.blocks[::-1], states[-2::-1], states[:0:-1]):
         alpha, mu = block.parameters_of(block.order(before), c)
         back, alone = invert_block(block, back, c), invert_block(block, after, c)
-        found.append(BlockReport(worst(alpha), worst(mu), rms(after), worst(alone - before), worst(back - before)))
+        found.append(
+            BlockReport(
+                worst(alpha), worst(mu), rms(after), worst(alone - before), worst(back - before)
+            )
+        )
     return found[::-1]
 
 # %% ../nbs/09_improved_tarflow.ipynb #5075869a
 def with_parts(
     cfg: TARFlowConfig,
-    **parts,              # fields of `TransformerConfig`, e.g. norm="rms"
-) -> TARFlowConfig:       # the same flow otherwise
+    **parts,  # fields of `TransformerConfig`, e.g. norm="rms"
+) -> TARFlowConfig:  # the same flow otherwise
     "A flow's config with other transformer parts."
     return replace(cfg, transformer=replace(cfg.transformer, **parts))
 
 # %% ../nbs/09_improved_tarflow.ipynb #c5b5e549
 def improved(
     cfg: TARFlowConfig,
-    clip: float = 3.0,    # c: α and μ stay in [−c, c]; e³ ≈ 20 is the most that a token is stretched
+    clip: float = 3.0,  # c: α and μ stay in [−c, c]; e³ ≈ 20 is the most that a token is stretched
 ) -> TARFlowConfig:
     "BiFlow's forward model: modern blocks and norm control (arXiv 2512.10953; which modern parts is inferred)."
     return replace(with_parts(cfg, **MODERN), clip=clip)
@@ -58,21 +67,32 @@ def improved(
 # %% ../nbs/09_improved_tarflow.ipynb #4642de09
 def deep_shallow(
     cfg: TARFlowConfig,
-    shallow: int = 1,     # layers of every block but the first
-) -> TARFlowConfig:       # as many layers in all
+    shallow: int = 1,  # layers of every block but the first
+) -> TARFlowConfig:  # as many layers in all
     "STARFlow's shape (arXiv 2506.06276): one deep block near the data, shallow blocks after it."
     total = sum(cfg.block_layers) or cfg.num_blocks * cfg.transformer.num_layers
     deep = total - shallow * (cfg.num_blocks - 1)
     if shallow < 1 or deep < shallow:
-        raise BitflowError(f"{total} layers in {cfg.num_blocks} blocks leave {deep} for the deep one with {shallow} in each shallow one; choose fewer")
+        raise BitflowError(
+            f"{total} layers in {cfg.num_blocks} blocks leave {deep} for the deep one with {shallow} in each shallow one; choose fewer"
+        )
     return replace(cfg, block_layers=(deep, *[shallow] * (cfg.num_blocks - 1)))
 
 # %% ../nbs/09_improved_tarflow.ipynb #e6567e1f
 def variants(
     cfg: TARFlowConfig,  # the original architecture
-    clip: float = 3.0,   # c
-) -> dict:               # name → config
+    clip: float = 3.0,  # c
+) -> dict:  # name → config
     "The rows of the ablation: each part alone, all of them, and the deep–shallow shape, at nearly equal parameters."
-    parts = {"RMSNorm": dict(norm="rms"), "SwiGLU": dict(mlp="swiglu"), "rotary": dict(rotary=True), "QK-norm": dict(qk_norm=True)}
-    rows = {"original": cfg, "clip": replace(cfg, clip=clip), **{name: with_parts(cfg, **part) for name, part in parts.items()}}
+    parts = {
+        "RMSNorm": dict(norm="rms"),
+        "SwiGLU": dict(mlp="swiglu"),
+        "rotary": dict(rotary=True),
+        "QK-norm": dict(qk_norm=True),
+    }
+    rows = {
+        "original": cfg,
+        "clip": replace(cfg, clip=clip),
+        **{name: with_parts(cfg, **part) for name, part in parts.items()},
+    }
     return {**rows, "improved": improved(cfg, clip), "deep–shallow": deep_shallow(cfg)}

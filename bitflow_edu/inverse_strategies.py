@@ -17,7 +17,7 @@ __all__ = ['STRATEGIES', 'mse', 'StrategyLoss', 'naive_distillation', 'hidden_al
 def mse(
     a: Tensor,  # `(N, …)`
     b: Tensor,  # the same shape
-) -> Tensor:    # `(N,)`
+) -> Tensor:  # `(N,)`
     "Mean squared error of each sample."
     return (a - b).square().flatten(1).mean(dim=1)
 
@@ -25,7 +25,8 @@ def mse(
 @dataclass(frozen=True)
 class StrategyLoss:
     "What a strategy compares: a term for every depth it looks at, each a scalar."
-    image: Tensor               # D(x, x'), at the image end
+
+    image: Tensor  # D(x, x'), at the image end
     depths: tuple[Tensor, ...]  # D(x^i, ·) for i = 0, 1, …; empty where no state is compared
 
     @property
@@ -36,27 +37,33 @@ class StrategyLoss:
     def weighed(self, weights: tuple):
         "The same terms with a weight for each depth; () for 1 everywhere. `BitflowError` for another number of weights."
         if weights and self.depths and len(weights) != len(self.depths):
-            raise BitflowError(f"{len(weights)} depth weights for {len(self.depths)} depths; give one for each block of F")
-        return StrategyLoss(self.image, tuple(w * d for w, d in zip(weights, self.depths))) if weights else self
+            raise BitflowError(
+                f"{len(weights)} depth weights for {len(self.depths)} depths; give one for each block of F"
+            )
+        return (
+            StrategyLoss(self.image, tuple(w * d for w, d in zip(weights, self.depths)))
+            if weights
+            else self
+        )
 
 # %% ../nbs/11_inverse_strategies.ipynb #19e3a42d
 def naive_distillation(
-    trajectory: Trajectory,   # of F
-    out: ReverseOutput,       # of G, started at the trajectory's end
-    x: Tensor,                # what G should make of it `(N, C, H, W)`
-    distance=mse,             # between token states
-    image_distance=mse,       # at the image end
+    trajectory: Trajectory,  # of F
+    out: ReverseOutput,  # of G, started at the trajectory's end
+    x: Tensor,  # what G should make of it `(N, C, H, W)`
+    distance=mse,  # between token states
+    image_distance=mse,  # at the image end
 ) -> StrategyLoss:
     "L = D(x, G(F(x))): only the result counts (PAPER: strategy 1)."
     return StrategyLoss(image_distance(out.image, x).mean(), ())
 
 # %% ../nbs/11_inverse_strategies.ipynb #02a33a2f
 def hidden_alignment(
-    trajectory: Trajectory,   # of F
-    out: ReverseOutput,       # of G, started at the trajectory's end
-    x: Tensor,                # what G should make of it `(N, C, H, W)`
-    distance=mse,             # between token states
-    image_distance=mse,       # at the image end
+    trajectory: Trajectory,  # of F
+    out: ReverseOutput,  # of G, started at the trajectory's end
+    x: Tensor,  # what G should make of it `(N, C, H, W)`
+    distance=mse,  # between token states
+    image_distance=mse,  # at the image end
 ) -> StrategyLoss:
     "L = D(x, x') + Σ_i D(x^i, φ_i(h^i)): every depth counts, h stays in model width (PAPER: strategy 3)."
     depths = [distance(h, s).mean() for s, h in zip(trajectory.states, out.projected)]
@@ -66,19 +73,21 @@ def hidden_alignment(
 
 # %% ../nbs/11_inverse_strategies.ipynb #5bb7b98c
 def hidden_distillation(
-    trajectory: Trajectory,   # of F
-    out: ReverseOutput,       # of G with `token_states`
-    x: Tensor,                # what G should make of it `(N, C, H, W)`
-    distance=mse,             # between token states
-    image_distance=mse,       # at the image end
+    trajectory: Trajectory,  # of F
+    out: ReverseOutput,  # of G with `token_states`
+    x: Tensor,  # what G should make of it `(N, C, H, W)`
+    distance=mse,  # between token states
+    image_distance=mse,  # at the image end
 ) -> StrategyLoss:
     "L = D(x, x') + Σ_i D(x^i, h^i) with h^i itself in token space: alignment of a G that passes on what it projects (PAPER: strategy 2)."
     return hidden_alignment(trajectory, out, x, distance, image_distance)
 
-
-
 # %% ../nbs/11_inverse_strategies.ipynb #ecfa78fb
-STRATEGIES = {"naive": naive_distillation, "hidden-distillation": hidden_distillation, "hidden-alignment": hidden_alignment}
+STRATEGIES = {
+    "naive": naive_distillation,
+    "hidden-distillation": hidden_distillation,
+    "hidden-alignment": hidden_alignment,
+}
 
 # %% ../nbs/11_inverse_strategies.ipynb #53f7127d
 def find_strategy(name: str):
@@ -93,37 +102,41 @@ def check_pair(forward_model: TARFlow, model: ReverseModel):
     f, g = forward_model.cfg, model.cfg
     for name in ("image_size", "channels", "patch_size", "num_classes", "num_blocks"):
         if getattr(f, name) != getattr(g, name):
-            raise BitflowError(f"G's {name} is {getattr(g, name)} but F's is {getattr(f, name)}; they must agree")
+            raise BitflowError(
+                f"G's {name} is {getattr(g, name)} but F's is {getattr(f, name)}; they must agree"
+            )
     if f.logit_alpha:
-        raise BitflowError(f"F works on logits of pixels (logit_alpha {f.logit_alpha}), but G is compared with pixels; train an F with logit_alpha 0")
+        raise BitflowError(
+            f"F works on logits of pixels (logit_alpha {f.logit_alpha}), but G is compared with pixels; train an F with logit_alpha 0"
+        )
 
 
 def needs_token_states(strategy: str) -> bool:
     "Whether a strategy's G passes its states on in token space: hidden distillation's does."
     return strategy == "hidden-distillation"
 
+
 def check_strategy(model: ReverseModel, strategy: str):
     "Refuse a G that does not suit the strategy."
     if model.cfg.token_states != needs_token_states(strategy):
-        raise BitflowError(f"strategy {strategy!r} needs a G with token_states={not model.cfg.token_states}")
+        raise BitflowError(
+            f"strategy {strategy!r} needs a G with token_states={not model.cfg.token_states}"
+        )
 
 # %% ../nbs/11_inverse_strategies.ipynb #0065aa4a
-def reading_norms(
-    out: ReverseOutput,
-) -> dict:  # reading_rms_0 … reading_rms_{B−1}, scalars
+def reading_norms(out: ReverseOutput) -> dict:  # reading_rms_0 … reading_rms_{B−1}, scalars
     "The size of what G reads at every depth, φ_i(h^i): to be compared with F's `trajectory_norms`."
     return {f"reading_rms_{i}": rms(tokens) for i, tokens in enumerate(out.projected)}
 
-
 # %% ../nbs/11_inverse_strategies.ipynb #c811a1f9
 def reverse_loss(
-    forward_model: TARFlow,   # F, frozen
+    forward_model: TARFlow,  # F, frozen
     strategy=hidden_alignment,
-    distance=mse,             # between token states
-    image_distance=mse,       # at the image end
+    distance=mse,  # between token states
+    image_distance=mse,  # at the image end
     depth_weights: tuple = (),  # of each depth's term; () for 1 everywhere
-    run=None,                 # (model, z, c, generator) → `ReverseOutput`; default model(z, c)
-):                            # a loss for `train`
+    run=None,  # (model, z, c, generator) → `ReverseOutput`; default model(z, c)
+):  # a loss for `train`
     "Stage 2: run F on x̃, run G from the z it gives, compare."
     forward_model = forward_model.eval().requires_grad_(False)
     run = run or (lambda model, z, c, generator: model(z, c))
@@ -131,20 +144,31 @@ def reverse_loss(
     def loss(model, x, c, generator):
         "The strategy's total for a batch, and its terms to log."
         noisy = add_noise(x, forward_model.cfg.noise_std, generator)
-        with torch.no_grad(): trajectory = forward_model(noisy, c)
+        with torch.no_grad():
+            trajectory = forward_model(noisy, c)
         out = run(model, trajectory.z, c, generator)
-        terms = strategy(trajectory, out, x if out.denoised else noisy, distance, image_distance).weighed(depth_weights)
+        terms = strategy(
+            trajectory, out, x if out.denoised else noisy, distance, image_distance
+        ).weighed(depth_weights)
         of_depths = {f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}
-        return terms.total, {"image": terms.image.detach(), **of_depths, **trajectory_norms(trajectory), **reading_norms(out)}
+        return terms.total, {
+            "image": terms.image.detach(),
+            **of_depths,
+            **trajectory_norms(trajectory),
+            **reading_norms(out),
+        }
+
     return loss
 
 # %% ../nbs/11_inverse_strategies.ipynb #e1c32c6c
 def normalised(
     distance=mse,  # between token states, `(N, T, D)`
-):                 # the same, in units of the state's own size
+):  # the same, in units of the state's own size
     "Norm control on the reverse side: both sides are divided by the rms of F's state in the batch, so that each depth weighs the same."
+
     def relative(h, s):
         "G's reading h and F's state s; gradients flow to h."
         rms = s.square().mean().sqrt().clamp(min=1e-6)
         return distance(h / rms, s / rms)
+
     return relative

@@ -17,8 +17,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
-from .data import IMAGE_SUFFIXES, BitflowError, first_sentence, folder_classes, to_model_range
-from .training import ALONE, autocast, first_difference, save_tensors, write_atomically, writing
+from bitflow_edu.data import (
+    IMAGE_SUFFIXES,
+    BitflowError,
+    first_sentence,
+    folder_classes,
+    to_model_range,
+)
+from bitflow_edu.training import (
+    ALONE,
+    autocast,
+    first_difference,
+    save_tensors,
+    write_atomically,
+    writing,
+)
 
 # %% auto #0
 __all__ = ['TOY_CLASSES', 'DEFAULT_VAE', 'SMALL_DECODER', 'KINDS', 'VERSION', 'synthetic_picture', 'as_jpeg', 'synthetic_images',
@@ -38,8 +51,12 @@ TOY_CLASSES = ("n01440764", "n01443537")  # named like the first two of ImageNet
 def synthetic_picture(i: int, size: int = 40) -> Image.Image:
     "Picture i of a smoke run: a disc where i is even, stripes where it is odd; colours, place and width are drawn."
     g = np.random.default_rng(i)
-    y, x = np.mgrid[:size, :size + 8] / size
-    inside = np.hypot(x - g.uniform(0.3, 0.9), y - g.uniform(0.3, 0.7)) < g.uniform(0.15, 0.35) if i % 2 == 0 else np.sin(x * g.uniform(12, 30)) > 0
+    y, x = np.mgrid[:size, : size + 8] / size
+    inside = (
+        np.hypot(x - g.uniform(0.3, 0.9), y - g.uniform(0.3, 0.7)) < g.uniform(0.15, 0.35)
+        if i % 2 == 0
+        else np.sin(x * g.uniform(12, 30)) > 0
+    )
     front, back = g.uniform(0, 255, (2, 3))
     return Image.fromarray(np.where(inside[..., None], front, back).astype(np.uint8))
 
@@ -52,11 +69,11 @@ def as_jpeg(image: Image.Image) -> bytes:
 
 # %% ../nbs/latents.ipynb #bb52e02f
 def synthetic_images(
-    folder: str | Path,    # `folder/train/<class>/<class>_<i>.JPEG` is made
-    n: int = 32,           # pictures in all, classes in turn
+    folder: str | Path,  # `folder/train/<class>/<class>_<i>.JPEG` is made
+    n: int = 32,  # pictures in all, classes in turn
     split: str = "train",  # name of the folder in between
-    size: int = 40,        # pixels in height; they are 8 wider
-) -> Path:                 # `folder`
+    size: int = 40,  # pixels in height; they are 8 wider
+) -> Path:  # `folder`
     "An image folder in ImageNet's layout, of generated pictures: for smoke runs and tests."
     for i in range(n):
         name = TOY_CLASSES[i % 2]
@@ -71,7 +88,10 @@ def synthetic_tar(pictures, size: int = 40) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for i in pictures:
-            for kind, data in (("jpg", as_jpeg(synthetic_picture(i, size))), ("cls", str(i % 2).encode())):
+            for kind, data in (
+                ("jpg", as_jpeg(synthetic_picture(i, size))),
+                ("cls", str(i % 2).encode()),
+            ):
                 member = tarfile.TarInfo(f"{i:06d}.{kind}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -83,35 +103,54 @@ def import_diffusers():
     try:
         return importlib.import_module("diffusers")
     except ImportError as e:
-        raise BitflowError(f"package {e.name or 'diffusers'} is missing, and latents need it; install it with: pip install diffusers") from e
+        raise BitflowError(
+            f"package {e.name or 'diffusers'} is missing, and latents need it; install it with: pip install diffusers"
+        ) from e
 
 # %% ../nbs/latents.ipynb #e45c7e29
 def tiny_vae(
     folder: str | Path,  # written as diffusers does
-    factor: int = 2,     # pixels a side for each latent: 2, 4 or 8
-    seed: int = 0,       # of the weights
-) -> Path:               # `folder`, for `load_vae`
+    factor: int = 2,  # pixels a side for each latent: 2, 4 or 8
+    seed: int = 0,  # of the weights
+) -> Path:  # `folder`, for `load_vae`
     "An AutoencoderKL with random weights whose `scaling_factor` gives latents of unit variance: for smoke runs and tests."
     kind, depth = import_diffusers().AutoencoderKL, factor.bit_length()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = kind(block_out_channels=(8,) * depth, down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth,
-                   layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=8 * factor)
-    vae.quant_conv.weight.data[4:], vae.quant_conv.bias.data[4:] = 0, -6.0  # log-variance: a trained encoder is sure of its means
+        vae = kind(
+            block_out_channels=(8,) * depth,
+            down_block_types=("DownEncoderBlock2D",) * depth,
+            up_block_types=("UpDecoderBlock2D",) * depth,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=8 * factor,
+        )
+    vae.quant_conv.weight.data[4:], vae.quant_conv.bias.data[4:] = (
+        0,
+        -6.0,
+    )  # log-variance: a trained encoder is sure of its means
     pixels = torch.stack([square(as_jpeg(synthetic_picture(i)), 8 * factor) for i in range(16)])
-    vae.register_to_config(scaling_factor=round(1 / moments(vae, pixels)[:, 0].float().std().item(), 5))
+    vae.register_to_config(
+        scaling_factor=round(1 / moments(vae, pixels)[:, 0].float().std().item(), 5)
+    )
     vae.save_pretrained(folder)
     return Path(folder)
 
 # %% ../nbs/latents.ipynb #86ab1bad
 def tiny_decoder(
     folder: str | Path,  # written as diffusers does
-    factor: int = 2,     # as of the `tiny_vae` it goes with
-    seed: int = 0,       # of the weights
-) -> Path:               # `folder`, for `load_decoder`
+    factor: int = 2,  # as of the `tiny_vae` it goes with
+    seed: int = 0,  # of the weights
+) -> Path:  # `folder`, for `load_decoder`
     "An AutoencoderTiny with random weights, the small decoder's stand-in for smoke runs and tests."
     kind, depth = import_diffusers().AutoencoderTiny, factor.bit_length()
-    shape = dict(encoder_block_out_channels=(8,) * depth, decoder_block_out_channels=(8,) * depth, num_encoder_blocks=(1,) * depth, num_decoder_blocks=(1,) * depth)
+    shape = dict(
+        encoder_block_out_channels=(8,) * depth,
+        decoder_block_out_channels=(8,) * depth,
+        num_encoder_blocks=(1,) * depth,
+        num_decoder_blocks=(1,) * depth,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kind(**shape, latent_channels=4).save_pretrained(folder)
@@ -137,7 +176,7 @@ def quiet(log):
 def load_decoder(
     name: str | Path = DEFAULT_VAE,  # on the Hugging Face hub, or a folder that diffusers wrote
     device: str = "cpu",
-) -> nn.Module:                      # frozen, in evaluation mode, float32
+) -> nn.Module:  # frozen, in evaluation mode, float32
     "An autoencoder of either kind. `BitflowError` where it is missing, damaged or of another kind."
     diffusers = import_diffusers()
     try:
@@ -147,15 +186,21 @@ def load_decoder(
                 vae = getattr(diffusers, kind).from_pretrained(str(name), use_safetensors=True)
                 return vae.to(device).eval().requires_grad_(False)
     except Exception as e:
-        raise BitflowError(f"no autoencoder can be read from {name} ({first_sentence(e)}); correct the name, connect to the Hugging Face hub, or name the folder of a copy") from e
-    raise BitflowError(f"{name} holds a {kind}, which has no latents that fit; name one of the kind {' or '.join(KINDS)}")
+        raise BitflowError(
+            f"no autoencoder can be read from {name} ({first_sentence(e)}); correct the name, connect to the Hugging Face hub, or name the folder of a copy"
+        ) from e
+    raise BitflowError(
+        f"{name} holds a {kind}, which has no latents that fit; name one of the kind {' or '.join(KINDS)}"
+    )
 
 # %% ../nbs/latents.ipynb #0b3b1949
 def load_vae(name: str | Path = DEFAULT_VAE, device: str = "cpu") -> nn.Module:
     "An AutoencoderKL, which `cache_latents` needs for its moments. `BitflowError` for anything else."
     vae = load_decoder(name, device)
     if type(vae).__name__ != "AutoencoderKL":
-        raise BitflowError(f"{name} is an {type(vae).__name__}: it decodes, but has no moments to store; encode with an AutoencoderKL, e.g. {DEFAULT_VAE}")
+        raise BitflowError(
+            f"{name} is an {type(vae).__name__}: it decodes, but has no moments to store; encode with an AutoencoderKL, e.g. {DEFAULT_VAE}"
+        )
     return vae
 
 
@@ -168,30 +213,34 @@ def latent_shape(vae: nn.Module, image_size: int) -> tuple[int, int, int]:
     "`(C, h, w)` of the latents of square images. `BitflowError` where the autoencoder cannot halve them often enough."
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if image_size < factor or image_size % factor:
-        raise BitflowError(f"images of {image_size} pixels cannot be encoded by an autoencoder that takes {factor}x{factor} pixels a latent; choose a multiple of {factor}")
+        raise BitflowError(
+            f"images of {image_size} pixels cannot be encoded by an autoencoder that takes {factor}x{factor} pixels a latent; choose a multiple of {factor}"
+        )
     return vae.config.latent_channels, image_size // factor, image_size // factor
 
 # %% ../nbs/latents.ipynb #2d77b2f8
 @torch.no_grad()
 def moments(
-    vae: nn.Module,           # an AutoencoderKL
-    pixels: Tensor,           # uint8 `(N, 3, S, S)`
+    vae: nn.Module,  # an AutoencoderKL
+    pixels: Tensor,  # uint8 `(N, 3, S, S)`
     precision: str = "fp32",  # or "bf16", under autocast
-) -> Tensor:                  # float16 `(N, 2, C, h, w)` on the CPU: mean and standard deviation, in the autoencoder's own units
+) -> Tensor:  # float16 `(N, 2, C, h, w)` on the CPU: mean and standard deviation, in the autoencoder's own units
     "What the encoder says about images. `BitflowError` where a value does not fit into 16 bits."
     device = next(vae.parameters()).device
     with autocast(precision, device.type):
         found = vae.encode(to_model_range(pixels.to(device))).latent_dist
     both = torch.stack([found.mean, found.std], dim=1).to("cpu", torch.float16)
     if not both.isfinite().all():
-        raise BitflowError("the autoencoder's moments are not finite in 16 bits; encode with precision fp32, or check its weights")
+        raise BitflowError(
+            "the autoencoder's moments are not finite in 16 bits; encode with precision fp32, or check its weights"
+        )
     return both
 
 # %% ../nbs/latents.ipynb #3434209c
 def decode(
     vae: nn.Module,  # of either kind
-    x: Tensor,       # latents as F and G see them `(N, C, h, w)`
-) -> Tensor:         # images `(N, 3, H, W)`, about in [-1, 1]
+    x: Tensor,  # latents as F and G see them `(N, C, h, w)`
+) -> Tensor:  # images `(N, 3, H, W)`, about in [-1, 1]
     "Latents to images; gradients flow to x."
     scale, shift = units(vae)
     return vae.decode(x / scale + shift).sample
@@ -199,41 +248,48 @@ def decode(
 # %% ../nbs/latents.ipynb #bb1496e3
 @torch.no_grad()
 def decode_all(
-    vae: nn.Module,        # of either kind
-    x: Tensor,             # latents `(N, C, h, w)`
+    vae: nn.Module,  # of either kind
+    x: Tensor,  # latents `(N, C, h, w)`
     batch_size: int = 16,  # decoded at once
-) -> Tensor:               # images `(N, 3, H, W)` in [-1, 1], on the CPU
+) -> Tensor:  # images `(N, 3, H, W)` in [-1, 1], on the CPU
     "What samples look like: latents decoded a batch at a time, values outside [-1, 1] clipped."
     device = next(vae.parameters()).device
-    return torch.cat([decode(vae, part.to(device)).clamp(-1, 1).cpu() for part in x.split(batch_size)])
+    return torch.cat(
+        [decode(vae, part.to(device)).clamp(-1, 1).cpu() for part in x.split(batch_size)]
+    )
 
 # %% ../nbs/latents.ipynb #ff2ef81a
 def preview(
     x: Tensor,  # latents as F and G see them `(N, C, h, w)`, C ≥ 3
-) -> Tensor:    # `(N, 3, h, w)` in [-1, 1]
+) -> Tensor:  # `(N, 3, h, w)` in [-1, 1]
     "Latents as small pictures without a decoder: the first three channels, three standard deviations to either end."
     return (x[:, :3] / 3).clamp(-1, 1)
 
 # %% ../nbs/latents.ipynb #f0024e85
 def square(
     data: bytes,  # of an image file
-    size: int,    # pixels a side
-) -> Tensor:      # uint8 `(3, size, size)`
+    size: int,  # pixels a side
+) -> Tensor:  # uint8 `(3, size, size)`
     "The centre of an image, cut as ADM does. Raises what Pillow raises for bytes that are no whole image."
     with Image.open(io.BytesIO(data)) as image:
         image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(s // 2 for s in image.size), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(s * scale) for s in image.size), resample=Image.Resampling.BICUBIC)
+    image = image.resize(
+        tuple(round(s * scale) for s in image.size), resample=Image.Resampling.BICUBIC
+    )
     left, top = ((s - size) // 2 for s in image.size)
-    return torch.from_numpy(np.array(image)[top:top + size, left:left + size].transpose(2, 0, 1).copy())
+    return torch.from_numpy(
+        np.array(image)[top : top + size, left : left + size].transpose(2, 0, 1).copy()
+    )
 
 # %% ../nbs/latents.ipynb #92e58c8e
 @dataclass(frozen=True)
 class Raw:
     "An image as its source holds it."
-    name: str    # to name it in a report
+
+    name: str  # to name it in a report
     data: bytes  # of the image file
     label: int
 
@@ -241,21 +297,29 @@ class Raw:
 @dataclass(frozen=True)
 class Pieces:
     "An opened source."
+
     classes: tuple[str, ...]  # a name for every label
-    names: tuple[str, ...]    # of the pieces
-    read: object              # k → the `Raw` images of piece k, in order
+    names: tuple[str, ...]  # of the pieces
+    read: object  # k → the `Raw` images of piece k, in order
 
 # %% ../nbs/latents.ipynb #f66ac0cd
 def list_folder(
     root: Path,  # holds `<split>/<class>/<image>`
     split: str,
-) -> str:        # a line of JSON (classes), then `<label> TAB <class>/<file>` for each image
+) -> str:  # a line of JSON (classes), then `<label> TAB <class>/<file>` for each image
     "All images of a split, in an order shuffled once and for all. Raises `BitflowError` where there are none."
     folder, classes = root / split, folder_classes(root, split)
-    lines = [f"{label}\t{name}/{f.name}" for label, name in enumerate(classes) if (folder / name).is_dir()
-             for f in sorted((folder / name).iterdir()) if f.suffix.lower() in IMAGE_SUFFIXES]
+    lines = [
+        f"{label}\t{name}/{f.name}"
+        for label, name in enumerate(classes)
+        if (folder / name).is_dir()
+        for f in sorted((folder / name).iterdir())
+        if f.suffix.lower() in IMAGE_SUFFIXES
+    ]
     if not lines:
-        raise BitflowError(f"{folder} holds no <class>/<image> ({', '.join(IMAGE_SUFFIXES)}); lay the images out so, or name another folder")
+        raise BitflowError(
+            f"{folder} holds no <class>/<image> ({', '.join(IMAGE_SUFFIXES)}); lay the images out so, or name another folder"
+        )
     order = np.random.default_rng(0).permutation(len(lines))
     return "\n".join([json.dumps({"classes": classes}), *(lines[i] for i in order)]) + "\n"
 
@@ -267,7 +331,9 @@ def read_files(folder: Path, lines: list):
         try:
             yield Raw(name, (folder / name).read_bytes(), int(label))
         except OSError as e:
-            raise BitflowError(f"{folder / name} is in the listing but cannot be read ({e.strerror}); put it back, or delete listing.tsv and all shards") from e
+            raise BitflowError(
+                f"{folder / name} is in the listing but cannot be read ({e.strerror}); put it back, or delete listing.tsv and all shards"
+            ) from e
 
 
 def write_listing(path: Path, root: Path, split: str):
@@ -279,6 +345,7 @@ def write_listing(path: Path, root: Path, split: str):
 @dataclass(frozen=True)
 class FolderSource:
     "Images as `root/split/<class>/<file>`."
+
     root: str
     split: str = "train"
     per_shard: int = 2048  # images a piece
@@ -288,8 +355,12 @@ class FolderSource:
         folder, path = Path(self.root) / self.split, out / "listing.tsv"
         ranks.on_main(lambda: path.exists() or write_listing(path, Path(self.root), self.split))
         head, *lines = path.read_text().rstrip("\n").split("\n")
-        stretches = [lines[i:i + self.per_shard] for i in range(0, len(lines), self.per_shard)]
-        return Pieces(tuple(json.loads(head)["classes"]), tuple(f"images from {i * self.per_shard}" for i in range(len(stretches))), lambda k: read_files(folder, stretches[k]))
+        stretches = [lines[i : i + self.per_shard] for i in range(0, len(lines), self.per_shard)]
+        return Pieces(
+            tuple(json.loads(head)["classes"]),
+            tuple(f"images from {i * self.per_shard}" for i in range(len(stretches))),
+            lambda k: read_files(folder, stretches[k]),
+        )
 
 # %% ../nbs/latents.ipynb #57dc8cd3
 def braces(pattern: str) -> list:
@@ -297,17 +368,30 @@ def braces(pattern: str) -> list:
     if not (found := re.search(r"\{([^{}]*)\}", pattern)):
         return [pattern]
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    parts = [f"{i:0{len(numbers[1])}d}" for i in range(int(numbers[1]), int(numbers[2]) + 1)] if numbers else found[1].split(",")
-    return [name for part in parts for name in braces(pattern[:found.start()] + part + pattern[found.end():])]
+    parts = (
+        [f"{i:0{len(numbers[1])}d}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
+        if numbers
+        else found[1].split(",")
+    )
+    return [
+        name
+        for part in parts
+        for name in braces(pattern[: found.start()] + part + pattern[found.end() :])
+    ]
 
 # %% ../nbs/latents.ipynb #a587b61e
 def expand(urls: str) -> list:
     "The tars that a pattern with braces or `*` names, sorted where they were searched for. Raises `BitflowError` for none."
     import fsspec
+
     found = []
     for url in braces(urls):
         fs, path = reached(url, lambda: fsspec.core.url_to_fs(url)) if "*" in url else (None, url)
-        found += sorted(fs.unstrip_protocol(p) for p in reached(url, lambda: fs.glob(path))) if fs else [url]
+        found += (
+            sorted(fs.unstrip_protocol(p) for p in reached(url, lambda: fs.glob(path)))
+            if fs
+            else [url]
+        )
     if not found:
         raise BitflowError(f"no tar is named by {urls!r}; correct the pattern")
     return found
@@ -318,13 +402,18 @@ def reached(url: str, call):
     try:
         return call()
     except ImportError as e:
-        raise BitflowError(f"{url} needs a package that is missing ({first_sentence(e)}); for s3:// it is: pip install s3fs, for https:// pip install aiohttp, for gs:// pip install gcsfs") from e
+        raise BitflowError(
+            f"{url} needs a package that is missing ({first_sentence(e)}); for s3:// it is: pip install s3fs, for https:// pip install aiohttp, for gs:// pip install gcsfs"
+        ) from e
     except Exception as e:
-        raise BitflowError(f"{url} cannot be read ({first_sentence(e)}); correct the address, or look whether it can be reached from here") from e
+        raise BitflowError(
+            f"{url} cannot be read ({first_sentence(e)}); correct the address, or look whether it can be reached from here"
+        ) from e
 
 # %% ../nbs/latents.ipynb #529db8d9
 class Tail:
     "A stream that remembers its last 1024 bytes."
+
     def __init__(self, file):
         self.file, self.last = file, b""
 
@@ -343,12 +432,14 @@ class Tail:
 # %% ../nbs/latents.ipynb #96849d0a
 def samples(tar: tarfile.TarFile):
     "(key, {extension: bytes}) of a WebDataset shard: neighbours whose names agree up to the first dot."
+
     def key(member):
         "The name without its extension."
         folder, slash, name = member.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
+
     for name, members in itertools.groupby((m for m in tar if m.isfile()), key):
-        yield name, {m.name[len(name) + 1:].lower(): tar.extractfile(m).read() for m in members}
+        yield name, {m.name[len(name) + 1 :].lower(): tar.extractfile(m).read() for m in members}
 
 # %% ../nbs/latents.ipynb #18dcdd96
 def labelled(key: str, fields: dict, num_classes: int, url: str):
@@ -358,62 +449,85 @@ def labelled(key: str, fields: dict, num_classes: int, url: str):
         return None
     text = fields.get("cls", b"nothing").decode(errors="replace").strip()
     if not text.isdecimal() or int(text) >= num_classes:
-        raise BitflowError(f"{url}: {key}.cls says {text[:40]!r}, where a label from 0 to {num_classes - 1} should stand; correct the shard, or the number of classes")
+        raise BitflowError(
+            f"{url}: {key}.cls says {text[:40]!r}, where a label from 0 to {num_classes - 1} should stand; correct the shard, or the number of classes"
+        )
     return Raw(f"{url}:{key}", image, int(text))
 
 # %% ../nbs/latents.ipynb #d0d2310b
 def read_tar(url: str, num_classes: int):
     "The images of a shard, read as a stream. Raises `BitflowError` that names a shard that is missing, damaged or cut off."
     import fsspec
+
     try:
         with reached(url, lambda: fsspec.open(url, "rb", compression="infer").open()) as file:
             tail = Tail(file)
             with tarfile.open(fileobj=tail, mode="r|", bufsize=1 << 18) as tar:
-                yield from filter(None, (labelled(key, fields, num_classes, url) for key, fields in samples(tar)))
+                yield from filter(
+                    None, (labelled(key, fields, num_classes, url) for key, fields in samples(tar))
+                )
             if not tail.ends_well():
                 raise EOFError("the end mark is missing")
     except BitflowError:
         raise
     except Exception as e:
-        raise BitflowError(f"shard {url} is cut off or damaged ({first_sentence(e)}); fetch it again") from e
+        raise BitflowError(
+            f"shard {url} is cut off or damaged ({first_sentence(e)}); fetch it again"
+        ) from e
 
 # %% ../nbs/latents.ipynb #d726c1c8
 @dataclass(frozen=True)
 class TarSource:
     "WebDataset shards with `<key>.jpg` (or another image) and `<key>.cls`."
-    urls: str                 # with {000..127} or *; on disk or on object storage
-    num_classes: int = 1000   # labels are 0 … num_classes − 1
+
+    urls: str  # with {000..127} or *; on disk or on object storage
+    num_classes: int = 1000  # labels are 0 … num_classes − 1
 
     def open(self, out: Path = None, ranks=ALONE) -> Pieces:
         "Find the shards' names; nothing is read yet."
         urls = expand(self.urls)
-        return Pieces(tuple(str(c) for c in range(self.num_classes)), tuple(urls), lambda k: read_tar(urls[k], self.num_classes))
+        return Pieces(
+            tuple(str(c) for c in range(self.num_classes)),
+            tuple(urls),
+            lambda k: read_tar(urls[k], self.num_classes),
+        )
 
 # %% ../nbs/latents.ipynb #e13f2ff6
 def find_source(
-    where: str | Path,        # a folder with `<split>/<class>/<image>`, or tars: an address or a pattern
-    split: str = "train",     # of the folder
-    per_shard: int = 2048,    # images a shard, from a folder
+    where: str | Path,  # a folder with `<split>/<class>/<image>`, or tars: an address or a pattern
+    split: str = "train",  # of the folder
+    per_shard: int = 2048,  # images a shard, from a folder
     num_classes: int = 1000,  # in tars
 ):
     "What a user named: tars where it looks like an address or a pattern, else an image folder."
     where = str(where)
     is_tars = "://" in where or "{" in where or "*" in where or ".tar" in Path(where).suffixes
-    return TarSource(where, num_classes) if is_tars else FolderSource(str(Path(where).resolve()), split, per_shard)
+    return (
+        TarSource(where, num_classes)
+        if is_tars
+        else FolderSource(str(Path(where).resolve()), split, per_shard)
+    )
 
 # %% ../nbs/latents.ipynb #08c74ac6
 @dataclass(frozen=True)
 class CacheConfig:
     "How images are encoded."
-    image_size: int = 256    # pixels a side, of the squares
-    batch_size: int = 32     # images encoded at once; as many mirror images follow
+
+    image_size: int = 256  # pixels a side, of the squares
+    batch_size: int = 32  # images encoded at once; as many mirror images follow
     precision: str = "fp32"  # or "bf16", of the encoder
-    max_corrupt: int = 100   # images that may be unreadable, in all
-    workers: int = 4         # threads that decode image files
+    max_corrupt: int = 100  # images that may be unreadable, in all
+    workers: int = 4  # threads that decode image files
 
     def __post_init__(self):
-        if min(self.image_size, self.batch_size, self.workers) < 1 or self.max_corrupt < 0 or self.precision not in ("fp32", "bf16"):
-            raise BitflowError(f"nothing can be encoded with {self}; sizes and workers must be positive, max_corrupt not negative, precision fp32 or bf16")
+        if (
+            min(self.image_size, self.batch_size, self.workers) < 1
+            or self.max_corrupt < 0
+            or self.precision not in ("fp32", "bf16")
+        ):
+            raise BitflowError(
+                f"nothing can be encoded with {self}; sizes and workers must be positive, max_corrupt not negative, precision fp32 or bf16"
+            )
 
 # %% ../nbs/latents.ipynb #5c633962
 VERSION = 1  # of the layout on disk
@@ -423,7 +537,10 @@ def fingerprint(model: nn.Module) -> str:
     "The SHA-256 of a model's weights."
     digest = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
-        digest.update(name.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode()
+            + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 # %% ../nbs/latents.ipynb #d2693e85
@@ -431,8 +548,14 @@ def settings_of(source, vae: nn.Module, cfg: CacheConfig) -> dict:
     "All that latents depend on."
     scale, shift = units(vae)
     own = {"weights": fingerprint(vae), "scaling_factor": scale, "shift_factor": shift}
-    return {"version": VERSION, "source": dataclasses.asdict(source), "vae": own, "image_size": cfg.image_size,
-            "precision": cfg.precision, "shape": list(latent_shape(vae, cfg.image_size))}
+    return {
+        "version": VERSION,
+        "source": dataclasses.asdict(source),
+        "vae": own,
+        "image_size": cfg.image_size,
+        "precision": cfg.precision,
+        "shape": list(latent_shape(vae, cfg.image_size)),
+    }
 
 # %% ../nbs/latents.ipynb #23c95b53
 def open_cache(out: Path, settings: dict):
@@ -441,13 +564,17 @@ def open_cache(out: Path, settings: dict):
     with writing(out):
         (out / "shards").mkdir(parents=True, exist_ok=True)
         if not path.exists() and any((out / "shards").iterdir()):
-            raise BitflowError(f"{out} holds shards but no settings.json; name another folder with --out")
+            raise BitflowError(
+                f"{out} holds shards but no settings.json; name another folder with --out"
+            )
         if not path.exists():
             write_atomically(path, json.dumps(settings, indent=1) + "\n")
     old = read_json(path)
     if old != settings:
         key, was, now = first_difference(old, settings)
-        raise BitflowError(f"{out} was made with {key} = {was}, not {now}; use the old setting, or name another folder with --out")
+        raise BitflowError(
+            f"{out} was made with {key} = {was}, not {now}; use the old setting, or name another folder with --out"
+        )
 
 # %% ../nbs/latents.ipynb #138e1544
 def read_json(path: Path) -> dict:
@@ -455,7 +582,9 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        raise BitflowError(f"{path} is missing or damaged ({first_sentence(e)}); run bitflow cache-latents again, into the same folder to finish it") from e
+        raise BitflowError(
+            f"{path} is missing or damaged ({first_sentence(e)}); run bitflow cache-latents again, into the same folder to finish it"
+        ) from e
 
 # %% ../nbs/latents.ipynb #4d7b9693
 def sha256_of(path: Path) -> str:
@@ -467,9 +596,13 @@ def check_shard(path: Path, note: dict, verify: bool = True):
     "Refuse a shard that is not what its note says, by size and, with `verify`, by SHA-256. Raises `BitflowError`."
     size = path.stat().st_size if path.exists() else 0
     if size != note["bytes"]:
-        raise BitflowError(f"shard {path} has {size} bytes, the index says {note['bytes']}: it is cut off or was changed; make it again with bitflow cache-latents")
+        raise BitflowError(
+            f"shard {path} has {size} bytes, the index says {note['bytes']}: it is cut off or was changed; make it again with bitflow cache-latents"
+        )
     if verify and sha256_of(path) != note["sha256"]:
-        raise BitflowError(f"shard {path} was changed: its SHA-256 is not the index's; make it again with bitflow cache-latents")
+        raise BitflowError(
+            f"shard {path} was changed: its SHA-256 is not the index's; make it again with bitflow cache-latents"
+        )
 
 # %% ../nbs/latents.ipynb #edbe8529
 def finished(out: Path, k: int) -> dict | None:
@@ -499,13 +632,19 @@ def readable(raw: Raw, size: int) -> tuple:
     try:
         return square(raw.data, size), raw.label, raw.name
     except Exception as e:
-        why = "no image that Pillow knows" if isinstance(e, UnidentifiedImageError) else first_sentence(e)  # its own words name a place in memory
+        why = (
+            "no image that Pillow knows"
+            if isinstance(e, UnidentifiedImageError)
+            else first_sentence(e)
+        )  # its own words name a place in memory
         return None, raw.label, f"{raw.name} ({why})"
 
 # %% ../nbs/latents.ipynb #81764be9
 def good_images(raws, cfg: CacheConfig, pool: ThreadPoolExecutor, corrupt: list):
     "Squares and labels; what cannot be decoded is added to `corrupt`, until there is too much of it. Raises `BitflowError`."
-    for pixels, label, name in ahead(raws, partial(readable, size=cfg.image_size), pool, 2 * cfg.batch_size):
+    for pixels, label, name in ahead(
+        raws, partial(readable, size=cfg.image_size), pool, 2 * cfg.batch_size
+    ):
         if pixels is not None:
             yield pixels, label
             continue
@@ -516,18 +655,27 @@ def good_images(raws, cfg: CacheConfig, pool: ThreadPoolExecutor, corrupt: list)
 def check_corrupt(corrupt: list, cfg: CacheConfig):
     "Refuse more corrupt images than allowed. Raises `BitflowError`."
     if len(corrupt) > cfg.max_corrupt:
-        raise BitflowError(f"{len(corrupt)} images cannot be decoded, more than max_corrupt = {cfg.max_corrupt}, the last is {corrupt[-1]}; repair the images, or allow more")
+        raise BitflowError(
+            f"{len(corrupt)} images cannot be decoded, more than max_corrupt = {cfg.max_corrupt}, the last is {corrupt[-1]}; repair the images, or allow more"
+        )
 
 # %% ../nbs/latents.ipynb #c8ee0afe
-def encode_piece(raws, vae: nn.Module, cfg: CacheConfig, pool: ThreadPoolExecutor, corrupt: list) -> dict:
+def encode_piece(
+    raws, vae: nn.Module, cfg: CacheConfig, pool: ThreadPoolExecutor, corrupt: list
+) -> dict:
     "The tensors of a shard: moments `(n, 2, 2, C, h, w)` (image and mirror image; mean and deviation), labels `(n,)`."
     images, found, labels = good_images(raws, cfg, pool, corrupt), [], []
     while batch := list(itertools.islice(images, cfg.batch_size)):
         pixels = torch.stack([image for image, _ in batch])
-        found.append(torch.stack([moments(vae, p, cfg.precision) for p in (pixels, pixels.flip(-1))], dim=1))
+        found.append(
+            torch.stack([moments(vae, p, cfg.precision) for p in (pixels, pixels.flip(-1))], dim=1)
+        )
         labels += [label for _, label in batch]
     empty = torch.empty(0, 2, 2, *latent_shape(vae, cfg.image_size), dtype=torch.float16)
-    return {"moments": torch.cat([empty, *found]), "labels": torch.tensor(labels, dtype=torch.int64)}
+    return {
+        "moments": torch.cat([empty, *found]),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+    }
 
 # %% ../nbs/latents.ipynb #f102f053
 def write_shard(out: Path, k: int, tensors: dict, corrupt: list) -> dict:
@@ -535,7 +683,13 @@ def write_shard(out: Path, k: int, tensors: dict, corrupt: list) -> dict:
     path = out / "shards" / f"{k:05d}.safetensors"
     with writing(out):
         save_tensors(tensors, path)
-        note = {"name": path.name, "count": len(tensors["labels"]), "bytes": path.stat().st_size, "sha256": sha256_of(path), "corrupt": corrupt}
+        note = {
+            "name": path.name,
+            "count": len(tensors["labels"]),
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+            "corrupt": corrupt,
+        }
         write_atomically(path.with_suffix(".json"), json.dumps(note, indent=1) + "\n")
     return note
 
@@ -544,7 +698,9 @@ def make_shards(pieces: Pieces, out: Path, vae: nn.Module, cfg: CacheConfig, ran
     "This process's share of the shards; those that are finished are checked and left alone."
     corrupt = []
     with ThreadPoolExecutor(cfg.workers) as pool:
-        for k in tqdm(ranks.share(len(pieces.names)), desc="shards", unit="shard", disable=not ranks.main):
+        for k in tqdm(
+            ranks.share(len(pieces.names)), desc="shards", unit="shard", disable=not ranks.main
+        ):
             note = finished(out, k)
             if note is None:
                 before = len(corrupt)
@@ -560,8 +716,14 @@ def write_index(pieces: Pieces, out: Path, settings: dict, vae_name: str, cfg: C
     notes = [read_json(out / "shards" / f"{k:05d}.json") for k in range(len(pieces.names))]
     corrupt = [name for note in notes for name in note.pop("corrupt")]
     check_corrupt(corrupt, cfg)
-    index = {**settings, "vae": {"name": vae_name, **settings["vae"]}, "total": sum(note["count"] for note in notes),
-             "classes": list(pieces.classes), "corrupt": corrupt, "shards": notes}
+    index = {
+        **settings,
+        "vae": {"name": vae_name, **settings["vae"]},
+        "total": sum(note["count"] for note in notes),
+        "classes": list(pieces.classes),
+        "corrupt": corrupt,
+        "shards": notes,
+    }
     with writing(out):
         write_atomically(out / "index.json", json.dumps(index, indent=1) + "\n")
     return index
@@ -571,36 +733,49 @@ def report(index: dict) -> str:
     "What a finished cache holds, and what it left out by name, in a few lines."
     size, corrupt = sum(s["bytes"] for s in index["shards"]), index["corrupt"]
     head = f"{index['total']} images of {len(index['classes'])} classes as {'x'.join(map(str, index['shape']))} latents in {len(index['shards'])} shards, {size / 1e6:,.1f} MB"
-    return "\n".join([head, f"{len(corrupt)} images could not be decoded and are left out" + ":" * bool(corrupt), *(f"  {name}" for name in corrupt)])
+    return "\n".join(
+        [
+            head,
+            f"{len(corrupt)} images could not be decoded and are left out" + ":" * bool(corrupt),
+            *(f"  {name}" for name in corrupt),
+        ]
+    )
 
 # %% ../nbs/latents.ipynb #f5970486
 def cache_latents(
-    source,                           # a `FolderSource` or a `TarSource`; see `find_source`
-    out: str | Path,                  # folder of this split's latents, e.g. `latents/train`
-    vae: nn.Module,                   # see `load_vae`; on the device to encode on
+    source,  # a `FolderSource` or a `TarSource`; see `find_source`
+    out: str | Path,  # folder of this split's latents, e.g. `latents/train`
+    vae: nn.Module,  # see `load_vae`; on the device to encode on
     cfg: CacheConfig = CacheConfig(),
-    ranks=ALONE,                      # the processes that share the work
-) -> dict:                            # the index
+    ranks=ALONE,  # the processes that share the work
+) -> dict:  # the index
     "Encode images into shards of latents. A second call goes on where the first ended. Raises `BitflowError`."
     out, settings = Path(out), settings_of(source, vae, cfg)
     ranks.on_main(lambda: open_cache(out, settings))
     pieces = source.open(out, ranks)
     make_shards(pieces, out, vae, cfg, ranks)
     ranks.barrier()
-    return ranks.agree(ranks.on_main(lambda: write_index(pieces, out, settings, vae.config.get("_name_or_path", ""), cfg)))
+    return ranks.agree(
+        ranks.on_main(
+            lambda: write_index(pieces, out, settings, vae.config.get("_name_or_path", ""), cfg)
+        )
+    )
 
 # %% ../nbs/latents.ipynb #ad62d22b
 @lru_cache(maxsize=2)
 def block_order(
     counts: tuple[int, ...],  # images in each shard
-    window: int,              # shards that are mixed at a time
-    seed: int,                # of the run
+    window: int,  # shards that are mixed at a time
+    seed: int,  # of the run
     epoch: int,
-) -> Tensor:                  # int64 `(N,)`, a permutation
+) -> Tensor:  # int64 `(N,)`, a permutation
     "Shuffled shards, `window` of them mixed at a time."
     g = torch.Generator().manual_seed(seed * 7919 + epoch)
     own = torch.arange(sum(counts)).split(counts)
-    windows = (torch.cat([own[s] for s in group]) for group in torch.randperm(len(counts), generator=g).split(window))
+    windows = (
+        torch.cat([own[s] for s in group])
+        for group in torch.randperm(len(counts), generator=g).split(window)
+    )
     return torch.cat([images[torch.randperm(len(images), generator=g)] for images in windows])
 
 # %% ../nbs/latents.ipynb #52db335d
@@ -609,14 +784,18 @@ def map_shard(path: Path) -> dict:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
-        raise BitflowError(f"shard {path} is missing or damaged ({first_sentence(e)}); make it again with bitflow cache-latents") from e
+        raise BitflowError(
+            f"shard {path} is missing or damaged ({first_sentence(e)}); make it again with bitflow cache-latents"
+        ) from e
 
 # %% ../nbs/latents.ipynb #d8c65385
 def checked_index(folder: Path, verify: bool) -> dict:
     "The index of finished latents whose shards are all there. Raises `BitflowError`."
     index = read_json(folder / "index.json")
     if index.get("version") != VERSION:
-        raise BitflowError(f"{folder} holds latents of version {index.get('version')}, this is bitflow_edu for version {VERSION}; encode the images again")
+        raise BitflowError(
+            f"{folder} holds latents of version {index.get('version')}, this is bitflow_edu for version {VERSION}; encode the images again"
+        )
     for note in index["shards"]:
         check_shard(folder / "shards" / note["name"], note, verify)
     return index
@@ -624,6 +803,7 @@ def checked_index(folder: Path, verify: bool) -> dict:
 # %% ../nbs/latents.ipynb #4b9b1d0b
 class Latents:
     "Encoded images on disk, for `train`."
+
     def __init__(self, folder: str | Path, window: int = 16, verify: bool = False):
         "Open the latents in a folder; `verify` reads every byte once and compares checksums. Raises `BitflowError`."
         self.window, self.index = window, checked_index(Path(folder), verify)
@@ -643,10 +823,15 @@ class Latents:
 
     def moments(self, index: Tensor, mirrored: Tensor) -> Tensor:
         "Stored moments `(n, 2, C, h, w)`, float16, of images `(n,)`, mirrored where that is 1."
-        found, shard = torch.empty(len(index), 2, *self.shape, dtype=torch.float16), torch.searchsorted(self.ends, index, right=True)
+        found, shard = (
+            torch.empty(len(index), 2, *self.shape, dtype=torch.float16),
+            torch.searchsorted(self.ends, index, right=True),
+        )
         for s in shard.unique().tolist():
             here = shard == s
-            found[here] = self.shard(s)["moments"][index[here] - (self.ends[s] - self.counts[s]), mirrored[here]]
+            found[here] = self.shard(s)["moments"][
+                index[here] - (self.ends[s] - self.counts[s]), mirrored[here]
+            ]
         return found
 
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -660,19 +845,30 @@ class Latents:
 # %% ../nbs/latents.ipynb #44a800b6
 def read_latents(
     root: Path | None,  # holds `<split>/index.json`
-    split: str,         # "train" or "test"
-    cfg,                # a `DataConfig`
+    split: str,  # "train" or "test"
+    cfg,  # a `DataConfig`
 ) -> Latents:
     "The latents of a split. Raises `BitflowError` where there are none, or `cfg` describes others."
     if root is None or not (root / split / "index.json").exists():
-        raise BitflowError(f"{cfg.name}: no finished latents in {root / split if root else 'any folder, because none was named'}; encode the images once with `bitflow cache-latents` "
-                           f"(diffusers' AutoencoderKL, {DEFAULT_VAE}) into <folder>/{split} and name that folder with --data-root; or take the preset imagenet64, which needs an image folder alone")
+        raise BitflowError(
+            f"{cfg.name}: no finished latents in {root / split if root else 'any folder, because none was named'}; encode the images once with `bitflow cache-latents` "
+            f"(diffusers' AutoencoderKL, {DEFAULT_VAE}) into <folder>/{split} and name that folder with --data-root; or take the preset imagenet64, which needs an image folder alone"
+        )
     found = Latents(root / split)
     if found.shape != (cfg.channels, cfg.image_size, cfg.image_size):
         C, h, w = found.shape
-        raise BitflowError(f"{root / split} holds latents of {h}x{w}x{C}, the config says {cfg.image_size}x{cfg.image_size}x{cfg.channels}; set image_size to {h} and channels to {C}, or encode images of another size")
+        raise BitflowError(
+            f"{root / split} holds latents of {h}x{w}x{C}, the config says {cfg.image_size}x{cfg.image_size}x{cfg.channels}; set image_size to {h} and channels to {C}, or encode images of another size"
+        )
     if not len(found) or (top := int(found.labels.max())) >= cfg.num_classes:
-        raise BitflowError(f"{root / split} holds " + (f"label {top}, which is out of range for {cfg.num_classes} classes; set num_classes to {len(found.classes)}" if len(found) else "no latents; encode some images"))
+        raise BitflowError(
+            f"{root / split} holds "
+            + (
+                f"label {top}, which is out of range for {cfg.num_classes} classes; set num_classes to {len(found.classes)}"
+                if len(found)
+                else "no latents; encode some images"
+            )
+        )
     return found
 
 # %% ../nbs/latents.ipynb #1cb12b79
@@ -693,8 +889,13 @@ def images_per_core_second(call, n: int, seconds: float = 1.0) -> float:
 # %% ../nbs/latents.ipynb #200eb9c9
 def reading_rate(data: Latents, batch_size: int = 256, seconds: float = 1.0) -> float:
     "Images a second that one core draws from latents that are in the page cache, batch after batch of an epoch."
-    g, batches = torch.Generator().manual_seed(0), itertools.cycle(data.epoch_order(0, 0).split(batch_size))
-    return images_per_core_second(lambda: data.draw(next(batches), g), min(batch_size, len(data)), seconds)
+    g, batches = (
+        torch.Generator().manual_seed(0),
+        itertools.cycle(data.epoch_order(0, 0).split(batch_size)),
+    )
+    return images_per_core_second(
+        lambda: data.draw(next(batches), g), min(batch_size, len(data)), seconds
+    )
 
 
 def decoding_rate(files: list, size: int, seconds: float = 1.0) -> float:
@@ -708,16 +909,20 @@ def feeding(rates: dict, consumed: float) -> dict:
 
 # %% ../nbs/latents.ipynb #6a2cef4d
 def decoded(
-    distance,                 # of images: (a, b) → `(N,)`
-    vae: nn.Module,           # frozen here; see `load_decoder`
-    sub_batch: int = 4,       # k: images of each call that are decoded
+    distance,  # of images: (a, b) → `(N,)`
+    vae: nn.Module,  # frozen here; see `load_decoder`
+    sub_batch: int = 4,  # k: images of each call that are decoded
     checkpoint: bool = True,  # compute the decoder's activations again in the backward pass instead of keeping them
-):                            # a distance of latents `(N, C, h, w)` as F and G see them
+):  # a distance of latents `(N, C, h, w)` as F and G see them
     "Compare what the first k latents look like: a distance whose mean over the batch is unbiased. Gradients flow to the first argument, not to the autoencoder."
     if sub_batch < 1:
         raise BitflowError(f"a sub-batch of {sub_batch} images compares nothing; decode at least 1")
     vae = vae.eval().requires_grad_(False)
-    seen = partial(recomputed, partial(decode, vae), use_reentrant=False) if checkpoint else partial(decode, vae)
+    seen = (
+        partial(recomputed, partial(decode, vae), use_reentrant=False)
+        if checkpoint
+        else partial(decode, vae)
+    )
 
     def of_latents(a, b):
         "N/k · D(decoded a, decoded b) for the first k, zero for the rest."
@@ -726,4 +931,5 @@ def decoded(
             target = decode(vae, b[:k])
         d = distance(torch.cat([seen(one) for one in a[:k].split(1)]), target)
         return torch.cat([d * (len(a) / k), d.new_zeros(len(a) - k)])
+
     return of_latents

@@ -301,7 +301,25 @@ extern "C" int draw(const Net* g, const float* z, const float* labels, float* to
 """
 
 # %% ../nbs/native.ipynb #605915e4
-SOURCE = VECTORS + ACCESS + FUNCTIONS + TILE + PRODUCT + NORM + SOFTMAX + SHAPES + ROWS + LAYER + KEEP + WALK + ADVISE + NEXT + UNDO + PASS + DRAW
+SOURCE = (
+    VECTORS
+    + ACCESS
+    + FUNCTIONS
+    + TILE
+    + PRODUCT
+    + NORM
+    + SOFTMAX
+    + SHAPES
+    + ROWS
+    + LAYER
+    + KEEP
+    + WALK
+    + ADVISE
+    + NEXT
+    + UNDO
+    + PASS
+    + DRAW
+)
 
 # %% ../nbs/native.ipynb #0e534a72
 @cache
@@ -309,18 +327,43 @@ def build_library(*flags) -> ctypes.CDLL:
     "`SOURCE` compiled for this processor, once in a process. `BitflowError` where there is no compiler, or where it fails."
     compiler = find_compiler()
     if compiler is None:
-        raise BitflowError("native programs need a C++ compiler, and none is here; install g++ or clang++, or use PyTorch's operations (`exact_trajectory`, `one_pass`)")
-    native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
+        raise BitflowError(
+            "native programs need a C++ compiler, and none is here; install g++ or clang++, or use PyTorch's operations (`exact_trajectory`, `one_pass`)"
+        )
+    native = (
+        "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
+    )
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "walk.cpp"), Path(folder, "walk.so")
         source.write_text(SOURCE, encoding="utf-8")
-        made = subprocess.run([compiler, "-std=c++17", "-O3", native, *flags, "-fno-math-errno", "-shared", "-fPIC", "-pthread", source, "-o", library], capture_output=True, text=True)
+        made = subprocess.run(
+            [
+                compiler,
+                "-std=c++17",
+                "-O3",
+                native,
+                *flags,
+                "-fno-math-errno",
+                "-shared",
+                "-fPIC",
+                "-pthread",
+                source,
+                "-o",
+                library,
+            ],
+            capture_output=True,
+            text=True,
+        )
         if made.returncode:
-            raise BitflowError(f"{compiler} could not build the native programs; use PyTorch's operations (`exact_trajectory`, `one_pass`), or another compiler by setting CXX. It said:\n{made.stderr[-2000:]}")
+            raise BitflowError(
+                f"{compiler} could not build the native programs; use PyTorch's operations (`exact_trajectory`, `one_pass`), or another compiler by setting CXX. It said:\n{made.stderr[-2000:]}"
+            )
         try:
             return ctypes.CDLL(str(library))
         except OSError as e:
-            raise BitflowError(f"the native programs were built but cannot be loaded ({e}); if that folder does not allow programs, set TMPDIR to one that does") from None
+            raise BitflowError(
+                f"the native programs were built but cannot be loaded ({e}); if that folder does not allow programs, set TMPDIR to one that does"
+            ) from None
 
 # %% ../nbs/native.ipynb #65131c45
 def c_struct(name: str, **fields):
@@ -330,10 +373,51 @@ def c_struct(name: str, **fields):
 
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 CLinear = c_struct("CLinear", w=POINTER, b=POINTER, inputs=INT, outputs=INT, stride=INT)
-CLayer = c_struct("CLayer", norm1=POINTER, bias1=POINTER, qkv=CLinear, q_norm=POINTER, k_norm=POINTER, proj=CLinear, norm2=POINTER, bias2=POINTER, up=CLinear, down=CLinear)
-CStack = c_struct("CStack", T=INT, W=INT, heads=INT, layers=INT, gated=INT, cos=POINTER, sin=POINTER, layer=ctypes.POINTER(CLayer))
-CBlock = c_struct("CBlock", stack=CStack, D=INT, flip=INT, clip=FLOAT, proj_in=CLinear, proj_out=CLinear, place=POINTER)
-CNet = c_struct("CNet", stacks=ctypes.POINTER(CStack), count=INT, D=INT, proj_in=CLinear, place=POINTER, gain=POINTER, bias=POINTER, out=CLinear)
+CLayer = c_struct(
+    "CLayer",
+    norm1=POINTER,
+    bias1=POINTER,
+    qkv=CLinear,
+    q_norm=POINTER,
+    k_norm=POINTER,
+    proj=CLinear,
+    norm2=POINTER,
+    bias2=POINTER,
+    up=CLinear,
+    down=CLinear,
+)
+CStack = c_struct(
+    "CStack",
+    T=INT,
+    W=INT,
+    heads=INT,
+    layers=INT,
+    gated=INT,
+    cos=POINTER,
+    sin=POINTER,
+    layer=ctypes.POINTER(CLayer),
+)
+CBlock = c_struct(
+    "CBlock",
+    stack=CStack,
+    D=INT,
+    flip=INT,
+    clip=FLOAT,
+    proj_in=CLinear,
+    proj_out=CLinear,
+    place=POINTER,
+)
+CNet = c_struct(
+    "CNet",
+    stacks=ctypes.POINTER(CStack),
+    count=INT,
+    D=INT,
+    proj_in=CLinear,
+    place=POINTER,
+    gain=POINTER,
+    bias=POINTER,
+    out=CLinear,
+)
 CPush = c_struct("CPush", kind=INT, scale=FLOAT, temperature=FLOAT)
 
 # %% ../nbs/native.ipynb #6c05a2bf
@@ -346,14 +430,21 @@ def why_not(model: TARFlow | ReverseModel) -> str:
         return "this model's weights are packed for another library; give the model itself"
     if head_dim % 16:
         return f"head_dim is {head_dim}; native programs need a multiple of 16"
-    return "this G passes its states on as tokens (hidden distillation), which the native pass does not know" if getattr(model.cfg, "token_states", False) else ""
+    return (
+        "this G passes its states on as tokens (hidden distillation), which the native pass does not know"
+        if getattr(model.cfg, "token_states", False)
+        else ""
+    )
 
 # %% ../nbs/native.ipynb #451efe72
 class Laid:
     "Copies of weights as the library wants them, and pointers to them, valid as long as this lives."
+
     def __init__(self, model: TARFlow | ReverseModel, *flags):
         if reason := why_not(model):
-            raise BitflowError(f"{reason}: use PyTorch's operations (`exact_trajectory`, `one_pass`)")
+            raise BitflowError(
+                f"{reason}: use PyTorch's operations (`exact_trajectory`, `one_pass`)"
+            )
         self.library, self.kept = build_library(*flags), []
         self.panel = self.library.panel()
 
@@ -364,61 +455,114 @@ class Laid:
 
     def pointer(self, t: Tensor | None):
         "Where a copy of a tensor lies; None: nowhere."
-        return None if t is None else self.keep(t.detach().clone(memory_format=torch.contiguous_format)).data_ptr()
+        return (
+            None
+            if t is None
+            else self.keep(t.detach().clone(memory_format=torch.contiguous_format)).data_ptr()
+        )
 
     def linear(self, layer: nn.Linear):
         "Weights `(out, in)` in panels `(⌈out/P⌉, in, P)`, zeros where columns are missing."
         out, inputs = layer.weight.shape
         more = -out % self.panel
-        w, b = nn.functional.pad(layer.weight.detach(), (0, 0, 0, more)), nn.functional.pad(layer.bias.detach(), (0, more))
-        return CLinear(self.pointer(w.unflatten(0, (-1, self.panel)).mT), self.pointer(b), inputs, out, inputs)
+        w, b = (
+            nn.functional.pad(layer.weight.detach(), (0, 0, 0, more)),
+            nn.functional.pad(layer.bias.detach(), (0, more)),
+        )
+        return CLinear(
+            self.pointer(w.unflatten(0, (-1, self.panel)).mT), self.pointer(b), inputs, out, inputs
+        )
 
 # %% ../nbs/native.ipynb #9aa2a353
 def lay_layer(laid: Laid, layer: Layer) -> CLayer:
     "One layer of the transformer, with either norm and either MLP."
     a, m = layer.attention, layer.mlp
     up, down = (m.main[0], m.main[2]) if hasattr(m, "main") else (m.gate_up, m.down)
-    before, between = ((laid.pointer(n.weight), laid.pointer(getattr(n, "bias", None))) for n in (a.norm, m.norm))
+    before, between = (
+        (laid.pointer(n.weight), laid.pointer(getattr(n, "bias", None))) for n in (a.norm, m.norm)
+    )
     of_heads = (laid.pointer(getattr(n, "weight", None)) for n in (a.q_norm, a.k_norm))
-    return CLayer(*before, laid.linear(a.qkv), *of_heads, laid.linear(a.proj), *between, laid.linear(up), laid.linear(down))
+    return CLayer(
+        *before,
+        laid.linear(a.qkv),
+        *of_heads,
+        laid.linear(a.proj),
+        *between,
+        laid.linear(up),
+        laid.linear(down),
+    )
 
 
 def lay_stack(laid: Laid, stack: LayerStack, flip: bool = False) -> CStack:
     "A transformer; `flip`: its tables are put into reversed order."
     cfg, angles = stack.cfg, stack.angles
-    layers = laid.keep((CLayer * len(stack.layers))(*(lay_layer(laid, layer) for layer in stack.layers)))
-    waves = (None, None) if angles is None else (laid.pointer(f(angles.flip(0) if flip else angles)) for f in (torch.cos, torch.sin))
-    return CStack(stack.num_tokens, cfg.width, cfg.width // cfg.head_dim, len(layers), cfg.mlp == "swiglu", *waves, layers)
+    layers = laid.keep(
+        (CLayer * len(stack.layers))(*(lay_layer(laid, layer) for layer in stack.layers))
+    )
+    waves = (
+        (None, None)
+        if angles is None
+        else (laid.pointer(f(angles.flip(0) if flip else angles)) for f in (torch.cos, torch.sin))
+    )
+    return CStack(
+        stack.num_tokens,
+        cfg.width,
+        cfg.width // cfg.head_dim,
+        len(layers),
+        cfg.mlp == "swiglu",
+        *waves,
+        layers,
+    )
 
 
 def lay_block(laid: Laid, block: FlowBlock) -> CBlock:
     "One block of F."
-    return CBlock(lay_stack(laid, block.transformer, block.flip), block.proj_in.in_features, block.flip, block.clip,
-                  laid.linear(block.proj_in), laid.linear(block.proj_out), laid.pointer(block.order(block.pos_embed)))
+    return CBlock(
+        lay_stack(laid, block.transformer, block.flip),
+        block.proj_in.in_features,
+        block.flip,
+        block.clip,
+        laid.linear(block.proj_in),
+        laid.linear(block.proj_out),
+        laid.pointer(block.order(block.pos_embed)),
+    )
 
 # %% ../nbs/native.ipynb #79b4171c
 def check_tokens(z: Tensor, c: Tensor, cfg):
     "Refuse noise of another shape or type, and labels that do not belong to it."
-    if z.shape != (len(c), cfg.num_tokens, cfg.token_dim) or z.dtype != torch.float32 or z.device.type != "cpu":
-        raise BitflowError(f"noise of shape {tuple(z.shape)}, {z.dtype} on {z.device}, does not fit {len(c)} labels: it must be ({len(c)}, {cfg.num_tokens}, {cfg.token_dim}), float32, on the CPU")
+    if (
+        z.shape != (len(c), cfg.num_tokens, cfg.token_dim)
+        or z.dtype != torch.float32
+        or z.device.type != "cpu"
+    ):
+        raise BitflowError(
+            f"noise of shape {tuple(z.shape)}, {z.dtype} on {z.device}, does not fit {len(c)} labels: it must be ({len(c)}, {cfg.num_tokens}, {cfg.token_dim}), float32, on the CPU"
+        )
     if c.dim() != 1 or c.dtype != torch.int64:
-        raise BitflowError(f"labels are {c.dtype} of shape {tuple(c.shape)}; give whole numbers (torch.int64), one an image")
+        raise BitflowError(
+            f"labels are {c.dtype} of shape {tuple(c.shape)}; give whole numbers (torch.int64), one an image"
+        )
 
 
 def check_done(failed: int):
     "Raise what C++ could not."
     if failed:
-        raise BitflowError("memory ran out in a native program; give it fewer images at once or fewer threads (torch.set_num_threads), or lower `rows`")
+        raise BitflowError(
+            "memory ran out in a native program; give it fewer images at once or fewer threads (torch.set_num_threads), or lower `rows`"
+        )
 
 # %% ../nbs/native.ipynb #9957c682
 class NativeInverse:
     "The exact inverse of a flow in one call, for images on a CPU in float32: `(z, c, guidance)` to x^0 … x^B, as `exact_trajectory`. Holds copies of the weights."
+
     rows = 8  # that a core takes at once: enough to share the weights' way from memory, few enough for their caches to stay near
 
     def __init__(self, model: TARFlow, *flags):
         self.model, self.laid = model, Laid(model, *flags)
         self.embeds = copy.deepcopy([block.class_embed for block in model.blocks])
-        self.blocks = (CBlock * len(model.blocks))(*(lay_block(self.laid, block) for block in model.blocks))
+        self.blocks = (CBlock * len(model.blocks))(
+            *(lay_block(self.laid, block) for block in model.blocks)
+        )
 
     @torch.no_grad()
     def __call__(self, z: Tensor, c: Tensor, guidance: Guidance = None) -> list[Tensor]:
@@ -429,23 +573,56 @@ class NativeInverse:
         embedded = torch.stack([embed(labels)[:, 0] for embed in self.embeds])
         states = z.new_empty(len(self.blocks) + 1, *z.shape)
         states[-1] = z
-        push = CPush(0, 0.0, 1.0) if guidance is None else CPush(1 + list(GUIDANCE).index(guidance.kind), guidance.scale, guidance.temperature)
+        push = (
+            CPush(0, 0.0, 1.0)
+            if guidance is None
+            else CPush(
+                1 + list(GUIDANCE).index(guidance.kind), guidance.scale, guidance.temperature
+            )
+        )
         threads, rows = torch.get_num_threads(), self.rows if guidance is None else self.rows // 2
         group = max(1, min(rows, -(-len(z) // threads)))
-        check_done(self.laid.library.undo(self.blocks, len(self.blocks), ctypes.byref(push), POINTER(states.data_ptr()), POINTER(embedded.data_ptr()), len(z), group, threads))
+        check_done(
+            self.laid.library.undo(
+                self.blocks,
+                len(self.blocks),
+                ctypes.byref(push),
+                POINTER(states.data_ptr()),
+                POINTER(embedded.data_ptr()),
+                len(z),
+                group,
+                threads,
+            )
+        )
         return list(states)
 
 # %% ../nbs/native.ipynb #aff9dd0b
 class NativePass:
     "One pass of G in one call, for images on a CPU in float32: `(z, c, w)` to clean images, as `one_pass`. Each core takes an image. Holds copies of the weights."
+
     def __init__(self, model: ReverseModel, *flags):
         self.model, self.laid, cfg = model, Laid(model, *flags), model.cfg
-        parts = [*reversed(list(enumerate(model.blocks))), *([(cfg.num_blocks, model.denoiser)] if cfg.denoise else [])]
-        self.embeds = copy.deepcopy([(i, block.class_embed, block.scale_embed) for i, block in parts])
+        parts = [
+            *reversed(list(enumerate(model.blocks))),
+            *([(cfg.num_blocks, model.denoiser)] if cfg.denoise else []),
+        ]
+        self.embeds = copy.deepcopy(
+            [(i, block.class_embed, block.scale_embed) for i, block in parts]
+        )
         norm, out = model.out if cfg.denoise else model.heads[0]
-        stacks = self.laid.keep((CStack * len(parts))(*(lay_stack(self.laid, block.transformer) for _, block in parts)))
-        self.net = CNet(stacks, len(stacks), cfg.token_dim, self.laid.linear(model.proj_in), self.laid.pointer(model.pos_embed),
-                        self.laid.pointer(norm.weight), self.laid.pointer(getattr(norm, "bias", None)), self.laid.linear(out))
+        stacks = self.laid.keep(
+            (CStack * len(parts))(*(lay_stack(self.laid, block.transformer) for _, block in parts))
+        )
+        self.net = CNet(
+            stacks,
+            len(stacks),
+            cfg.token_dim,
+            self.laid.linear(model.proj_in),
+            self.laid.pointer(model.pos_embed),
+            self.laid.pointer(norm.weight),
+            self.laid.pointer(getattr(norm, "bias", None)),
+            self.laid.linear(out),
+        )
 
     @torch.no_grad()
     def __call__(self, z: Tensor, c: Tensor, w=None) -> Tensor:
@@ -453,7 +630,19 @@ class NativePass:
         cfg = self.model.cfg
         check_tokens(z, c, cfg)
         w, z = guidance_scales(cfg, w, len(c), c.device), z.contiguous()
-        embedded = torch.stack([of_label(c)[:, 0] + (0 if w is None else of_scale(w[:, i, None])) for i, of_label, of_scale in self.embeds])
+        embedded = torch.stack(
+            [
+                of_label(c)[:, 0] + (0 if w is None else of_scale(w[:, i, None]))
+                for i, of_label, of_scale in self.embeds
+            ]
+        )
         tokens = torch.empty_like(z)
-        check_done(self.laid.library.draw(ctypes.byref(self.net), *(POINTER(t.data_ptr()) for t in (z, embedded, tokens)), len(z), torch.get_num_threads()))
+        check_done(
+            self.laid.library.draw(
+                ctypes.byref(self.net),
+                *(POINTER(t.data_ptr()) for t in (z, embedded, tokens)),
+                len(z),
+                torch.get_num_threads(),
+            )
+        )
         return unpatchify(tokens, cfg.patch_size, cfg.channels)

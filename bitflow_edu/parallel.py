@@ -20,6 +20,7 @@ __all__ = ['SHARDING', 'LOST', 'LossModule', 'shard', 'spread_parameters', 'Rank
 # %% ../nbs/parallel.ipynb #7b66463b
 class LossModule(nn.Module):
     "A model and its loss as one module, so that wrappers which hook into `forward` see all that a step uses."
+
     def __init__(self, model: nn.Module, loss_fn):
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
@@ -33,6 +34,7 @@ def shard(module: LossModule, averaged: nn.Module, device: str, size: int):
     "Spread weights over `size` processes, in place: layer by layer with hooks in `module`, plainly in `averaged`."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device, (size,))
     for layer in [m for m in module.modules() if isinstance(m, Layer)]:
         fully_shard(layer, mesh=mesh)
@@ -43,16 +45,26 @@ def shard(module: LossModule, averaged: nn.Module, device: str, size: int):
 def spread_parameters(model: nn.Module, mesh):
     "Replace each parameter by this process's rows of it, as a DTensor without gradient."
     from torch.distributed.tensor import Shard, distribute_tensor
+
     for part in model.modules():
         for name, p in list(part.named_parameters(recurse=False)):
-            setattr(part, name, nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)]), requires_grad=False))
+            setattr(
+                part,
+                name,
+                nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)]), requires_grad=False),
+            )
 
 # %% ../nbs/parallel.ipynb #544fcd47
 class Ranks(Alone):
     "Many processes that train one model: `accelerator` is accelerate's; sharded: each holds a share of the weights, else a copy."
+
     def __init__(self, accelerator, sharded: bool = False):
         self.accelerator, self.sharded, self.called = accelerator, sharded, None
-        self.rank, self.size, self.main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+        self.rank, self.size, self.main = (
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.is_main_process,
+        )
 
     def prepare(self, model, averaged, loss_fn):
         "The loss function that trains `model` on all processes; sharded, model and averaged weights are spread in place."
@@ -83,11 +95,15 @@ class Ranks(Alone):
     def agree(self, value):
         "The main process's value, on all."
         from accelerate.utils import broadcast_object_list
+
         return broadcast_object_list([value])[0]
 
     def mean(self, values):
         "The mean over processes of a list of scalars, as floats."
-        numbers = torch.tensor([float(v) for v in values], dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32)
+        numbers = torch.tensor(
+            [float(v) for v in values],
+            dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
+        )
         return (self.total(numbers.to(self.accelerator.device)) / self.size).tolist()
 
     def total(self, t):
@@ -97,7 +113,9 @@ class Ranks(Alone):
     def gather(self, t):
         "The tensors of all processes, one after the other; they may differ in length."
         lengths = self.accelerator.gather(torch.tensor([len(t)], device=t.device)).tolist()
-        padded = self.accelerator.gather(self.accelerator.pad_across_processes(t.contiguous(), dim=0))
+        padded = self.accelerator.gather(
+            self.accelerator.pad_across_processes(t.contiguous(), dim=0)
+        )
         return torch.cat([part[:n] for part, n in zip(padded.chunk(self.size), lengths)])
 
     def barrier(self):
@@ -109,7 +127,7 @@ SHARDING = ("none", "full")
 
 # %% ../nbs/parallel.ipynb #fb546ac3
 def find_ranks(
-    device: str = "cpu",     # "cpu" or "cuda"
+    device: str = "cpu",  # "cpu" or "cuda"
     sharding: str = "none",  # "none": each process holds a copy of the model, "full": a share of it
 ) -> Alone:
     "The processes that `torchrun` started, or `ALONE`. Raises `BitflowError` for an unknown sharding, and where accelerate is missing."
@@ -120,21 +138,39 @@ def find_ranks(
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ImportError as e:
-        raise BitflowError("several processes need accelerate; pip install accelerate, or start one process") from e
-    kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # samples, and slow encoders, may be waited for
+        raise BitflowError(
+            "several processes need accelerate; pip install accelerate, or start one process"
+        ) from e
+    kwargs = [
+        DistributedDataParallelKwargs(find_unused_parameters=True),
+        InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+    ]  # samples, and slow encoders, may be waited for
     return Ranks(Accelerator(cpu=device == "cpu", kwargs_handlers=kwargs), sharding == "full")
 
 # %% ../nbs/parallel.ipynb #2e43b6f2
-LOST = ("connection closed by peer", "connection reset", "broken pipe", "read timeout", "timed out", "socket", "nccl", "gloo")
+LOST = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "read timeout",
+    "timed out",
+    "socket",
+    "nccl",
+    "gloo",
+)
 
 # %% ../nbs/parallel.ipynb #30401c5f
 def lost_contact(error: Exception) -> str | None:
     "What to tell the user where an error means that another process is gone; None for any other error."
     first = (str(error).splitlines() or [""])[0]
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(word in str(error).lower() for word in LOST):
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(
+        word in str(error).lower() for word in LOST
+    ):
         return None
-    return (f"process {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} lost contact with another one ({first[:120]}). "
-            "The newest checkpoint is whole: start again with --resume, on as many processes as there are now")
+    return (
+        f"process {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} lost contact with another one ({first[:120]}). "
+        "The newest checkpoint is whole: start again with --resume, on as many processes as there are now"
+    )
 
 # %% ../nbs/parallel.ipynb #ba329a0f
 def others() -> bool:

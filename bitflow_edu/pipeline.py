@@ -25,10 +25,35 @@ from .config import ObjectiveConfig, Preset, check_pair_preset, write_preset
 from .coupling import CouplingConfig, CouplingFlow, bits_per_dim, uniform_noise_loss
 from .data import BitflowError, Images, check_labels
 from .distances import adaptive, find_distance, mixture
-from .evaluation import Classifier, as_stored, commit, frechet_distance, hardware, in_batches, load_classifier, measurement, now, timed, versions
-from .exact_inverse import Guidance, exact_inverse, round_trip_error, score_denoise, serial_steps
+from bitflow_edu.evaluation import (
+    Classifier,
+    as_stored,
+    commit,
+    frechet_distance,
+    hardware,
+    in_batches,
+    load_classifier,
+    measurement,
+    now,
+    timed,
+    versions,
+)
+from bitflow_edu.exact_inverse import (
+    Guidance,
+    exact_inverse,
+    round_trip_error,
+    score_denoise,
+    serial_steps,
+)
 from .guidance import guided_pass, guided_run
-from .inverse_strategies import check_pair, check_strategy, find_strategy, mse, normalised, reverse_loss
+from bitflow_edu.inverse_strategies import (
+    check_pair,
+    check_strategy,
+    find_strategy,
+    mse,
+    normalised,
+    reverse_loss,
+)
 from .latents import decode_all, decoded, load_decoder, preview
 from .plotting import image_grid
 from .reverse_model import ReverseModel, one_pass, sample_noise
@@ -39,7 +64,11 @@ from .watching import Watcher, reference_of, watch_labels
 # %% ../nbs/pipeline.ipynb #310468bf
 def find_device(name: str = "auto") -> str:
     "The device to compute on. Raises `BitflowError` when it is not there."
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if name == "auto":
         return next(d for d in ("cuda", "mps", "cpu") if found[d])
     if not found.get(name):
@@ -73,7 +102,11 @@ def noise_for(cfg, n: int, seed: int = 0, device: str = "cpu", temperature: floa
 
 def undo(model: TARFlow | CouplingFlow, z: Tensor, c: Tensor, guidance: Guidance = None) -> Tensor:
     "F⁻¹(z), exactly: images `(N, C, H, W)`; guidance is for a TARFlow."
-    return model.inverse(z) if isinstance(model, CouplingFlow) else exact_inverse(model, model.noise(z), c, guidance)
+    return (
+        model.inverse(z)
+        if isinstance(model, CouplingFlow)
+        else exact_inverse(model, model.noise(z), c, guidance)
+    )
 
 # %% ../nbs/pipeline.ipynb #031992cf
 def to_picture(x: Tensor, vae: nn.Module = None) -> Tensor:
@@ -85,8 +118,9 @@ def to_picture(x: Tensor, vae: nn.Module = None) -> Tensor:
 
 class Drawn(NamedTuple):
     "Samples, and the picture of them."
+
     picture: np.ndarray  # uint8 `(H, W, 3)`
-    x: Tensor            # `(n, C, H, W)`
+    x: Tensor  # `(n, C, H, W)`
 
 
 def sample_grid(model: nn.Module, sample, labels: Tensor = None) -> Drawn:
@@ -100,7 +134,14 @@ def sample_grid(model: nn.Module, sample, labels: Tensor = None) -> Drawn:
 def note_start(preset: Preset, folder: Path, step: int):
     "Write down what repeats a run: `preset.yaml`, and for every start a line of `starts.jsonl` with command, commit, versions and machine."
     write_preset(preset, folder / "preset.yaml")
-    line = {"date": now(), "step": step, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(), "versions": versions(), "hardware": hardware()}
+    line = {
+        "date": now(),
+        "step": step,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
     with writing(folder), (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -108,13 +149,22 @@ def note_start(preset: Preset, folder: Path, step: int):
 @dataclass(frozen=True)
 class Watch:
     "How a training is watched: alarms for known failures, from samples and metrics, and curves for TensorBoard."
+
     tensorboard: bool = False
 
-    def of(self, data, cfg: TrainConfig, patch_size: int, noise_std: float, conditional: bool = True) -> tuple:
+    def of(
+        self, data, cfg: TrainConfig, patch_size: int, noise_std: float, conditional: bool = True
+    ) -> tuple:
         "Labels to sample with `(n,)`, and what `train` calls to make the watcher. The reference is real images, noisy as the samples are."
         labels = watch_labels(data.labels)
         labels = labels if conditional else torch.full_like(labels, -1)
-        return labels, lambda folder, step: Watcher(folder, step, reference_of(data, labels, patch_size, noise_std), cfg.batch_size, self.tensorboard)
+        return labels, lambda folder, step: Watcher(
+            folder,
+            step,
+            reference_of(data, labels, patch_size, noise_std),
+            cfg.batch_size,
+            self.tensorboard,
+        )
 
 # %% ../nbs/pipeline.ipynb #e84fbeda
 def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
@@ -122,14 +172,47 @@ def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
     return forward_loss if getattr(cfg, "noise_std", 0) else uniform_noise_loss
 
 # %% ../nbs/pipeline.ipynb #fd027eca
-def train_forward(preset: Preset, data: Images, folder: Path, device: str = "cpu", resume: bool = False, ranks: Alone = ALONE, watch: Watch = None) -> nn.Module:
+def train_forward(
+    preset: Preset,
+    data: Images,
+    folder: Path,
+    device: str = "cpu",
+    resume: bool = False,
+    ranks: Alone = ALONE,
+    watch: Watch = None,
+) -> nn.Module:
     "Stage 1: F by maximum likelihood on noisy images."
     cfg = preset.train_forward
-    forward = preset.forward if isinstance(preset.forward, CouplingConfig) else replace(preset.forward, label_dropout=cfg.label_dropout)
+    forward = (
+        preset.forward
+        if isinstance(preset.forward, CouplingConfig)
+        else replace(preset.forward, label_dropout=cfg.label_dropout)
+    )
     model = build(FLOWS[type(forward)], forward, cfg.seed, device)
-    labels, watcher = watch.of(data, cfg, getattr(forward, "patch_size", 1), getattr(forward, "noise_std", 0.0), preset.conditional) if watch else (None, None)
-    return train(model, stage_one_loss(preset.forward), data, cfg, folder, resume, partial(sample_grid, sample=undo, labels=labels),
-                 {"preset": preset.name, "stage": "forward"}, partial(note_start, preset), ranks, watcher)
+    labels, watcher = (
+        watch.of(
+            data,
+            cfg,
+            getattr(forward, "patch_size", 1),
+            getattr(forward, "noise_std", 0.0),
+            preset.conditional,
+        )
+        if watch
+        else (None, None)
+    )
+    return train(
+        model,
+        stage_one_loss(preset.forward),
+        data,
+        cfg,
+        folder,
+        resume,
+        partial(sample_grid, sample=undo, labels=labels),
+        {"preset": preset.name, "stage": "forward"},
+        partial(note_start, preset),
+        ranks,
+        watcher,
+    )
 
 # %% ../nbs/pipeline.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
@@ -139,8 +222,16 @@ def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
         return weigh(mse)
     seen = lambda distance: distance
     if objective.decoder:
-        seen = partial(decoded, vae=load_decoder(objective.decoder, device), sub_batch=objective.decoded_images)
-    return mixture((1.0, weigh(mse)), *((objective.feature_weight, seen(weigh(find_distance(name, device)))) for name in objective.features))
+        seen = partial(
+            decoded, vae=load_decoder(objective.decoder, device), sub_batch=objective.decoded_images
+        )
+    return mixture(
+        (1.0, weigh(mse)),
+        *(
+            (objective.feature_weight, seen(weigh(find_distance(name, device))))
+            for name in objective.features
+        ),
+    )
 
 
 def state_distance(objective: ObjectiveConfig):
@@ -148,8 +239,16 @@ def state_distance(objective: ObjectiveConfig):
     return adaptive(normalised(mse) if objective.normalise else mse, objective.adaptive_power)
 
 # %% ../nbs/pipeline.ipynb #933c6de4
-def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, device: str = "cpu", resume: bool = False, ranks: Alone = ALONE,
-                  watch: Watch = None) -> ReverseModel:
+def train_reverse(
+    preset: Preset,
+    forward: TARFlow,
+    data: Images,
+    folder: Path,
+    device: str = "cpu",
+    resume: bool = False,
+    ranks: Alone = ALONE,
+    watch: Watch = None,
+) -> ReverseModel:
     "Stage 2: G on F's trajectories, with F frozen."
     check_pair_preset(preset)
     cfg, objective = preset.train_reverse, preset.objective
@@ -157,37 +256,102 @@ def train_reverse(preset: Preset, forward: TARFlow, data: Images, folder: Path, 
     check_pair(forward, model)
     check_strategy(model, objective.strategy)
     run = guided_run(objective.w_per_block) if model.cfg.max_guidance else None
-    loss = reverse_loss(forward, find_strategy(objective.strategy), state_distance(objective), image_distance(objective, device), objective.depth_weights, run)
-    describe = {"preset": preset.name, "stage": "reverse", "objective": dataclasses.asdict(objective)}
-    labels, watcher = watch.of(data, cfg, model.cfg.patch_size, 0.0 if model.cfg.denoise else forward.cfg.noise_std) if watch else (None, None)
-    return train(model, loss, data, cfg, folder, resume, partial(sample_grid, sample=one_pass, labels=labels), describe, partial(note_start, preset), ranks, watcher)
+    loss = reverse_loss(
+        forward,
+        find_strategy(objective.strategy),
+        state_distance(objective),
+        image_distance(objective, device),
+        objective.depth_weights,
+        run,
+    )
+    describe = {
+        "preset": preset.name,
+        "stage": "reverse",
+        "objective": dataclasses.asdict(objective),
+    }
+    labels, watcher = (
+        watch.of(
+            data, cfg, model.cfg.patch_size, 0.0 if model.cfg.denoise else forward.cfg.noise_std
+        )
+        if watch
+        else (None, None)
+    )
+    return train(
+        model,
+        loss,
+        data,
+        cfg,
+        folder,
+        resume,
+        partial(sample_grid, sample=one_pass, labels=labels),
+        describe,
+        partial(note_start, preset),
+        ranks,
+        watcher,
+    )
 
 # %% ../nbs/pipeline.ipynb #1430b3c4
-METHODS = {"exact": "exact inverse", "exact+denoise": "exact inverse + score denoising", "one-pass": "one pass of G"}
+METHODS = {
+    "exact": "exact inverse",
+    "exact+denoise": "exact inverse + score denoising",
+    "one-pass": "one pass of G",
+}
 
 # %% ../nbs/pipeline.ipynb #e1e8d124
-def draw(row: str, forward: TARFlow | None, reverse: ReverseModel | None, z: Tensor, c: Tensor, w: float = 0.0) -> Tensor:
-    "Images `(N, C, H, W)` by a method: \"exact\", \"one-pass\" or \"guided\" (two passes), with guidance scale w; \"+denoise\" behind it adds F's score step."
+def draw(
+    row: str,
+    forward: TARFlow | None,
+    reverse: ReverseModel | None,
+    z: Tensor,
+    c: Tensor,
+    w: float = 0.0,
+) -> Tensor:
+    'Images `(N, C, H, W)` by a method: "exact", "one-pass" or "guided" (two passes), with guidance scale w; "+denoise" behind it adds F\'s score step.'
     check_labels(c[c != -1], (forward or reverse).cfg.num_classes)
     name, _, step = row.partition("+")
     if name == "exact":
         x = undo(forward, z, c, Guidance(w) if w else None)
     else:
-        x = guided_pass(reverse, z, c, w) if name == "guided" else one_pass(reverse, z, c, w or None)
+        x = (
+            guided_pass(reverse, z, c, w)
+            if name == "guided"
+            else one_pass(reverse, z, c, w or None)
+        )
     return score_denoise(forward, x, c) if step else x
 
 # %% ../nbs/pipeline.ipynb #b79e640c
-def draw_together(row: str, forward, reverse, z: Tensor, c: Tensor, w: float = 0.0, device: str = "cpu", batch_size: int = 500, ranks: Alone = ALONE) -> Tensor:
+def draw_together(
+    row: str,
+    forward,
+    reverse,
+    z: Tensor,
+    c: Tensor,
+    w: float = 0.0,
+    device: str = "cpu",
+    batch_size: int = 500,
+    ranks: Alone = ALONE,
+) -> Tensor:
     "Images `(n, C, H, W)` from noise and labels of any number: in batches, shared out over processes, and in order again on all of them."
     cfg, parts = (forward or reverse).cfg, torch.arange(len(z)).split(batch_size)
     nothing = torch.empty(0, cfg.channels, cfg.image_size, cfg.image_size, device=device)
     mine = [parts[k] for k in ranks.share(len(parts))]
-    drawn = torch.cat([nothing, *(draw(row, forward, reverse, z[i].to(device), c[i].to(device), w) for i in mine)])
+    drawn = torch.cat(
+        [nothing, *(draw(row, forward, reverse, z[i].to(device), c[i].to(device), w) for i in mine)]
+    )
     number = torch.cat([parts[0][:0], *mine]).to(device)
     return ranks.gather(drawn)[ranks.gather(number).argsort()].cpu()
 
 
-def draw_all(forward, reverse, n: int, seed: int, device: str = "cpu", batch_size: int = 500, rows: tuple = tuple(METHODS), w: float = 0.0) -> dict:
+def draw_all(
+    forward,
+    reverse,
+    n: int,
+    seed: int,
+    device: str = "cpu",
+    batch_size: int = 500,
+    rows: tuple = tuple(METHODS),
+    w: float = 0.0,
+) -> dict:
     "n images by every method, with guidance scale w: row → images `(n, C, H, W)`, on the CPU."
     z, c = noise_for(forward.cfg, n, seed), grid_labels(forward.cfg, n)
     rows = [row for row in rows if reverse is not None or row != "one-pass"]
@@ -198,25 +362,51 @@ def quality(samples: dict, train: Images, test: Images, seed: int, judge: Classi
     "FD[mnist-cnn] against test images and label accuracy of every method, and the floor: real training images."
     n = len(next(iter(samples.values())))
     pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]
-    rows = {**{row: (x, torch.arange(n) % len(test.classes)) for row, x in samples.items()}, "real": (train[pick].x, train.labels[pick])}
+    rows = {
+        **{row: (x, torch.arange(n) % len(test.classes)) for row, x in samples.items()},
+        "real": (train[pick].x, train.labels[pick]),
+    }
     seen, found = (lambda x: in_batches(judge.features, as_stored(x), 100)), []
     reference = seen(test.x)
     for row, (x, c) in rows.items():
         features = seen(x)
         right = (in_batches(judge.head, features).argmax(dim=1) == c).float().mean().item()
-        found.append(measurement(row, "fd[mnist-cnn]", frechet_distance(features, reference), n=len(x), seed=seed, reference=f"{len(test)} test images"))
+        found.append(
+            measurement(
+                row,
+                "fd[mnist-cnn]",
+                frechet_distance(features, reference),
+                n=len(x),
+                seed=seed,
+                reference=f"{len(test)} test images",
+            )
+        )
         found.append(measurement(row, "label_accuracy", right, n=len(x), seed=seed))
     return found
 
 # %% ../nbs/pipeline.ipynb #981edbaf
 @torch.no_grad()
-def fidelity(forward: TARFlow, reverse: ReverseModel | None, test: Images, seed: int, device: str = "cpu") -> list:
+def fidelity(
+    forward: TARFlow, reverse: ReverseModel | None, test: Images, seed: int, device: str = "cpu"
+) -> list:
     "Test bits/dim of F, the exact inverse's largest round-trip error, and the error of x → F(x) → G."
     part = test[:1000]
     x, c = part.x.to(device), part.labels.to(device)
     protocol = "uniform dequantisation, one draw, labels given"
-    found = [measurement("exact", "bits_per_dim", bits_per_dim(forward, test, seed).mean().item(), "bits", len(test), seed, protocol=protocol),
-             measurement("exact", "round_trip_max_error", round_trip_error(forward, x, c), "x", len(part), seed)]
+    found = [
+        measurement(
+            "exact",
+            "bits_per_dim",
+            bits_per_dim(forward, test, seed).mean().item(),
+            "bits",
+            len(test),
+            seed,
+            protocol=protocol,
+        ),
+        measurement(
+            "exact", "round_trip_max_error", round_trip_error(forward, x, c), "x", len(part), seed
+        ),
+    ]
     if reverse is not None:
         error = mse(one_pass(reverse, forward(x, c).z, c), x).mean().item()
         found.append(measurement("one-pass", "reconstruction_mse", error, "x²", len(part), seed))
@@ -225,19 +415,47 @@ def fidelity(forward: TARFlow, reverse: ReverseModel | None, test: Images, seed:
 # %% ../nbs/pipeline.ipynb #b38c3c23
 def time_per_image(row: str, t: dict, batch: int, **more) -> dict:
     "What `timed` found for a batch, as milliseconds an image."
-    return measurement(row, "ms_per_image", t["median_ms"] / batch, "ms", t["repeats"], batch=batch, low=t["low_ms"] / batch, high=t["high_ms"] / batch, **more)
+    return measurement(
+        row,
+        "ms_per_image",
+        t["median_ms"] / batch,
+        "ms",
+        t["repeats"],
+        batch=batch,
+        low=t["low_ms"] / batch,
+        high=t["high_ms"] / batch,
+        **more,
+    )
 
 
-def speed(forward: TARFlow, reverse: ReverseModel, device: str = "cpu", batches: tuple = (1, 64), repeats: int = 15) -> list:
+def speed(
+    forward: TARFlow,
+    reverse: ReverseModel,
+    device: str = "cpu",
+    batches: tuple = (1, 64),
+    repeats: int = 15,
+) -> list:
     "Milliseconds an image of every method, side by side, and how much faster than the exact inverse."
     found = []
     for batch in batches:
-        z, c = sample_noise(forward.cfg, batch, device=device), grid_labels(forward.cfg, batch).to(device)
+        z, c = (
+            sample_noise(forward.cfg, batch, device=device),
+            grid_labels(forward.cfg, batch).to(device),
+        )
         times = {row: timed(partial(draw, row, forward, reverse, z, c), repeats) for row in METHODS}
         for row, t in times.items():
             found.append(time_per_image(row, t, batch))
         for row in ("exact", "exact+denoise"):
-            found.append(measurement("one-pass", f"speedup_vs_{row}", times[row]["median_ms"] / times["one-pass"]["median_ms"], "×", repeats, batch=batch))
+            found.append(
+                measurement(
+                    "one-pass",
+                    f"speedup_vs_{row}",
+                    times[row]["median_ms"] / times["one-pass"]["median_ms"],
+                    "×",
+                    repeats,
+                    batch=batch,
+                )
+            )
     return found
 
 # %% ../nbs/pipeline.ipynb #bc3d4c0b
@@ -249,6 +467,7 @@ def num_parameters(model: nn.Module) -> int:
 def count_flops(fn) -> int:
     "Floating point operations of the matrix products and convolutions in a call, counted by PyTorch while it runs."
     from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         fn()
     return counter.get_total_flops()
@@ -263,10 +482,16 @@ def flops(row: str, forward: TARFlow, reverse: ReverseModel) -> int:
 # %% ../nbs/pipeline.ipynb #a4d0b408
 def cost(forward: TARFlow, reverse: ReverseModel) -> list:
     "Parameters, serial steps and FLOPs of every method."
-    steps = {"exact": serial_steps(forward), "exact+denoise": serial_steps(forward) + 2, "one-pass": 1}
+    steps = {
+        "exact": serial_steps(forward),
+        "exact+denoise": serial_steps(forward) + 2,
+        "one-pass": 1,
+    }
     found = []
     for row in METHODS:
-        found.append(measurement(row, "params", num_parameters(reverse if row == "one-pass" else forward)))
+        found.append(
+            measurement(row, "params", num_parameters(reverse if row == "one-pass" else forward))
+        )
         found.append(measurement(row, "serial_steps", steps[row]))
         found.append(measurement(row, "flops_per_image", flops(row, forward, reverse), "FLOP"))
     return found
@@ -275,14 +500,17 @@ def cost(forward: TARFlow, reverse: ReverseModel) -> list:
 @dataclass
 class Evaluation:
     "Samples of every method, and all figures."
-    samples: dict       # row → images `(n, C, H, W)`
+
+    samples: dict  # row → images `(n, C, H, W)`
     measurements: list  # of `measurement`
 
 # %% ../nbs/pipeline.ipynb #5934e8a2
 def check_enough(n: int):
     "Refuse a number of samples that has no covariance."
     if n < 2:
-        raise BitflowError(f"{n} finite samples are too few for a distance of distributions; draw at least 2, better 2000")
+        raise BitflowError(
+            f"{n} finite samples are too few for a distance of distributions; draw at least 2, better 2000"
+        )
 
 
 def judge_for(data: Images, channels: int) -> Classifier | None:
@@ -291,21 +519,40 @@ def judge_for(data: Images, channels: int) -> Classifier | None:
     return load_classifier() if digits else None
 
 # %% ../nbs/pipeline.ipynb #d7f946c6
-def guided_samples(forward: TARFlow, reverse: ReverseModel | None, n: int, seed: int, device: str, scales: tuple) -> dict:
+def guided_samples(
+    forward: TARFlow, reverse: ReverseModel | None, n: int, seed: int, device: str, scales: tuple
+) -> dict:
     "n images of G for each guidance scale, from the same noise as everything else: in one pass where G takes w, else in two."
     if reverse is None and scales:
-        raise BitflowError(f"guidance scales {', '.join(f'{w:g}' for w in scales)} are for G, and there is none; name it, or leave them out")
+        raise BitflowError(
+            f"guidance scales {', '.join(f'{w:g}' for w in scales)} are for G, and there is none; name it, or leave them out"
+        )
     row = "one-pass" if reverse is not None and reverse.cfg.max_guidance else "guided"
-    return {f"{row}, w = {w:g}": draw_all(forward, reverse, n, seed, device, rows=(row,), w=w)[row] for w in scales}
+    return {
+        f"{row}, w = {w:g}": draw_all(forward, reverse, n, seed, device, rows=(row,), w=w)[row]
+        for w in scales
+    }
 
 # %% ../nbs/pipeline.ipynb #b1dd16ed
-def evaluate(forward: TARFlow, reverse: ReverseModel | None, train: Images, test: Images, n: int, seed: int = 0,
-             device: str = "cpu", timing: bool = True, scales: tuple = ()) -> Evaluation:
+def evaluate(
+    forward: TARFlow,
+    reverse: ReverseModel | None,
+    train: Images,
+    test: Images,
+    n: int,
+    seed: int = 0,
+    device: str = "cpu",
+    timing: bool = True,
+    scales: tuple = (),
+) -> Evaluation:
     "All figures of a trained pair (or of F alone); `scales`: guidance scales to draw from G with, besides none."
     check_enough(n)
     if reverse is not None:
         check_pair(forward, reverse)
-    samples, judge = draw_all(forward, reverse, n, seed, device), judge_for(test, forward.cfg.channels)
+    samples, judge = (
+        draw_all(forward, reverse, n, seed, device),
+        judge_for(test, forward.cfg.channels),
+    )
     samples |= guided_samples(forward, reverse, n, seed, device, scales)
     found = quality(samples, train, test, seed, judge) if judge else []
     found += fidelity(forward, reverse, test, seed, device)
@@ -315,14 +562,26 @@ def evaluate(forward: TARFlow, reverse: ReverseModel | None, train: Images, test
 
 # %% ../nbs/pipeline.ipynb #f68120d2
 @torch.no_grad()
-def likelihood(model: nn.Module, test: Images, seed: int, conditional: bool, draws: tuple = (1, 8)) -> list:
+def likelihood(
+    model: nn.Module, test: Images, seed: int, conditional: bool, draws: tuple = (1, 8)
+) -> list:
     "Test bits/dim for each number of draws, with mean and standard error over images."
     found = []
     for k in draws:
         bpd = bits_per_dim(model, test, seed, conditional=conditional, draws=k)
         protocol = f"uniform dequantisation, {k} draw{'s' if k > 1 else ''} an image, labels {'given' if conditional else 'not given'}"
-        found.append(measurement("exact", "bits_per_dim" if k == 1 else f"bits_per_dim[{k} draws]", bpd.mean().item(), "bits", len(test), seed,
-                                 protocol=protocol, standard_error=(bpd.std() / len(bpd) ** 0.5).item()))
+        found.append(
+            measurement(
+                "exact",
+                "bits_per_dim" if k == 1 else f"bits_per_dim[{k} draws]",
+                bpd.mean().item(),
+                "bits",
+                len(test),
+                seed,
+                protocol=protocol,
+                standard_error=(bpd.std() / len(bpd) ** 0.5).item(),
+            )
+        )
     return found
 
 # %% ../nbs/pipeline.ipynb #f014ac94
@@ -330,36 +589,77 @@ def flow_round_trip(model: nn.Module, test: Images) -> float:
     "The largest |x − F⁻¹(F(x))| over 1,000 test images, in units of x."
     device = next(model.parameters()).device
     x, c = test[:1000].x.to(device), test.labels[:1000].to(device)
-    return check_invertible(model, x, math.inf) if isinstance(model, CouplingFlow) else round_trip_error(model, x, c)
+    return (
+        check_invertible(model, x, math.inf)
+        if isinstance(model, CouplingFlow)
+        else round_trip_error(model, x, c)
+    )
 
 # %% ../nbs/pipeline.ipynb #36a018a1
 def flow_cost(model: nn.Module, seed: int, timing: bool, batches: tuple = (1, 64)) -> list:
     "Parameters, serial steps, FLOPs of a density and of a sample, and milliseconds a sample."
     device = next(model.parameters()).device
-    x, c = torch.zeros(1, model.cfg.channels, model.cfg.image_size, model.cfg.image_size, device=device), torch.tensor([-1], device=device)
+    x, c = (
+        torch.zeros(
+            1, model.cfg.channels, model.cfg.image_size, model.cfg.image_size, device=device
+        ),
+        torch.tensor([-1], device=device),
+    )
     draw_n = lambda n: partial(undo, model, noise_for(model.cfg, n, seed, device), c.expand(n))
-    found = [measurement("exact", "params", num_parameters(model)),
-             measurement("exact", "serial_steps", 1 if isinstance(model, CouplingFlow) else serial_steps(model)),
-             measurement("exact", "flops_per_density", count_flops(lambda: model.log_prob(x, c)), "FLOP"),
-             measurement("exact", "flops_per_image", count_flops(draw_n(1)), "FLOP")]
+    found = [
+        measurement("exact", "params", num_parameters(model)),
+        measurement(
+            "exact", "serial_steps", 1 if isinstance(model, CouplingFlow) else serial_steps(model)
+        ),
+        measurement(
+            "exact", "flops_per_density", count_flops(lambda: model.log_prob(x, c)), "FLOP"
+        ),
+        measurement("exact", "flops_per_image", count_flops(draw_n(1)), "FLOP"),
+    ]
     for batch in batches if timing else ():
         found.append(time_per_image("exact", timed(draw_n(batch)), batch))
     return found
 
 # %% ../nbs/pipeline.ipynb #2b7803ad
-def evaluate_flow(model: nn.Module, train: Images, test: Images, n: int, seed: int = 0, conditional: bool = False, timing: bool = True) -> Evaluation:
+def evaluate_flow(
+    model: nn.Module,
+    train: Images,
+    test: Images,
+    n: int,
+    seed: int = 0,
+    conditional: bool = False,
+    timing: bool = True,
+) -> Evaluation:
     "All figures of a flow alone, a TARFlow or a coupling flow: bits/dim first, then what its samples (those that are finite) are worth and cost."
     check_enough(n)
     device = next(model.parameters()).device.type
-    drawn, judge = draw_all(model, None, n, seed, device, rows=("exact",))["exact"], judge_for(test, model.cfg.channels)
-    whole = drawn.isfinite().flatten(1).all(dim=1)  # without clipping, an inverse can overflow (chapter 09)
+    drawn, judge = (
+        draw_all(model, None, n, seed, device, rows=("exact",))["exact"],
+        judge_for(test, model.cfg.channels),
+    )
+    whole = (
+        drawn.isfinite().flatten(1).all(dim=1)
+    )  # without clipping, an inverse can overflow (chapter 09)
     check_enough(int(whole.sum()))
     samples = {"exact": drawn[whole]}
     found = likelihood(model, test, seed, conditional)
-    found.append(measurement("exact", "broken_samples", 1 - whole.float().mean().item(), n=n, seed=seed))
-    found.append(measurement("exact", "round_trip_max_error", flow_round_trip(model, test), "x", min(1000, len(test)), seed))
+    found.append(
+        measurement("exact", "broken_samples", 1 - whole.float().mean().item(), n=n, seed=seed)
+    )
+    found.append(
+        measurement(
+            "exact",
+            "round_trip_max_error",
+            flow_round_trip(model, test),
+            "x",
+            min(1000, len(test)),
+            seed,
+        )
+    )
     found += quality(samples, train, test, seed, judge) if judge else []
-    found = [m for m in found if conditional or m["metric"] != "label_accuracy"]  # nothing was asked for
+    found = [
+        m for m in found if conditional or m["metric"] != "label_accuracy"
+    ]  # nothing was asked for
     return Evaluation(samples, found + flow_cost(model, seed, timing))
 
 # %% ../nbs/pipeline.ipynb #77184167
@@ -369,8 +669,10 @@ def training_record(folder: Path) -> list:
     if not state.exists():
         return []
     counters = json.loads(state.read_text())
-    return [measurement("exact", "train_steps", counters["step"]),
-            measurement("exact", "train_s", counters["seconds"], "s", threads=counters.get("threads"))]
+    return [
+        measurement("exact", "train_steps", counters["step"]),
+        measurement("exact", "train_s", counters["seconds"], "s", threads=counters.get("threads")),
+    ]
 
 # %% ../nbs/pipeline.ipynb #8f1b902d
 def run_settings(folder: Path) -> dict:

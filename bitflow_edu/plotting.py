@@ -13,21 +13,29 @@ __all__ = ['PALETTE', 'image_grid', 'frame_grid', 'show_images', 'stretch', 'plo
            'plane', 'plot_density', 'plot_points', 'plot_grid_warp', 'plot_matrix', 'plot_mask', 'plot_rows']
 
 # %% ../nbs/plotting.ipynb #1a807260
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, colour-blind safe
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito, colour-blind safe
 
 # %% ../nbs/plotting.ipynb #e27272d5
 def image_grid(
-    x: Tensor,     # images `(N, C, H, W)` in [-1, 1]
+    x: Tensor,  # images `(N, C, H, W)` in [-1, 1]
     columns: int,  # images a row
     gap: int = 1,  # white pixels between images
-) -> np.ndarray:   # uint8 `(rows·(H+gap)−gap, columns·(W+gap)−gap, 3)`
+) -> np.ndarray:  # uint8 `(rows·(H+gap)−gap, columns·(W+gap)−gap, 3)`
     "Tile images into one picture, row by row."
     N, C, H, W = x.shape
     rows = -(-N // columns)
     canvas = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, dtype=np.uint8)
     for i, image in enumerate(to_pixels(x.detach().cpu()).permute(0, 2, 3, 1).numpy()):
         top, left = (i // columns) * (H + gap), (i % columns) * (W + gap)
-        canvas[top:top + H, left:left + W] = image
+        canvas[top : top + H, left : left + W] = image
     return canvas
 
 # %% ../nbs/plotting.ipynb #28060f58
@@ -40,17 +48,19 @@ def frame_grid(ax, title, row_labels, rows):
 
 # %% ../nbs/plotting.ipynb #7d9c411c
 def show_images(
-    x: Tensor,              # images `(N, C, H, W)` in [-1, 1]
-    columns: int = 10,      # images a row
-    title: str = "",        # above the picture
+    x: Tensor,  # images `(N, C, H, W)` in [-1, 1]
+    columns: int = 10,  # images a row
+    title: str = "",  # above the picture
     row_labels: list = (),  # a name for each row, drawn at its left
-    ax=None,                # axes to draw on; default a new figure
-    scale: float = 0.7,     # inches an image
-):                          # the axes
+    ax=None,  # axes to draw on; default a new figure
+    scale: float = 0.7,  # inches an image
+):  # the axes
     "Draw a grid of images."
     rows = -(-len(x) // columns)
     if ax is None:
-        _, ax = plt.subplots(figsize=(columns * scale, rows * scale + 0.3 * bool(title)), layout="constrained")
+        _, ax = plt.subplots(
+            figsize=(columns * scale, rows * scale + 0.3 * bool(title)), layout="constrained"
+        )
     ax.imshow(image_grid(x, columns), interpolation="nearest")
     frame_grid(ax, title, row_labels, rows)
     return ax
@@ -58,22 +68,24 @@ def show_images(
 # %% ../nbs/plotting.ipynb #5d2b2c25
 def stretch(
     image: Tensor,  # any values `(C, H, W)`
-) -> Tensor:        # `(H, W)` or `(H, W, 3)` in [0, 1], as matplotlib wants it
+) -> Tensor:  # `(H, W)` or `(H, W, 3)` in [0, 1], as matplotlib wants it
     "An image from its own smallest value (0) to its own largest (1)."
     low, high = image.min(), image.max()
     return ((image - low) / (high - low + 1e-8)).permute(1, 2, 0).squeeze(-1)
 
 # %% ../nbs/plotting.ipynb #1754b496
 def plot_trajectory(
-    states: list,       # token states, each `(N, T, D)`, in the order to draw
-    patch_size: int,    # p
+    states: list,  # token states, each `(N, T, D)`, in the order to draw
+    patch_size: int,  # p
     channels: int = 1,  # C
     titles: list = (),  # one for each state
-    scale: float = 1.0, # inches an image
-):                      # the axes, `(N, len(states))`
+    scale: float = 1.0,  # inches an image
+):  # the axes, `(N, len(states))`
     "Draw states of a trajectory as images, one row an image, each with its own range of values."
     N, S = len(states[0]), len(states)
-    fig, axes = plt.subplots(N, S, figsize=(S * scale, N * scale + 0.3), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        N, S, figsize=(S * scale, N * scale + 0.3), squeeze=False, layout="constrained"
+    )
     for j, state in enumerate(states):
         for i, image in enumerate(unpatchify(state.detach().cpu().float(), patch_size, channels)):
             axes[i, j].imshow(stretch(image), cmap="gray")
@@ -82,64 +94,82 @@ def plot_trajectory(
 
 # %% ../nbs/plotting.ipynb #7413146b
 def plot_curves(
-    curves: dict,         # name → (x values, y values)
-    xlabel: str = "step", # horizontal axis
-    ylabel: str = "",     # vertical axis
-    title: str = "",      # above the picture
-    ax=None,              # axes to draw on; default a new figure
-):                        # the axes
+    curves: dict,  # name → (x values, y values)
+    xlabel: str = "step",  # horizontal axis
+    ylabel: str = "",  # vertical axis
+    title: str = "",  # above the picture
+    ax=None,  # axes to draw on; default a new figure
+):  # the axes
     "Draw named curves with a legend."
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
     for (name, (x, y)), color in zip(curves.items(), PALETTE * (1 + len(curves) // len(PALETTE))):
         ax.plot(x, y, label=name, color=color, linewidth=1.5)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.grid(alpha=0.3)
-    if len(curves) > 1: ax.legend(frameon=False)
+    if len(curves) > 1:
+        ax.legend(frameon=False)
     return ax
 
 # %% ../nbs/plotting.ipynb #60e959c2
 def plot_histogram(
-    samples: dict,        # name → values, any shape
-    curves: dict = {},    # name → (x values, densities), drawn as lines
-    limits: tuple = None, # of the horizontal axis and of the bins
-    title: str = "",      # above the picture
-    xlabel: str = "x",    # horizontal axis
-    ax=None,              # axes to draw on; default a new figure
-    bins: int = 80,       # of each histogram
-):                        # the axes
+    samples: dict,  # name → values, any shape
+    curves: dict = {},  # name → (x values, densities), drawn as lines
+    limits: tuple = None,  # of the horizontal axis and of the bins
+    title: str = "",  # above the picture
+    xlabel: str = "x",  # horizontal axis
+    ax=None,  # axes to draw on; default a new figure
+    bins: int = 80,  # of each histogram
+):  # the axes
     "Draw histograms of area 1, a single one in grey, and curves over them."
     ax = ax or plt.subplots(figsize=(4, 2.8), layout="constrained")[1]
-    for (name, values), color in zip(samples.items(), ("lightgrey",) if len(samples) == 1 else PALETTE):
-        ax.hist(np.asarray(values).ravel(), bins=bins, range=limits, density=True, color=color, alpha=0.7 if len(samples) > 1 else 1, label=name)
+    for (name, values), color in zip(
+        samples.items(), ("lightgrey",) if len(samples) == 1 else PALETTE
+    ):
+        ax.hist(
+            np.asarray(values).ravel(),
+            bins=bins,
+            range=limits,
+            density=True,
+            color=color,
+            alpha=0.7 if len(samples) > 1 else 1,
+            label=name,
+        )
     for (name, (x, y)), color in zip(curves.items(), PALETTE):
         ax.plot(np.ravel(x), np.ravel(y), color=color, label=name)
     ax.set(title=title, xlabel=xlabel, ylabel="density", xlim=limits)
-    if len(samples) + len(curves) > 1: ax.legend(frameon=False, fontsize=8)
+    if len(samples) + len(curves) > 1:
+        ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/plotting.ipynb #47f0ff6b
 def plane(
-    limit: float,     # from −limit to limit on both axes
+    limit: float,  # from −limit to limit on both axes
     resolution: int,  # points a side
-) -> Tensor:          # `(resolution², 2)`, y changes slowest
+) -> Tensor:  # `(resolution², 2)`, y changes slowest
     "The points of a square grid in the plane."
     ticks = torch.linspace(-limit, limit, resolution)
     return torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1).reshape(-1, 2)
 
 # %% ../nbs/plotting.ipynb #a93363e4
 def plot_density(
-    log_prob,               # points `(N, 2)` → nats `(N,)`
-    limit: float = 4.0,     # the plane is drawn from −limit to limit
+    log_prob,  # points `(N, 2)` → nats `(N,)`
+    limit: float = 4.0,  # the plane is drawn from −limit to limit
     points: Tensor = None,  # `(N, 2)`, drawn as dots
-    title: str = "",        # above the picture
-    ax=None,                # axes to draw on; default a new figure
+    title: str = "",  # above the picture
+    ax=None,  # axes to draw on; default a new figure
     resolution: int = 120,  # points a side
-):                          # the axes
+):  # the axes
     "Draw a density over the plane, dark where it is high."
     ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
     with torch.no_grad():
         density = log_prob(plane(limit, resolution)).exp().reshape(resolution, resolution)
-    ax.imshow(density.cpu(), extent=(-limit, limit, -limit, limit), origin="lower", cmap="Blues", interpolation="bilinear")
+    ax.imshow(
+        density.cpu(),
+        extent=(-limit, limit, -limit, limit),
+        origin="lower",
+        cmap="Blues",
+        interpolation="bilinear",
+    )
     if points is not None:
         ax.scatter(*points.cpu().T, s=1.5, color=PALETTE[1], alpha=0.5, linewidths=0)
     ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(-limit, limit), ylim=(-limit, limit))
@@ -147,36 +177,49 @@ def plot_density(
 
 # %% ../nbs/plotting.ipynb #d815218d
 def plot_points(
-    points: Tensor,       # `(N, 2)`
-    color=PALETTE[0],     # a colour for all; numbers `(N,)` for a scale; whole numbers for the palette
+    points: Tensor,  # `(N, 2)`
+    color=PALETTE[0],  # a colour for all; numbers `(N,)` for a scale; whole numbers for the palette
     limit: float = None,  # the plane is drawn from −limit to limit; default what fits
-    title: str = "",      # above the picture
-    ax=None,              # axes to draw on; default a new figure
-):                        # the axes
+    title: str = "",  # above the picture
+    ax=None,  # axes to draw on; default a new figure
+):  # the axes
     "Draw points of the plane."
     ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
     color = color.cpu() if isinstance(color, Tensor) else color
     if isinstance(color, Tensor) and not color.is_floating_point():
         color = [PALETTE[int(c) % len(PALETTE)] for c in color]
-    ax.scatter(*points.detach().cpu().T, c=color, cmap="cividis" if isinstance(color, Tensor) else None, s=2, linewidths=0)
+    ax.scatter(
+        *points.detach().cpu().T,
+        c=color,
+        cmap="cividis" if isinstance(color, Tensor) else None,
+        s=2,
+        linewidths=0,
+    )
     ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$")
-    if limit is None: ax.set_aspect("equal", adjustable="datalim")
-    else: ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    if limit is None:
+        ax.set_aspect("equal", adjustable="datalim")
+    else:
+        ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     return ax
 
 # %% ../nbs/plotting.ipynb #fee5b5e3
 def plot_grid_warp(
-    warp,                # points `(N, 2)` → points `(N, 2)`
+    warp,  # points `(N, 2)` → points `(N, 2)`
     limit: float = 2.0,  # the grid covers [−limit, limit]²
-    lines: int = 17,     # in each direction
-    title: str = "",     # above the picture
-    ax=None,             # axes to draw on; default a new figure
-    detail: int = 100,   # points a line
-):                       # the axes
+    lines: int = 17,  # in each direction
+    title: str = "",  # above the picture
+    ax=None,  # axes to draw on; default a new figure
+    detail: int = 100,  # points a line
+):  # the axes
     "Draw the image of a square grid under a map: one colour for each direction of its lines."
     ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
-    along, across = torch.meshgrid(torch.linspace(-limit, limit, detail), torch.linspace(-limit, limit, lines), indexing="ij")
-    for grid, color in ((torch.stack([along, across], dim=-1), PALETTE[0]), (torch.stack([across, along], dim=-1), PALETTE[1])):
+    along, across = torch.meshgrid(
+        torch.linspace(-limit, limit, detail), torch.linspace(-limit, limit, lines), indexing="ij"
+    )
+    for grid, color in (
+        (torch.stack([along, across], dim=-1), PALETTE[0]),
+        (torch.stack([across, along], dim=-1), PALETTE[1]),
+    ):
         with torch.no_grad():
             moved = warp(grid.reshape(-1, 2)).reshape(grid.shape).cpu()
         ax.plot(moved[..., 0], moved[..., 1], color=color, linewidth=0.7)
@@ -185,26 +228,33 @@ def plot_grid_warp(
 
 # %% ../nbs/plotting.ipynb #414d5b4f
 def plot_matrix(
-    matrix: Tensor,      # `(rows, columns)`
-    title: str = "",     # above the picture
+    matrix: Tensor,  # `(rows, columns)`
+    title: str = "",  # above the picture
     xlabel: str = "input",  # horizontal axis
-    ylabel: str = "output", # vertical axis
-    ax=None,             # axes to draw on; default a new figure
-):                       # the image, e.g. for a colour bar
+    ylabel: str = "output",  # vertical axis
+    ax=None,  # axes to draw on; default a new figure
+):  # the image, e.g. for a colour bar
     "Draw |entries| of a matrix on a logarithmic scale; exact zeros are white, the largest is darkest."
     ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
     size = matrix.detach().abs().cpu().numpy()
-    image = ax.imshow(np.ma.log10(np.ma.masked_equal(size, 0)), cmap="viridis_r", interpolation="nearest", vmin=np.log10(size.max() + 1e-30) - 3, vmax=np.log10(size.max() + 1e-30))
+    image = ax.imshow(
+        np.ma.log10(np.ma.masked_equal(size, 0)),
+        cmap="viridis_r",
+        interpolation="nearest",
+        vmin=np.log10(size.max() + 1e-30) - 3,
+        vmax=np.log10(size.max() + 1e-30),
+    )
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return image
 
 # %% ../nbs/plotting.ipynb #8303ff02
 def plot_mask(
-    mask: Tensor,        # zeros and ones `(rows, columns)`
-    title: str = "",     # above the picture
-    xlabel: str = "column", ylabel: str = "row",  # the axes
-    ax=None,             # axes to draw on; default a new figure
-):                       # the axes
+    mask: Tensor,  # zeros and ones `(rows, columns)`
+    title: str = "",  # above the picture
+    xlabel: str = "column",
+    ylabel: str = "row",  # the axes
+    ax=None,  # axes to draw on; default a new figure
+):  # the axes
     "Draw a mask: 1 is bright, 0 is dark."
     ax = ax or plt.subplots(figsize=(2.4, 2.4), layout="constrained")[1]
     ax.imshow(mask.cpu(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
@@ -213,14 +263,21 @@ def plot_mask(
 
 # %% ../nbs/plotting.ipynb #2a609156
 def plot_rows(
-    rows: dict,                        # name → (values, their mean, the paper's figure or None), see `rows_of`
-    title: str,                        # of what was measured
-    xlabel: str,                       # the metric
-    paper: str = "FID, ImageNet 256²", # what the paper's figures are
-):                                     # a matplotlib figure
+    rows: dict,  # name → (values, their mean, the paper's figure or None), see `rows_of`
+    title: str,  # of what was measured
+    xlabel: str,  # the metric
+    paper: str = "FID, ImageNet 256²",  # what the paper's figures are
+):  # a matplotlib figure
     "Bars of the means with a dot for each value; beside them the paper's figures, where it has any."
     known = {name: figure for name, (_, _, figure) in rows.items() if figure is not None}
-    fig, axes = plt.subplots(1, 1 + bool(known), figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained", sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1,
+        1 + bool(known),
+        figsize=(9, 0.8 + 0.3 * len(rows)),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
     axes[0, 0].barh(list(rows), [mean for _, mean, _ in rows.values()], color=PALETTE[0], alpha=0.5)
     for name, (values, _, _) in rows.items():
         axes[0, 0].plot(values, [name] * len(values), "o", color=PALETTE[0], markersize=4)
@@ -230,4 +287,3 @@ def plot_rows(
         axes[0, 1].barh(list(known), list(known.values()), color=PALETTE[1], alpha=0.5)
         axes[0, 1].set(title="the paper", xlabel=paper)
     return fig
-

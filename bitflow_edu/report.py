@@ -43,25 +43,40 @@ def draw_rows(rows: dict, scale: float = 0.72) -> Figure:
 # %% ../nbs/report.ipynb #e8732fad
 def sample_rows(samples: dict, test: Images, n: int = 10) -> dict:
     "The first n samples of every method, and under them the first test image of each sample's class."
-    real = torch.stack([test.pixels[(test.labels == i % len(test.classes)).nonzero()[0, 0]] for i in range(n)])
+    real = torch.stack(
+        [test.pixels[(test.labels == i % len(test.classes)).nonzero()[0, 0]] for i in range(n)]
+    )
     name = "real digits" if test.classes[0][0] == "0" else "real images"
-    return {**{METHODS.get(row, row): x[:n] for row, x in samples.items()}, name: Images(real, torch.arange(n), test.classes).x}
+    return {
+        **{METHODS.get(row, row): x[:n] for row, x in samples.items()},
+        name: Images(real, torch.arange(n), test.classes).x,
+    }
 
 # %% ../nbs/report.ipynb #c0596f3c
 @torch.no_grad()
 def both_ways(forward: TARFlow, reverse: ReverseModel, x, c) -> tuple[list, list]:
     "Images `(N, C, H, W)` on F's way, x and x^0 … x^B, and under them what G has on its way: x', φ_0(h^0) … z."
     x, c = x.to(next(forward.parameters()).device), c.to(next(forward.parameters()).device)
-    states = forward(add_noise(x, forward.cfg.noise_std, torch.Generator(x.device).manual_seed(0)), c).states
+    states = forward(
+        add_noise(x, forward.cfg.noise_std, torch.Generator(x.device).manual_seed(0)), c
+    ).states
     out, p, C = reverse(states[-1], c), forward.cfg.patch_size, forward.cfg.channels
-    return [x, *(unpatchify(s, p, C) for s in states)], [out.image, *(unpatchify(s, p, C) for s in (*out.projected, states[-1]))]
+    return [x, *(unpatchify(s, p, C) for s in states)], [
+        out.image,
+        *(unpatchify(s, p, C) for s in (*out.projected, states[-1])),
+    ]
 
 # %% ../nbs/report.ipynb #29b36654
-def draw_trajectory(forward: TARFlow, reverse: ReverseModel, test: Images, index: int = 0) -> Figure:
+def draw_trajectory(
+    forward: TARFlow, reverse: ReverseModel, test: Images, index: int = 0
+) -> Figure:
     "x^0 … x^B of one test image, and under each the state that G projects when it starts from x^B."
-    B, part = forward.cfg.num_blocks, test[index:index + 1]
+    B, part = forward.cfg.num_blocks, test[index : index + 1]
     rows = both_ways(forward, reverse, part.x, part.labels)
-    names = (["x", *(f"$x^{i}$" for i in range(B)), f"$x^{B} = z$"], ["x' (clean)", *(f"$φ_{i}(h^{i})$" for i in range(B)), "z, the input"])
+    names = (
+        ["x", *(f"$x^{i}$" for i in range(B)), f"$x^{B} = z$"],
+        ["x' (clean)", *(f"$φ_{i}(h^{i})$" for i in range(B)), "z, the input"],
+    )
     fig = Figure(figsize=(1.35 * (B + 2), 3.1), layout="constrained")
     axes = fig.subplots(2, B + 2)
     for row, images, titles in zip(axes, rows, names):
@@ -83,11 +98,17 @@ def draw_state(ax, image, title):
 def reconstruction_rows(forward: TARFlow, reverse: ReverseModel, test: Images, n: int = 10) -> dict:
     "Test images, and what G makes of their noise F(x)."
     device = next(forward.parameters()).device
-    part = test[sorted((test.labels == i % len(test.classes)).nonzero()[1, 0].item() for i in range(n))]
+    part = test[
+        sorted((test.labels == i % len(test.classes)).nonzero()[1, 0].item() for i in range(n))
+    ]
     x, c = part.x.to(device), part.labels.to(device)
     z = forward(x, c).z
     noise = unpatchify(z, forward.cfg.patch_size, forward.cfg.channels) / 3
-    return {"test digit x": x, "its noise z = F(x)": noise, "one pass, G(z)": one_pass(reverse, z, c)}
+    return {
+        "test digit x": x,
+        "its noise z = F(x)": noise,
+        "one pass, G(z)": one_pass(reverse, z, c),
+    }
 
 # %% ../nbs/report.ipynb #a7ae37a1
 def draw_training(folder: Path) -> Figure:
@@ -96,16 +117,28 @@ def draw_training(folder: Path) -> Figure:
     titles = {"forward": "F: 0.5·mean(z²) − mean(logdet)", "reverse": "G: image end + every depth"}
     for ax, (stage, title) in zip(fig.subplots(1, 2), titles.items()):
         lines = read_metrics(folder / stage / "metrics.jsonl")
-        plot_curves({stage: ([m["step"] for m in lines], [m["loss"] for m in lines])}, ylabel="training loss", title=title, ax=ax)
+        plot_curves(
+            {stage: ([m["step"] for m in lines], [m["loss"] for m in lines])},
+            ylabel="training loss",
+            title=title,
+            ax=ax,
+        )
     return fig
 
 # %% ../nbs/report.ipynb #69684171
-TABLE = (("serial steps an image", "serial_steps", None, "{:.0f}"), ("parameters", "params", None, "{:,.0f}"),
-         ("ms an image, batch 1", "ms_per_image", 1, "{:.2f}"), ("one pass is faster", "speedup", 1, "{:.1f}×"),
-         ("ms an image, batch 64", "ms_per_image", 64, "{:.3f}"), ("one pass is faster", "speedup", 64, "{:.1f}×"),
-         ("MFLOP an image", "flops_per_image", None, "{:.0f}"), ("FD[mnist-cnn]", "fd[mnist-cnn]", None, "{:.2f}"),
-         ("label accuracy", "label_accuracy", None, "{:.3f}"), ("test bits/dim of F", "bits_per_dim", None, "{:.3f}"),
-         ("largest round-trip error", "round_trip_max_error", None, "{:.1e}"))
+TABLE = (
+    ("serial steps an image", "serial_steps", None, "{:.0f}"),
+    ("parameters", "params", None, "{:,.0f}"),
+    ("ms an image, batch 1", "ms_per_image", 1, "{:.2f}"),
+    ("one pass is faster", "speedup", 1, "{:.1f}×"),
+    ("ms an image, batch 64", "ms_per_image", 64, "{:.3f}"),
+    ("one pass is faster", "speedup", 64, "{:.1f}×"),
+    ("MFLOP an image", "flops_per_image", None, "{:.0f}"),
+    ("FD[mnist-cnn]", "fd[mnist-cnn]", None, "{:.2f}"),
+    ("label accuracy", "label_accuracy", None, "{:.3f}"),
+    ("test bits/dim of F", "bits_per_dim", None, "{:.3f}"),
+    ("largest round-trip error", "round_trip_max_error", None, "{:.1e}"),
+)
 
 # %% ../nbs/report.ipynb #ff1cf541
 def cell(result: dict, row: str, metric: str, batch, form: str) -> str:
@@ -115,7 +148,11 @@ def cell(result: dict, row: str, metric: str, batch, form: str) -> str:
     if not found:
         return "–"
     m, scale = found[0], 1e-6 if metric == "flops_per_image" else 1
-    spread = f" <small>({form.format(m['low'])} to {form.format(m['high'])})</small>" if "low" in m else ""
+    spread = (
+        f" <small>({form.format(m['low'])} to {form.format(m['high'])})</small>"
+        if "low" in m
+        else ""
+    )
     return form.format(m["value"] * scale) + spread
 
 # %% ../nbs/report.ipynb #8d1ab7a8
@@ -123,19 +160,26 @@ def table(result: dict) -> str:
     "The methods side by side, as HTML; real training images are the floor of the distance."
     rows = {**METHODS, "real": "real training images (the floor)"}
     head = "".join(f"<th>{name}</th>" for name, *_ in TABLE)
-    body = "".join(f"<tr><th>{name}</th>" + "".join(f"<td>{cell(result, row, *rest)}</td>" for _, *rest in TABLE) + "</tr>" for row, name in rows.items())
+    body = "".join(
+        f"<tr><th>{name}</th>"
+        + "".join(f"<td>{cell(result, row, *rest)}</td>" for _, *rest in TABLE)
+        + "</tr>"
+        for row, name in rows.items()
+    )
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 # %% ../nbs/report.ipynb #37f07f24
 def headline(result: dict) -> str:
     "The comparison in one sentence, from the measurements."
     f = lambda row, metric, batch=None: figure(result, row, metric, batch)
-    return (f"One pass of G is {f('one-pass', 'speedup_vs_exact', 1):.1f}× faster than the exact inverse for a single image and "
-            f"{f('one-pass', 'speedup_vs_exact+denoise', 1):.1f}× faster than the exact inverse with denoising; in batches of 64 it is "
-            f"{f('one-pass', 'speedup_vs_exact', 64):.1f}× and {f('one-pass', 'speedup_vs_exact+denoise', 64):.1f}×. "
-            f"Its digits are read as asked {100 * f('one-pass', 'label_accuracy'):.1f}% of the time (exact inverse with denoising: "
-            f"{100 * f('exact+denoise', 'label_accuracy'):.1f}%), at a distance from real digits of {f('one-pass', 'fd[mnist-cnn]'):.2f} "
-            f"against {f('exact+denoise', 'fd[mnist-cnn]'):.2f}; real training digits are at {f('real', 'fd[mnist-cnn]'):.2f}.")
+    return (
+        f"One pass of G is {f('one-pass', 'speedup_vs_exact', 1):.1f}× faster than the exact inverse for a single image and "
+        f"{f('one-pass', 'speedup_vs_exact+denoise', 1):.1f}× faster than the exact inverse with denoising; in batches of 64 it is "
+        f"{f('one-pass', 'speedup_vs_exact', 64):.1f}× and {f('one-pass', 'speedup_vs_exact+denoise', 64):.1f}×. "
+        f"Its digits are read as asked {100 * f('one-pass', 'label_accuracy'):.1f}% of the time (exact inverse with denoising: "
+        f"{100 * f('exact+denoise', 'label_accuracy'):.1f}%), at a distance from real digits of {f('one-pass', 'fd[mnist-cnn]'):.2f} "
+        f"against {f('exact+denoise', 'fd[mnist-cnn]'):.2f}; real training digits are at {f('real', 'fd[mnist-cnn]'):.2f}."
+    )
 
 # %% ../nbs/report.ipynb #11f7cd13
 STYLE = """body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
@@ -152,17 +196,29 @@ handwritten digits, and compares the two ways back.</p>"""
 
 # %% ../nbs/report.ipynb #9a19a844
 TEXTS = {
-    "samples": ("The same noise, four ways", "Every column starts from the same noise and the same wish (0 to 9). First row: F undone exactly, token by token. "
-                "It gives grainy digits, because F was trained on digits with a little noise. Second row: the grain removed with the gradient of F's density, which costs "
-                "another forward and backward pass through F. Third row: one pass of G, which has learned the way back and the cleaning together. "
-                "The first ten samples are shown, not the best ten."),
-    "trajectory": ("A digit on its way to noise, and back", "Above: a test digit x, the same with a little noise added (x^0, where F starts), and F's steps to z, which looks like noise. Below, from right to left: G starts "
-                   "from that noise alone. Its hidden states were trained to match F's states, so each picture below should resemble the one above it. "
-                   "Each picture is stretched to its own range of values."),
-    "reconstruction": ("There and back again", "Test digits that neither network was trained on; the noise that F gives them; what G draws from that noise in one pass. "
-                       "F is exact, so z holds everything about the digit; G has to find it."),
-    "training": ("Training", "F learns by maximum likelihood: its loss is minus the log-likelihood a pixel, less a constant. G learns by matching: its loss sums the mismatch at the "
-                 "image end and at every depth. Their values cannot be compared with each other."),
+    "samples": (
+        "The same noise, four ways",
+        "Every column starts from the same noise and the same wish (0 to 9). First row: F undone exactly, token by token. "
+        "It gives grainy digits, because F was trained on digits with a little noise. Second row: the grain removed with the gradient of F's density, which costs "
+        "another forward and backward pass through F. Third row: one pass of G, which has learned the way back and the cleaning together. "
+        "The first ten samples are shown, not the best ten.",
+    ),
+    "trajectory": (
+        "A digit on its way to noise, and back",
+        "Above: a test digit x, the same with a little noise added (x^0, where F starts), and F's steps to z, which looks like noise. Below, from right to left: G starts "
+        "from that noise alone. Its hidden states were trained to match F's states, so each picture below should resemble the one above it. "
+        "Each picture is stretched to its own range of values.",
+    ),
+    "reconstruction": (
+        "There and back again",
+        "Test digits that neither network was trained on; the noise that F gives them; what G draws from that noise in one pass. "
+        "F is exact, so z holds everything about the digit; G has to find it.",
+    ),
+    "training": (
+        "Training",
+        "F learns by maximum likelihood: its loss is minus the log-likelihood a pixel, less a constant. G learns by matching: its loss sums the mismatch at the "
+        "image end and at every depth. Their values cannot be compared with each other.",
+    ),
 }
 
 # %% ../nbs/report.ipynb #5e2553ea
@@ -189,27 +245,46 @@ def facts(result: dict) -> str:
     f = lambda row, metric: measured(result, row, metric)[0]
     bpd, trip = f("exact", "bits_per_dim"), f("exact", "round_trip_max_error")
     n = next((m["n"] for m in result["measurements"] if m["metric"] == "label_accuracy"), None)
-    return (f"<ul><li>{n} samples of each method from the same noise and labels, seed {bpd['seed']}, against {bpd['n']} test images.</li>"
-            f"<li>Test bits/dim of F: {bpd['value']:.3f} ({bpd['protocol']}, {bpd['n']} images; F was trained for sampling, on images with noise, not for this number).</li>"
-            f"<li>Exact round trip F⁻¹(F(x)): largest error {trip['value']:.1e} over {trip['n']} test images, pixels in [-1, 1].</li>"
-            f"<li>Wall time {result['wall_s']:.0f} s. Command: <code>{html.escape(result['command'])}</code>, commit {result['commit']}, {result['date']}.</li></ul>"
-            f"<details open><summary>Machine and versions</summary><pre>{html.escape(json.dumps({k: result[k] for k in ('hardware', 'versions')}, indent=1))}</pre></details>"
-            f"<details><summary>Configuration</summary><pre>{html.escape(json.dumps(result['config'], indent=1))}</pre></details>")
+    return (
+        f"<ul><li>{n} samples of each method from the same noise and labels, seed {bpd['seed']}, against {bpd['n']} test images.</li>"
+        f"<li>Test bits/dim of F: {bpd['value']:.3f} ({bpd['protocol']}, {bpd['n']} images; F was trained for sampling, on images with noise, not for this number).</li>"
+        f"<li>Exact round trip F⁻¹(F(x)): largest error {trip['value']:.1e} over {trip['n']} test images, pixels in [-1, 1].</li>"
+        f"<li>Wall time {result['wall_s']:.0f} s. Command: <code>{html.escape(result['command'])}</code>, commit {result['commit']}, {result['date']}.</li></ul>"
+        f"<details open><summary>Machine and versions</summary><pre>{html.escape(json.dumps({k: result[k] for k in ('hardware', 'versions')}, indent=1))}</pre></details>"
+        f"<details><summary>Configuration</summary><pre>{html.escape(json.dumps(result['config'], indent=1))}</pre></details>"
+    )
 
 # %% ../nbs/report.ipynb #3237d3fd
 def page(result: dict, pictures: dict) -> str:
     "The whole report as HTML; `pictures` maps the keys of `TEXTS` to `<img>` elements."
     body = "".join(section(key, picture) for key, picture in pictures.items())
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>BiFlow on {result["preset"]}</title>'
-            f"<style>{STYLE}</style><h1>Noise to digits in one pass</h1>{INTRO}<p><b>{headline(result)}</b></p>{body}"
-            f"<h2>Figures</h2>{table(result)}{METRIC_NOTE}{SPEED_NOTE}<h2>How this was measured</h2>{facts(result)}</html>\n")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>BiFlow on {result["preset"]}</title>'
+        f"<style>{STYLE}</style><h1>Noise to digits in one pass</h1>{INTRO}<p><b>{headline(result)}</b></p>{body}"
+        f"<h2>Figures</h2>{table(result)}{METRIC_NOTE}{SPEED_NOTE}<h2>How this was measured</h2>{facts(result)}</html>\n"
+    )
 
 # %% ../nbs/report.ipynb #2a9f8297
-def write_report(path: Path, result: dict, samples: dict, forward: TARFlow, reverse: ReverseModel, test: Images) -> Path:
+def write_report(
+    path: Path, result: dict, samples: dict, forward: TARFlow, reverse: ReverseModel, test: Images
+) -> Path:
     "Draw the pictures of a finished run (whose folder holds forward/ and reverse/) and write its page."
-    pictures = {"samples": (draw_rows(sample_rows(samples, test)), "digits drawn by three methods, and real ones"),
-                "trajectory": (draw_trajectory(forward, reverse, test), "states of F and of G for one digit"),
-                "reconstruction": (draw_rows(reconstruction_rows(forward, reverse, test)), "digits, their noise, and what G makes of it"),
-                "training": (draw_training(path.parent), "training losses")}
-    write_atomically(path, page(result, {key: embed(fig, alt) for key, (fig, alt) in pictures.items()}))
+    pictures = {
+        "samples": (
+            draw_rows(sample_rows(samples, test)),
+            "digits drawn by three methods, and real ones",
+        ),
+        "trajectory": (
+            draw_trajectory(forward, reverse, test),
+            "states of F and of G for one digit",
+        ),
+        "reconstruction": (
+            draw_rows(reconstruction_rows(forward, reverse, test)),
+            "digits, their noise, and what G makes of it",
+        ),
+        "training": (draw_training(path.parent), "training losses"),
+    }
+    write_atomically(
+        path, page(result, {key: embed(fig, alt) for key, (fig, alt) in pictures.items()})
+    )
     return path

@@ -27,23 +27,31 @@ BUDGETS = ("gpu", "cpu", "smoke")
 @dataclass(frozen=True)
 class Experiment:
     "An experiment: what it asks, and its commands in each size."
+
     question: str
-    result: str     # its results file, without .json
+    result: str  # its results file, without .json
     commands: dict  # budget → commands, in order
-    minutes: dict   # budget → minutes it was planned for: of one H200, of a core or two, of a core
+    minutes: dict  # budget → minutes it was planned for: of one H200, of a core or two, of a core
 
 # %% ../nbs/reproduce.ipynb #74be1dd8
-def pair_commands(preset: str, name: str, forward: str = "", reverse: str = "", evaluate: str = "") -> tuple[str, ...]:
+def pair_commands(
+    preset: str, name: str, forward: str = "", reverse: str = "", evaluate: str = ""
+) -> tuple[str, ...]:
     "Train F, train G against it, measure both."
     home = f"RUNS/{name}"
-    return (f"train forward --preset {preset} {forward} --out {home}/forward --resume",
-            f"train reverse --preset {preset} {reverse} --forward {home}/forward --out {home}/reverse --resume",
-            f"evaluate --preset {preset} {evaluate} --forward {home}/forward --reverse {home}/reverse --out RESULTS/{name}.json")
+    return (
+        f"train forward --preset {preset} {forward} --out {home}/forward --resume",
+        f"train reverse --preset {preset} {reverse} --forward {home}/forward --out {home}/reverse --resume",
+        f"evaluate --preset {preset} {evaluate} --forward {home}/forward --reverse {home}/reverse --out RESULTS/{name}.json",
+    )
 
 
 def table_commands(preset: str, *tables: str, more: str = "") -> tuple[str, ...]:
     "Tables of `bitflow ablate`, which share their trainings."
-    return tuple(f"ablate {table} --preset {preset} {more} --out RUNS/ablate-{preset} --results RESULTS --resume" for table in tables)
+    return tuple(
+        f"ablate {table} --preset {preset} {more} --out RUNS/ablate-{preset} --results RESULTS --resume"
+        for table in tables
+    )
 
 # %% ../nbs/reproduce.ipynb #df4261cd
 HOUR = "--steps {} --batch-size 64 --lr 2e-3 --train-{}.compile True --train-{}.sample-every {} --train-{}.checkpoint-every {}"
@@ -57,13 +65,24 @@ def hour_of(stage: str, steps: int, sample_every: int, checkpoint_every: int) ->
 
 def speed_commands(geometries: tuple, more: str = "") -> tuple[str, ...]:
     "One pass against the ways back, random weights."
-    return tuple(f"bench --what speed --geometry {g} {more} --out RESULTS/bench-speed-{g}.json" for g in geometries)
+    return tuple(
+        f"bench --what speed --geometry {g} {more} --out RESULTS/bench-speed-{g}.json"
+        for g in geometries
+    )
 
 # %% ../nbs/reproduce.ipynb #6a689214
 def tables_of(question: str, result: str, *tables: str, minutes: dict) -> Experiment:
     "An experiment that is made of tables on CIFAR-10."
     sizes = {"gpu": "cifar10", "cpu": "cifar10-mini", "smoke": "mnist-mini-smoke"}
-    return Experiment(question, f"ablate-{tables[0]}-{result}", {b: table_commands(p, *tables, more="--seeds 1" if b == "smoke" else "") for b, p in sizes.items()}, minutes)
+    return Experiment(
+        question,
+        f"ablate-{tables[0]}-{result}",
+        {
+            b: table_commands(p, *tables, more="--seeds 1" if b == "smoke" else "")
+            for b, p in sizes.items()
+        },
+        minutes,
+    )
 
 
 LONG = {"gpu": 10, "cpu": 600, "smoke": 2}
@@ -71,30 +90,82 @@ LONG = {"gpu": 10, "cpu": 600, "smoke": 2}
 # %% ../nbs/reproduce.ipynb #9e65ad0a
 EXPERIMENTS = {
     "speed-imagenet256": Experiment(
-        "How much faster is one pass than the exact inverse at ImageNet's shapes, with and without the VAE's decoder?", "bench-speed-imagenet256-b2",
-        {"gpu": speed_commands(("imagenet256-b2", "imagenet256-xl2")), "cpu": speed_commands(("imagenet256-b2",), "--batches 1"), "smoke": speed_commands(("imagenet256-b2-smoke",))}, {"gpu": 8, "cpu": 15, "smoke": 1}),
+        "How much faster is one pass than the exact inverse at ImageNet's shapes, with and without the VAE's decoder?",
+        "bench-speed-imagenet256-b2",
+        {
+            "gpu": speed_commands(("imagenet256-b2", "imagenet256-xl2")),
+            "cpu": speed_commands(("imagenet256-b2",), "--batches 1"),
+            "smoke": speed_commands(("imagenet256-b2-smoke",)),
+        },
+        {"gpu": 8, "cpu": 15, "smoke": 1},
+    ),
     "mnist-full": Experiment(
-        "F and G with all parts on 60,000 digits: does one pass come near the exact inverse?", "mnist-full",
-        {"gpu": pair_commands("mnist", "mnist-full", evaluate=GUIDED),
-         "cpu": pair_commands("mnist", "mnist-full", hour_of("forward", 9600, 2400, 600), hour_of("reverse", 2400, 600, 300), GUIDED),
-         "smoke": pair_commands("mnist-mini-smoke", "mnist-full")}, {"gpu": 8, "cpu": 150, "smoke": 1}),
+        "F and G with all parts on 60,000 digits: does one pass come near the exact inverse?",
+        "mnist-full",
+        {
+            "gpu": pair_commands("mnist", "mnist-full", evaluate=GUIDED),
+            "cpu": pair_commands(
+                "mnist",
+                "mnist-full",
+                hour_of("forward", 9600, 2400, 600),
+                hour_of("reverse", 2400, 600, 300),
+                GUIDED,
+            ),
+            "smoke": pair_commands("mnist-mini-smoke", "mnist-full"),
+        },
+        {"gpu": 8, "cpu": 150, "smoke": 1},
+    ),
     "cifar10-main": Experiment(
-        "The same in colour: 50,000 photographs of 32×32 pixels.", "cifar10-main",
-        {"gpu": pair_commands("cifar10", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS} --images 50000"), "cpu": pair_commands("cifar10-mini", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS}"),
-         "smoke": pair_commands("mnist-mini-smoke", "cifar10-main")}, {"gpu": 25, "cpu": 150, "smoke": 1})}
+        "The same in colour: 50,000 photographs of 32×32 pixels.",
+        "cifar10-main",
+        {
+            "gpu": pair_commands(
+                "cifar10", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS} --images 50000"
+            ),
+            "cpu": pair_commands("cifar10-mini", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS}"),
+            "smoke": pair_commands("mnist-mini-smoke", "cifar10-main"),
+        },
+        {"gpu": 25, "cpu": 150, "smoke": 1},
+    ),
+}
 
 # %% ../nbs/reproduce.ipynb #41be115a
 EXPERIMENTS |= {
-    "cifar10-strategies": tables_of("Does the order of the four strategies appear: exact 44.46, naive 43.41, hidden distillation 55.00, hidden alignment 36.93?", "cifar10", "strategies", minutes=LONG),
-    "cifar10-ablations": tables_of("What do denoising, norm control and the distance buy?", "cifar10", "denoising", "norm-control", "distances", minutes=LONG),
-    "cifar10-guidance": tables_of("Guidance in training against guidance at inference, over w.", "cifar10", "guidance", minutes=LONG),
-    "cifar10-scaling": tables_of("Does quality saturate with the size of G when the loss is perceptual?", "cifar10", "scaling", minutes=LONG)}
+    "cifar10-strategies": tables_of(
+        "Does the order of the four strategies appear: exact 44.46, naive 43.41, hidden distillation 55.00, hidden alignment 36.93?",
+        "cifar10",
+        "strategies",
+        minutes=LONG,
+    ),
+    "cifar10-ablations": tables_of(
+        "What do denoising, norm control and the distance buy?",
+        "cifar10",
+        "denoising",
+        "norm-control",
+        "distances",
+        minutes=LONG,
+    ),
+    "cifar10-guidance": tables_of(
+        "Guidance in training against guidance at inference, over w.",
+        "cifar10",
+        "guidance",
+        minutes=LONG,
+    ),
+    "cifar10-scaling": tables_of(
+        "Does quality saturate with the size of G when the loss is perceptual?",
+        "cifar10",
+        "scaling",
+        minutes=LONG,
+    ),
+}
 
 # %% ../nbs/reproduce.ipynb #fd89d7c0
 def find_experiment(name: str) -> Experiment:
     "The experiment of that name. Raises `BitflowError` with the nearest name for another."
     if name not in EXPERIMENTS:
-        raise BitflowError(f"unknown experiment {name!r}; {nearest(name, EXPERIMENTS)}experiments: {', '.join(EXPERIMENTS)}")
+        raise BitflowError(
+            f"unknown experiment {name!r}; {nearest(name, EXPERIMENTS)}experiments: {', '.join(EXPERIMENTS)}"
+        )
     return EXPERIMENTS[name]
 
 
@@ -103,7 +174,10 @@ def commands_of(name: str, budget: str, runs: Path, results: Path) -> list[list[
     if budget not in BUDGETS:
         raise BitflowError(f"unknown budget {budget!r}; choose {', '.join(BUDGETS)}")
     fill = lambda word: word.replace("RUNS", str(runs)).replace("RESULTS", str(results))
-    return [[fill(word) for word in command.split()] for command in find_experiment(name).commands[budget]]
+    return [
+        [fill(word) for word in command.split()]
+        for command in find_experiment(name).commands[budget]
+    ]
 
 # %% ../nbs/reproduce.ipynb #67399df7
 def file_of(words: list[str]) -> Path | None:
@@ -121,10 +195,16 @@ def stands(words: list[str], budget: str) -> bool:
         return False
     there = load_result(path.stem, path.parent)
     if (size := there.get("budget") or budget) != budget:
-        raise BitflowError(f"{path} was made with --budget {size}, not {budget}; move it away, or name other folders with --results and --out")
+        raise BitflowError(
+            f"{path} was made with --budget {size}, not {budget}; move it away, or name other folders with --results and --out"
+        )
     made_by = shlex.split(there["command"])
-    if made_by[1:2] != words[:1] or dict(zip(made_by, made_by[1:])).get("--preset") != dict(zip(words, words[1:])).get("--preset"):
-        raise BitflowError(f"{path} was made by another command ({shlex.join(made_by)}); move it away, or name another folder with --results")
+    if made_by[1:2] != words[:1] or dict(zip(made_by, made_by[1:])).get("--preset") != dict(
+        zip(words, words[1:])
+    ).get("--preset"):
+        raise BitflowError(
+            f"{path} was made by another command ({shlex.join(made_by)}); move it away, or name another folder with --results"
+        )
     return True
 
 # %% ../nbs/reproduce.ipynb #080fcdf3
@@ -133,7 +213,9 @@ def mark(path: Path, name: str, budget: str):
     result = load_result(path.stem, path.parent)
     found = result.pop("measurements")
     with writing(path.parent):
-        write_atomically(path, results_text({**result, "experiment": name, "budget": budget}, found))
+        write_atomically(
+            path, results_text({**result, "experiment": name, "budget": budget}, found)
+        )
 
 # %% ../nbs/reproduce.ipynb #495f234d
 def run_experiment(name: str, budget: str, runs: Path, results: Path, run, more: tuple = ()):
@@ -146,7 +228,9 @@ def run_experiment(name: str, budget: str, runs: Path, results: Path, run, more:
             continue
         print(f"{name}: bitflow {shlex.join(words)}", flush=True)
         if run([*words, *more]):
-            raise BitflowError(f"{name} stopped at: bitflow {shlex.join(words)}\nMend what it says, and start bitflow reproduce {name} again: what is done stays done")
+            raise BitflowError(
+                f"{name} stopped at: bitflow {shlex.join(words)}\nMend what it says, and start bitflow reproduce {name} again: what is done stays done"
+            )
         if path := file_of(words):
             mark(path, name, budget)
 
@@ -156,25 +240,42 @@ def entry(result: dict, folder: Path) -> dict:
     picture = folder / f"{result['name']}.png"
     keys = ("name", "preset", "experiment", "budget", "command", "commit", "date", "wall_s")
     gpu = result["hardware"]["gpu"]
-    return {**{k: result.get(k) for k in keys}, "hardware": gpu or f"{result['hardware']['cores']} cores, {result['hardware']['cpu']}",
-            "picture": picture.name if picture.exists() else None}
+    return {
+        **{k: result.get(k) for k in keys},
+        "hardware": gpu or f"{result['hardware']['cores']} cores, {result['hardware']['cpu']}",
+        "picture": picture.name if picture.exists() else None,
+    }
 
 
 def all_results(folder: Path) -> list[dict]:
     "Every results file of a folder, by name; the index itself is none."
-    found = [load_result(path.stem, folder) for path in sorted(Path(folder).glob("*.json")) if path.stem != "index"]
+    found = [
+        load_result(path.stem, folder)
+        for path in sorted(Path(folder).glob("*.json"))
+        if path.stem != "index"
+    ]
     return [result for result in found if isinstance(result, dict) and "measurements" in result]
 
 # %% ../nbs/reproduce.ipynb #f4ef1d76
 def shown(m: dict) -> str:
     "A measurement's value in four digits, with its unit and batch."
-    value = "–" if m["value"] is None else f"{m['value']:,.4g}" if abs(m["value"]) < 1e5 else f"{m['value']:.3e}"
+    value = (
+        "–"
+        if m["value"] is None
+        else f"{m['value']:,.4g}"
+        if abs(m["value"]) < 1e5
+        else f"{m['value']:.3e}"
+    )
     return value + ("" if m["unit"] in ("1", None) else f" {m['unit']}")
 
 # %% ../nbs/reproduce.ipynb #0c4768a4
 def column_of(m: dict) -> str:
     "What a measurement is of: metric, and what else tells it from its neighbours."
-    more = [f"{key} {m[key]:g}" for key in ("batch", "guidance", "w", "tokens", "block") if isinstance(m.get(key), (int, float)) and not isinstance(m.get(key), bool)]
+    more = [
+        f"{key} {m[key]:g}"
+        for key in ("batch", "guidance", "w", "tokens", "block")
+        if isinstance(m.get(key), (int, float)) and not isinstance(m.get(key), bool)
+    ]
     return ", ".join([m["metric"], *more])
 
 # %% ../nbs/reproduce.ipynb #f7a75b50
@@ -187,7 +288,10 @@ def markdown_table(result: dict) -> str:
         rows.setdefault(m["row"], {}).setdefault(column_of(m), []).append(shown(m))
         columns[column_of(m)] = None
     width = "|" + "---|" * (len(columns) + 1)
-    body = ["| " + " | ".join([row, *("; ".join(cells.get(c, ["–"])) for c in columns)]) + " |" for row, cells in rows.items()]
+    body = [
+        "| " + " | ".join([row, *("; ".join(cells.get(c, ["–"])) for c in columns)]) + " |"
+        for row, cells in rows.items()
+    ]
     return "\n".join(["| | " + " | ".join(columns) + " |", width, *body])
 
 # %% ../nbs/reproduce.ipynb #7435ec55
@@ -198,7 +302,11 @@ def section_of(result: dict, line: dict) -> str:
     how = f"`{line['command']}`{size}{images}; {line['hardware']}; commit {line['commit']}, {line['date'][:10]}, {line['wall_s'] / 60:.1f} minutes."
     picture = f"![{line['name']}]({line['picture']})\n\n" if line["picture"] else ""
     table = markdown_table(result)
-    body = table if table.count("|") < 1500 else f"{len(result['measurements'])} figures, too many for a page: [{line['name']}.json]({line['name']}.json)"
+    body = (
+        table
+        if table.count("|") < 1500
+        else f"{len(result['measurements'])} figures, too many for a page: [{line['name']}.json]({line['name']}.json)"
+    )
     return f"## {line['name']}\n\n{how}\n\n{picture}{body}\n"
 
 # %% ../nbs/reproduce.ipynb #5078d966
@@ -214,10 +322,21 @@ Written from the files in this folder by `bitflow reproduce`. Pictures show the 
 # %% ../nbs/reproduce.ipynb #547c7f05
 def experiments_table(lines: list[dict]) -> str:
     "The experiments as Markdown: what each asks, what it was planned for, and in which size it has been done."
-    rows = ["| experiment | question | minutes on one H200 | minutes on a CPU | done |", "|---|---|---|---|---|"]
+    rows = [
+        "| experiment | question | minutes on one H200 | minutes on a CPU | done |",
+        "|---|---|---|---|---|",
+    ]
     for name, e in EXPERIMENTS.items():
-        done = sorted({line["budget"] or "by its command alone" for line in lines if line["experiment"] == name or line["name"] == e.result})
-        rows.append(f"| `{name}` | {e.question} | {e.minutes['gpu']} | {e.minutes['cpu']} | {', '.join(done) or 'not yet'} |")
+        done = sorted(
+            {
+                line["budget"] or "by its command alone"
+                for line in lines
+                if line["experiment"] == name or line["name"] == e.result
+            }
+        )
+        rows.append(
+            f"| `{name}` | {e.question} | {e.minutes['gpu']} | {e.minutes['cpu']} | {', '.join(done) or 'not yet'} |"
+        )
     return "\n".join(rows) + "\n"
 
 # %% ../nbs/reproduce.ipynb #5682473e
@@ -238,8 +357,15 @@ def experiments_text() -> str:
     for name, e in EXPERIMENTS.items():
         parts.append(f"## {name}\n\n{e.question}\n")
         for budget in BUDGETS:
-            lines = [f"bitflow {shlex.join(words)}" for words in commands_of(name, budget, Path("runs/reproduce"), Path("results"))]
-            parts.append(f"`--budget {budget}`, planned for {e.minutes[budget]} minute{'s' * (e.minutes[budget] != 1)} {PLANNED[budget]}:\n\n```\n" + "\n".join(lines) + "\n```\n")
+            lines = [
+                f"bitflow {shlex.join(words)}"
+                for words in commands_of(name, budget, Path("runs/reproduce"), Path("results"))
+            ]
+            parts.append(
+                f"`--budget {budget}`, planned for {e.minutes[budget]} minute{'s' * (e.minutes[budget] != 1)} {PLANNED[budget]}:\n\n```\n"
+                + "\n".join(lines)
+                + "\n```\n"
+            )
     return "\n".join(parts)
 
 # %% ../nbs/reproduce.ipynb #87361e0d
@@ -248,20 +374,36 @@ def write_index(folder: Path) -> Path:
     found = all_results(folder)
     lines = [entry(result, folder) for result in found]
     with writing(folder):
-        write_atomically(folder / "index.json", "[\n" + ",\n".join(" " + json.dumps(line) for line in lines) + "\n]\n")
+        write_atomically(
+            folder / "index.json",
+            "[\n" + ",\n".join(" " + json.dumps(line) for line in lines) + "\n]\n",
+        )
         write_atomically(folder / "EXPERIMENTS.md", experiments_text())
-        write_atomically(folder / "README.md", "\n".join([PAGE, experiments_table(lines), *map(section_of, found, lines)]))
+        write_atomically(
+            folder / "README.md",
+            "\n".join([PAGE, experiments_table(lines), *map(section_of, found, lines)]),
+        )
     return folder / "README.md"
 
 # %% ../nbs/reproduce.ipynb #f2dc09cf
 GUARD, GUARD_STEPS, GUARD_SAMPLES = "check-mnist-mini", 300, 1000
-GUARDED = (("exact", "bits_per_dim"), ("exact+denoise", "fd[mnist-cnn]"), ("one-pass", "fd[mnist-cnn]"), ("one-pass", "label_accuracy"), ("one-pass", "reconstruction_mse"))
+GUARDED = (
+    ("exact", "bits_per_dim"),
+    ("exact+denoise", "fd[mnist-cnn]"),
+    ("one-pass", "fd[mnist-cnn]"),
+    ("one-pass", "label_accuracy"),
+    ("one-pass", "reconstruction_mse"),
+)
 
 
-def brief_figures(seed: int, device: str = "cpu", steps: int = GUARD_STEPS, n: int = GUARD_SAMPLES) -> list:
+def brief_figures(
+    seed: int, device: str = "cpu", steps: int = GUARD_STEPS, n: int = GUARD_SAMPLES
+) -> list:
     "Train F and G of `mnist-mini` briefly, and measure what is guarded; a list of `measurement`."
     preset = find_preset("mnist-mini")
-    F_cfg, G_cfg = (replace(cfg, steps=steps, seed=seed) for cfg in (preset.train_forward, preset.train_reverse))
+    F_cfg, G_cfg = (
+        replace(cfg, steps=steps, seed=seed) for cfg in (preset.train_forward, preset.train_reverse)
+    )
     preset = replace(preset, train_forward=F_cfg, train_reverse=G_cfg)
     train, test = (load_data(preset.data, split) for split in ("train", "test"))
     with tempfile.TemporaryDirectory() as home:
@@ -277,7 +419,15 @@ def record_guard(results: Path, seeds: int = 5, device: str = "cpu") -> Path:
     for seed in range(seeds):
         found += brief_figures(seed, device)
     config = {"steps": GUARD_STEPS, **dataclasses.asdict(find_preset("mnist-mini"))}
-    return save_results(results, GUARD, "mnist-mini", "bitflow reproduce --check --record", config, found, time.perf_counter() - start)
+    return save_results(
+        results,
+        GUARD,
+        "mnist-mini",
+        "bitflow reproduce --check --record",
+        config,
+        found,
+        time.perf_counter() - start,
+    )
 
 
 def compare_guard(stored: dict, found: list, width: float = 4.0) -> list[tuple]:
@@ -285,6 +435,18 @@ def compare_guard(stored: dict, found: list, width: float = 4.0) -> list[tuple]:
     lines = []
     for m in found:
         values = [s["value"] for s in measured(stored, m["row"], m["metric"])]
-        mean, spread = statistics.mean(values), statistics.stdev(values) * (1 + 1 / len(values)) ** 0.5
-        lines.append((m["row"], m["metric"], m["value"], mean, spread, abs(m["value"] - mean) <= width * spread))
+        mean, spread = (
+            statistics.mean(values),
+            statistics.stdev(values) * (1 + 1 / len(values)) ** 0.5,
+        )
+        lines.append(
+            (
+                m["row"],
+                m["metric"],
+                m["value"],
+                mean,
+                spread,
+                abs(m["value"] - mean) <= width * spread,
+            )
+        )
     return lines

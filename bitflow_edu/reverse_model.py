@@ -18,13 +18,15 @@ __all__ = ['sample_noise', 'check_reverse', 'ReverseConfig', 'ReverseBlock', 'pr
 
 # %% ../nbs/10_reverse_model.ipynb #a6cd2110
 def sample_noise(
-    cfg,                    # `TARFlowConfig` or `ReverseConfig`
-    n: int,                 # images
+    cfg,  # `TARFlowConfig` or `ReverseConfig`
+    n: int,  # images
     seed: int = 0,
     device: str = "cpu",
-) -> Tensor:                # z `(n, T, D)`
+) -> Tensor:  # z `(n, T, D)`
     "Noise tokens; image i's noise depends on the seed alone, not on the device or on n."
-    z = np.random.default_rng(seed).standard_normal((n, cfg.num_tokens, cfg.token_dim), dtype=np.float32)
+    z = np.random.default_rng(seed).standard_normal(
+        (n, cfg.num_tokens, cfg.token_dim), dtype=np.float32
+    )
     return torch.from_numpy(z).to(device)
 
 # %% ../nbs/10_reverse_model.ipynb #1288cec7
@@ -34,20 +36,27 @@ def check_reverse(cfg):
     if cfg.num_blocks < 1:
         raise BitflowError(f"num_blocks is {cfg.num_blocks}; G needs at least one block")
     if not 0 <= cfg.max_guidance < float("inf"):
-        raise BitflowError(f"max_guidance is {cfg.max_guidance}; the largest w of training is finite and not negative, 0 for a G without w")
+        raise BitflowError(
+            f"max_guidance is {cfg.max_guidance}; the largest w of training is finite and not negative, 0 for a G without w"
+        )
 
 # %% ../nbs/10_reverse_model.ipynb #01867be3
 @dataclass(frozen=True)
 class ReverseConfig(TokenGeometry):
     "The shape of the reverse model G."
-    image_size: int = 16    # pixels a side
-    channels: int = 1       # C
-    patch_size: int = 4     # p
-    num_classes: int = 10   # labels 0 … num_classes − 1; −1 means no label
-    num_blocks: int = 4     # B, one for every block of F
-    denoise: bool = True    # one more block, from h^0 (noisy) to the clean x'
-    token_states: bool = False  # pass states on in token space (hidden distillation), not in model width
-    max_guidance: float = 0.0   # G takes a guidance scale w, trained from 0 to this (chapter 14); 0: it takes none
+
+    image_size: int = 16  # pixels a side
+    channels: int = 1  # C
+    patch_size: int = 4  # p
+    num_classes: int = 10  # labels 0 … num_classes − 1; −1 means no label
+    num_blocks: int = 4  # B, one for every block of F
+    denoise: bool = True  # one more block, from h^0 (noisy) to the clean x'
+    token_states: bool = (
+        False  # pass states on in token space (hidden distillation), not in model width
+    )
+    max_guidance: float = (
+        0.0  # G takes a guidance scale w, trained from 0 to this (chapter 14); 0: it takes none
+    )
     embed_std: float = 0.3  # initial size of position and class embeddings
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
 
@@ -57,17 +66,26 @@ class ReverseConfig(TokenGeometry):
 # %% ../nbs/10_reverse_model.ipynb #6d921f9f
 class ReverseBlock(nn.Module):
     "Undoes one f_i: h^{i+1} to h^i, every token seeing every other."
+
     def __init__(self, cfg: ReverseConfig):
         super().__init__()
         width = cfg.transformer.width
         self.class_embed = ClassEmbedding(cfg.num_classes, width, cfg.embed_std)
-        self.transformer = Transformer(cfg.transformer, cfg.image_size // cfg.patch_size, causal=False)
-        self.scale_embed = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width)) if cfg.max_guidance else None
+        self.transformer = Transformer(
+            cfg.transformer, cfg.image_size // cfg.patch_size, causal=False
+        )
+        self.scale_embed = (
+            nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
+            if cfg.max_guidance
+            else None
+        )
 
     def forward(self, h, c, w=None):
         "Features `(N, T, width)`, labels `(N,)` (−1: none) and, where G takes them, guidance scales `(N,)`, to features of the same shape."
         h = h + self.class_embed(c)
-        return self.transformer(h if self.scale_embed is None else h + self.scale_embed(w[:, None])[:, None])
+        return self.transformer(
+            h if self.scale_embed is None else h + self.scale_embed(w[:, None])[:, None]
+        )
 
 # %% ../nbs/10_reverse_model.ipynb #b5586ab0
 def projection(cfg: ReverseConfig) -> nn.Sequential:
@@ -79,10 +97,11 @@ def projection(cfg: ReverseConfig) -> nn.Sequential:
 @dataclass(frozen=True)
 class ReverseOutput:
     "What G made of a batch, in the trajectory's order."
-    hidden: tuple[Tensor, ...]     # h^0 … h^B, each `(N, T, width)`
+
+    hidden: tuple[Tensor, ...]  # h^0 … h^B, each `(N, T, width)`
     projected: tuple[Tensor, ...]  # φ_0(h^0) … φ_{B−1}(h^{B−1}), each `(N, T, D)`
-    image: Tensor                  # x' `(N, C, H, W)`: clean; without a denoising block, φ_0(h^0) as an image
-    denoised: bool = True          # whether there was a denoising block
+    image: Tensor  # x' `(N, C, H, W)`: clean; without a denoising block, φ_0(h^0) as an image
+    denoised: bool = True  # whether there was a denoising block
 
 # %% ../nbs/10_reverse_model.ipynb #fa822ccb
 def per_block(w, n: int, num_blocks: int, like: Tensor) -> Tensor:
@@ -95,11 +114,16 @@ def guidance_scales(cfg: ReverseConfig, w, n: int, device) -> Tensor | None:
     "w `per_block` for a G that takes it; no w is 0. `BitflowError` where G takes none."
     if not cfg.max_guidance:
         if w is not None:
-            raise BitflowError("this G takes no guidance scale w; train one with max_guidance above 0, or guide it at inference (chapter 14)")
+            raise BitflowError(
+                "this G takes no guidance scale w; train one with max_guidance above 0, or guide it at inference (chapter 14)"
+            )
         return None
     w = per_block(0.0 if w is None else w, n, cfg.num_blocks, torch.empty(0, device=device))
     if w.numel() and not (w.min() >= 0 and w.max() <= cfg.max_guidance):
-        warnings.warn(f"w from {w.min():g} to {w.max():g}, but this G was trained with w from 0 to {cfg.max_guidance:g}: what it makes of it is a guess", stacklevel=4)
+        warnings.warn(
+            f"w from {w.min():g} to {w.max():g}, but this G was trained with w from 0 to {cfg.max_guidance:g}: what it makes of it is a guess",
+            stacklevel=4,
+        )
     return w
 
 # %% ../nbs/10_reverse_model.ipynb #b136f4fe
@@ -111,6 +135,7 @@ def with_labels(cfg: ReverseConfig, c: Tensor, w=None):
 # %% ../nbs/10_reverse_model.ipynb #a3822b66
 class ReverseModel(nn.Module):
     "G: noise tokens and labels to a clean image, in one pass (BiFlow, arXiv 2512.10953)."
+
     Config = ReverseConfig
 
     def __init__(self, cfg: ReverseConfig):
@@ -120,7 +145,9 @@ class ReverseModel(nn.Module):
         self.pos_embed = nn.Parameter(cfg.embed_std * torch.randn(cfg.num_tokens, width))
         self.blocks = nn.ModuleList([ReverseBlock(cfg) for _ in range(cfg.num_blocks)])
         self.heads = nn.ModuleList([projection(cfg) for _ in range(cfg.num_blocks)])
-        self.lifts = nn.ModuleList([nn.Linear(cfg.token_dim, width) for _ in range(cfg.num_blocks * cfg.token_states)])
+        self.lifts = nn.ModuleList(
+            [nn.Linear(cfg.token_dim, width) for _ in range(cfg.num_blocks * cfg.token_states)]
+        )
         self.denoiser = ReverseBlock(cfg) if cfg.denoise else None
         self.out = projection(cfg) if cfg.denoise else None
 
@@ -138,7 +165,9 @@ class ReverseModel(nn.Module):
 
     def finish(self, h, projected, run):
         "x' `(N, C, H, W)`: from h^0 through the denoising block, or φ_0(h^0) itself where there is none."
-        tokens = self.out(run(self.denoiser, h, self.cfg.num_blocks)) if self.cfg.denoise else projected
+        tokens = (
+            self.out(run(self.denoiser, h, self.cfg.num_blocks)) if self.cfg.denoise else projected
+        )
         return unpatchify(tokens, self.cfg.patch_size, self.cfg.channels)
 
     def walk(self, z, run):
@@ -161,8 +190,8 @@ def one_pass(
     model: ReverseModel,
     z: Tensor,  # noise tokens `(N, T, D)`
     c: Tensor,  # labels `(N,)`, −1: none
-    w=None,     # guidance scale, where G takes one; see `with_labels`
-) -> Tensor:    # clean images x' `(N, C, H, W)`
+    w=None,  # guidance scale, where G takes one; see `with_labels`
+) -> Tensor:  # clean images x' `(N, C, H, W)`
     "Sample: one forward pass of G, 1-NFE. States that only training looks at are not computed."
     h, cfg, run = model.embed(z), model.cfg, with_labels(model.cfg, c, w)
     for i in reversed(range(cfg.num_blocks)):

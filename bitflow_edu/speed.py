@@ -40,7 +40,8 @@ from .transformer import compile_layers
 @dataclass(frozen=True)
 class Machine:
     "What a machine can do at most, measured in the same run as all the rest."
-    peak: float       # floating point operations a second, in a large matrix product
+
+    peak: float  # floating point operations a second, in a large matrix product
     bandwidth: float  # bytes a second, read and written, in a large copy
 
     @property
@@ -64,15 +65,18 @@ def large_products(side: int, device: str, dtype: torch.dtype) -> list:
 
 def measure_machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
     "Time large matrix products in `dtype`, and a copy that fits in no cache; the fastest way, and of its calls the faster ones, because these are limits."
-    side, size = (8192, 2 ** 30) if device.startswith("cuda") else (1536, 2 ** 28)
+    side, size = (8192, 2**30) if device.startswith("cuda") else (1536, 2**28)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     product = min(timed(call, 15, 2)["low_ms"] for call in large_products(side, device, dtype))
-    return Machine(2e3 * side ** 3 / product, 2e3 * size / timed(lambda: target.copy_(source), 15, 2)["low_ms"])
+    return Machine(
+        2e3 * side**3 / product, 2e3 * size / timed(lambda: target.copy_(source), 15, 2)["low_ms"]
+    )
 
 # %% ../nbs/16_speed.ipynb #7acb5966
 class Traffic(TorchDispatchMode):
     "Bytes that matrix products and convolutions read and write inside `with Traffic() as t`: `t.moved`. Every operand counts once."
+
     def __init__(self):
         super().__init__()
         self.moved = 0
@@ -95,17 +99,18 @@ def bytes_moved(call) -> int:
 @dataclass(frozen=True)
 class Cost:
     "What a way takes for a batch, on any machine."
-    nfe: float   # passes through a whole network; the exact inverse counts T, as the paper does
+
+    nfe: float  # passes through a whole network; the exact inverse counts T, as the paper does
     serial: int  # steps that have to wait for one another
-    flops: int   # operations, an image
-    moved: int   # bytes to and from memory, the whole batch
+    flops: int  # operations, an image
+    moved: int  # bytes to and from memory, the whole batch
 
 # %% ../nbs/16_speed.ipynb #b154c923
 @torch.no_grad()
 def walk_bytes(
     F: TARFlow,  # on meta
-    z: Tensor,   # noise `(N, T, D)`, on meta
-    c: Tensor,   # labels `(N,)`, on meta
+    z: Tensor,  # noise `(N, T, D)`, on meta
+    c: Tensor,  # labels `(N,)`, on meta
 ) -> int:
     "Bytes of the exact inverse: T−1 steps a block, each as with a KV cache that is half full."
     total = 0
@@ -117,9 +122,14 @@ def walk_bytes(
 
 # %% ../nbs/16_speed.ipynb #beac86b7
 @cache
-def pair_costs(forward: TARFlowConfig, reverse: ReverseConfig, batch: int, dtype: torch.dtype = torch.float32) -> dict:
+def pair_costs(
+    forward: TARFlowConfig, reverse: ReverseConfig, batch: int, dtype: torch.dtype = torch.float32
+) -> dict:
     "Row → `Cost` of one pass, the exact inverse, the score step, and F's own direction, from shapes alone."
-    F, G = on_meta(TARFlow, replace(forward, logit_alpha=0.0)), on_meta(ReverseModel, replace(reverse, max_guidance=0.0))
+    F, G = (
+        on_meta(TARFlow, replace(forward, logit_alpha=0.0)),
+        on_meta(ReverseModel, replace(reverse, max_guidance=0.0)),
+    )
     flops, T = pass_flops(F, G), forward.num_tokens
     F, G = F.to(dtype), G.to(dtype)
     x, z, c = meta_batch(forward, batch)
@@ -127,31 +137,38 @@ def pair_costs(forward: TARFlowConfig, reverse: ReverseConfig, batch: int, dtype
     with torch.no_grad():
         density = bytes_moved(lambda: F(x, c))
     score = flops.get("exact+denoise", flops["exact"]) - flops["exact"]
-    return {"one-pass": Cost(1, 1, flops["one-pass"], bytes_moved(lambda: one_pass(G, z, c))),
-            "exact": Cost(T, serial_steps(F), flops["exact"], walk_bytes(F, z, c)),
-            "score-step": Cost(2, 2, score, bytes_moved(lambda: score_denoise(F, x, c))),
-            "density": Cost(1, 1, flops["density"], density)}
+    return {
+        "one-pass": Cost(1, 1, flops["one-pass"], bytes_moved(lambda: one_pass(G, z, c))),
+        "exact": Cost(T, serial_steps(F), flops["exact"], walk_bytes(F, z, c)),
+        "score-step": Cost(2, 2, score, bytes_moved(lambda: score_denoise(F, x, c))),
+        "density": Cost(1, 1, flops["density"], density),
+    }
 
 # %% ../nbs/16_speed.ipynb #3e4b92b9
 @dataclass(frozen=True)
 class Way:
     "One way to do something for a batch."
-    call: object           # without arguments
-    cost: Cost             # before it ran: what it takes at least
-    after: object = None   # from what `call` gave to the `Cost` it took; None: `cost`
-    prepares: bool = False # the first call compiles or records something, and says nothing about the next
+
+    call: object  # without arguments
+    cost: Cost  # before it ran: what it takes at least
+    after: object = None  # from what `call` gave to the `Cost` it took; None: `cost`
+    prepares: bool = (
+        False  # the first call compiles or records something, and says nothing about the next
+    )
 
 # %% ../nbs/16_speed.ipynb #98523bd5
 def example(F: TARFlow, batch: int) -> tuple:
     "Noise `(N, T, D)` in the type of F's weights, and labels `(N,)`."
     like = next(F.parameters())
-    return sample_noise(F.cfg, batch, device=like.device).to(like.dtype), grid_labels(F.cfg, batch).to(like.device)
+    return sample_noise(F.cfg, batch, device=like.device).to(like.dtype), grid_labels(
+        F.cfg, batch
+    ).to(like.device)
 
 # %% ../nbs/16_speed.ipynb #2e2f3fef
 def jacobi_cost(
-    density: Cost,   # of F's own direction
-    weights: int,    # bytes of F's blocks
-    how: list,       # a `Convergence` for each block
+    density: Cost,  # of F's own direction
+    weights: int,  # bytes of F's blocks
+    how: list,  # a `Convergence` for each block
 ) -> Cost:
     "What a fixed-point iteration took: every pass reads a block's weights, and computes a segment's tokens."
     serial, B = sum(sum(h.iterations) for h in how), len(how)
@@ -160,17 +177,27 @@ def jacobi_cost(
     return Cost(passes, serial, round(passes * density.flops), round(moved))
 
 # %% ../nbs/16_speed.ipynb #c894ce5e
-def eager_ways(F: TARFlow, G: ReverseModel, batch: int, segments=2, tolerance: float = 1e-4) -> dict:
+def eager_ways(
+    F: TARFlow, G: ReverseModel, batch: int, segments=2, tolerance: float = 1e-4
+) -> dict:
     "Row → `Way`: one pass, the score step, and every way back that needs no compiler."
     z, c = example(F, batch)
-    cost, x = pair_costs(F.cfg, G.cfg, batch, z.dtype), unpatchify(z, F.cfg.patch_size, F.cfg.channels)
+    cost, x = (
+        pair_costs(F.cfg, G.cfg, batch, z.dtype),
+        unpatchify(z, F.cfg.patch_size, F.cfg.channels),
+    )
     weights = sum(p.nbytes for p in F.blocks.parameters())
-    ways = {f"one-pass{how}": Way(call, cost["one-pass"], prepares=bool(how)) for how, call in passing_ways(G, z, c, None, compiled=False).items()}
+    ways = {
+        f"one-pass{how}": Way(call, cost["one-pass"], prepares=bool(how))
+        for how, call in passing_ways(G, z, c, None, compiled=False).items()
+    }
     ways["score-step"] = Way(partial(score_denoise, F, x, c), cost["score-step"])
     for row, call in walking_ways(F, z, c, 0.0, compiled=False).items():
         ways[row] = Way(call, cost["exact"], prepares=row == "graph")
     for row, call in jacobi_ways(F, z, c, 0.0, tolerance, segments).items():
-        ways[row] = Way(call, cost["density"], lambda found: jacobi_cost(cost["density"], weights, found[1]))
+        ways[row] = Way(
+            call, cost["density"], lambda found: jacobi_cost(cost["density"], weights, found[1])
+        )
     ways.pop("plain", None)
     return ways
 
@@ -180,7 +207,17 @@ def reverse_for(name: str, cfg: TARFlowConfig) -> ReverseConfig:
     preset = find_preset(name) if name in PRESETS else None
     if preset and preset.reverse:
         return replace(preset.reverse, max_guidance=0.0)
-    shape = {field: getattr(cfg, field) for field in ("image_size", "channels", "patch_size", "num_classes", "num_blocks", "transformer")}
+    shape = {
+        field: getattr(cfg, field)
+        for field in (
+            "image_size",
+            "channels",
+            "patch_size",
+            "num_classes",
+            "num_blocks",
+            "transformer",
+        )
+    }
     return ReverseConfig(**shape)
 
 # %% ../nbs/16_speed.ipynb #6ab0d60a
@@ -195,16 +232,33 @@ def compiled_ways(F: TARFlow, G: ReverseModel, batch: int) -> dict:
     "Row → `Way`: one pass, the score step and the walk, compiled for this batch, and the native programs. Needs a C++ compiler on a CPU."
     torch._dynamo.reset()  # shapes of another batch would make it look for code that fits both
     z, c = example(F, batch)
-    cost, x = pair_costs(F.cfg, G.cfg, batch, z.dtype), unpatchify(z, F.cfg.patch_size, F.cfg.channels)
-    calls = {"one-pass, compiled": (partial(one_pass, compiled_copy(G), z, c), "one-pass"), "score-step, compiled": (partial(score_denoise, compiled_copy(F), x, c), "score-step")}
-    walk, passing = walking_ways(F, z, c, 0.0, compiled=True), passing_ways(G, z, c, None, compiled=True)
+    cost, x = (
+        pair_costs(F.cfg, G.cfg, batch, z.dtype),
+        unpatchify(z, F.cfg.patch_size, F.cfg.channels),
+    )
+    calls = {
+        "one-pass, compiled": (partial(one_pass, compiled_copy(G), z, c), "one-pass"),
+        "score-step, compiled": (partial(score_denoise, compiled_copy(F), x, c), "score-step"),
+    }
+    walk, passing = (
+        walking_ways(F, z, c, 0.0, compiled=True),
+        passing_ways(G, z, c, None, compiled=True),
+    )
     calls |= {row: (walk[row], "exact") for row in ("native", "compiled") if row in walk}
-    calls |= {f"one-pass{how}": (call, "one-pass") for how, call in passing.items() if how == ", native"}
+    calls |= {
+        f"one-pass{how}": (call, "one-pass") for how, call in passing.items() if how == ", native"
+    }
     return {row: Way(call, cost[of], prepares=True) for row, (call, of) in calls.items()}
 
 # %% ../nbs/16_speed.ipynb #9114ac21
-STABLE_DIFFUSION = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=256)
+STABLE_DIFFUSION = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=4,
+    sample_size=256,
+)
 
 
 def latent_decoders(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
@@ -212,7 +266,9 @@ def latent_decoders(device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
     try:
         from diffusers import AutoencoderKL, AutoencoderTiny
     except ImportError:
-        raise BitflowError("the decoders of latents come from diffusers, which is not installed: pip install diffusers") from None
+        raise BitflowError(
+            "the decoders of latents come from diffusers, which is not installed: pip install diffusers"
+        ) from None
     found = {"vae-decoder": AutoencoderKL(**STABLE_DIFFUSION), "tiny-decoder": AutoencoderTiny()}
     for model in found.values():
         model.encoder = None
@@ -224,8 +280,16 @@ def decoder_ways(decoders: dict, F: TARFlow, batch: int) -> dict:
     "Row → `Way`, of latents of F's shape to images."
     z, ways = unpatchify(example(F, batch)[0], F.cfg.patch_size, F.cfg.channels), {}
     for row, model in decoders.items():
-        ghost, shape = nn.Module.to(copy.deepcopy(model), "meta"), torch.empty_like(z, device="meta")
-        cost = Cost(1, 1, count_flops(lambda: ghost.decode(shape[:1])), bytes_moved(lambda: ghost.decode(shape)))
+        ghost, shape = (
+            nn.Module.to(copy.deepcopy(model), "meta"),
+            torch.empty_like(z, device="meta"),
+        )
+        cost = Cost(
+            1,
+            1,
+            count_flops(lambda: ghost.decode(shape[:1])),
+            bytes_moved(lambda: ghost.decode(shape)),
+        )
         ways[row] = Way(lambda model=model: model.decode(z).sample, cost)
     return ways
 
@@ -233,8 +297,9 @@ def decoder_ways(decoders: dict, F: TARFlow, batch: int) -> dict:
 @dataclass(frozen=True)
 class Limits:
     "How long a measurement may take."
-    repeats: int = 15     # timed calls of a row
-    row_s: float = 8.0    # seconds that the timed calls of a row may take; what cannot make 3 calls in it is left out
+
+    repeats: int = 15  # timed calls of a row
+    row_s: float = 8.0  # seconds that the timed calls of a row may take; what cannot make 3 calls in it is left out
     run_s: float = 180.0  # seconds after which no further row is started
 
 
@@ -253,8 +318,12 @@ def timed_within(way: Way, limits: Limits) -> tuple:
     if way.prepares or seconds < 1:
         seconds = call_times(way.call, 1)[0] / 1000
     if 3 * seconds > limits.row_s:
-        raise BitflowError(f"a call takes {seconds:.3g} s, three of them more than the {limits.row_s:g} s of a row")
-    return found[0], timed(way.call, max(2, min(limits.repeats, int(limits.row_s / seconds) - 1)), warmup=0)
+        raise BitflowError(
+            f"a call takes {seconds:.3g} s, three of them more than the {limits.row_s:g} s of a row"
+        )
+    return found[0], timed(
+        way.call, max(2, min(limits.repeats, int(limits.row_s / seconds) - 1)), warmup=0
+    )
 
 # %% ../nbs/16_speed.ipynb #acf98354
 def peak_memory_mb(call) -> float:
@@ -263,52 +332,96 @@ def peak_memory_mb(call) -> float:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
-    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 # %% ../nbs/16_speed.ipynb #894bd439
 def cost_lines(row: str, cost: Cost, batch: int) -> list:
     "A `Cost` as measurements."
-    figures = (("flops_per_image", cost.flops, "FLOP"), ("bytes_per_image", cost.moved / batch, "B"), ("nfe", cost.nfe, "1"), ("serial_steps", cost.serial, "1"))
+    figures = (
+        ("flops_per_image", cost.flops, "FLOP"),
+        ("bytes_per_image", cost.moved / batch, "B"),
+        ("nfe", cost.nfe, "1"),
+        ("serial_steps", cost.serial, "1"),
+    )
     return [measurement(row, metric, value, unit, batch=batch) for metric, value, unit in figures]
 
 
 def lines_of(row: str, t: dict, cost: Cost, batch: int, machine: Machine) -> list:
     "A timed way as measurements."
     mfu = cost.flops * batch / machine.peak * 1000 / t["median_ms"]
-    return [time_per_image(row, t, batch), measurement(row, "mfu", mfu, batch=batch), *cost_lines(row, cost, batch)]
+    return [
+        time_per_image(row, t, batch),
+        measurement(row, "mfu", mfu, batch=batch),
+        *cost_lines(row, cost, batch),
+    ]
 
 # %% ../nbs/16_speed.ipynb #15c5c5a6
-def time_way(row: str, way: Way, batch: int, machine: Machine, limits: Limits, until: float, on_gpu: bool) -> list:
+def time_way(
+    row: str, way: Way, batch: int, machine: Machine, limits: Limits, until: float, on_gpu: bool
+) -> list:
     "All lines of one way; where it is left out, because it is too slow, fails, or comes after `until` (`time.perf_counter`), the reason and what it costs."
-    least, known = machine.least_s(way.cost.flops * batch, way.cost.moved), [] if way.after else cost_lines(row, way.cost, batch)
+    least, known = (
+        machine.least_s(way.cost.flops * batch, way.cost.moved),
+        [] if way.after else cost_lines(row, way.cost, batch),
+    )
     try:
         if time.perf_counter() > until:
             raise BitflowError(f"the {limits.run_s:g} s of the run were over")
         if 3 * least > limits.row_s:
-            raise BitflowError(f"a call takes {least:.3g} s or more by the roofline, three of them more than the {limits.row_s:g} s of a row")
+            raise BitflowError(
+                f"a call takes {least:.3g} s or more by the roofline, three of them more than the {limits.row_s:g} s of a row"
+            )
         found, t = timed_within(way, limits)
-        memory = [measurement(row, "peak_memory_mb", peak_memory_mb(way.call), "MB", batch=batch)] if on_gpu else []
+        memory = (
+            [measurement(row, "peak_memory_mb", peak_memory_mb(way.call), "MB", batch=batch)]
+            if on_gpu
+            else []
+        )
     except (RuntimeError, BitflowError) as e:
         return [left_out(row, batch, (str(e).strip() or type(e).__name__).splitlines()[0]), *known]
     return lines_of(row, t, way.after(found) if way.after else way.cost, batch, machine) + memory
 
 # %% ../nbs/16_speed.ipynb #d363d9f2
-BACK = ("exact", "packed", "native", "graph", "compiled", "jacobi", "gs-jacobi")  # rows that undo F exactly
+BACK = (
+    "exact",
+    "packed",
+    "native",
+    "graph",
+    "compiled",
+    "jacobi",
+    "gs-jacobi",
+)  # rows that undo F exactly
 
 
 def speedups(found: list) -> list:
-    "How much faster each way back is than \"exact\", where both were measured at a batch."
+    'How much faster each way back is than "exact", where both were measured at a batch.'
     ms = {(m["row"], m["batch"]): m["value"] for m in found if m["metric"] == "ms_per_image"}
     same = [(row, batch) for row, batch in ms if row in BACK or row.startswith("one-pass")]
-    return [measurement(row, "speedup_vs_exact", ms["exact", batch] / ms[row, batch], "×", batch=batch) for row, batch in same if ("exact", batch) in ms]
+    return [
+        measurement(row, "speedup_vs_exact", ms["exact", batch] / ms[row, batch], "×", batch=batch)
+        for row, batch in same
+        if ("exact", batch) in ms
+    ]
 
 # %% ../nbs/16_speed.ipynb #de149d57
-def bench_speed(F: TARFlow, G: ReverseModel, decoders: dict = {}, batches: tuple = (1, 16), compiled: bool = False, segments=2, limits: Limits = Limits()) -> list:
+def bench_speed(
+    F: TARFlow,
+    G: ReverseModel,
+    decoders: dict = {},
+    batches: tuple = (1, 16),
+    compiled: bool = False,
+    segments=2,
+    limits: Limits = Limits(),
+) -> list:
     "Time, arithmetic, traffic and memory of every way from noise to an image, as measurements; F, G and decoders on one device, in one type."
     like, until = next(F.parameters()), time.perf_counter() + limits.run_s
     machine, on_gpu = measure_machine(like.device.type, like.dtype), like.device.type == "cuda"
-    found = [measurement("machine", "measured_peak_tflops", machine.peak / 1e12, "TFLOP/s", dtype=str(like.dtype)),
-             measurement("machine", "measured_bandwidth_gbs", machine.bandwidth / 1e9, "GB/s")]
+    found = [
+        measurement(
+            "machine", "measured_peak_tflops", machine.peak / 1e12, "TFLOP/s", dtype=str(like.dtype)
+        ),
+        measurement("machine", "measured_bandwidth_gbs", machine.bandwidth / 1e9, "GB/s"),
+    ]
     eager = lambda batch: eager_ways(F, G, batch, segments) | decoder_ways(decoders, F, batch)
     for ways in (eager, partial(compiled_ways, F, G)) if compiled else (eager,):
         for batch in batches:
@@ -321,9 +434,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def find_type(precision: str, device: str) -> torch.dtype:
-    "The type that weights and tokens have: \"fp32\", \"bf16\", or \"auto\": bf16 on a GPU. Raises `BitflowError` for another word."
+    'The type that weights and tokens have: "fp32", "bf16", or "auto": bf16 on a GPU. Raises `BitflowError` for another word.'
     if precision not in (*PRECISIONS, "auto"):
-        raise BitflowError(f"unknown precision {precision!r}; choose {', '.join(PRECISIONS)} or auto")
+        raise BitflowError(
+            f"unknown precision {precision!r}; choose {', '.join(PRECISIONS)} or auto"
+        )
     return PRECISIONS[precision if precision != "auto" else "bf16" if device == "cuda" else "fp32"]
 
 # %% ../nbs/16_speed.ipynb #05e38b2c
@@ -335,15 +450,34 @@ def frozen(model: nn.Module) -> nn.Module:
 DEFAULT_BATCHES = {"cuda": (1, 16, 64, 256), "cpu": (1, 16)}  # images at once
 
 
-def bench_geometry(name: str, F: TARFlow, precision: str = "auto", batches: tuple = None, compiled: bool = False, segments=2, limits: Limits = None) -> list:
+def bench_geometry(
+    name: str,
+    F: TARFlow,
+    precision: str = "auto",
+    batches: tuple = None,
+    compiled: bool = False,
+    segments=2,
+    limits: Limits = None,
+) -> list:
     "`bench_speed` for F, on its device, and the G of a preset or geometry, random weights; with decoders where F works on latents of 4 channels."
     device = next(F.parameters()).device.type
-    dtype, limits = find_type(precision, device), limits or (Limits() if device == "cuda" else PATIENT)
+    dtype, limits = (
+        find_type(precision, device),
+        limits or (Limits() if device == "cuda" else PATIENT),
+    )
     G = build(ReverseModel, reverse_for(name, F.cfg), 0, device).to(dtype)
     check_pair(F, G)
     decoders = latent_decoders(device, dtype) if F.cfg.channels == 4 else {}
     own = copy.deepcopy(F).to(dtype)  # the caller's F stays as it is
-    return bench_speed(frozen(own), frozen(G), decoders, batches or DEFAULT_BATCHES.get(device, DEFAULT_BATCHES["cpu"]), compiled, segments, limits)
+    return bench_speed(
+        frozen(own),
+        frozen(G),
+        decoders,
+        batches or DEFAULT_BATCHES.get(device, DEFAULT_BATCHES["cpu"]),
+        compiled,
+        segments,
+        limits,
+    )
 
 # %% ../nbs/16_speed.ipynb #92dfcabd
 def roofline_points(result: dict) -> dict:
@@ -353,11 +487,22 @@ def roofline_points(result: dict) -> dict:
     for (row, metric, batch), ms in of.items():
         if metric == "ms_per_image":
             flops = of[row, "flops_per_image", batch]
-            found.setdefault(row, []).append((flops / of[row, "bytes_per_image", batch], flops / ms / 1e9, batch))
+            found.setdefault(row, []).append(
+                (flops / of[row, "bytes_per_image", batch], flops / ms / 1e9, batch)
+            )
     return found
 
 # %% ../nbs/16_speed.ipynb #c7e98de0
-ROOFLINE = {"exact": "o", "native": "h", "compiled": "s", "graph": "D", "jacobi": "v", "one-pass": "^", "score-step": "P", "vae-decoder": "*"}  # row → mark
+ROOFLINE = {
+    "exact": "o",
+    "native": "h",
+    "compiled": "s",
+    "graph": "D",
+    "jacobi": "v",
+    "one-pass": "^",
+    "score-step": "P",
+    "vae-decoder": "*",
+}  # row → mark
 
 
 def machine_of(result: dict) -> Machine:
@@ -368,16 +513,36 @@ def machine_of(result: dict) -> Machine:
 # %% ../nbs/16_speed.ipynb #a1c9785b
 def plot_roofline(result: dict, ax=None):
     "Reached operations a second against operations a byte, below the machine's two limits; numbers: the batch. The axes."
-    machine, points = machine_of(result), {row: p for row, p in roofline_points(result).items() if row in ROOFLINE}
+    machine, points = (
+        machine_of(result),
+        {row: p for row, p in roofline_points(result).items() if row in ROOFLINE},
+    )
     ax = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
     at = [machine.ridge, *(x for p in points.values() for x, *_ in p)]
     x = torch.logspace(*torch.tensor([min(at) / 2, max(at) * 2]).log10().tolist(), 200)
-    ax.plot(x, (x * machine.bandwidth).clamp(max=machine.peak) / 1e12, color="black", label="the machine's limit")
+    ax.plot(
+        x,
+        (x * machine.bandwidth).clamp(max=machine.peak) / 1e12,
+        color="black",
+        label="the machine's limit",
+    )
     for (row, p), color in zip(points.items(), PALETTE):
         ax.plot(*zip(*[q[:2] for q in p]), ROOFLINE[row], color=color, label=row, linestyle="none")
         for intensity, reached, batch in p:
-            ax.annotate(str(batch), (intensity, reached), xytext=(5, -9), textcoords="offset points", fontsize=7)
-    ax.set(xscale="log", yscale="log", xlabel="operations a byte moved", ylabel="10¹² operations a second", title="Roofline")
+            ax.annotate(
+                str(batch),
+                (intensity, reached),
+                xytext=(5, -9),
+                textcoords="offset points",
+                fontsize=7,
+            )
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations a byte moved",
+        ylabel="10¹² operations a second",
+        title="Roofline",
+    )
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
@@ -385,18 +550,30 @@ def plot_roofline(result: dict, ax=None):
 # %% ../nbs/16_speed.ipynb #55169962
 def times_of(result: dict, batch: int) -> dict:
     "Row → milliseconds an image at a batch, from a results file of `bench_speed`."
-    return {m["row"]: m["value"] for m in result["measurements"] if (m["metric"], m["batch"]) == ("ms_per_image", batch)}
+    return {
+        m["row"]: m["value"]
+        for m in result["measurements"]
+        if (m["metric"], m["batch"]) == ("ms_per_image", batch)
+    }
 
 
 def batches_of(result: dict) -> list:
     "The batches at which one pass was measured."
-    return [m["batch"] for m in result["measurements"] if (m["row"], m["metric"]) == ("one-pass", "ms_per_image")]
+    return [
+        m["batch"]
+        for m in result["measurements"]
+        if (m["row"], m["metric"]) == ("one-pass", "ms_per_image")
+    ]
 
 # %% ../nbs/16_speed.ipynb #62768a44
 def methods(ms: dict) -> dict:
     "Method → milliseconds of latents or pixels, from `times_of`: each in its fastest way, and the exact inverse as the library does it by default."
     least = lambda rows: min((ms[row] for row in rows if row in ms), default=None)
-    ours, score, back = least(r for r in ms if r.startswith("one-pass")), least(r for r in ms if r.startswith("score")), least(BACK)
+    ours, score, back = (
+        least(r for r in ms if r.startswith("one-pass")),
+        least(r for r in ms if r.startswith("score")),
+        least(BACK),
+    )
     found = {"one pass": ours, "exact, by default": ms.get("exact"), "exact, fastest": back}
     if score and back:
         found["exact, fastest + score step"] = back + score
@@ -404,10 +581,17 @@ def methods(ms: dict) -> dict:
 
 # %% ../nbs/16_speed.ipynb #32373700
 def with_decoders(result: dict, batch: int) -> dict:
-    "Method → {\"alone\": …, \"+ small decoder\": …, \"+ VAE decoder\": …}, milliseconds an image."
+    'Method → {"alone": …, "+ small decoder": …, "+ VAE decoder": …}, milliseconds an image.'
     ms = times_of(result, batch)
-    extra = {"alone": 0.0} | {name: ms[row] for row, name in (("tiny-decoder", "+ small decoder"), ("vae-decoder", "+ VAE decoder")) if row in ms}
-    return {method: {name: value + more for name, more in extra.items()} for method, value in methods(ms).items()}
+    extra = {"alone": 0.0} | {
+        name: ms[row]
+        for row, name in (("tiny-decoder", "+ small decoder"), ("vae-decoder", "+ VAE decoder"))
+        if row in ms
+    }
+    return {
+        method: {name: value + more for name, more in extra.items()}
+        for method, value in methods(ms).items()
+    }
 
 # %% ../nbs/16_speed.ipynb #24de7055
 def speed_table(result: dict) -> str:
@@ -415,11 +599,20 @@ def speed_table(result: dict) -> str:
     lines = []
     for batch in batches_of(result):
         table = with_decoders(result, batch)
-        lines.append(f"batch {batch:<3d} {'':24s}" + "".join(f"{name:>28s}" for name in table["one pass"]))
+        lines.append(
+            f"batch {batch:<3d} {'':24s}" + "".join(f"{name:>28s}" for name in table["one pass"])
+        )
         for method, row in table.items():
-            cells = (f"{value:12.4g} ms ({value / table['one pass'][name]:8.2f} ×)" for name, value in row.items())
+            cells = (
+                f"{value:12.4g} ms ({value / table['one pass'][name]:8.2f} ×)"
+                for name, value in row.items()
+            )
             lines.append(f"  {method:32s}" + "".join(f"{cell:>28s}" for cell in cells))
-    missing = [f"left out: {m['row']} at batch {m['batch']}: {m['why']}" for m in result["measurements"] if m["metric"] == "left_out"]
+    missing = [
+        f"left out: {m['row']} at batch {m['batch']}: {m['why']}"
+        for m in result["measurements"]
+        if m["metric"] == "left_out"
+    ]
     return "\n".join(lines + missing)
 
 # %% ../nbs/16_speed.ipynb #512c047d
@@ -428,9 +621,20 @@ def plot_methods(table: dict, ax):
     for i, row in enumerate(table.values()):
         for j, (name, value) in enumerate(row.items()):
             ax.plot(value, i - 0.22 * j, "o", color=PALETTE[j], label=name if i == 0 else None)
-            ax.annotate(f"{value / table['one pass'][name]:.3g}×", (value, i - 0.22 * j), fontsize=8, va="center", xytext=(6, 0), textcoords="offset points")
+            ax.annotate(
+                f"{value / table['one pass'][name]:.3g}×",
+                (value, i - 0.22 * j),
+                fontsize=8,
+                va="center",
+                xytext=(6, 0),
+                textcoords="offset points",
+            )
     ax.set(xlabel="ms an image", xscale="log", yticks=range(len(table)), yticklabels=list(table))
-    ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+    ax.xaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5)),
+        major_formatter="{x:g}",
+        minor_formatter=NullFormatter(),
+    )
     ax.margins(x=0.2, y=0.2)
     ax.grid(alpha=0.3, axis="x")
 
@@ -439,8 +643,12 @@ def plot_speed(result: dict):
     "Milliseconds an image of each method, alone and with decoders, a panel for each batch. A matplotlib figure."
     tables = {batch: with_decoders(result, batch) for batch in batches_of(result)}
     if not tables:
-        raise BitflowError(f"{result['name']} holds no time of one pass; see what it left out with `speed_table`, and measure with longer limits")
-    fig, axes = plt.subplots(1, len(tables), figsize=(2.5 + 4 * len(tables), 3.6), squeeze=False, layout="constrained")
+        raise BitflowError(
+            f"{result['name']} holds no time of one pass; see what it left out with `speed_table`, and measure with longer limits"
+        )
+    fig, axes = plt.subplots(
+        1, len(tables), figsize=(2.5 + 4 * len(tables), 3.6), squeeze=False, layout="constrained"
+    )
     for ax, (batch, table) in zip(axes[0], tables.items()):
         plot_methods(table, ax)
         ax.set(title=f"batch {batch}", ylim=(len(table) - 0.5, -0.9))

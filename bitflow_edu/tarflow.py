@@ -21,6 +21,7 @@ __all__ = ['TokenGeometry', 'TARFlowConfig', 'check_geometry', 'ClassEmbedding',
 # %% ../nbs/07_tarflow.ipynb #a9a0c3a7
 class TokenGeometry:
     "T and D of a config that has `image_size`, `channels` and `patch_size`."
+
     @property
     def num_tokens(self):
         "T, tokens an image."
@@ -29,35 +30,57 @@ class TokenGeometry:
     @property
     def token_dim(self):
         "D = C·p², values a token."
-        return self.channels * self.patch_size ** 2
+        return self.channels * self.patch_size**2
 
 # %% ../nbs/07_tarflow.ipynb #645ec76f
 @dataclass(frozen=True)
 class TARFlowConfig(TokenGeometry):
     "The shape of the forward model F, and the noise it is trained with."
-    image_size: int = 16     # pixels a side
-    channels: int = 1        # C
-    patch_size: int = 4      # p
-    num_classes: int = 10    # labels 0 … num_classes − 1; −1 means no label
-    num_blocks: int = 4      # B
-    noise_std: float = 0.1   # σ of the noise augmentation; 0: uniform dequantisation instead, for likelihood
-    logit_alpha: float = 0.0 # α of a logit that pixels go through first (chapter 02); 0: none, as published
-    label_dropout: float = 0.1  # share of labels hidden in training; 0: label −1 means nothing to it
-    clip: float = 0.0        # c: α and μ are clipped to [−c, c] (chapter 09); 0: not at all, as published
-    block_layers: tuple[int, ...] = ()  # layers of each block, near the data first (deep–shallow, chapter 09); empty: all alike
-    prior_var: bool = False  # keep a variance for every value of z, as published checkpoints do (`var`)
-    embed_std: float = 0.3   # initial size of position and class embeddings (the published 0.01 learns labels late)
+
+    image_size: int = 16  # pixels a side
+    channels: int = 1  # C
+    patch_size: int = 4  # p
+    num_classes: int = 10  # labels 0 … num_classes − 1; −1 means no label
+    num_blocks: int = 4  # B
+    noise_std: float = (
+        0.1  # σ of the noise augmentation; 0: uniform dequantisation instead, for likelihood
+    )
+    logit_alpha: float = (
+        0.0  # α of a logit that pixels go through first (chapter 02); 0: none, as published
+    )
+    label_dropout: float = (
+        0.1  # share of labels hidden in training; 0: label −1 means nothing to it
+    )
+    clip: float = 0.0  # c: α and μ are clipped to [−c, c] (chapter 09); 0: not at all, as published
+    block_layers: tuple[
+        int, ...
+    ] = ()  # layers of each block, near the data first (deep–shallow, chapter 09); empty: all alike
+    prior_var: bool = (
+        False  # keep a variance for every value of z, as published checkpoints do (`var`)
+    )
+    embed_std: float = (
+        0.3  # initial size of position and class embeddings (the published 0.01 learns labels late)
+    )
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
+
     def __post_init__(self):
         check_geometry(self)
         if self.noise_std < 0 or self.num_blocks < 1:
-            raise BitflowError(f"noise_std {self.noise_std} must not be negative and num_blocks {self.num_blocks} be at least 1")
+            raise BitflowError(
+                f"noise_std {self.noise_std} must not be negative and num_blocks {self.num_blocks} be at least 1"
+            )
         if not 0 <= self.logit_alpha < 0.5:
-            raise BitflowError(f"logit_alpha is {self.logit_alpha}; it must lie in [0, 0.5), where 0 means no logit")
+            raise BitflowError(
+                f"logit_alpha is {self.logit_alpha}; it must lie in [0, 0.5), where 0 means no logit"
+            )
         if not self.clip >= 0:
             raise BitflowError(f"clip is {self.clip}; it must be 0 (none) or greater")
-        if self.block_layers and (len(self.block_layers) != self.num_blocks or min(self.block_layers) < 1):
-            raise BitflowError(f"block_layers {self.block_layers} must name at least 1 layer for each of the {self.num_blocks} blocks")
+        if self.block_layers and (
+            len(self.block_layers) != self.num_blocks or min(self.block_layers) < 1
+        ):
+            raise BitflowError(
+                f"block_layers {self.block_layers} must name at least 1 layer for each of the {self.num_blocks} blocks"
+            )
 
 # %% ../nbs/07_tarflow.ipynb #dbafb255
 def check_geometry(
@@ -65,34 +88,45 @@ def check_geometry(
 ):
     "Refuse image and patch sizes that do not tile."
     if cfg.image_size < 1 or cfg.channels < 1 or cfg.num_classes < 1:
-        raise BitflowError(f"image_size {cfg.image_size}, channels {cfg.channels} and num_classes {cfg.num_classes} must be at least 1")
+        raise BitflowError(
+            f"image_size {cfg.image_size}, channels {cfg.channels} and num_classes {cfg.num_classes} must be at least 1"
+        )
     if cfg.patch_size < 1 or cfg.image_size % cfg.patch_size:
-        raise BitflowError(f"patch size {cfg.patch_size} does not divide the image size {cfg.image_size}; choose a divisor")
+        raise BitflowError(
+            f"patch size {cfg.patch_size} does not divide the image size {cfg.image_size}; choose a divisor"
+        )
 
 # %% ../nbs/07_tarflow.ipynb #1bd4ff40
 class ClassEmbedding(nn.Module):
     "A learned vector for every class; label −1 is the mean of them all."
+
     def __init__(self, num_classes: int, width: int, std: float):
         super().__init__()
         self.weight = nn.Parameter(std * torch.randn(num_classes, 1, width))
 
     def forward(self, c):
         "Labels `(N,)` to vectors `(N, 1, width)`."
-        return torch.where((c < 0)[:, None, None], self.weight.mean(dim=0), self.weight[c.clamp(min=0)])
+        return torch.where(
+            (c < 0)[:, None, None], self.weight.mean(dim=0), self.weight[c.clamp(min=0)]
+        )
 
 # %% ../nbs/07_tarflow.ipynb #f2a0e048
 class BlockParts(nn.Module):
     "What f_i is made of: embeddings, a causal transformer, a zero-initialised output, and the order in which it reads."
+
     def __init__(self, cfg: TARFlowConfig, flip: bool):
         super().__init__()
         width, self.flip, self.clip = cfg.transformer.width, flip, cfg.clip
         self.proj_in = nn.Linear(cfg.token_dim, width)
         self.pos_embed = nn.Parameter(cfg.embed_std * torch.randn(cfg.num_tokens, width))
         self.class_embed = ClassEmbedding(cfg.num_classes, width, cfg.embed_std)
-        self.transformer = Transformer(cfg.transformer, cfg.image_size // cfg.patch_size, causal=True)
+        self.transformer = Transformer(
+            cfg.transformer, cfg.image_size // cfg.patch_size, causal=True
+        )
         self.proj_out = nn.Linear(width, 2 * cfg.token_dim)
         for parameter in self.proj_out.parameters():
             nn.init.zeros_(parameter)
+
     def read_out(self, features, dtype):
         "α and μ, each `(N, S, D)`, from the transformer's output `(N, S, width)`, clipped where the config says so."
         out = self.proj_out(features).to(dtype)
@@ -105,13 +139,14 @@ class BlockParts(nn.Module):
 # %% ../nbs/07_tarflow.ipynb #f7e49f1b
 def shifted(
     advice: Tensor,  # α or μ as the transformer puts them out, `(N, T, D)`
-) -> Tensor:         # `(N, T, D)`
+) -> Tensor:  # `(N, T, D)`
     "Moved on by one token: what was said at token t is for token t + 1, and the first token gets 0."
     return torch.cat([torch.zeros_like(advice[:, :1]), advice[:, :-1]], dim=1)
 
 # %% ../nbs/07_tarflow.ipynb #2d8fb649
 class FlowBlock(BlockParts):
     "f_i: one causal transformer that shifts and scales each token by what stands before it (arXiv 2412.06329; x^i → x^{i+1})."
+
     def parameters_of(self, x, c):
         "α and μ, each `(N, T, D)`, from tokens in the block's order: shifted by one, zero for the first token."
         h = self.proj_in(x) + self.order(self.pos_embed) + self.class_embed(c)
@@ -128,6 +163,7 @@ class FlowBlock(BlockParts):
 @dataclass(frozen=True)
 class Trajectory:
     "What F did to a batch: token states x^0 … x^B, each `(N, T, D)`, and log|det| `(N,)` summed over dimensions."
+
     states: tuple[Tensor, ...]
     logdet: Tensor
 
@@ -138,13 +174,15 @@ class Trajectory:
 
 # %% ../nbs/07_tarflow.ipynb #6e5e396e
 def check_input(
-    x: Tensor,           # images `(N, C, H, W)`
+    x: Tensor,  # images `(N, C, H, W)`
     cfg: TARFlowConfig,  # what the model was built for
-) -> Tensor:             # x itself
+) -> Tensor:  # x itself
     "Refuse images of another size with a `BitflowError`: a single token would be broadcast in silence."
     wanted = (cfg.channels, cfg.image_size, cfg.image_size)
     if x.shape[1:] != wanted:
-        raise BitflowError(f"F was built for images (N, {', '.join(map(str, wanted))}) and got {tuple(x.shape)}; resize the images")
+        raise BitflowError(
+            f"F was built for images (N, {', '.join(map(str, wanted))}) and got {tuple(x.shape)}; resize the images"
+        )
     return x
 
 # %% ../nbs/07_tarflow.ipynb #5f2fa887
@@ -156,12 +194,20 @@ def block_config(cfg: TARFlowConfig, i: int) -> TARFlowConfig:
 # %% ../nbs/07_tarflow.ipynb #6e35016e
 class TARFlow(nn.Module):
     "F = f_{B−1} ∘ … ∘ f_0, data to noise (Zhai et al., arXiv 2412.06329)."
+
     Config = TARFlowConfig
+
     def __init__(self, cfg: TARFlowConfig):
         super().__init__()
         self.cfg = cfg
-        self.to_line = Compose(Logit(cfg.logit_alpha), ActNorm(cfg.channels)) if cfg.logit_alpha else Identity()
-        self.blocks = nn.ModuleList([FlowBlock(block_config(cfg, i), flip=i % 2 == 1) for i in range(cfg.num_blocks)])
+        self.to_line = (
+            Compose(Logit(cfg.logit_alpha), ActNorm(cfg.channels))
+            if cfg.logit_alpha
+            else Identity()
+        )
+        self.blocks = nn.ModuleList(
+            [FlowBlock(block_config(cfg, i), flip=i % 2 == 1) for i in range(cfg.num_blocks)]
+        )
         if cfg.prior_var:
             self.register_buffer("var", torch.ones(cfg.num_tokens, cfg.token_dim))
 
@@ -183,16 +229,12 @@ class TARFlow(nn.Module):
         return log_prob(self(x, c))
 
 # %% ../nbs/07_tarflow.ipynb #82fd4ee0
-def log_prob(
-    trajectory: Trajectory,
-) -> Tensor:  # nats `(N,)`
+def log_prob(trajectory: Trajectory) -> Tensor:  # nats `(N,)`
     "log p(x) = log p_0(z) + log|det|, with p_0 = N(0, I)."
     return StandardNormal().log_prob(trajectory.z) + trajectory.logdet
 
 # %% ../nbs/07_tarflow.ipynb #c018b75f
-def nll_per_dim(
-    trajectory: Trajectory,
-) -> Tensor:  # scalar, nats a dimension
+def nll_per_dim(trajectory: Trajectory) -> Tensor:  # scalar, nats a dimension
     "The training loss 0.5·mean(z²) − mean(logdet)/dims: minus the mean log-likelihood a dimension, less a constant."
     z = trajectory.z
     return 0.5 * z.square().mean() - trajectory.logdet.mean() / z[0].numel()
@@ -203,20 +245,17 @@ def rms(x: Tensor) -> Tensor:
     return x.detach().float().square().mean().sqrt()
 
 
-def trajectory_norms(
-    trajectory: Trajectory,
-) -> dict:  # state_rms_0 … state_rms_B, scalars
+def trajectory_norms(trajectory: Trajectory) -> dict:  # state_rms_0 … state_rms_B, scalars
     "The size of every state x^0 … x^B: to be logged, for states that grow or shrink without end show up here first."
     return {f"state_rms_{i}": rms(state) for i, state in enumerate(trajectory.states)}
 
-
 # %% ../nbs/07_tarflow.ipynb #b5af407a
 def forward_loss(
-    model: TARFlow,              # F
-    x: Tensor,                   # clean images `(N, C, H, W)`
-    c: Tensor,                   # labels `(N,)`, −1: none
+    model: TARFlow,  # F
+    x: Tensor,  # clean images `(N, C, H, W)`
+    c: Tensor,  # labels `(N,)`, −1: none
     generator: torch.Generator,  # source of ε
-) -> tuple[Tensor, dict]:        # the loss, and what to log
+) -> tuple[Tensor, dict]:  # the loss, and what to log
     "Stage 1: maximum likelihood on x̃ = x + σ ε."
     trajectory = model(add_noise(x, model.cfg.noise_std, generator), c)
     return nll_per_dim(trajectory), {"z_rms": rms(trajectory.z), **trajectory_norms(trajectory)}
@@ -224,19 +263,24 @@ def forward_loss(
 # %% ../nbs/07_tarflow.ipynb #b3cdcc02
 def to_apple_name(name: str) -> str:
     "Our name of a parameter, as apple/ml-tarflow writes it."
-    return name.replace(".transformer.layers.", ".attn_blocks.").replace(".class_embed.weight", ".class_embed")
+    return name.replace(".transformer.layers.", ".attn_blocks.").replace(
+        ".class_embed.weight", ".class_embed"
+    )
 
 
 def apple_shapes(cfg: TARFlowConfig) -> dict:
     "Published name → shape, of everything in a published checkpoint of this config but the masks."
     with torch.device("meta"):
-        shapes = {to_apple_name(name): tuple(t.shape) for name, t in TARFlow(replace(cfg, prior_var=True)).state_dict().items()}
+        shapes = {
+            to_apple_name(name): tuple(t.shape)
+            for name, t in TARFlow(replace(cfg, prior_var=True)).state_dict().items()
+        }
     return shapes
 
 # %% ../nbs/07_tarflow.ipynb #ec7867b1
 def apple_config(
-    state: dict,         # a published state dict
-    channels: int = 3,   # C of the images
+    state: dict,  # a published state dict
+    channels: int = 3,  # C of the images
     head_dim: int = 64,  # published: 64
     noise_std: float = 0.07,  # σ it was trained with; not in the state dict
 ) -> TARFlowConfig:
@@ -245,38 +289,64 @@ def apple_config(
         width, token_dim = state["blocks.0.proj_in.weight"].shape
         num_tokens = len(state["blocks.0.pos_embed"])
     except KeyError as e:
-        raise BitflowError(f"{e} is missing: this is no TARFlow state dict; give the one inside a checkpoint of apple/ml-tarflow") from None
+        raise BitflowError(
+            f"{e} is missing: this is no TARFlow state dict; give the one inside a checkpoint of apple/ml-tarflow"
+        ) from None
     count = lambda pattern: len({m.group(1) for m in map(re.compile(pattern).match, state) if m})
     patch, side = math.isqrt(token_dim // channels), math.isqrt(num_tokens)
-    if channels * patch ** 2 != token_dim or side ** 2 != num_tokens:
-        raise BitflowError(f"{num_tokens} tokens of {token_dim} values are no square image with {channels} channels; give its channels")
+    if channels * patch**2 != token_dim or side**2 != num_tokens:
+        raise BitflowError(
+            f"{num_tokens} tokens of {token_dim} values are no square image with {channels} channels; give its channels"
+        )
     embed, var = state.get("blocks.0.class_embed"), state.get("var")
-    return TARFlowConfig(side * patch, channels, patch, 1 if embed is None else len(embed), count(r"blocks\.(\d+)\."), noise_std,
-                         prior_var=var is not None and bool((var != 1).any()),
-                         transformer=TransformerConfig(width, count(r"blocks\.0\.attn_blocks\.(\d+)\."), head_dim))
+    return TARFlowConfig(
+        side * patch,
+        channels,
+        patch,
+        1 if embed is None else len(embed),
+        count(r"blocks\.(\d+)\."),
+        noise_std,
+        prior_var=var is not None and bool((var != 1).any()),
+        transformer=TransformerConfig(width, count(r"blocks\.0\.attn_blocks\.(\d+)\."), head_dim),
+    )
 
 # %% ../nbs/07_tarflow.ipynb #1ddafda3
 def check_apple(state: dict, cfg: TARFlowConfig):
     "Refuse a published state dict that does not fit, listing every name that is missing, not known, or of another shape."
     wanted = apple_shapes(cfg)
     found = {name: tuple(t.shape) for name, t in state.items() if not name.endswith("attn_mask")}
-    wanted = {name: shape for name, shape in wanted.items() if name in found or not (name == "var" or name.endswith("class_embed") and cfg.num_classes == 1)}
-    wrong = [f"missing {name}" for name in wanted if name not in found] + [f"not known {name}" for name in found if name not in wanted]
-    wrong += [f"{name} is {found[name]}, not {shape}" for name, shape in wanted.items() if name in found and found[name] != shape]
+    wanted = {
+        name: shape
+        for name, shape in wanted.items()
+        if name in found
+        or not (name == "var" or name.endswith("class_embed") and cfg.num_classes == 1)
+    }
+    wrong = [f"missing {name}" for name in wanted if name not in found] + [
+        f"not known {name}" for name in found if name not in wanted
+    ]
+    wrong += [
+        f"{name} is {found[name]}, not {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
     if wrong:
         raise BitflowError("the state dict does not fit this TARFlow: " + "; ".join(sorted(wrong)))
 
 # %% ../nbs/07_tarflow.ipynb #89fdc9a1
 def load_apple_state_dict(
-    state: dict,                 # published name → tensor
-    cfg: TARFlowConfig = None,   # default: `apple_config(state)`
-) -> TARFlow:                    # in evaluation mode
+    state: dict,  # published name → tensor
+    cfg: TARFlowConfig = None,  # default: `apple_config(state)`
+) -> TARFlow:  # in evaluation mode
     "A TARFlow with published weights (apple/ml-tarflow, `transformer_flow.Model`). Raises `BitflowError` listing all names that do not fit."
     cfg = cfg or apple_config(state)
     check_apple(state, cfg)
     model = TARFlow(cfg)
-    own = {name: state[to_apple_name(name)].to(tensor.dtype) if to_apple_name(name) in state else torch.zeros_like(tensor)
-           for name, tensor in model.state_dict().items()}  # an unconditional model has no class embedding: zero is the same
+    own = {
+        name: state[to_apple_name(name)].to(tensor.dtype)
+        if to_apple_name(name) in state
+        else torch.zeros_like(tensor)
+        for name, tensor in model.state_dict().items()
+    }  # an unconditional model has no class embedding: zero is the same
     model.load_state_dict(own)
     return model.eval()
 
@@ -284,10 +354,27 @@ def load_apple_state_dict(
 def apple_state_dict(model: TARFlow) -> dict:
     "A flow in the original architecture under the published names, masks and `var` included."
     cfg = model.cfg
-    if cfg.clip or cfg.block_layers or cfg.logit_alpha or cfg.transformer != TransformerConfig(cfg.transformer.width, cfg.transformer.num_layers, cfg.transformer.head_dim):
-        raise BitflowError("the published code knows neither clipping, logits, deep–shallow blocks nor modern parts; only the original architecture can be written")
-    T, state = cfg.num_tokens, {to_apple_name(name): t.detach().clone() for name, t in model.state_dict().items()}
-    if cfg.num_classes == 1 and not any(t.any() for name, t in state.items() if name.endswith("class_embed")):
-        state = {name: t for name, t in state.items() if not name.endswith("class_embed")}  # it came without labels
+    if (
+        cfg.clip
+        or cfg.block_layers
+        or cfg.logit_alpha
+        or cfg.transformer
+        != TransformerConfig(
+            cfg.transformer.width, cfg.transformer.num_layers, cfg.transformer.head_dim
+        )
+    ):
+        raise BitflowError(
+            "the published code knows neither clipping, logits, deep–shallow blocks nor modern parts; only the original architecture can be written"
+        )
+    T, state = (
+        cfg.num_tokens,
+        {to_apple_name(name): t.detach().clone() for name, t in model.state_dict().items()},
+    )
+    if cfg.num_classes == 1 and not any(
+        t.any() for name, t in state.items() if name.endswith("class_embed")
+    ):
+        state = {
+            name: t for name, t in state.items() if not name.endswith("class_embed")
+        }  # it came without labels
     masks = {f"blocks.{i}.attn_mask": torch.ones(T, T).tril() for i in range(cfg.num_blocks)}
     return {"var": torch.ones(T, cfg.token_dim), **state, **masks}

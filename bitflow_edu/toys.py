@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from .data import BitflowError
 
-
-
 # %% auto #0
 __all__ = ['RING', 'TOYS', 'Toy', 'mixture_log_prob', 'draw_eight_gaussians', 'moons_at', 'draw_two_moons', 'two_moons_log_prob',
            'draw_checkerboard', 'checkerboard_log_prob', 'twist', 'arms', 'draw_pinwheel', 'pinwheel_log_prob']
@@ -19,8 +17,9 @@ __all__ = ['RING', 'TOYS', 'Toy', 'mixture_log_prob', 'draw_eight_gaussians', 'm
 @dataclass(frozen=True)
 class Toy:
     "A distribution of points in the plane: how to draw from it, and its exact density."
+
     name: str
-    draw: Callable      # (n, generator) → points `(n, 2)`
+    draw: Callable  # (n, generator) → points `(n, 2)`
     log_prob: Callable  # points `(N, 2)` → nats `(N,)`
 
     def sample(self, n: int, seed: int = 0):
@@ -35,46 +34,74 @@ class Toy:
 
 # %% ../nbs/toys.ipynb #c13aa55d
 def mixture_log_prob(
-    x: Tensor,        # points `(N, 2)`
+    x: Tensor,  # points `(N, 2)`
     centres: Tensor,  # `(K, 2)`
-    std: float,       # of every component, in both directions
-) -> Tensor:          # nats `(N,)`
+    std: float,  # of every component, in both directions
+) -> Tensor:  # nats `(N,)`
     "The density of K equally likely round Gaussians."
+
     def exponents(part):
         "Of every component, for some of the points."
-        return -0.5 * torch.cdist(part, centres.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist").square() / std**2
-    parts = [exponents(part).logsumexp(dim=1) for part in x.split(10_000)]  # a fine grid and many centres would fill the memory
+        return (
+            -0.5
+            * torch.cdist(
+                part, centres.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist"
+            ).square()
+            / std**2
+        )
+
+    parts = [
+        exponents(part).logsumexp(dim=1) for part in x.split(10_000)
+    ]  # a fine grid and many centres would fill the memory
     return torch.cat(parts) - math.log(2 * math.pi * std**2 * len(centres))
 
 # %% ../nbs/toys.ipynb #e9f360be
-RING = 2 * torch.stack([torch.cos(torch.arange(8) * math.pi / 4), torch.sin(torch.arange(8) * math.pi / 4)], dim=1)
+RING = 2 * torch.stack(
+    [torch.cos(torch.arange(8) * math.pi / 4), torch.sin(torch.arange(8) * math.pi / 4)], dim=1
+)
+
 
 def draw_eight_gaussians(n, generator):
     "One of eight centres on a ring, and a little noise."
-    return RING[torch.randint(8, (n,), generator=generator)] + 0.2 * torch.randn(n, 2, generator=generator)
+    return RING[torch.randint(8, (n,), generator=generator)] + 0.2 * torch.randn(
+        n, 2, generator=generator
+    )
+
 
 def moons_at(s):
     "The two half circles, as a curve with s in [0, 1): first half the upper one. `(N,)` to points `(N, 2)`."
     upper, angle = s < 0.5, math.pi * (2 * s % 1)
     x, y = torch.cos(angle), torch.sin(angle)
-    return torch.stack([torch.where(upper, x - 0.5, 0.5 - x), torch.where(upper, y - 0.25, 0.25 - y)], dim=1) * 1.5
+    return (
+        torch.stack(
+            [torch.where(upper, x - 0.5, 0.5 - x), torch.where(upper, y - 0.25, 0.25 - y)], dim=1
+        )
+        * 1.5
+    )
+
 
 def draw_two_moons(n, generator):
     "A place on one of the half circles, and a little noise."
-    return moons_at(torch.rand(n, generator=generator)) + 0.12 * torch.randn(n, 2, generator=generator)
+    return moons_at(torch.rand(n, generator=generator)) + 0.12 * torch.randn(
+        n, 2, generator=generator
+    )
 
 # %% ../nbs/toys.ipynb #90778edc
 def two_moons_log_prob(x):
     "The integral over the half circles, as a mixture of 800 Gaussians along them."
     return mixture_log_prob(x, moons_at((torch.arange(800, dtype=torch.float64) + 0.5) / 800), 0.12)
 
+
 def draw_checkerboard(n, generator):
     "Evenly over the dark fields of a 4×4 board of side 4."
     field = torch.randint(8, (n,), generator=generator)
     row = field // 2
     column = 2 * (field % 2) + row % 2
-    inside = torch.rand(n, 2, generator=generator).clamp(max=1 - 2 ** -22)  # nearer to 1, float32 would round it into the next field
+    inside = torch.rand(n, 2, generator=generator).clamp(
+        max=1 - 2**-22
+    )  # nearer to 1, float32 would round it into the next field
     return torch.stack([column, row], dim=1) + inside - 2
+
 
 def checkerboard_log_prob(x):
     "1/8 on the dark fields, nothing elsewhere."
@@ -84,9 +111,9 @@ def checkerboard_log_prob(x):
 
 # %% ../nbs/toys.ipynb #10f6115f
 def twist(
-    x: Tensor,        # points `(N, 2)`
-    amount: float,    # radians a unit of radius
-) -> Tensor:          # `(N, 2)`
+    x: Tensor,  # points `(N, 2)`
+    amount: float,  # radians a unit of radius
+) -> Tensor:  # `(N, 2)`
     "Turn every point about the origin, the farther out the more: areas stay as they are, so log|det| = 0."
     angle = amount * x.norm(dim=1)
     c, s = torch.cos(angle), torch.sin(angle)
@@ -95,7 +122,7 @@ def twist(
 # %% ../nbs/toys.ipynb #5e2cd537
 def arms(
     x: Tensor,  # points `(N, 2)`
-) -> Tensor:    # nats `(N,)`
+) -> Tensor:  # nats `(N,)`
     "Five straight arms, each an oval Gaussian at distance 1.5 from the origin."
     angle = torch.arange(5, dtype=x.dtype) * 2 * math.pi / 5
     along = x[:, :1] * angle.cos() + x[:, 1:] * angle.sin()
@@ -109,15 +136,29 @@ def draw_pinwheel(n, generator):
     angle = torch.randint(5, (n,), generator=generator) * 2 * math.pi / 5
     noise = torch.randn(n, 2, generator=generator)
     along, across = 1.5 + 0.45 * noise[:, 0], 0.12 * noise[:, 1]
-    return twist(torch.stack([along * angle.cos() - across * angle.sin(), along * angle.sin() + across * angle.cos()], dim=1), 0.7)
+    return twist(
+        torch.stack(
+            [
+                along * angle.cos() - across * angle.sin(),
+                along * angle.sin() + across * angle.cos(),
+            ],
+            dim=1,
+        ),
+        0.7,
+    )
+
 
 def pinwheel_log_prob(x):
     "Undo the twist, which keeps areas, and look the point up in its arm."
     return arms(twist(x, -0.7))
 
 # %% ../nbs/toys.ipynb #ce961041
-TOYS = {toy.name: toy for toy in (
-    Toy("two moons", draw_two_moons, two_moons_log_prob),
-    Toy("eight Gaussians", draw_eight_gaussians, lambda x: mixture_log_prob(x, RING, 0.2)),
-    Toy("checkerboard", draw_checkerboard, checkerboard_log_prob),
-    Toy("pinwheel", draw_pinwheel, pinwheel_log_prob))}
+TOYS = {
+    toy.name: toy
+    for toy in (
+        Toy("two moons", draw_two_moons, two_moons_log_prob),
+        Toy("eight Gaussians", draw_eight_gaussians, lambda x: mixture_log_prob(x, RING, 0.2)),
+        Toy("checkerboard", draw_checkerboard, checkerboard_log_prob),
+        Toy("pinwheel", draw_pinwheel, pinwheel_log_prob),
+    )
+}

@@ -31,24 +31,29 @@ __all__ = ['ALONE', 'DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'l
 @dataclass(frozen=True)
 class TrainConfig:
     "How long and how fast to train. Exactly one of `steps` and `minutes` is the budget."
-    steps: int | None = 1000       # optimiser steps; the same seed gives the same weights
-    minutes: float | None = None   # wall time instead; the schedule follows the clock
-    batch_size: int = 64           # images a step
-    lr: float = 2e-3               # peak learning rate
-    warmup: float = 0.03           # share of the budget with rising learning rate
-    weight_decay: float = 1e-4     # AdamW's
+
+    steps: int | None = 1000  # optimiser steps; the same seed gives the same weights
+    minutes: float | None = None  # wall time instead; the schedule follows the clock
+    batch_size: int = 64  # images a step
+    lr: float = 2e-3  # peak learning rate
+    warmup: float = 0.03  # share of the budget with rising learning rate
+    weight_decay: float = 1e-4  # AdamW's
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
-    grad_clip: float = 1.0         # largest gradient norm
-    ema: float = 0.999             # decay of the averaged weights
-    label_dropout: float = 0.1     # share of labels replaced by −1, "no label"
-    precision: str = "auto"        # "fp32", "bf16" (autocast), or "auto": bf16 where the processor multiplies it fast
-    compile: bool = False          # fuse each layer's operations with torch.compile; needs a C++ compiler on a CPU
-    pieces: int = 1                # cut each batch into so many, each with its own noise: one after the other, or spread over processes
-    checkpointing: bool = False    # keep no layer's inside for the backward pass, compute it again: less memory, a third more time
-    seed: int = 0                  # of data order, dropped labels and noise; callers seed the weights with it
-    log_every: int = 20            # steps between lines of metrics.jsonl
-    sample_every: int = 500        # steps between sample grids
-    checkpoint_every: int = 500    # steps between checkpoints
+    grad_clip: float = 1.0  # largest gradient norm
+    ema: float = 0.999  # decay of the averaged weights
+    label_dropout: float = 0.1  # share of labels replaced by −1, "no label"
+    precision: str = (
+        "auto"  # "fp32", "bf16" (autocast), or "auto": bf16 where the processor multiplies it fast
+    )
+    compile: bool = (
+        False  # fuse each layer's operations with torch.compile; needs a C++ compiler on a CPU
+    )
+    pieces: int = 1  # cut each batch into so many, each with its own noise: one after the other, or spread over processes
+    checkpointing: bool = False  # keep no layer's inside for the backward pass, compute it again: less memory, a third more time
+    seed: int = 0  # of data order, dropped labels and noise; callers seed the weights with it
+    log_every: int = 20  # steps between lines of metrics.jsonl
+    sample_every: int = 500  # steps between sample grids
+    checkpoint_every: int = 500  # steps between checkpoints
 
     def __post_init__(self):
         check_budget(self)
@@ -58,13 +63,27 @@ class TrainConfig:
 def check_budget(cfg: TrainConfig):
     "Refuse a budget that is missing or given twice, and sizes that are not positive."
     if (cfg.steps is None) == (cfg.minutes is None):
-        raise BitflowError(f"give a budget in steps or in minutes, not both or neither (steps {cfg.steps}, minutes {cfg.minutes})")
-    for name in ("steps", "minutes", "batch_size", "lr", "grad_clip", "log_every", "sample_every", "checkpoint_every", "pieces"):
+        raise BitflowError(
+            f"give a budget in steps or in minutes, not both or neither (steps {cfg.steps}, minutes {cfg.minutes})"
+        )
+    for name in (
+        "steps",
+        "minutes",
+        "batch_size",
+        "lr",
+        "grad_clip",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "pieces",
+    ):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
             raise BitflowError(f"{name} is {value}; it must be greater than 0 and finite")
     if cfg.batch_size % cfg.pieces:
-        raise BitflowError(f"a batch of {cfg.batch_size} cannot be cut into {cfg.pieces} equal pieces; change batch_size or pieces")
+        raise BitflowError(
+            f"a batch of {cfg.batch_size} cannot be cut into {cfg.pieces} equal pieces; change batch_size or pieces"
+        )
 
 # %% ../nbs/05_training.ipynb #29f2d07b
 def check_rates(cfg: TrainConfig):
@@ -75,7 +94,9 @@ def check_rates(cfg: TrainConfig):
         if not 0 <= getattr(cfg, name) < 1:
             raise BitflowError(f"{name} is {getattr(cfg, name)}; it must lie in [0, 1)")
     if not 0 <= cfg.label_dropout <= 1:
-        raise BitflowError(f"label_dropout is {cfg.label_dropout}; it must lie in [0, 1]; at 1 no label is ever shown")
+        raise BitflowError(
+            f"label_dropout is {cfg.label_dropout}; it must lie in [0, 1]; at 1 no label is ever shown"
+        )
     if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
         raise BitflowError(f"betas are {cfg.betas}; give two numbers in [0, 1)")
     if not 0 <= cfg.weight_decay < math.inf:
@@ -83,7 +104,7 @@ def check_rates(cfg: TrainConfig):
 
 # %% ../nbs/05_training.ipynb #d756831b
 def learning_rate(
-    progress: float,   # share of the budget used, 0 to 1
+    progress: float,  # share of the budget used, 0 to 1
     cfg: TrainConfig,
 ) -> float:
     "Linear warm-up, then half a cosine down to zero."
@@ -94,10 +115,10 @@ def learning_rate(
 
 # %% ../nbs/05_training.ipynb #1e3c481f
 def step_generator(
-    seed: int,               # the run's seed
-    step: int,               # optimiser step
-    device: str = "cpu",     # where the random numbers are needed
-    piece: int = 0,          # of the batch
+    seed: int,  # the run's seed
+    step: int,  # optimiser step
+    device: str = "cpu",  # where the random numbers are needed
+    piece: int = 0,  # of the batch
 ) -> torch.Generator:
     "A fresh generator for each step and piece: a resumed run draws the same noise without saving any random state, on any number of processes."
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step + piece * 2_147_483_647)
@@ -110,26 +131,28 @@ def epoch_order(n, seed, epoch):
 
 # %% ../nbs/05_training.ipynb #25f97a07
 def batch_indices(
-    n: int,           # images in the data
+    n: int,  # images in the data
     batch_size: int,  # images a batch, at most n
-    seed: int,        # of the order
-    step: int,        # optimiser step
-    order=None,       # (seed, epoch) → a permutation of the images; default a full shuffle
-) -> Tensor:          # int64 `(batch_size,)`
+    seed: int,  # of the order
+    step: int,  # optimiser step
+    order=None,  # (seed, epoch) → a permutation of the images; default a full shuffle
+) -> Tensor:  # int64 `(batch_size,)`
     "The images of a step: every epoch a new order, each image at most once an epoch, a function of the step alone."
     if n < 1 or batch_size < 1:
-        raise BitflowError(f"no batch of {batch_size} can be drawn from {n} images; give some images and a positive batch size")
+        raise BitflowError(
+            f"no batch of {batch_size} can be drawn from {n} images; give some images and a positive batch size"
+        )
     per_epoch = max(n // batch_size, 1)
     epoch, i = divmod(step, per_epoch)
     images = order(seed, epoch) if order else epoch_order(n, seed, epoch)
-    return images[i * batch_size:(i + 1) * batch_size]
+    return images[i * batch_size : (i + 1) * batch_size]
 
 # %% ../nbs/05_training.ipynb #552e9b2d
 def drop_labels(
-    c: Tensor,                   # labels `(N,)`
-    share: float,                # of them to hide, 0 to 1
+    c: Tensor,  # labels `(N,)`
+    share: float,  # of them to hide, 0 to 1
     generator: torch.Generator,  # which ones
-) -> Tensor:                     # `(N,)`, a new tensor
+) -> Tensor:  # `(N,)`, a new tensor
     "Replace a share of the labels by −1, so that the model also learns the unconditional density."
     dropped = torch.rand(c.shape, generator=generator, device=c.device) < share
     return torch.where(dropped, -torch.ones_like(c), c)
@@ -139,13 +162,20 @@ def piece_indices(data, cfg: TrainConfig, step: int, piece: int) -> Tensor:
     "The images of one piece of a step's batch; data smaller than a batch make a smaller batch."
     size = min(cfg.batch_size, len(data)) // cfg.pieces
     if size < 1:
-        raise BitflowError(f"{len(data)} images cannot be cut into {cfg.pieces} pieces; set pieces to at most {len(data)}")
-    return batch_indices(len(data), size * cfg.pieces, cfg.seed, step, getattr(data, "epoch_order", None))[piece * size:(piece + 1) * size]
+        raise BitflowError(
+            f"{len(data)} images cannot be cut into {cfg.pieces} pieces; set pieces to at most {len(data)}"
+        )
+    return batch_indices(
+        len(data), size * cfg.pieces, cfg.seed, step, getattr(data, "epoch_order", None)
+    )[piece * size : (piece + 1) * size]
 
 
 def training_batch(data: Images, cfg: TrainConfig, step: int, device: str, piece: int = 0) -> tuple:
     "Images, labels (some dropped) and the generator of a step's piece, all functions of seed, step and piece. Data that `draw` their images are asked to."
-    index, generator = piece_indices(data, cfg, step, piece), step_generator(cfg.seed, step, device, piece)
+    index, generator = (
+        piece_indices(data, cfg, step, piece),
+        step_generator(cfg.seed, step, device, piece),
+    )
     c = drop_labels(data.labels[index].to(device), cfg.label_dropout, generator)
     x = data.draw(index, generator) if hasattr(data, "draw") else data[index].x
     return x.to(device), c, generator
@@ -166,20 +196,24 @@ def spread_like(t: Tensor, own: Tensor) -> Tensor:
     if not hasattr(own, "device_mesh"):
         return t
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(t.to(own.device), own.device_mesh, own.placements)
 
+    return distribute_tensor(t.to(own.device), own.device_mesh, own.placements)
 
 # %% ../nbs/05_training.ipynb #6cda87b6
 @torch.no_grad()
 def update_ema(
     averaged: nn.Module,  # changed in place
-    model: nn.Module,     # the weights in training
-    decay: float,         # d
-    step: int,            # steps done before this one
+    model: nn.Module,  # the weights in training
+    decay: float,  # d
+    step: int,  # steps done before this one
 ):
     "Move the averaged weights towards the current ones; early on faster, so that the start is forgotten."
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_([own_part(p) for p in averaged.parameters()], [own_part(p) for p in model.parameters()], 1 - d)
+    torch._foreach_lerp_(
+        [own_part(p) for p in averaged.parameters()],
+        [own_part(p) for p in model.parameters()],
+        1 - d,
+    )
     for own, current in zip(averaged.buffers(), model.buffers()):
         own.copy_(current)
 
@@ -199,7 +233,7 @@ def fast_bf16(
 # %% ../nbs/05_training.ipynb #673386ee
 def autocast(
     precision: str,  # "fp32", "bf16" or "auto"
-    device: str,     # "cpu", "cuda" or "mps"
+    device: str,  # "cpu", "cuda" or "mps"
 ):
     "The context in which a loss is computed: matrix products in bfloat16, or nothing changed."
     on = precision == "bf16" or precision == "auto" and fast_bf16(device)
@@ -208,6 +242,7 @@ def autocast(
 # %% ../nbs/05_training.ipynb #519b8b3b
 class Alone:
     "How a process sees the others when there are none; `parallel.Ranks` is the same for many."
+
     rank, size, main = 0, 1, True
 
     def share(self, n):
@@ -245,16 +280,18 @@ class Alone:
     def barrier(self):
         "Wait until all are here."
 
+
 ALONE = Alone()
 
 # %% ../nbs/05_training.ipynb #fb8eec51
 @dataclass
 class TrainState:
     "All that changes during training."
-    model: nn.Module      # the weights being trained
-    averaged: nn.Module   # their moving average: what is sampled from and shipped
+
+    model: nn.Module  # the weights being trained
+    averaged: nn.Module  # their moving average: what is sampled from and shipped
     optimizer: torch.optim.Optimizer
-    step: int = 0         # steps done
+    step: int = 0  # steps done
     seconds: float = 0.0  # wall time spent, earlier parts of a resumed run counted in
     ranks: Alone = ALONE  # the processes that train it together
 
@@ -264,10 +301,17 @@ def averaged_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def new_state(model: nn.Module, cfg: TrainConfig, averaged: nn.Module = None, ranks: Alone = ALONE) -> TrainState:
+def new_state(
+    model: nn.Module, cfg: TrainConfig, averaged: nn.Module = None, ranks: Alone = ALONE
+) -> TrainState:
     "A fresh optimiser, and averaged weights: a copy where none are given."
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay,
-                                  fused=next(model.parameters()).device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=cfg.lr,
+        betas=cfg.betas,
+        weight_decay=cfg.weight_decay,
+        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
+    )
     return TrainState(model.train(), averaged or averaged_copy(model), optimizer, ranks=ranks)
 
 # %% ../nbs/05_training.ipynb #b61a9fec
@@ -277,10 +321,10 @@ def progress_of(state: TrainState, cfg: TrainConfig) -> float:
 
 # %% ../nbs/05_training.ipynb #d5122e4e
 def clipped_backward(
-    model: nn.Module,   # gets its gradients
-    loss: Tensor,       # scalar
-    grad_clip: float,   # largest norm
-) -> Tensor:            # the norm before clipping, a scalar
+    model: nn.Module,  # gets its gradients
+    loss: Tensor,  # scalar
+    grad_clip: float,  # largest norm
+) -> Tensor:  # the norm before clipping, a scalar
     "Backward pass and clipping. Raises `FloatingPointError` where loss or gradient is not finite."
     loss.backward()
     norm = put_together(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
@@ -291,9 +335,9 @@ def clipped_backward(
 # %% ../nbs/05_training.ipynb #257ce8cb
 def optimizer_step(
     state: TrainState,
-    loss: Tensor,      # scalar
+    loss: Tensor,  # scalar
     cfg: TrainConfig,
-) -> Tensor:           # the gradient's norm before clipping, a scalar
+) -> Tensor:  # the gradient's norm before clipping, a scalar
     "Backward pass, clipping, AdamW, moving average. Refuses to touch the weights with a NaN."
     norm = clipped_backward(state.model, loss, cfg.grad_clip)
     for group in state.optimizer.param_groups:
@@ -337,18 +381,22 @@ def writing(where: Path):
     try:
         yield
     except (OSError, SafetensorError) as e:
-        raise BitflowError(f"cannot write to {where} ({getattr(e, 'strerror', None) or e}); make room, or name another folder with --out") from e
+        raise BitflowError(
+            f"cannot write to {where} ({getattr(e, 'strerror', None) or e}); make room, or name another folder with --out"
+        ) from e
 
 # %% ../nbs/05_training.ipynb #5c348f59
 def save_model(
     model: nn.Module,  # built as `type(model)(model.cfg)`
-    folder: Path,      # created
+    folder: Path,  # created
     weights: dict = None,  # tensors to store instead of the model's own
     dtype: torch.dtype = None,  # storage type of floats, e.g. `torch.bfloat16`
 ):
     "Write `config.json` and `model.safetensors`: what `load_model` needs. Raises `BitflowError` where it cannot."
-    stored = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
-              for k, v in (weights or model.state_dict()).items()}
+    stored = {
+        k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+        for k, v in (weights or model.state_dict()).items()
+    }
     config = {"kind": type(model).__name__, "config": dataclasses.asdict(model.cfg)}
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -357,18 +405,22 @@ def save_model(
 
 # %% ../nbs/05_training.ipynb #06c8bd49
 def to_config(
-    cls: type,     # a config dataclass
+    cls: type,  # a config dataclass
     values: dict,  # its fields, as JSON gave them
     where: str = "config",
-):                 # an instance of cls
+):  # an instance of cls
     "Build a (nested) config from a dict. Raises `BitflowError` for unknown fields and values of the wrong kind."
     fields = {f.name: f for f in dataclasses.fields(cls)}
     try:
         if unknown := set(values) - set(fields):
-            raise BitflowError(f"{where}: unknown field {sorted(unknown)[0]!r}; {cls.__name__} has {', '.join(fields)}")
+            raise BitflowError(
+                f"{where}: unknown field {sorted(unknown)[0]!r}; {cls.__name__} has {', '.join(fields)}"
+            )
         return cls(**{k: field_value(fields[k], v, where) for k, v in values.items()})
     except (TypeError, AttributeError) as e:
-        raise BitflowError(f"{where} describes no {cls.__name__} ({e}); correct it or use another") from e
+        raise BitflowError(
+            f"{where} describes no {cls.__name__} ({e}); correct it or use another"
+        ) from e
 
 # %% ../nbs/05_training.ipynb #654f1308
 def field_value(field, value, where):
@@ -384,11 +436,17 @@ def read_config(folder: Path, kind: type):
         saved = json.loads((folder / "config.json").read_text())
         found, values = saved["kind"], saved["config"]
     except (FileNotFoundError, NotADirectoryError):
-        raise BitflowError(f"no checkpoint in {folder}: config.json is missing; name a run folder or a checkpoint folder") from None
+        raise BitflowError(
+            f"no checkpoint in {folder}: config.json is missing; name a run folder or a checkpoint folder"
+        ) from None
     except (ValueError, KeyError, TypeError, OSError) as e:
-        raise BitflowError(f"{folder / 'config.json'} is damaged ({e}); use another checkpoint") from e
+        raise BitflowError(
+            f"{folder / 'config.json'} is damaged ({e}); use another checkpoint"
+        ) from e
     if found != kind.__name__:
-        raise BitflowError(f"{folder} holds a {found}, but a {kind.__name__} is needed here; name the other checkpoint")
+        raise BitflowError(
+            f"{folder} holds a {found}, but a {kind.__name__} is needed here; name the other checkpoint"
+        )
     return to_config(kind.Config, values, str(folder / "config.json"))
 
 # %% ../nbs/05_training.ipynb #257e2055
@@ -397,9 +455,13 @@ def read_tensors(path: Path) -> dict:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise BitflowError(f"{path} is missing: the checkpoint is incomplete; use another one") from None
+        raise BitflowError(
+            f"{path} is missing: the checkpoint is incomplete; use another one"
+        ) from None
     except (SafetensorError, OSError, ValueError) as e:
-        raise BitflowError(f"{path} is no intact safetensors file ({e}); use another checkpoint (pickles are never loaded)") from e
+        raise BitflowError(
+            f"{path} is no intact safetensors file ({e}); use another checkpoint (pickles are never loaded)"
+        ) from e
 
 # %% ../nbs/05_training.ipynb #b3bd0697
 def load_tensors(model: nn.Module, tensors: dict, where: Path):
@@ -409,7 +471,9 @@ def load_tensors(model: nn.Module, tensors: dict, where: Path):
         a, b = own.get(name), tensors.get(name)
         if a is None or b is None or a.shape != b.shape:
             shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
-            raise BitflowError(f"{where} does not fit its config: {name} should have shape {shapes[0]}, the file has {shapes[1]}")
+            raise BitflowError(
+                f"{where} does not fit its config: {name} should have shape {shapes[0]}, the file has {shapes[1]}"
+            )
     model.load_state_dict({name: spread_like(t, own[name]) for name, t in tensors.items()})
 
 # %% ../nbs/05_training.ipynb #2ffd8bef
@@ -422,24 +486,31 @@ def checkpoints_of(run: Path) -> list:
 def newest_checkpoint(folder: Path) -> Path:
     "The folder itself where it is a checkpoint, else the newest checkpoint of a run."
     if not folder.exists():
-        raise BitflowError(f"checkpoint {folder} does not exist; name a run folder or a checkpoint folder")
+        raise BitflowError(
+            f"checkpoint {folder} does not exist; name a run folder or a checkpoint folder"
+        )
     found = checkpoints_of(folder)
     return found[-1] if found else folder
 
 # %% ../nbs/05_training.ipynb #cc7b9f05
 def load_model(
-    folder: str | Path,   # a checkpoint, or a run (its newest checkpoint is taken)
-    kind: type,           # the class expected there, e.g. `TARFlow`
+    folder: str | Path,  # a checkpoint, or a run (its newest checkpoint is taken)
+    kind: type,  # the class expected there, e.g. `TARFlow`
     device: str = "cpu",
-) -> nn.Module:           # in evaluation mode, float32
+) -> nn.Module:  # in evaluation mode, float32
     "Load a model from disk. Raises `BitflowError` when it is missing, damaged, or of another kind or shape."
     folder = newest_checkpoint(Path(folder))
     cfg = read_config(folder, kind)
     try:
         model = kind(cfg)
     except (TypeError, RuntimeError) as e:
-        raise BitflowError(f"no {kind.__name__} can be built from {folder / 'config.json'} ({str(e).splitlines()[0]})") from e
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(folder / "model.safetensors").items()}
+        raise BitflowError(
+            f"no {kind.__name__} can be built from {folder / 'config.json'} ({str(e).splitlines()[0]})"
+        ) from e
+    tensors = {
+        k: v.float() if v.is_floating_point() else v
+        for k, v in read_tensors(folder / "model.safetensors").items()
+    }
     load_tensors(model, tensors, folder)
     return model.to(device).eval()
 
@@ -452,7 +523,6 @@ def gathered(tensors: dict, ranks: Alone) -> dict:
         if ranks.main:
             kept[name] = t.cpu().clone().contiguous()
     return kept
-
 
 # %% ../nbs/05_training.ipynb #b7216468
 def state_tensors(state: TrainState) -> dict:
@@ -468,7 +538,12 @@ def write_state(state: TrainState, folder: Path, averaged: dict, training: dict)
     "Write everything a checkpoint holds, and wait until it is on the disk."
     save_model(state.averaged, folder, averaged)
     save_tensors(training, folder / "training_state.safetensors")
-    write_atomically(folder / "training_state.json", json.dumps({"step": state.step, "seconds": state.seconds, "threads": torch.get_num_threads()}))
+    write_atomically(
+        folder / "training_state.json",
+        json.dumps(
+            {"step": state.step, "seconds": state.seconds, "threads": torch.get_num_threads()}
+        ),
+    )
     to_disk(folder)
 
 # %% ../nbs/05_training.ipynb #81b8be1a
@@ -479,7 +554,9 @@ def discard(folder: Path):
     shutil.rmtree(hidden)
 
 # %% ../nbs/05_training.ipynb #871b5b73
-def write_checkpoint(state: TrainState, folder: Path, averaged: dict, training: dict, keep: int) -> Path:
+def write_checkpoint(
+    state: TrainState, folder: Path, averaged: dict, training: dict, keep: int
+) -> Path:
     "Write a checkpoint under another name, flush it, then rename it: there is never half of one."
     final = folder / "checkpoints" / f"step-{state.step:08d}"
     part = final.with_name(f".{final.name}.part")
@@ -495,7 +572,7 @@ def write_checkpoint(state: TrainState, folder: Path, averaged: dict, training: 
 def save_checkpoint(
     state: TrainState,
     folder: Path,  # the run
-    keep: int = 2, # newest checkpoints to keep
+    keep: int = 2,  # newest checkpoints to keep
 ) -> Path:
     "A checkpoint of a run: put together by all processes, written by the main one."
     averaged, training = gathered(state.averaged.state_dict(), state.ranks), state_tensors(state)
@@ -522,15 +599,25 @@ def read_state(checkpoint: Path) -> tuple:
         counters = json.loads((checkpoint / "training_state.json").read_text())
         step, seconds = int(counters["step"]), float(counters["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BitflowError(f"{checkpoint / 'training_state.json'} is missing or damaged ({e}); use another checkpoint") from e
-    return read_tensors(checkpoint / "model.safetensors"), read_tensors(checkpoint / "training_state.safetensors"), step, seconds
+        raise BitflowError(
+            f"{checkpoint / 'training_state.json'} is missing or damaged ({e}); use another checkpoint"
+        ) from e
+    return (
+        read_tensors(checkpoint / "model.safetensors"),
+        read_tensors(checkpoint / "training_state.safetensors"),
+        step,
+        seconds,
+    )
 
 # %% ../nbs/05_training.ipynb #ea7b9e98
 def restore_moments(state: TrainState, saved: dict):
     "Give AdamW back what it knew; a weight that never had a gradient has nothing to give back."
     for name, p in state.model.named_parameters():
-        moments = {key: saved[f"adam.{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
-                   if f"adam.{key}.{name}" in saved}
+        moments = {
+            key: saved[f"adam.{key}.{name}"].to(p.device)
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"adam.{key}.{name}" in saved
+        }
         if moments:
             spread = {key: spread_like(moments[key], p) for key in ("exp_avg", "exp_avg_sq")}
             state.optimizer.state[p] = {"step": moments["step"].reshape(()), **spread}
@@ -563,29 +650,39 @@ def check_same_run(folder: Path, describe: dict):
     "Refuse to go on with a run that was made with other settings, or with a folder that is no run."
     if not (folder / "run.json").exists():
         if any(p.suffix != ".part" for p in folder.iterdir()):
-            raise BitflowError(f"{folder} holds files but no run.json: it is no run; name another folder with --out")
+            raise BitflowError(
+                f"{folder} holds files but no run.json: it is no run; name another folder with --out"
+            )
         return
     try:
         old = json.loads((folder / "run.json").read_text())
     except ValueError as e:
-        raise BitflowError(f"{folder / 'run.json'} is damaged ({e}); name another folder with --out") from e
-    old, describe = ({**run, "train": {**DEFAULTS, **run.get("train", {})}} for run in (old, describe))  # an older version knew fewer fields
+        raise BitflowError(
+            f"{folder / 'run.json'} is damaged ({e}); name another folder with --out"
+        ) from e
+    old, describe = (
+        {**run, "train": {**DEFAULTS, **run.get("train", {})}} for run in (old, describe)
+    )  # an older version knew fewer fields
     if old != describe:
         key, was, now = first_difference(old, describe)
-        raise BitflowError(f"{folder} was made with {key} = {was}, not {now}; use the old setting, or name another folder with --out")
+        raise BitflowError(
+            f"{folder} was made with {key} = {was}, not {now}; use the old setting, or name another folder with --out"
+        )
 
 # %% ../nbs/05_training.ipynb #9b39dd0d
 def open_run(
-    folder: Path,    # the run's folder
+    folder: Path,  # the run's folder
     describe: dict,  # what the run is: written to run.json, compared when it goes on
-    resume: bool,    # go on with what is there
-) -> Path | None:    # the checkpoint to go on from
+    resume: bool,  # go on with what is there
+) -> Path | None:  # the checkpoint to go on from
     "Make a run folder, or take one up again. An existing run is never overwritten."
     describe = json.loads(json.dumps(describe))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not resume:
-            raise BitflowError(f"{folder} exists already; go on with --resume, or name another folder with --out")
+            raise BitflowError(
+                f"{folder} exists already; go on with --resume, or name another folder with --out"
+            )
         check_same_run(folder, describe)
         write_atomically(folder / "run.json", json.dumps(describe, indent=1) + "\n")
     return checkpoints_of(folder)[-1] if checkpoints_of(folder) else None
@@ -597,13 +694,16 @@ def read_metrics(path: Path) -> list[dict]:
         lines = [l for l in Path(path).read_text().splitlines(keepends=True) if l.endswith("\n")]
         return [json.loads(l) for l in lines]
     except OSError as e:
-        raise BitflowError(f"cannot read {path} ({e.strerror}); name the metrics.jsonl of a run") from e
+        raise BitflowError(
+            f"cannot read {path} ({e.strerror}); name the metrics.jsonl of a run"
+        ) from e
     except ValueError as e:
         raise BitflowError(f"{path} is damaged ({e}); remove the broken line") from e
 
 # %% ../nbs/05_training.ipynb #dffe8edb
 class MetricsLog:
     "Metrics as JSON lines; a resumed run drops lines newer than its checkpoint."
+
     def __init__(self, path: Path, step: int):
         old = read_metrics(path) if path.exists() else []
         with writing(path):
@@ -623,7 +723,9 @@ class MetricsLog:
 def check_shares(cfg: TrainConfig, ranks: Alone):
     "Refuse processes that cannot have equally many pieces."
     if cfg.pieces % ranks.size:
-        raise BitflowError(f"{cfg.pieces} pieces of a batch cannot be shared equally by {ranks.size} processes; set pieces to a multiple of {ranks.size}")
+        raise BitflowError(
+            f"{cfg.pieces} pieces of a batch cannot be shared equally by {ranks.size} processes; set pieces to a multiple of {ranks.size}"
+        )
 
 
 def lighten(model: nn.Module, cfg: TrainConfig):
@@ -633,11 +735,22 @@ def lighten(model: nn.Module, cfg: TrainConfig):
     if cfg.compile:
         compile_layers(model)
 
-
 # %% ../nbs/05_training.ipynb #85b4af39
-def begin(model: nn.Module, cfg: TrainConfig, folder: Path, resume: bool, describe: dict, loss_fn=None, ranks: Alone = ALONE) -> tuple:
+def begin(
+    model: nn.Module,
+    cfg: TrainConfig,
+    folder: Path,
+    resume: bool,
+    describe: dict,
+    loss_fn=None,
+    ranks: Alone = ALONE,
+) -> tuple:
     "Open the run's folder: a fresh state, or that of its newest checkpoint; and the loss function that all processes train with."
-    run = {"train": dataclasses.asdict(cfg), "model": dataclasses.asdict(model.cfg), **(describe or {})}
+    run = {
+        "train": dataclasses.asdict(cfg),
+        "model": dataclasses.asdict(model.cfg),
+        **(describe or {}),
+    }
     check_shares(cfg, ranks)
     checkpoint = ranks.agree(ranks.on_main(lambda: open_run(folder, run, resume)))
     averaged = averaged_copy(model)
@@ -647,18 +760,27 @@ def begin(model: nn.Module, cfg: TrainConfig, folder: Path, resume: bool, descri
     try:
         return (restore(state, checkpoint) if checkpoint else state), loss_fn
     except BitflowError as e:
-        raise BitflowError(f"cannot go on from the newest checkpoint: {e}\n"
-                           f"Delete {checkpoint} to go on from the one before it") from e
+        raise BitflowError(
+            f"cannot go on from the newest checkpoint: {e}\n"
+            f"Delete {checkpoint} to go on from the one before it"
+        ) from e
 
 # %% ../nbs/05_training.ipynb #117a9fe6
 def batch_loss(state: TrainState, loss_fn, data: Images, cfg: TrainConfig) -> tuple:
     "Loss and metrics of the step that is due, in the precision asked for: means over this process's pieces. All but the last have left their gradients already."
-    device, mine, total, means = next(state.model.parameters()).device, state.ranks.share(cfg.pieces), 0.0, {}
+    device, mine, total, means = (
+        next(state.model.parameters()).device,
+        state.ranks.share(cfg.pieces),
+        0.0,
+        {},
+    )
     for piece in mine:
         last = piece == mine[-1]
         with state.ranks.apart(not last):
             with autocast(cfg.precision, device.type):
-                loss, found = loss_fn(state.model, *training_batch(data, cfg, state.step, device, piece))
+                loss, found = loss_fn(
+                    state.model, *training_batch(data, cfg, state.step, device, piece)
+                )
                 loss = loss / len(mine)
             if not last:
                 loss.backward()
@@ -679,8 +801,10 @@ def stopped(state: TrainState, error: Exception, folder: Path) -> str:
     "What to tell the user when the loss is no longer finite."
     good = checkpoints_of(folder)
     way_out = "load its weights and train them" if good else "train"
-    return (f"training stopped at step {state.step}: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}; "
-            f"{way_out} in another folder, with a lower learning rate or a longer warm-up")
+    return (
+        f"training stopped at step {state.step}: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}; "
+        f"{way_out} in another folder, with a lower learning rate or a longer warm-up"
+    )
 
 # %% ../nbs/05_training.ipynb #b92a691d
 def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
@@ -688,11 +812,18 @@ def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
     return state.step % every == 0 or progress_of(state, cfg) >= 1
 
 # %% ../nbs/05_training.ipynb #5591a74b
-def log_step(log: MetricsLog, bar, state: TrainState, loss: Tensor, norm: Tensor, metrics: dict, watcher=None):
+def log_step(
+    log: MetricsLog, bar, state: TrainState, loss: Tensor, norm: Tensor, metrics: dict, watcher=None
+):
     "A line of metrics.jsonl with the means over all processes, and the loss on the progress bar."
     values = state.ranks.mean([loss.detach(), *metrics.values()])
-    own = {"step": state.step, "loss": values[0], "grad_norm": norm.item(), "lr": state.optimizer.param_groups[0]["lr"],
-           "seconds": round(state.seconds, 3)}
+    own = {
+        "step": state.step,
+        "loss": values[0],
+        "grad_norm": norm.item(),
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "seconds": round(state.seconds, 3),
+    }
     line = {**own, **{k: v for k, v in zip(metrics, values[1:]) if k not in own}}
     if state.ranks.main:
         log.write(**line)
@@ -702,11 +833,12 @@ def log_step(log: MetricsLog, bar, state: TrainState, loss: Tensor, norm: Tensor
 
 # %% ../nbs/05_training.ipynb #a15efc3f
 def save_grid(
-    image,       # uint8 `(H, W, 3)`
+    image,  # uint8 `(H, W, 3)`
     path: Path,  # folders on the way are made
 ):
     "Write a uint8 `(H, W, 3)` picture as PNG."
     from PIL import Image
+
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
@@ -714,7 +846,14 @@ def save_grid(
 # %% ../nbs/05_training.ipynb #77790daf
 def progress_bar(state: TrainState, cfg: TrainConfig):
     "A bar on the error output that counts steps."
-    return tqdm(total=cfg.steps, initial=state.step, desc=type(state.averaged).__name__, unit="step", mininterval=1.0, disable=not state.ranks.main)
+    return tqdm(
+        total=cfg.steps,
+        initial=state.step,
+        desc=type(state.averaged).__name__,
+        unit="step",
+        mininterval=1.0,
+        disable=not state.ranks.main,
+    )
 
 # %% ../nbs/05_training.ipynb #054c4be5
 def whole_model(state: TrainState) -> nn.Module:
@@ -732,17 +871,29 @@ def whole_model(state: TrainState) -> nn.Module:
 def draw_grid(state: TrainState, sampler, folder: Path, watcher=None):
     "A sample grid of the averaged model, drawn by the main process; a watcher sees the samples behind it, where the sampler hands them out."
     model = whole_model(state)
+
     def draw():
         "Draw, store, show."
         drawn = sampler(model)
-        save_grid(getattr(drawn, "picture", drawn), folder / "samples" / f"step-{state.step:08d}.png")
+        save_grid(
+            getattr(drawn, "picture", drawn), folder / "samples" / f"step-{state.step:08d}.png"
+        )
         if watcher:
             watcher.samples(state.step, drawn.x)
+
     state.ranks.on_main(draw)
 
-
 # %% ../nbs/05_training.ipynb #0ebca292
-def training_loop(state: TrainState, loss_fn, data: Images, cfg: TrainConfig, folder: Path, log: MetricsLog, sampler=None, watcher=None):
+def training_loop(
+    state: TrainState,
+    loss_fn,
+    data: Images,
+    cfg: TrainConfig,
+    folder: Path,
+    log: MetricsLog,
+    sampler=None,
+    watcher=None,
+):
     "From the state's step to the end of the budget."
     start = time.perf_counter() - state.seconds
     with progress_bar(state, cfg) as bar:
@@ -751,7 +902,7 @@ def training_loop(state: TrainState, loss_fn, data: Images, cfg: TrainConfig, fo
             norm = step_or_stop(state, loss, cfg, folder)
             state.step, state.seconds = state.step + 1, time.perf_counter() - start
             if cfg.minutes:  # the schedule follows one clock
-                state.seconds, = state.ranks.mean([state.seconds])
+                (state.seconds,) = state.ranks.mean([state.seconds])
             bar.update()
             if due(state, cfg, cfg.log_every):
                 log_step(log, bar, state, loss, norm, metrics, watcher)
@@ -762,18 +913,18 @@ def training_loop(state: TrainState, loss_fn, data: Images, cfg: TrainConfig, fo
 
 # %% ../nbs/05_training.ipynb #fd37ff52
 def train(
-    model: nn.Module,     # trained in place
-    loss_fn,              # (model, x, c, generator) → (loss, dict of scalars to log)
-    data: Images,         # training images
+    model: nn.Module,  # trained in place
+    loss_fn,  # (model, x, c, generator) → (loss, dict of scalars to log)
+    data: Images,  # training images
     cfg: TrainConfig,
-    folder: Path,         # the run: run.json, metrics.jsonl, checkpoints/, samples/
-    resume: bool = False, # go on from the newest checkpoint
-    sampler=None,         # (averaged model) → image grid, uint8 `(H, W, 3)`, drawn while training
-    describe: dict = None,# more to write to run.json
-    on_start=None,        # called with (folder, step) once the run is open
-    ranks: Alone = ALONE, # the processes that train together
-    watch=None,           # (folder, step) → what looks at metrics and samples meanwhile, e.g. `watching.Watcher`
-) -> nn.Module:           # the averaged model, in evaluation mode
+    folder: Path,  # the run: run.json, metrics.jsonl, checkpoints/, samples/
+    resume: bool = False,  # go on from the newest checkpoint
+    sampler=None,  # (averaged model) → image grid, uint8 `(H, W, 3)`, drawn while training
+    describe: dict = None,  # more to write to run.json
+    on_start=None,  # called with (folder, step) once the run is open
+    ranks: Alone = ALONE,  # the processes that train together
+    watch=None,  # (folder, step) → what looks at metrics and samples meanwhile, e.g. `watching.Watcher`
+) -> nn.Module:  # the averaged model, in evaluation mode
     "The loop of both stages. Raises `BitflowError` when the loss is no longer finite."
     folder = Path(folder)
     state, loss_fn = begin(model, cfg, folder, resume, describe, loss_fn, ranks)
@@ -787,9 +938,9 @@ def train(
 
 # %% ../nbs/05_training.ipynb #0d77a137
 def kept_model(
-    name: str,   # below `data/chapters/`, e.g. "11-naive"
+    name: str,  # below `data/chapters/`, e.g. "11-naive"
     kind: type,  # its class
-    fit,         # (folder) → the model, trained there by `train`
+    fit,  # (folder) → the model, trained there by `train`
 ) -> tuple[nn.Module, list[dict]]:  # in evaluation mode; the metrics of its training
     "A chapter's small model: what comes with the course or, where the environment has `RETRAIN` set, trained by `fit`. Raises `BitflowError` where there is none, or already one in the way."
     wanted = os.environ.get("RETRAIN", "")
@@ -797,11 +948,15 @@ def kept_model(
         try:
             folder = asset(f"chapters/{name}")
         except BitflowError:
-            raise BitflowError(f"no model {name!r} comes with the course; set RETRAIN=1 to train it") from None
+            raise BitflowError(
+                f"no model {name!r} comes with the course; set RETRAIN=1 to train it"
+            ) from None
     else:
         folder = Path(wanted) / name
         if wanted != "1" and folder.exists():
-            raise BitflowError(f"{folder} exists already; set RETRAIN to another folder, or remove it")
+            raise BitflowError(
+                f"{folder} exists already; set RETRAIN to another folder, or remove it"
+            )
         with tempfile.TemporaryDirectory() as room:
             run = Path(room) / "run"
             model = fit(run)

@@ -18,17 +18,25 @@ __all__ = ['NORMS', 'MLPS', 'MODERN', 'attend', 'RMSNorm', 'GeluMLP', 'SwiGLU', 
 
 # %% ../nbs/04_transformer.ipynb #c84e4146
 def attend(
-    q: Tensor,     # queries `(N, heads, S, head_dim)`
-    k: Tensor,     # keys `(N, heads, T, head_dim)`
-    v: Tensor,     # values, the same shape as k
+    q: Tensor,  # queries `(N, heads, S, head_dim)`
+    k: Tensor,  # keys `(N, heads, T, head_dim)`
+    v: Tensor,  # values, the same shape as k
     causal: bool,  # a token sees none after it; where S < T, the queries are the last S tokens
-) -> Tensor:       # `(N, heads, S, head_dim)`
+) -> Tensor:  # `(N, heads, S, head_dim)`
     "softmax(q kᵀ/√head_dim) v. PyTorch's fused kernel on accelerators and for single tokens; else the plain equation on CPUs, where it trains faster in bfloat16."
     S, T = q.shape[-2], k.shape[-2]
-    future = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S) if causal and S > 1 else None
-    if q.device.type != "cpu" or S == 1 and q.shape[:2].numel() < 64:  # one token of few images: the fused kernel saves calls
+    future = (
+        torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S)
+        if causal and S > 1
+        else None
+    )
+    if (
+        q.device.type != "cpu" or S == 1 and q.shape[:2].numel() < 64
+    ):  # one token of few images: the fused kernel saves calls
         mask = None if future is None or S == T else ~future
-        return nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=future is not None and S == T)
+        return nnf.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=future is not None and S == T
+        )
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
     if future is not None:
         scores = scores.masked_fill(future, float("-inf"))
@@ -37,6 +45,7 @@ def attend(
 # %% ../nbs/04_transformer.ipynb #30dd9a88
 class RMSNorm(nn.Module):
     "Divide each token by its root mean square, then scale (Zhang and Sennrich, arXiv 1910.07467)."
+
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
@@ -51,10 +60,13 @@ NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 # %% ../nbs/04_transformer.ipynb #e9a96461
 class GeluMLP(nn.Module):
     "Norm, widen four times, GELU, narrow: TARFlow's MLP. Tokens `(N, T, width)` to the same shape."
+
     def __init__(self, cfg: TransformerConfig):
         super().__init__()
         self.norm = NORMS[cfg.norm](cfg.width)
-        self.main = nn.Sequential(nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width))
+        self.main = nn.Sequential(
+            nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width)
+        )
 
     def forward(self, x):
         "Each token by itself."
@@ -63,6 +75,7 @@ class GeluMLP(nn.Module):
 # %% ../nbs/04_transformer.ipynb #ffc10675
 class SwiGLU(nn.Module):
     "Norm, a gated hidden layer silu(W₁x)·W₂x, narrow (Shazeer, arXiv 2002.05202), at GeluMLP's parameter count."
+
     def __init__(self, cfg: TransformerConfig):
         super().__init__()
         hidden = max(round(8 * cfg.width / 3 / 32), 1) * 32  # 3·(8/3) = 2·4: as many weights
@@ -82,47 +95,54 @@ MODERN = dict(norm="rms", mlp="swiglu", rotary=True, qk_norm=True)
 @dataclass(frozen=True)
 class TransformerConfig:
     "The shape of a stack of layers. The defaults are TARFlow's; `MODERN` names the newer parts."
-    width: int = 128      # features a token
-    num_layers: int = 2   # attention + MLP pairs
-    head_dim: int = 64    # features a head; divides width
-    norm: str = "layer"   # "layer" (LayerNorm) or "rms" (RMSNorm)
-    mlp: str = "gelu"     # "gelu" or "swiglu"
+
+    width: int = 128  # features a token
+    num_layers: int = 2  # attention + MLP pairs
+    head_dim: int = 64  # features a head; divides width
+    norm: str = "layer"  # "layer" (LayerNorm) or "rms" (RMSNorm)
+    mlp: str = "gelu"  # "gelu" or "swiglu"
     rotary: bool = False  # rotate queries and keys by position
-    qk_norm: bool = False # normalise queries and keys
+    qk_norm: bool = False  # normalise queries and keys
 
     def __post_init__(self):
         if self.width < 1 or self.num_layers < 1 or self.head_dim < 1 or self.width % self.head_dim:
-            raise BitflowError(f"width {self.width} is no multiple of head_dim {self.head_dim}, or a size is not positive")
+            raise BitflowError(
+                f"width {self.width} is no multiple of head_dim {self.head_dim}, or a size is not positive"
+            )
         if self.norm not in NORMS or self.mlp not in MLPS:
-            raise BitflowError(f"unknown norm {self.norm!r} or mlp {self.mlp!r}: norms are {list(NORMS)}, MLPs {list(MLPS)}")
+            raise BitflowError(
+                f"unknown norm {self.norm!r} or mlp {self.mlp!r}: norms are {list(NORMS)}, MLPs {list(MLPS)}"
+            )
 
 # %% ../nbs/04_transformer.ipynb #3a41f0e5
 def raster_coordinates(
     side: int,  # tokens a side
-) -> Tensor:    # float `(side², 2)`: row and column of each token
+) -> Tensor:  # float `(side², 2)`: row and column of each token
     "Where each token of a square image stands."
     i = torch.arange(side, dtype=torch.float32)
     return torch.stack(torch.meshgrid(i, i, indexing="ij"), dim=-1).reshape(-1, 2)
 
 # %% ../nbs/04_transformer.ipynb #2d984e64
 def rotary_angles(
-    coordinates: Tensor,   # positions `(T, A)`, one column an axis
-    head_dim: int,         # features a head; a multiple of 2·A
-    base: float = 100.0,   # sets the slowest wave; images are short, so smaller than text's 10,000
-) -> Tensor:               # angles `(T, head_dim/2)` in radians, an equal share for each axis
+    coordinates: Tensor,  # positions `(T, A)`, one column an axis
+    head_dim: int,  # features a head; a multiple of 2·A
+    base: float = 100.0,  # sets the slowest wave; images are short, so smaller than text's 10,000
+) -> Tensor:  # angles `(T, head_dim/2)` in radians, an equal share for each axis
     "The angles by which queries and keys are turned (Su et al., arXiv 2104.09864)."
     T, A = coordinates.shape
     if head_dim % (2 * A):
-        raise BitflowError(f"head_dim {head_dim} cannot be shared by {A} axes; make it a multiple of {2 * A}")
+        raise BitflowError(
+            f"head_dim {head_dim} cannot be shared by {A} axes; make it a multiple of {2 * A}"
+        )
     n = head_dim // (2 * A)
     frequency = base ** (-torch.arange(n) / n)
     return (coordinates[:, :, None] * frequency).reshape(T, A * n)
 
 # %% ../nbs/04_transformer.ipynb #2fecccd9
 def rotate(
-    x: Tensor,       # queries or keys `(N, heads, T, head_dim)`
+    x: Tensor,  # queries or keys `(N, heads, T, head_dim)`
     angles: Tensor,  # `(T, head_dim/2)`
-) -> Tensor:         # same shape as x
+) -> Tensor:  # same shape as x
     "Turn each pair of features by its token's angle: products of queries and keys then depend on offsets alone."
     a, b = x.chunk(2, dim=-1)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -131,23 +151,31 @@ def rotate(
 # %% ../nbs/04_transformer.ipynb #7db8c7cf
 class HeadProjections(nn.Module):
     "What stands before `attend`: pre-norm, then queries, keys and values for every head."
+
     def __init__(self, cfg: TransformerConfig, causal: bool):
         super().__init__()
         self.head_dim, self.causal = cfg.head_dim, causal
         self.norm = NORMS[cfg.norm](cfg.width)
         self.qkv, self.proj = nn.Linear(cfg.width, 3 * cfg.width), nn.Linear(cfg.width, cfg.width)
-        self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (
+            RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk"
+        )
 
     def heads(self, x, angles):
         "Tokens `(N, T, width)` to queries, keys and values, each `(N, heads, T, head_dim)`; keys and queries turned by `angles`."
         N, T, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(N, T, 3, W // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm(x))
+            .reshape(N, T, 3, W // self.head_dim, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+        )
         q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if angles is None else (rotate(q, angles), rotate(k, angles), v)
 
 # %% ../nbs/04_transformer.ipynb #5a3df77a
 class Attention(HeadProjections):
     "Pre-norm multi-head self-attention over tokens `(N, T, width)`; scale head_dim^−½."
+
     def merge(self, y):
         "Heads side by side again, `(N, T, width)`, then the output projection."
         return self.proj(y.transpose(1, 2).flatten(2))
@@ -159,11 +187,14 @@ class Attention(HeadProjections):
     def step(self, x, cache, layer, angles=None, temperature=None):
         "The same for the next S tokens `(N, S, width)`, looking back at what `cache` holds for `layer`; a temperature divides the scores."
         q, k, v = self.heads(x, angles)
-        return self.merge(cache.attend(layer, q if temperature is None else q / temperature, k, v, self.causal))
+        return self.merge(
+            cache.attend(layer, q if temperature is None else q / temperature, k, v, self.causal)
+        )
 
 # %% ../nbs/04_transformer.ipynb #231d40c3
 class Layer(nn.Module):
     "Attention, then MLP, each added to what came in."
+
     def __init__(self, cfg: TransformerConfig, causal: bool):
         super().__init__()
         self.attention, self.mlp = Attention(cfg, causal), MLPS[cfg.mlp](cfg)
@@ -181,6 +212,7 @@ class Layer(nn.Module):
 # %% ../nbs/04_transformer.ipynb #833f17ec
 class LayerStack(nn.Module):
     "Layers one after another over the `side²` tokens of a square image, all tokens at once."
+
     checkpointing = False  # see `checkpoint_layers`
 
     def __init__(self, cfg: TransformerConfig, side: int, causal: bool):
@@ -194,22 +226,29 @@ class LayerStack(nn.Module):
         "All tokens at once, `(N, T, width)` to the same shape; `flip`: they come in reversed raster order."
         angles = self.angles if self.angles is None or not flip else self.angles.flip(0)
         for layer in self.layers:
-            x = checkpoint(layer, x, angles, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(x, angles)
+            x = (
+                checkpoint(layer, x, angles, use_reentrant=False)
+                if self.checkpointing and torch.is_grad_enabled()
+                else layer(x, angles)
+            )
         return x
 
 # %% ../nbs/04_transformer.ipynb #97b72df8
 @dataclass(frozen=True)
 class KVCache:
     "Keys and values of the tokens seen so far, passed in and passed back. Caches of one walk share memory: `length` says how much of it each may read."
-    k: Tensor        # `(layers, N, heads, T, head_dim)`, preallocated; slots ≥ length are empty
-    v: Tensor        # the same shape
+
+    k: Tensor  # `(layers, N, heads, T, head_dim)`, preallocated; slots ≥ length are empty
+    v: Tensor  # the same shape
     length: int = 0  # tokens seen
 
     def extend(self, layer, k, v):
         "Write k and v `(N, heads, S, head_dim)` of the next S tokens for `layer`; return all that this layer has seen. `BitflowError` when full."
         keys, values, S = self.k[layer], self.v[layer], k.shape[2]
         if self.length + S > keys.shape[2]:
-            raise BitflowError(f"the KV cache holds {keys.shape[2]} tokens, {self.length} of them written: it is too full for {S} more")
+            raise BitflowError(
+                f"the KV cache holds {keys.shape[2]} tokens, {self.length} of them written: it is too full for {S} more"
+            )
         keys.narrow(2, self.length, S).copy_(k)
         values.narrow(2, self.length, S).copy_(v)
         return keys.narrow(2, 0, self.length + S), values.narrow(2, 0, self.length + S)
@@ -221,7 +260,7 @@ class KVCache:
     def own(self, table, S, flip):
         "The rows of a table `(T, …)` in raster order that belong to the next S tokens; `flip`: these come from its end."
         at = len(table) - self.length - S if flip else self.length
-        return table[at:at + S].flip(0) if flip else table[at:at + S]
+        return table[at : at + S].flip(0) if flip else table[at : at + S]
 
     def advance(self, tokens: int = 1):
         "The cache after a whole step: the same memory, so many tokens longer."
@@ -230,6 +269,7 @@ class KVCache:
 # %% ../nbs/04_transformer.ipynb #d16f5df3
 class Transformer(LayerStack):
     "A stack of layers over `side²` tokens of a square image; causal or bidirectional. A causal one can also go token by token."
+
     def step(self, x, cache, flip=False, temperature=None):
         "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
         angles = None if self.angles is None else cache.own(self.angles, x.shape[1], flip)
@@ -253,14 +293,18 @@ def checkpoint_layers(model: nn.Module):
 
 def find_compiler() -> str | None:
     "The C++ compiler: $CXX, c++, g++ or clang++, whichever is there first; None where there is none."
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "c++", "g++", "clang++"))), None)
+    return next(
+        filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "c++", "g++", "clang++"))),
+        None,
+    )
 
 
 def compile_layers(model: nn.Module):
     "Have torch.compile fuse the operations inside every layer of a model, in place; weights keep their names, and the first step takes seconds longer. Needs a C++ compiler on a CPU."
     if next(model.parameters()).device.type == "cpu" and find_compiler() is None:
-        raise BitflowError("torch.compile needs a C++ compiler on a CPU, and none is here; install g++, or leave compile off")
+        raise BitflowError(
+            "torch.compile needs a C++ compiler on a CPU, and none is here; install g++, or leave compile off"
+        )
     for layer in model.modules():
         if isinstance(layer, Layer):
             layer.compile()
-

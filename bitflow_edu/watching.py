@@ -29,9 +29,9 @@ TINY = 1e-12  # keeps 0/0 away from images without any structure
 
 
 def seams(
-    x: Tensor,        # images or latents `(N, C, H, W)`
+    x: Tensor,  # images or latents `(N, C, H, W)`
     patch_size: int,  # p
-) -> float:           # 0: borders look like any other place; NaN where there is nothing to compare
+) -> float:  # 0: borders look like any other place; NaN where there is nothing to compare
     "log of the mean squared step across patch borders over that within patches."
     across, within = [], []
     for dim in (2, 3):
@@ -39,13 +39,17 @@ def seams(
         border = (torch.arange(len(steps)) + 1) % patch_size == 0
         across, within = [*across, steps[border]], [*within, steps[~border]]
     across, within = torch.cat(across), torch.cat(within)
-    return math.log((across.mean() + TINY) / (within.mean() + TINY)) if len(across) and len(within) else math.nan
+    return (
+        math.log((across.mean() + TINY) / (within.mean() + TINY))
+        if len(across) and len(within)
+        else math.nan
+    )
 
 # %% ../nbs/watching.ipynb #42b9b6f5
 def shuffle_patches(
-    x: Tensor,        # images `(N, C, H, W)`
+    x: Tensor,  # images `(N, C, H, W)`
     patch_size: int,  # p
-) -> Tensor:          # the same shape
+) -> Tensor:  # the same shape
     "Patch t of image i comes from image i + t·s: every patch real, no neighbours that belong together."
     tokens = patchify(x, patch_size)
     N, T, _ = tokens.shape
@@ -54,25 +58,33 @@ def shuffle_patches(
 
 # %% ../nbs/watching.ipynb #e0d25ff4
 def pattern(
-    x: Tensor,        # images `(N, C, H, W)`
+    x: Tensor,  # images `(N, C, H, W)`
     patch_size: int,  # p
-    mean: Tensor,     # of real images `(C, H, W)`
-) -> float:           # in [0, 1]; NaN where nothing varies
+    mean: Tensor,  # of real images `(C, H, W)`
+) -> float:  # in [0, 1]; NaN where nothing varies
     "How strong a pattern is that is the same in every patch of every image: its rms over that of the images, both without the mean."
     rest = x - mean
     patch = patchify(rest, patch_size).mean(dim=(0, 1)).reshape(x.shape[1], -1)
     total = rest.square().mean()
-    return (patch - patch.mean(dim=1, keepdim=True)).square().mean().div(total).sqrt().item() if total > TINY else math.nan
+    return (
+        (patch - patch.mean(dim=1, keepdim=True)).square().mean().div(total).sqrt().item()
+        if total > TINY
+        else math.nan
+    )
 
 # %% ../nbs/watching.ipynb #ccf9efa4
 def fine_detail(
     x: Tensor,  # images `(N, C, H, W)`
-) -> float:     # in [0, 1]; NaN where images are constant
+) -> float:  # in [0, 1]; NaN where images are constant
     "Share of the spectral energy above a quarter of a cycle a pixel, the mean colour left out."
     power = torch.fft.fft2(x - x.mean(dim=(2, 3), keepdim=True)).abs().square().mean(dim=(0, 1))
     rows, columns = (torch.fft.fftfreq(size).abs() for size in x.shape[2:])
     high = torch.maximum(rows[:, None], columns[None]) > 0.25
-    return (power[high].sum() / power.sum()).item() if power.sum() > TINY * power.numel() ** 2 else math.nan
+    return (
+        (power[high].sum() / power.sum()).item()
+        if power.sum() > TINY * power.numel() ** 2
+        else math.nan
+    )
 
 
 def half_resolution(x: Tensor) -> Tensor:
@@ -82,32 +94,43 @@ def half_resolution(x: Tensor) -> Tensor:
 # %% ../nbs/watching.ipynb #41176179
 def nearest(
     x: Tensor,  # images `(N, C, H, W)`, N ≥ 2
-) -> float:     # in units of x
+) -> float:  # in units of x
     "Mean rms distance from an image to its nearest other one."
     flat = x.flatten(1)
-    distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+    distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(
+        math.inf
+    )
     return distance.min(dim=1).values.mean().item() / flat.shape[1] ** 0.5
 
 # %% ../nbs/watching.ipynb #a83bd2e4
 def class_spread(x: Tensor, c: Tensor, num_classes: int) -> Tensor:
     "The rms distance of each class's images from their mean `(num_classes,)`; NaN for a class with fewer than two."
     own = (x[c == k] for k in range(num_classes))
-    return torch.stack([group.var(dim=0).mean().sqrt() if len(group) > 1 else torch.tensor(math.nan, dtype=x.dtype) for group in own])
+    return torch.stack(
+        [
+            group.var(dim=0).mean().sqrt()
+            if len(group) > 1
+            else torch.tensor(math.nan, dtype=x.dtype)
+            for group in own
+        ]
+    )
 
 
 def narrowest_class(
-    x: Tensor, c: Tensor,  # samples and their labels `(N,)`
-    real: Tensor,          # `class_spread` of real images
-) -> float:                # 1: as wide as the real class; NaN where no class has two samples
+    x: Tensor,
+    c: Tensor,  # samples and their labels `(N,)`
+    real: Tensor,  # `class_spread` of real images
+) -> float:  # 1: as wide as the real class; NaN where no class has two samples
     "The spread of the class that has the least of it, relative to the same class of real images."
     ratio = class_spread(x, c, len(real)) / real
     return ratio[ratio.isfinite()].min().item() if ratio.isfinite().any() else math.nan
 
 # %% ../nbs/watching.ipynb #f657142b
 def label_correlation(
-    x: Tensor, c: Tensor,  # samples and their labels `(N,)`; −1 is left out
-    class_means: Tensor,   # of real images `(K, C, H, W)`
-) -> float:                # in [−1, 1]; 0: labels are ignored; NaN where no two classes can be compared
+    x: Tensor,
+    c: Tensor,  # samples and their labels `(N,)`; −1 is left out
+    class_means: Tensor,  # of real images `(K, C, H, W)`
+) -> float:  # in [−1, 1]; 0: labels are ignored; NaN where no two classes can be compared
     "Correlation of samples with the real mean of the class asked for, both without their own mean."
     x, c = x[c >= 0], c[c >= 0]
     if not len(x) or len(class_means) < 2:
@@ -116,14 +139,17 @@ def label_correlation(
     return ((a * b).sum() / ((a.square().sum() * b.square().sum()).sqrt() + TINY)).item()
 
 # %% ../nbs/watching.ipynb #63390444
-SPREADS = 4.0  # a limit's least distance from real, in standard deviations between groups of real images
+SPREADS = (
+    4.0  # a limit's least distance from real, in standard deviations between groups of real images
+)
 
 # %% ../nbs/watching.ipynb #5c22ebd7
 @dataclass(frozen=True)
 class Bound:
     "Where a number of real images lies, and where it lies in a failure."
-    real: float     # mean over groups of real images
-    spread: float   # standard deviation between the groups
+
+    real: float  # mean over groups of real images
+    spread: float  # standard deviation between the groups
     planted: float  # with the failure planted into real images
 
     @property
@@ -136,16 +162,19 @@ class Bound:
 
     def crossed(self, value: float) -> bool:
         "Whether a number lies on the failure's side of the limit; NaN never does."
-        return self.limit is not None and (value > self.limit if self.planted > self.real else value < self.limit)
+        return self.limit is not None and (
+            value > self.limit if self.planted > self.real else value < self.limit
+        )
 
 # %% ../nbs/watching.ipynb #0d7bc5f0
 @dataclass(frozen=True)
 class Known:
     "Facts about real images that the measures compare with."
-    patch_size: int       # p of the model
-    classes: Tensor       # the labels that occur `(K,)`, in order: here their numbers are 0 … K − 1
-    mean: Tensor          # `(C, H, W)`
-    class_means: Tensor   # `(K, C, H, W)`
+
+    patch_size: int  # p of the model
+    classes: Tensor  # the labels that occur `(K,)`, in order: here their numbers are 0 … K − 1
+    mean: Tensor  # `(C, H, W)`
+    class_means: Tensor  # `(K, C, H, W)`
     class_spread: Tensor  # `(K,)`; NaN for a class with fewer than two images
 
     def numbered(self, c: Tensor) -> Tensor:
@@ -178,9 +207,10 @@ def first_of_class(x: Tensor, c: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Failure:
     "A way in which samples go wrong."
+
     measure: object  # (x, c, known) → float, NaN where it cannot tell
-    plant: object    # (x, c, known) → (x, c) with the failure in them
-    seen: str        # with {value}, {real} and {limit}
+    plant: object  # (x, c, known) → (x, c) with the failure in them
+    seen: str  # with {value}, {real} and {limit}
     advice: str
 
 
@@ -193,50 +223,84 @@ mixed_up = lambda c: c[torch.randperm(len(c), generator=torch.Generator().manual
 one_grey = lambda x: torch.cat([x[:1].mean(dim=(2, 3), keepdim=True).expand_as(x[:1]), x[1:]])
 
 FAILURES = {
-    "seams": Failure(lambda x, c, k: seams(x, k.patch_size), lambda x, c, k: (shuffle_patches(x, k.patch_size), c),
-                     "steps across patch borders are exp({value}) times those within (real: exp({real}))",
-                     "patches do not fit together: train longer, give every depth a weight, use a perceptual distance at the image end, or smaller patches"),
-    "pattern": Failure(lambda x, c, k: pattern(x, k.patch_size, k.mean), lambda x, c, k: (add_grid(x, k), c),
-                       "a pattern repeated in every patch has {value} of the samples' rms (real: {real})",
-                       "a fixed texture: lower the weight of the perceptual distance, or look at the output projection's bias"),
-    "texture": Failure(lambda x, c, k: fine_detail(x), lambda x, c, k: (shuffle_patches(x, k.patch_size), c),
-                       "{value} of the spectral energy is fine detail (real: {real})",
-                       "noise or texture is left in: check σ and the denoising step, lower the perceptual weight, or train longer"),
-    "blur": Failure(lambda x, c, k: fine_detail(x), lambda x, c, k: (half_resolution(x), c),
-                    "only {value} of the spectral energy is fine detail (real: {real})",
-                    "samples are blurred, as by MSE alone: add a perceptual distance, or train longer"),
-    "collapse": Failure(lambda x, c, k: nearest(x), lambda x, c, k: (x[:1].expand_as(x), c),
-                        "the nearest other sample is {value} away (real: {real})",
-                        "different noise gives the same picture: check that the noise reaches the model, align every depth, lower the guidance"),
-    "class-collapse": Failure(lambda x, c, k: narrowest_class(x, c, k.class_spread), lambda x, c, k: (first_of_class(x, c), c),
-                              "one class has only {value} of its real spread (real groups: {real})",
-                              "samples of that class look alike: lower the guidance, or check how many images the class has"),
-    "condition": Failure(lambda x, c, k: label_correlation(x, c, k.class_means), lambda x, c, k: (x, mixed_up(c)),
-                         "samples correlate with the class asked for by {value} (real: {real})",
-                         "the label is ignored or mixed up: check the order of the classes, label dropout, and the size of the class embedding"),
-    "constant": Failure(lambda x, c, k: contrast(x).min().item(), lambda x, c, k: (one_grey(x), c),
-                        "the flattest sample has a contrast of {value} (flattest real: {real})",
-                        "a sample without content: look for dead outputs, or clip α and μ of F"),
-    "saturation": Failure(lambda x, c, k: contrast(x).mean().item(), lambda x, c, k: (2 * x, c),
-                          "the contrast of samples is {value} (real: {real})",
-                          "values leave the range of the data: lower the guidance, clip α and μ of F, check the latents' scaling factor"),
-    "wash-out": Failure(lambda x, c, k: contrast(x).mean().item(), lambda x, c, k: (x / 2, c),
-                        "the contrast of samples is only {value} (real: {real})",
-                        "pictures fade towards a mean: train longer, check the temperature of the noise and the latents' scaling factor"),
+    "seams": Failure(
+        lambda x, c, k: seams(x, k.patch_size),
+        lambda x, c, k: (shuffle_patches(x, k.patch_size), c),
+        "steps across patch borders are exp({value}) times those within (real: exp({real}))",
+        "patches do not fit together: train longer, give every depth a weight, use a perceptual distance at the image end, or smaller patches",
+    ),
+    "pattern": Failure(
+        lambda x, c, k: pattern(x, k.patch_size, k.mean),
+        lambda x, c, k: (add_grid(x, k), c),
+        "a pattern repeated in every patch has {value} of the samples' rms (real: {real})",
+        "a fixed texture: lower the weight of the perceptual distance, or look at the output projection's bias",
+    ),
+    "texture": Failure(
+        lambda x, c, k: fine_detail(x),
+        lambda x, c, k: (shuffle_patches(x, k.patch_size), c),
+        "{value} of the spectral energy is fine detail (real: {real})",
+        "noise or texture is left in: check σ and the denoising step, lower the perceptual weight, or train longer",
+    ),
+    "blur": Failure(
+        lambda x, c, k: fine_detail(x),
+        lambda x, c, k: (half_resolution(x), c),
+        "only {value} of the spectral energy is fine detail (real: {real})",
+        "samples are blurred, as by MSE alone: add a perceptual distance, or train longer",
+    ),
+    "collapse": Failure(
+        lambda x, c, k: nearest(x),
+        lambda x, c, k: (x[:1].expand_as(x), c),
+        "the nearest other sample is {value} away (real: {real})",
+        "different noise gives the same picture: check that the noise reaches the model, align every depth, lower the guidance",
+    ),
+    "class-collapse": Failure(
+        lambda x, c, k: narrowest_class(x, c, k.class_spread),
+        lambda x, c, k: (first_of_class(x, c), c),
+        "one class has only {value} of its real spread (real groups: {real})",
+        "samples of that class look alike: lower the guidance, or check how many images the class has",
+    ),
+    "condition": Failure(
+        lambda x, c, k: label_correlation(x, c, k.class_means),
+        lambda x, c, k: (x, mixed_up(c)),
+        "samples correlate with the class asked for by {value} (real: {real})",
+        "the label is ignored or mixed up: check the order of the classes, label dropout, and the size of the class embedding",
+    ),
+    "constant": Failure(
+        lambda x, c, k: contrast(x).min().item(),
+        lambda x, c, k: (one_grey(x), c),
+        "the flattest sample has a contrast of {value} (flattest real: {real})",
+        "a sample without content: look for dead outputs, or clip α and μ of F",
+    ),
+    "saturation": Failure(
+        lambda x, c, k: contrast(x).mean().item(),
+        lambda x, c, k: (2 * x, c),
+        "the contrast of samples is {value} (real: {real})",
+        "values leave the range of the data: lower the guidance, clip α and μ of F, check the latents' scaling factor",
+    ),
+    "wash-out": Failure(
+        lambda x, c, k: contrast(x).mean().item(),
+        lambda x, c, k: (x / 2, c),
+        "the contrast of samples is only {value} (real: {real})",
+        "pictures fade towards a mean: train longer, check the temperature of the noise and the latents' scaling factor",
+    ),
 }
 
 # %% ../nbs/watching.ipynb #74b3f735
 def watch_labels(
     labels: Tensor,  # of the training data `(N,)`
-    n: int = 100,    # about so many samples
+    n: int = 100,  # about so many samples
     least: int = 8,  # samples a class, where there are enough images
-) -> Tensor:         # int64, at most `(n,)`: classes in turn
+) -> Tensor:  # int64, at most `(n,)`: classes in turn
     "Labels for samples to watch: as many classes, evenly chosen, as leave each enough samples to have a spread."
     count = labels.bincount()
     classes = (count >= 8).nonzero()[:, 0]  # two samples, twice over, in each half of the data
     if not len(classes):
-        raise BitflowError(f"no class has 8 images (the largest has {int(count.max())}); too few to know what is normal: watch without alarms")
-    chosen = classes[torch.linspace(0, len(classes) - 1, min(len(classes), max(n // least, 1))).round().long()]
+        raise BitflowError(
+            f"no class has 8 images (the largest has {int(count.max())}); too few to know what is normal: watch without alarms"
+        )
+    chosen = classes[
+        torch.linspace(0, len(classes) - 1, min(len(classes), max(n // least, 1))).round().long()
+    ]
     return chosen.repeat(max(min(n // len(chosen), int(count[chosen].min()) // 4), 2))
 
 # %% ../nbs/watching.ipynb #55bff4bc
@@ -249,16 +313,18 @@ def halves(c: Tensor, generator: torch.Generator) -> tuple:
 # %% ../nbs/watching.ipynb #a03ba89e
 def alike(
     labels: Tensor,  # wanted `(n,)`, −1: any
-    c: Tensor,       # there are `(N,)`
+    c: Tensor,  # there are `(N,)`
     generator: torch.Generator,
-) -> Tensor:         # indices `(n,)`
+) -> Tensor:  # indices `(n,)`
     "A random group of images that has the labels wanted, none twice. Raises `BitflowError` where a class has too few."
     order, picked = torch.randperm(len(c), generator=generator), torch.empty_like(labels)
     for k in labels.unique():
         own, places = order[c[order] == k] if k >= 0 else order, (labels == k).nonzero()[:, 0]
         if len(own) < len(places):
-            raise BitflowError(f"the reference has {len(own)} images of class {int(k)} and the samples {len(places)}; draw fewer samples of it, or give more data")
-        picked[places] = own[:len(places)]
+            raise BitflowError(
+                f"the reference has {len(own)} images of class {int(k)} and the samples {len(places)}; draw fewer samples of it, or give more data"
+            )
+        picked[places] = own[: len(places)]
     return picked
 
 # %% ../nbs/watching.ipynb #b521ed9b
@@ -268,9 +334,10 @@ GROUPS = 20  # of real images: enough for a standard deviation to within a sixth
 @dataclass(frozen=True)
 class Reference:
     "What is normal for samples with these labels."
+
     labels: Tensor  # of the samples `(n,)`
     known: Known
-    bounds: dict    # failure's name → `Bound`
+    bounds: dict  # failure's name → `Bound`
 
     @property
     def blind(self) -> list:
@@ -282,28 +349,35 @@ def bound(failure: Failure, groups: list, known: Known) -> Bound:
     "The bound of a failure, from groups (x, c) of real images."
     values = [failure.measure(x.double(), c, known) for x, c in groups]
     planted = [failure.measure(*failure.plant(x.double(), c, known), known) for x, c in groups[:5]]
-    if not all(map(math.isfinite, (*values, *planted))):  # these data cannot say, such as seams of patches of one pixel
+    if not all(
+        map(math.isfinite, (*values, *planted))
+    ):  # these data cannot say, such as seams of patches of one pixel
         return Bound(math.nan, math.nan, math.nan)
     return Bound(statistics.fmean(values), statistics.stdev(values), statistics.fmean(planted))
 
 # %% ../nbs/watching.ipynb #166842f8
 def reference(
-    x: Tensor, c: Tensor,   # real images `(N, C, H, W)` as the model should draw them, labels `(N,)`
-    labels: Tensor,         # of the samples to be judged `(n,)`
-    patch_size: int = 1,    # p of the model; 1: no patches
-    noise_std: float = 0.0, # σ, where samples are noisy: those of F are
+    x: Tensor,
+    c: Tensor,  # real images `(N, C, H, W)` as the model should draw them, labels `(N,)`
+    labels: Tensor,  # of the samples to be judged `(n,)`
+    patch_size: int = 1,  # p of the model; 1: no patches
+    noise_std: float = 0.0,  # σ, where samples are noisy: those of F are
     seed: int = 0,
 ) -> Reference:
     "Measure once what samples are compared with. Raises `BitflowError` for fewer than 2n images, or too few of a class."
     generator = torch.Generator().manual_seed(seed)
     if len(labels) < 2 or len(x) < 2 * len(labels):
-        raise BitflowError(f"{len(labels)} samples and {len(x)} real images; at least 2 samples are needed and twice as many real images")
+        raise BitflowError(
+            f"{len(labels)} samples and {len(x)} real images; at least 2 samples are needed and twice as many real images"
+        )
     x, c, labels = add_noise(x.cpu().float(), noise_std, generator), c.cpu(), labels.cpu()
     a, b = halves(c, generator)
     known = know(x[a], c[a], patch_size)
     drawn = [b[alike(labels, c[b], generator)] for _ in range(GROUPS)]
     groups = [(x[i], known.numbered(torch.where(labels < 0, labels, c[i]))) for i in drawn]
-    return Reference(labels, known, {name: bound(failure, groups, known) for name, failure in FAILURES.items()})
+    return Reference(
+        labels, known, {name: bound(failure, groups, known) for name, failure in FAILURES.items()}
+    )
 
 # %% ../nbs/watching.ipynb #8262f82f
 def draw_images(data, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -312,68 +386,103 @@ def draw_images(data, index: Tensor, generator: torch.Generator) -> Tensor:
 
 # %% ../nbs/watching.ipynb #b208ef5f
 def reference_of(
-    data,                   # training data: `Images`, or anything with `labels` and `draw(index, generator)`
-    labels: Tensor,         # of the samples to be judged `(n,)`
-    patch_size: int = 1,    # p of the model; 1: no patches
-    noise_std: float = 0.0, # σ, where samples are noisy: those of F are
-    most: int = 2000,       # images to use
+    data,  # training data: `Images`, or anything with `labels` and `draw(index, generator)`
+    labels: Tensor,  # of the samples to be judged `(n,)`
+    patch_size: int = 1,  # p of the model; 1: no patches
+    noise_std: float = 0.0,  # σ, where samples are noisy: those of F are
+    most: int = 2000,  # images to use
     seed: int = 0,
 ) -> Reference:
     "The reference for a run, from its own training data."
     generator = torch.Generator().manual_seed(seed)
-    wanted = torch.isin(data.labels, labels) if (labels >= 0).all() else torch.ones_like(data.labels, dtype=torch.bool)
+    wanted = (
+        torch.isin(data.labels, labels)
+        if (labels >= 0).all()
+        else torch.ones_like(data.labels, dtype=torch.bool)
+    )
     index = wanted.nonzero()[:, 0]
     index = index[torch.randperm(len(index), generator=generator)[:most]].sort().values
-    return reference(draw_images(data, index, generator), data.labels[index], labels, patch_size, noise_std, seed)
+    return reference(
+        draw_images(data, index, generator), data.labels[index], labels, patch_size, noise_std, seed
+    )
 
 # %% ../nbs/watching.ipynb #621ab1a4
 @dataclass(frozen=True)
 class Alarm:
     "Something that should be looked at."
-    name: str      # of the failure
-    value: float   # seen
-    limit: float   # that it passed
-    message: str   # what was seen, and what to try
+
+    name: str  # of the failure
+    value: float  # seen
+    limit: float  # that it passed
+    message: str  # what was seen, and what to try
 
 
 def broken(whole: Tensor) -> list:
     "An alarm where some samples hold NaN or infinity; `whole` says which do not."
     bad = len(whole) - int(whole.sum())
-    return [Alarm("not-finite", bad, 0, f"{bad} of {len(whole)} samples hold NaN or infinity; clip α and μ of F, lower the guidance or the learning rate")] if bad else []
+    return (
+        [
+            Alarm(
+                "not-finite",
+                bad,
+                0,
+                f"{bad} of {len(whole)} samples hold NaN or infinity; clip α and μ of F, lower the guidance or the learning rate",
+            )
+        ]
+        if bad
+        else []
+    )
 
 
 def judge(name: str, value: float, bound: Bound) -> Alarm:
     "The alarm for a number that crossed its limit."
     failure, short = FAILURES[name], "{:.3g}".format
-    return Alarm(name, value, bound.limit, f"{failure.seen.format(value=short(value), real=short(bound.real))}, past the limit {bound.limit:.3g}; {failure.advice}")
+    return Alarm(
+        name,
+        value,
+        bound.limit,
+        f"{failure.seen.format(value=short(value), real=short(bound.real))}, past the limit {bound.limit:.3g}; {failure.advice}",
+    )
 
 # %% ../nbs/watching.ipynb #ccffe3de
 def check_samples(
-    x: Tensor,             # samples `(n, C, H, W)`
-    c: Tensor,             # labels asked for `(n,)`
+    x: Tensor,  # samples `(n, C, H, W)`
+    c: Tensor,  # labels asked for `(n,)`
     reference: Reference,  # made for these labels
-) -> list:                 # of `Alarm`
+) -> list:  # of `Alarm`
     "What is wrong with samples, against real images. Raises `BitflowError` for another shape or number than the reference's."
     x, known = x.detach().cpu().double(), reference.known
     c = known.numbered(c)
     if x.shape != (len(reference.labels), *known.mean.shape) or len(c) != len(x):
-        raise BitflowError(f"samples {tuple(x.shape)} with {len(c)} labels, but the reference is for {(len(reference.labels), *known.mean.shape)}; make one for these samples")
+        raise BitflowError(
+            f"samples {tuple(x.shape)} with {len(c)} labels, but the reference is for {(len(reference.labels), *known.mean.shape)}; make one for these samples"
+        )
     whole = x.isfinite().flatten(1).all(dim=1)
     alarms = broken(whole)
     if whole.float().mean() <= 0.5:  # too few are left for groups of n to be the measure
         return alarms
-    values = {name: failure.measure(x[whole], c[whole], known) for name, failure in FAILURES.items()}
-    return alarms + [judge(name, value, reference.bounds[name]) for name, value in values.items() if reference.bounds[name].crossed(value)]
+    values = {
+        name: failure.measure(x[whole], c[whole], known) for name, failure in FAILURES.items()
+    }
+    return alarms + [
+        judge(name, value, reference.bounds[name])
+        for name, value in values.items()
+        if reference.bounds[name].crossed(value)
+    ]
 
 # %% ../nbs/watching.ipynb #ea9e30bb
 WINDOW, LEAST = 50, 20  # lines that a line is compared with: at most, and at least
-EXCURSION = 8.0         # robust spreads above the median; `results/watching.json` has what healthy runs reach
+EXCURSION = (
+    8.0  # robust spreads above the median; `results/watching.json` has what healthy runs reach
+)
 
 
 def robust_spread(values: list) -> float:
     "The standard deviation of a normal bulk, whatever a few outliers do: 1.48 × the median distance from the median. Never 0."
     middle = statistics.median(values)
-    return max(1.4826 * statistics.median(abs(v - middle) for v in values), 1e-6 * abs(middle), TINY)
+    return max(
+        1.4826 * statistics.median(abs(v - middle) for v in values), 1e-6 * abs(middle), TINY
+    )
 
 
 def excursion(value: float, before: list) -> float:
@@ -384,7 +493,18 @@ def excursion(value: float, before: list) -> float:
 def spike(name: str, value: float, before: list, advice: str) -> list:
     "An alarm where a value leaves its own past far behind."
     size = excursion(value, before)
-    return [Alarm(name, size, EXCURSION, f"{size:.3g} spreads above the median of the last {len(before)} lines; {advice}")] if size > EXCURSION else []
+    return (
+        [
+            Alarm(
+                name,
+                size,
+                EXCURSION,
+                f"{size:.3g} spreads above the median of the last {len(before)} lines; {advice}",
+            )
+        ]
+        if size > EXCURSION
+        else []
+    )
 
 # %% ../nbs/watching.ipynb #4b8eee49
 def scale_of_z(losses: list, z: list) -> list:
@@ -401,43 +521,87 @@ def finite_past(before: list, key: str) -> list:
 
 # %% ../nbs/watching.ipynb #a5b921bd
 def check_line(
-    line: dict,    # of metrics.jsonl
+    line: dict,  # of metrics.jsonl
     before: list,  # the lines before it; the last `WINDOW` are looked at
-) -> list:         # of `Alarm`
+) -> list:  # of `Alarm`
     "What is wrong with a line of metrics; the first `LEAST` lines have nothing to be compared with."
-    bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
-    alarms = [Alarm("not-finite", len(bad), 0, f"{', '.join(bad)} not finite; lower the learning rate or lengthen the warm-up")] if bad else []
-    losses, norms, z = (finite_past(before[-WINDOW:], key) for key in ("loss", "grad_norm", "z_rms"))
+    bad = [
+        key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)
+    ]
+    alarms = (
+        [
+            Alarm(
+                "not-finite",
+                len(bad),
+                0,
+                f"{', '.join(bad)} not finite; lower the learning rate or lengthen the warm-up",
+            )
+        ]
+        if bad
+        else []
+    )
+    losses, norms, z = (
+        finite_past(before[-WINDOW:], key) for key in ("loss", "grad_norm", "z_rms")
+    )
     if len(losses) >= LEAST and "loss" in line:
-        alarms += spike("loss-spike", line["loss"], losses, "if it does not come back: lower the learning rate, look at the batch, clip α and μ of F")
+        alarms += spike(
+            "loss-spike",
+            line["loss"],
+            losses,
+            "if it does not come back: lower the learning rate, look at the batch, clip α and μ of F",
+        )
     logs = [math.log(norm + TINY) for norm in norms]
     if len(logs) >= LEAST and line.get("grad_norm", -1) >= 0:
-        alarms += spike("gradient-blow-up", math.log(line["grad_norm"] + TINY), logs, f"gradient norm {line['grad_norm']:.3g}; clipping holds it, but if it stays lower the learning rate")
-    return alarms + (scale_of_z(losses[-LEAST:], z[-LEAST:]) if len(z) >= LEAST and "z_rms" in line else [])
+        alarms += spike(
+            "gradient-blow-up",
+            math.log(line["grad_norm"] + TINY),
+            logs,
+            f"gradient norm {line['grad_norm']:.3g}; clipping holds it, but if it stays lower the learning rate",
+        )
+    return alarms + (
+        scale_of_z(losses[-LEAST:], z[-LEAST:]) if len(z) >= LEAST and "z_rms" in line else []
+    )
 
 # %% ../nbs/watching.ipynb #36e9de11
 def check_metrics(
     lines: list,  # of metrics.jsonl, oldest first
-) -> list:        # of `Alarm`, whose messages name the step
+) -> list:  # of `Alarm`, whose messages name the step
     "What was wrong in a run so far, line by line."
-    found = [(line.get("step", i), check_line(line, lines[max(i - WINDOW, 0):i])) for i, line in enumerate(lines)]
-    return [Alarm(a.name, a.value, a.limit, f"step {step}: {a.message}") for step, alarms in found for a in alarms]
+    found = [
+        (line.get("step", i), check_line(line, lines[max(i - WINDOW, 0) : i]))
+        for i, line in enumerate(lines)
+    ]
+    return [
+        Alarm(a.name, a.value, a.limit, f"step {step}: {a.message}")
+        for step, alarms in found
+        for a in alarms
+    ]
 
 # %% ../nbs/watching.ipynb #84188c33
 def restlessness(
     lines: list,  # of metrics.jsonl, oldest first
-) -> dict:        # loss, log_grad_norm: the largest excursions; above: lines past the limit; z_gain: the largest, in spreads of the loss
+) -> dict:  # loss, log_grad_norm: the largest excursions; above: lines past the limit; z_gain: the largest, in spreads of the loss
     "How far a run strayed from its own past: what the limits are to be compared with."
     found = {"loss": -math.inf, "log_grad_norm": -math.inf, "above": 0, "z_gain": 0.0}
     for i in range(LEAST, len(lines)):
-        before, line = lines[max(i - WINDOW, 0):i], lines[i]
-        sizes = {"loss": excursion(line["loss"], [m["loss"] for m in before]),
-                 "log_grad_norm": excursion(math.log(line["grad_norm"] + TINY), [math.log(m["grad_norm"] + TINY) for m in before])}
+        before, line = lines[max(i - WINDOW, 0) : i], lines[i]
+        sizes = {
+            "loss": excursion(line["loss"], [m["loss"] for m in before]),
+            "log_grad_norm": excursion(
+                math.log(line["grad_norm"] + TINY),
+                [math.log(m["grad_norm"] + TINY) for m in before],
+            ),
+        }
         found |= {name: max(found[name], size) for name, size in sizes.items()}
         found["above"] += max(sizes.values()) > EXCURSION
         if "z_rms" in before[0]:
-            r, losses = statistics.median(m["z_rms"] for m in before[-LEAST:]), [m["loss"] for m in before[-LEAST:]]
-            found["z_gain"] = max(found["z_gain"], ((r * r - 1) / 2 - math.log(r)) / robust_spread(losses))
+            r, losses = (
+                statistics.median(m["z_rms"] for m in before[-LEAST:]),
+                [m["loss"] for m in before[-LEAST:]],
+            )
+            found["z_gain"] = max(
+                found["z_gain"], ((r * r - 1) / 2 - math.log(r)) / robust_spread(losses)
+            )
     return found
 
 # %% ../nbs/watching.ipynb #be4c027d
@@ -452,7 +616,9 @@ def summary_writer(log_dir: Path, purge_step: int | None = None):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise BitflowError(f"TensorBoard is not installed ({e}); pip install tensorboard, or watch without it") from e
+        raise BitflowError(
+            f"TensorBoard is not installed ({e}); pip install tensorboard, or watch without it"
+        ) from e
     with writing(log_dir):
         return SummaryWriter(str(log_dir), purge_step=purge_step)
 
@@ -477,7 +643,13 @@ def items_of(run: Path) -> list:
         found += [(line["step"], kind, json.dumps(line)) for line in lines]
     for path in (run / "samples").glob("step-*.png"):
         if path.stem[5:].isdigit():
-            found.append((int(path.stem[5:]), "samples", f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"))
+            found.append(
+                (
+                    int(path.stem[5:]),
+                    "samples",
+                    f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}",
+                )
+            )
     return sorted(found)
 
 # %% ../nbs/watching.ipynb #788eb764
@@ -490,13 +662,16 @@ def write_item(writer, run: Path, step: int, kind: str, what: str):
         alarm = json.loads(what)
         writer.add_text(f"alarms/{alarm['name']}", alarm["message"], step)
     else:
-        writer.add_image("samples", read_picture(run / "samples" / what.split()[0]), step, dataformats="HWC")
+        writer.add_image(
+            "samples", read_picture(run / "samples" / what.split()[0]), step, dataformats="HWC"
+        )
 
 
 def read_picture(path: Path):
     "A PNG as uint8 `(H, W, 3)`."
     import numpy as np
     from PIL import Image
+
     return np.asarray(Image.open(path).convert("RGB"))
 
 # %% ../nbs/watching.ipynb #8d7d4582
@@ -506,16 +681,20 @@ def mirrored(log_dir: Path) -> set:
         return {tuple(item) for item in json.loads((log_dir / "mirror.json").read_text())}
     except FileNotFoundError:
         if log_dir.is_dir() and any(log_dir.glob("events.out.tfevents.*")):
-            raise BitflowError(f"{log_dir} holds events that were not mirrored from a run; name another folder") from None
+            raise BitflowError(
+                f"{log_dir} holds events that were not mirrored from a run; name another folder"
+            ) from None
         return set()
     except (ValueError, TypeError) as e:
-        raise BitflowError(f"{log_dir / 'mirror.json'} is damaged ({e}); delete {log_dir} and mirror again") from e
+        raise BitflowError(
+            f"{log_dir / 'mirror.json'} is damaged ({e}); delete {log_dir} and mirror again"
+        ) from e
 
 # %% ../nbs/watching.ipynb #9da08172
 def to_tensorboard(
     run_folder: Path,  # with metrics.jsonl, samples/, alarms.jsonl
-    log_dir: Path,     # of the mirror, of this run alone
-) -> int:              # items written: lines, pictures, alarms
+    log_dir: Path,  # of the mirror, of this run alone
+) -> int:  # items written: lines, pictures, alarms
     "Mirror a run into TensorBoard's event files; called again, only what is new or has changed, and what comes after it."
     run, log_dir = Path(run_folder), Path(log_dir)
     if not (run / "metrics.jsonl").exists():
@@ -528,7 +707,9 @@ def to_tensorboard(
     new = [item for item in now if item[0] >= first]
     writer = summary_writer(log_dir, first)
     with writing(log_dir):
-        write_atomically(log_dir / "mirror.json", json.dumps([item for item in now if item[0] < first]))
+        write_atomically(
+            log_dir / "mirror.json", json.dumps([item for item in now if item[0] < first])
+        )
         for item in new:
             write_item(writer, run, *item)
         writer.close()
@@ -538,14 +719,26 @@ def to_tensorboard(
 # %% ../nbs/watching.ipynb #994b00f4
 def visible(x: Tensor) -> Tensor:
     "Something to look at: images as they are; of latents the first three channels, three standard deviations from black to white."
-    return x if x.shape[1] in (1, 3) else x[:, :3 if x.shape[1] > 3 else 1] / 3
+    return x if x.shape[1] in (1, 3) else x[:, : 3 if x.shape[1] > 3 else 1] / 3
 
 # %% ../nbs/watching.ipynb #8f2eb8aa
 class Watcher:
     "Looks over a training's shoulder: alarms into `alarms.jsonl`, curves and sheets into TensorBoard where wanted."
-    def __init__(self, folder: Path, step: int = 0, reference: Reference = None, batch_size: int = None, tensorboard: bool = False):
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int = 0,
+        reference: Reference = None,
+        batch_size: int = None,
+        tensorboard: bool = False,
+    ):
         self.folder, self.reference, self.batch_size = Path(folder), reference, batch_size
-        old = read_metrics(self.folder / "metrics.jsonl") if (self.folder / "metrics.jsonl").exists() else []
+        old = (
+            read_metrics(self.folder / "metrics.jsonl")
+            if (self.folder / "metrics.jsonl").exists()
+            else []
+        )
         self.lines = deque([line for line in old if line["step"] <= step], maxlen=WINDOW)
         self.log = MetricsLog(self.folder / "alarms.jsonl", step)
         self.said = {line["name"] for line in read_metrics(self.folder / "alarms.jsonl")}
@@ -556,7 +749,10 @@ class Watcher:
         line = {name: float(value) for name, value in values.items()} | {"step": step}
         self.report(step, check_line(line, list(self.lines)))
         if self.batch_size and "seconds" in line:
-            line.setdefault("images_per_second", images_per_second(line, self.lines[-1] if self.lines else None, self.batch_size))
+            line.setdefault(
+                "images_per_second",
+                images_per_second(line, self.lines[-1] if self.lines else None, self.batch_size),
+            )
         if self.writer:
             write_line(self.writer, line)
         self.lines.append(line)
@@ -564,7 +760,12 @@ class Watcher:
     def samples(self, step: int, x: Tensor):
         "Samples `(n, C, H, W)` drawn with the reference's labels, always from the same noise."
         if self.writer:
-            self.writer.add_image("samples", image_grid(visible(x.detach().float().cpu().nan_to_num()), columns=10), step, dataformats="HWC")
+            self.writer.add_image(
+                "samples",
+                image_grid(visible(x.detach().float().cpu().nan_to_num()), columns=10),
+                step,
+                dataformats="HWC",
+            )
         if self.reference:
             self.report(step, check_samples(x, self.reference.labels, self.reference))
 
@@ -588,24 +789,54 @@ class Watcher:
 def duration(seconds: float) -> str:
     "Seconds in words: the two largest units."
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    return f"{days:.1f} days" if days >= 2 else f"{int(hours)} h {int(minutes % 60)} min" if hours >= 1 else f"{int(minutes)} min {int(seconds % 60)} s" if minutes >= 1 else f"{seconds:.0f} s"
+    return (
+        f"{days:.1f} days"
+        if days >= 2
+        else f"{int(hours)} h {int(minutes % 60)} min"
+        if hours >= 1
+        else f"{int(minutes)} min {int(seconds % 60)} s"
+        if minutes >= 1
+        else f"{seconds:.0f} s"
+    )
 
 # %% ../nbs/watching.ipynb #798a687f
 def pace(lines: list, budget: dict) -> str:
     "Where a run stands: step, throughput and the time that is left."
-    last, first = lines[-1], lines[max(-WINDOW, -len(lines))] if len(lines) > 1 else {"step": 0, "seconds": 0.0}
+    last, first = (
+        lines[-1],
+        lines[max(-WINDOW, -len(lines))] if len(lines) > 1 else {"step": 0, "seconds": 0.0},
+    )
     rate = images_per_second(last, first, 1)
-    whole = budget["minutes"] * 60 if budget.get("minutes") else budget["steps"] / rate if rate else math.inf
+    whole = (
+        budget["minutes"] * 60
+        if budget.get("minutes")
+        else budget["steps"] / rate
+        if rate
+        else math.inf
+    )
     used = last["seconds"] if budget.get("minutes") else last["step"] / rate if rate else 0.0
-    left = "finished" if used >= whole else f"about {duration(whole - used)} left" if math.isfinite(whole) else "time left unknown"
+    left = (
+        "finished"
+        if used >= whole
+        else f"about {duration(whole - used)} left"
+        if math.isfinite(whole)
+        else "time left unknown"
+    )
     goal = f"{budget['minutes']:g} minutes" if budget.get("minutes") else f"{budget['steps']} steps"
     return f"step {last['step']} of {goal}, {100 * min(used / whole, 1):.0f}%, {rate:.3g} steps/s, {rate * budget['batch_size']:.3g} images/s, {left}"
 
 # %% ../nbs/watching.ipynb #604add4f
 def alarm_lines(alarms: list) -> list:
     "One line for each kind of alarm, with how often and when, the newest first."
-    kinds = {name: [a for a in alarms if a["name"] == name] for name in dict.fromkeys(a["name"] for a in reversed(alarms))}
-    when = lambda found: f"step {found[0]['step']}" if len(found) == 1 else f"{len(found)} times, steps {found[0]['step']} to {found[-1]['step']}"
+    kinds = {
+        name: [a for a in alarms if a["name"] == name]
+        for name in dict.fromkeys(a["name"] for a in reversed(alarms))
+    }
+    when = lambda found: (
+        f"step {found[0]['step']}"
+        if len(found) == 1
+        else f"{len(found)} times, steps {found[0]['step']} to {found[-1]['step']}"
+    )
     return [f"  {name} ({when(found)}): {found[-1]['message']}" for name, found in kinds.items()]
 
 # %% ../nbs/watching.ipynb #d694b245
@@ -614,12 +845,14 @@ def run_budget(run: Path) -> dict:
     try:
         return json.loads((run / "run.json").read_text())["train"]
     except (OSError, ValueError, KeyError) as e:
-        raise BitflowError(f"{run} is no run: its run.json is missing or damaged ({e}); name the folder that --out named") from e
+        raise BitflowError(
+            f"{run} is no run: its run.json is missing or damaged ({e}); name the folder that --out named"
+        ) from e
 
 # %% ../nbs/watching.ipynb #7b1548cf
 def watch(
     run_folder: Path,  # a run, going on or finished
-) -> str:              # some lines of text
+) -> str:  # some lines of text
     "How a run is going: last metrics, throughput, time left, alarms, and where its newest samples are."
     run = Path(run_folder)
     budget = run_budget(run)
@@ -629,6 +862,17 @@ def watch(
     age = time.time() - (run / "metrics.jsonl").stat().st_mtime
     alarms = read_metrics(run / "alarms.jsonl") if (run / "alarms.jsonl").exists() else []
     pictures = sorted((run / "samples").glob("step-*.png"))
-    values = "  ".join(f"{name} {value:.4g}" for name, value in lines[-1].items() if name not in ("step", "seconds"))
-    return "\n".join([f"{run}: {pace(lines, budget)}", f"last line {duration(max(age, 0))} ago: {values}",
-                      "alarms:" if alarms else "alarms: none", *alarm_lines(alarms), f"newest samples: {pictures[-1] if pictures else 'none yet'}"])
+    values = "  ".join(
+        f"{name} {value:.4g}"
+        for name, value in lines[-1].items()
+        if name not in ("step", "seconds")
+    )
+    return "\n".join(
+        [
+            f"{run}: {pace(lines, budget)}",
+            f"last line {duration(max(age, 0))} ago: {values}",
+            "alarms:" if alarms else "alarms: none",
+            *alarm_lines(alarms),
+            f"newest samples: {pictures[-1] if pictures else 'none yet'}",
+        ]
+    )

@@ -6,6 +6,7 @@ mnist-features  the teacher: its features are the perceptual distance that train
 
 Usage: make_classifiers.py mnist-cnn|mnist-features|measure [--data-root ROOT] [--steps N] [--out FOLDER]
 """
+
 import argparse
 import dataclasses
 import tempfile
@@ -17,7 +18,15 @@ import torch.nn.functional as nnf
 
 from bitflow_edu.data import DataConfig, load_data
 from bitflow_edu.distances import FeatureNet, FeatureNetConfig, load_feature_net
-from bitflow_edu.evaluation import Classifier, ClassifierConfig, accuracy, classifier_loss, load_classifier, measurement, save_results
+from bitflow_edu.evaluation import (
+    Classifier,
+    ClassifierConfig,
+    accuracy,
+    classifier_loss,
+    load_classifier,
+    measurement,
+    save_results,
+)
 from bitflow_edu.training import TrainConfig, save_model, train
 
 
@@ -32,10 +41,35 @@ def two_sizes(model, x, c, generator):
 
 
 RECIPES = {
-    "mnist-cnn": (lambda: Classifier(ClassifierConfig()), classifier_loss, DataConfig("mnist", 28), TrainConfig(
-        steps=5000, batch_size=128, lr=2e-3, weight_decay=1e-2, label_dropout=0.0, ema=0.998, checkpoint_every=1000)),
-    "mnist-features": (lambda: FeatureNet(FeatureNetConfig()), two_sizes, DataConfig("mnist-mini", 28), TrainConfig(
-        steps=3000, batch_size=128, lr=2e-3, weight_decay=1e-2, label_dropout=0.0, ema=0.998, seed=1, checkpoint_every=1000)),
+    "mnist-cnn": (
+        lambda: Classifier(ClassifierConfig()),
+        classifier_loss,
+        DataConfig("mnist", 28),
+        TrainConfig(
+            steps=5000,
+            batch_size=128,
+            lr=2e-3,
+            weight_decay=1e-2,
+            label_dropout=0.0,
+            ema=0.998,
+            checkpoint_every=1000,
+        ),
+    ),
+    "mnist-features": (
+        lambda: FeatureNet(FeatureNetConfig()),
+        two_sizes,
+        DataConfig("mnist-mini", 28),
+        TrainConfig(
+            steps=3000,
+            batch_size=128,
+            lr=2e-3,
+            weight_decay=1e-2,
+            label_dropout=0.0,
+            ema=0.998,
+            seed=1,
+            checkpoint_every=1000,
+        ),
+    ),
 }
 
 
@@ -43,14 +77,38 @@ def measure(data_root, results):
     """Accuracy of the stored networks on test images, at both sizes, into results/classifiers.json."""
     start, found = time.perf_counter(), []
     nets = {"mnist-cnn": load_classifier(), "mnist-features": load_feature_net()}
-    for data in (DataConfig("mnist", 28), DataConfig("mnist", 16), DataConfig("mnist-mini", 28), DataConfig("mnist-mini", 16)):
+    for data in (
+        DataConfig("mnist", 28),
+        DataConfig("mnist", 16),
+        DataConfig("mnist-mini", 28),
+        DataConfig("mnist-mini", 16),
+    ):
         test = load_data(data, "test", data_root)
         for name, net in nets.items():
             size = f"{data.image_size}x{data.image_size}"
-            found.append(measurement(name, "label_accuracy", accuracy(net, test.x, test.labels), n=len(test), data=data.name, size=size))
-            print(f"{name:15s} {found[-1]['value']:.4f} of {len(test)} test images of {data.name} at {size}")
+            found.append(
+                measurement(
+                    name,
+                    "label_accuracy",
+                    accuracy(net, test.x, test.labels),
+                    n=len(test),
+                    data=data.name,
+                    size=size,
+                )
+            )
+            print(
+                f"{name:15s} {found[-1]['value']:.4f} of {len(test)} test images of {data.name} at {size}"
+            )
     recipes = {name: dataclasses.asdict(recipe[3]) for name, recipe in RECIPES.items()}
-    save_results(results, "classifiers", "mnist-cnn, mnist-features", "data/make_classifiers.py measure", recipes, found, time.perf_counter() - start)
+    save_results(
+        results,
+        "classifiers",
+        "mnist-cnn, mnist-features",
+        "data/make_classifiers.py measure",
+        recipes,
+        found,
+        time.perf_counter() - start,
+    )
 
 
 def main():

@@ -3,6 +3,7 @@
 
 Usage: make_mnist_mini.py MNIST_ROOT [--out mnist-mini.npz]   (MNIST_ROOT holds MNIST/raw, as torchvision lays it out)
 """
+
 import argparse
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from torchvision.datasets import MNIST
 
 def class_balanced(labels, per_class):
     """Sorted indices of the first `per_class` images of every class, so the official order is kept."""
-    return np.sort(np.concatenate([np.flatnonzero(labels == digit)[:per_class] for digit in range(10)]))
+    return np.sort(
+        np.concatenate([np.flatnonzero(labels == digit)[:per_class] for digit in range(10)])
+    )
 
 
 def split(root, train, per_class):
@@ -34,8 +37,10 @@ def main():
         images, labels, index = split(args.root, train, per_class)
         arrays |= {f"{name}_images": images, f"{name}_labels": labels, f"{name}_index": index}
     np.savez_compressed(args.out, **arrays)
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes, "
-          f"{len(arrays['train_labels'])} train and {len(arrays['test_labels'])} test images")
+    print(
+        f"{args.out}: {args.out.stat().st_size:,} bytes, "
+        f"{len(arrays['train_labels'])} train and {len(arrays['test_labels'])} test images"
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Usage: make_weights.py RUN --to NAME --results FILE    a pair (RUN/forward, RUN/
                                                        model card made from the results file that was measured on it
        make_weights.py RUN --to NAME                   a flow alone, as `bitflow train forward` leaves it, to NAME/, in float32
 """
+
 import argparse
 from pathlib import Path
 
@@ -29,7 +30,13 @@ def main():
         if not args.results:
             ap.error("a pair needs --results, for its model card")
         pair = Pair(*(load_any(args.run / name, "cpu") for name in ("forward", "reverse")))
-        save_pretrained(pair, folder, torch.bfloat16, model_card(load_result(args.results.stem, args.results.parent), pair), overwrite=True)
+        save_pretrained(
+            pair,
+            folder,
+            torch.bfloat16,
+            model_card(load_result(args.results.stem, args.results.parent), pair),
+            overwrite=True,
+        )
     else:
         save_pretrained(load_any(args.run, "cpu"), folder, overwrite=True)
     for path in folder.rglob("model.safetensors"):

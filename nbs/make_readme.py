@@ -3,6 +3,7 @@
 
 Usage: make_readme.py [--check]      (--check: write nothing, fail when README.md would change)
 """
+
 import re
 import sys
 from pathlib import Path
@@ -22,10 +23,15 @@ def markdown(cell):
 
 def readme():
     """The README's text; links are turned from nbs/ to the repository's root."""
-    parts = [markdown(cell).strip() for cell in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells]
+    parts = [
+        markdown(cell).strip()
+        for cell in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells
+    ]
     text = "\n\n".join(p for p in parts if p)
     text = re.sub(r"\]\((?!https?:|#|\.\./)", "](nbs/", text).replace("](../", "](")
-    return "<!-- Written by nbs/make_readme.py from nbs/index.ipynb: edit that. -->\n\n" + text + "\n"
+    return (
+        "<!-- Written by nbs/make_readme.py from nbs/index.ipynb: edit that. -->\n\n" + text + "\n"
+    )
 
 
 def main():

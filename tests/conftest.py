@@ -1,4 +1,5 @@
 """Shared pieces of the tests: small models with random, not only initial, weights."""
+
 import os
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -32,7 +33,11 @@ def shake(model, seed=0, size=0.2):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(p.shape[-1], 1) ** 0.5)
+            p.add_(
+                size
+                * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                / max(p.shape[-1], 1) ** 0.5
+            )
     return model.eval()
 
 
@@ -41,17 +46,33 @@ def small_transformer(modern=False, layers=1):
     return TransformerConfig(width=16, num_layers=layers, head_dim=8, **(MODERN if modern else {}))
 
 
-def small_flow(side=3, patch=2, channels=1, blocks=3, modern=False, seed=0, dtype=torch.float32, num_classes=3):
+def small_flow(
+    side=3, patch=2, channels=1, blocks=3, modern=False, seed=0, dtype=torch.float32, num_classes=3
+):
     """A shaken TARFlow over side² tokens."""
-    cfg = TARFlowConfig(image_size=side * patch, channels=channels, patch_size=patch, num_classes=num_classes, num_blocks=blocks,
-                        transformer=small_transformer(modern))
+    cfg = TARFlowConfig(
+        image_size=side * patch,
+        channels=channels,
+        patch_size=patch,
+        num_classes=num_classes,
+        num_blocks=blocks,
+        transformer=small_transformer(modern),
+    )
     return shake(build(TARFlow, cfg, seed).to(dtype), seed)
 
 
 def small_reverse(flow, modern=True, seed=1, **kw):
     """A shaken G that fits the flow."""
     f = flow.cfg
-    cfg = ReverseConfig(f.image_size, f.channels, f.patch_size, f.num_classes, f.num_blocks, transformer=small_transformer(modern), **kw)
+    cfg = ReverseConfig(
+        f.image_size,
+        f.channels,
+        f.patch_size,
+        f.num_classes,
+        f.num_blocks,
+        transformer=small_transformer(modern),
+        **kw,
+    )
     return shake(build(ReverseModel, cfg, seed), seed)
 
 

@@ -1,4 +1,5 @@
 """Presets: their way to a file and back, what is refused, and what they cost."""
+
 import json
 import re
 from dataclasses import fields, is_dataclass, replace
@@ -7,9 +8,30 @@ import pytest
 import torch
 
 from bitflow_edu import pipeline
-from bitflow_edu.budget import against_published, budget_of, flow_step, images_per_hour, on_meta, pass_flops, step_cost
+from bitflow_edu.budget import (
+    against_published,
+    budget_of,
+    flow_step,
+    images_per_hour,
+    on_meta,
+    pass_flops,
+    step_cost,
+)
 from bitflow_edu.cli import main
-from bitflow_edu.config import INFERRED, PAIRS, PRESETS, as_tree, check_preset, find_preset, read_preset, split_fields, to_words, with_strategy, with_words, write_preset
+from bitflow_edu.config import (
+    INFERRED,
+    PAIRS,
+    PRESETS,
+    as_tree,
+    check_preset,
+    find_preset,
+    read_preset,
+    split_fields,
+    to_words,
+    with_strategy,
+    with_words,
+    write_preset,
+)
 from bitflow_edu.data import BitflowError, load_data
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow, nll_per_dim
@@ -42,19 +64,49 @@ def test_the_smoke_twin_has_the_same_kinds_of_parts(name):
     """Sizes and budgets differ, everything else does not; and it is small."""
     big, twin = (to_words(as_tree(find_preset(n))) for n in (name, f"{name}-smoke"))
     assert big.keys() == twin.keys()
-    sizes = {"name", "num_samples", "image_size", "num_classes", "num_blocks", "width", "num_layers", "head_dim", "steps", "batch_size", "lr", "ema", "log_every", "sample_every", "checkpoint_every", "compile", "pieces"}
+    sizes = {
+        "name",
+        "num_samples",
+        "image_size",
+        "num_classes",
+        "num_blocks",
+        "width",
+        "num_layers",
+        "head_dim",
+        "steps",
+        "batch_size",
+        "lr",
+        "ema",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "compile",
+        "pieces",
+    }
     different = {field for field in big if big[field] != twin[field]}
-    assert {field.rpartition(".")[2] for field in different} <= sizes and "data.name" not in different
+    assert {
+        field.rpartition(".")[2] for field in different
+    } <= sizes and "data.name" not in different
     p = find_preset(f"{name}-smoke")
     assert p.train_forward.steps == p.train_reverse.steps == 30
-    assert pipeline.num_parameters(on_meta(TARFlow, p.forward)) < 300_000 and p.forward.num_tokens <= 64
+    assert (
+        pipeline.num_parameters(on_meta(TARFlow, p.forward)) < 300_000
+        and p.forward.num_tokens <= 64
+    )
 
 
 def test_the_twin_of_the_embedded_digits_trains(digits, tmp_path):
     """A ladder preset with its parts (clipping, modern blocks, several channels) trains as a pair, through the same code."""
     p = find_preset("imagenet64-smoke")
-    p = replace(p, forward=replace(p.forward, channels=1, num_classes=10), reverse=replace(p.reverse, channels=1, num_classes=10),
-                **{stage: replace(getattr(p, stage), steps=2, batch_size=4, precision="fp32") for stage in ("train_forward", "train_reverse")})
+    p = replace(
+        p,
+        forward=replace(p.forward, channels=1, num_classes=10),
+        reverse=replace(p.reverse, channels=1, num_classes=10),
+        **{
+            stage: replace(getattr(p, stage), steps=2, batch_size=4, precision="fp32")
+            for stage in ("train_forward", "train_reverse")
+        },
+    )
     flow = pipeline.train_forward(p, digits[:8], tmp_path / "f")
     reverse = pipeline.train_reverse(p, flow, digits[:8], tmp_path / "g")
     assert all(t.isfinite().all() for t in reverse.parameters())
@@ -73,41 +125,104 @@ def test_latents_say_how_they_are_made():
 def test_every_field_of_every_dataclass_can_be_given():
     """What `to_words` lists is the whole tree, and each field takes its own value back."""
     preset = find_preset("imagenet256-b2")
-    leaves = lambda cfg, prefix="": [n for f in fields(cfg) for n in (leaves(getattr(cfg, f.name), f"{prefix}{f.name}.") if is_dataclass(getattr(cfg, f.name)) else [prefix + f.name])]
+    leaves = lambda cfg, prefix="": [
+        n
+        for f in fields(cfg)
+        for n in (
+            leaves(getattr(cfg, f.name), f"{prefix}{f.name}.")
+            if is_dataclass(getattr(cfg, f.name))
+            else [prefix + f.name]
+        )
+    ]
     known = to_words(as_tree(preset))
     assert list(known) == leaves(preset) and len(known) > 70
     assert with_words(preset, known) == preset
 
 
 def test_types(tmp_path):
-    changed = with_words(BASE, {"train_forward.lr": ["1e-3"], "train_forward.steps": ["None"], "train_forward.minutes": ["2.5"], "reverse.denoise": ["False"],
-                                "objective.depth_weights": ["1", "0", "0", "0.5"], "forward.block_layers": ["4", "1", "1", "1"], "num_samples": ["7"], "objective.features": ["digits"]})
-    assert (changed.train_forward.lr, changed.train_forward.steps, changed.train_forward.minutes, changed.num_samples) == (1e-3, None, 2.5, 7)
-    assert changed.reverse.denoise is False and changed.objective.depth_weights == (1.0, 0.0, 0.0, 0.5) and changed.forward.block_layers == (4, 1, 1, 1)
-    (tmp_path / "p.yaml").write_text("train_forward: {lr: 1e-3, steps: null, minutes: 2.5}\nreverse: {denoise: no}\nobjective: {depth_weights: [1, 0, 0, 0.5]}\n"
-                                     "forward: {block_layers: [4, 1, 1, 1]}\nnum_samples: 7\n")
+    changed = with_words(
+        BASE,
+        {
+            "train_forward.lr": ["1e-3"],
+            "train_forward.steps": ["None"],
+            "train_forward.minutes": ["2.5"],
+            "reverse.denoise": ["False"],
+            "objective.depth_weights": ["1", "0", "0", "0.5"],
+            "forward.block_layers": ["4", "1", "1", "1"],
+            "num_samples": ["7"],
+            "objective.features": ["digits"],
+        },
+    )
+    assert (
+        changed.train_forward.lr,
+        changed.train_forward.steps,
+        changed.train_forward.minutes,
+        changed.num_samples,
+    ) == (1e-3, None, 2.5, 7)
+    assert (
+        changed.reverse.denoise is False
+        and changed.objective.depth_weights == (1.0, 0.0, 0.0, 0.5)
+        and changed.forward.block_layers == (4, 1, 1, 1)
+    )
+    (tmp_path / "p.yaml").write_text(
+        "train_forward: {lr: 1e-3, steps: null, minutes: 2.5}\nreverse: {denoise: no}\nobjective: {depth_weights: [1, 0, 0, 0.5]}\n"
+        "forward: {block_layers: [4, 1, 1, 1]}\nnum_samples: 7\n"
+    )
     assert read_preset(tmp_path / "p.yaml", BASE) == changed
     assert BASE == find_preset("mnist-mini"), "the original is as it was"
 
 
-@pytest.mark.parametrize("field,words,says", [
-    ("forward.transformer.widht", ["256"], "did you mean forward.transformer.width"), ("forward.widht", ["256"], "did you mean forward.transformer.width"),
-    ("foward.patch_size", ["2"], "did you mean forward.patch_size"), ("train.lr", ["1"], "did you mean train_"), ("num_sample", ["1"], "did you mean num_samples"),
-    ("forward.transformer.width", ["wide"], "wide"), ("forward.transformer.width", ["100"], "no multiple of head_dim"), ("forward.transformer.width", ["1.5"], "1.5"),
-    ("forward.patch_size", ["5"], "does not divide"), ("forward.patch_size", ["2"], "reverse.patch_size is 4"), ("forward.num_blocks", ["8"], "reverse.num_blocks is 4"),
-    ("data.image_size", ["8"], "forward.image_size is 16"), ("reverse.num_classes", ["9"], "forward.num_classes is 10"), ("data.name", ["mnits"], "mnits"),
-    ("objective.strategy", ["hidden-distillation"], "reverse.token_states"), ("objective.strategy", ["osmosis"], "osmosis"), ("objective.depth_weights", ["1", "2"], "num_blocks 4"),
-    ("train_forward.betas", ["0.9"], "2 values"), ("train_forward.steps", [], "Missing value"), ("train_forward.minutes", ["3"], "not both"), ("reverse.denoise", ["maybe"], "maybe")])
+@pytest.mark.parametrize(
+    "field,words,says",
+    [
+        ("forward.transformer.widht", ["256"], "did you mean forward.transformer.width"),
+        ("forward.widht", ["256"], "did you mean forward.transformer.width"),
+        ("foward.patch_size", ["2"], "did you mean forward.patch_size"),
+        ("train.lr", ["1"], "did you mean train_"),
+        ("num_sample", ["1"], "did you mean num_samples"),
+        ("forward.transformer.width", ["wide"], "wide"),
+        ("forward.transformer.width", ["100"], "no multiple of head_dim"),
+        ("forward.transformer.width", ["1.5"], "1.5"),
+        ("forward.patch_size", ["5"], "does not divide"),
+        ("forward.patch_size", ["2"], "reverse.patch_size is 4"),
+        ("forward.num_blocks", ["8"], "reverse.num_blocks is 4"),
+        ("data.image_size", ["8"], "forward.image_size is 16"),
+        ("reverse.num_classes", ["9"], "forward.num_classes is 10"),
+        ("data.name", ["mnits"], "mnits"),
+        ("objective.strategy", ["hidden-distillation"], "reverse.token_states"),
+        ("objective.strategy", ["osmosis"], "osmosis"),
+        ("objective.depth_weights", ["1", "2"], "num_blocks 4"),
+        ("train_forward.betas", ["0.9"], "2 values"),
+        ("train_forward.steps", [], "Missing value"),
+        ("train_forward.minutes", ["3"], "not both"),
+        ("reverse.denoise", ["maybe"], "maybe"),
+    ],
+)
 def test_unknown_and_contradictory_fields_are_refused(field, words, says):
     with pytest.raises(BitflowError, match=re.escape(says)) as e:
         with_words(BASE, {field: words})
     assert len(str(e.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("text,says", [
-    ("forward: {widht: 3}", "forward.transformer.width"), ("forward: [", "no YAML"), ("- 1", "no fields"), ("", "no fields"), ("data: 5", "data.name"), ("1: 2", "'1'"),
-    ("num_samples: {a: 1}", "num_samples"), ("num_samples: 1\nnum_samples: 2", "given twice"), ("reverse: null", "train_reverse"), ("forward: {kind: glow}", "image_size"),
-    ("forward: {kind: glow, image_size: 16}", "only a TARFlow"), ("train_forward: {steps: many}", "many"), ("!!python/object/apply:os.getcwd []", "no YAML"), ("? [1, 2]\n: 3", "no YAML")])
+@pytest.mark.parametrize(
+    "text,says",
+    [
+        ("forward: {widht: 3}", "forward.transformer.width"),
+        ("forward: [", "no YAML"),
+        ("- 1", "no fields"),
+        ("", "no fields"),
+        ("data: 5", "data.name"),
+        ("1: 2", "'1'"),
+        ("num_samples: {a: 1}", "num_samples"),
+        ("num_samples: 1\nnum_samples: 2", "given twice"),
+        ("reverse: null", "train_reverse"),
+        ("forward: {kind: glow}", "image_size"),
+        ("forward: {kind: glow, image_size: 16}", "only a TARFlow"),
+        ("train_forward: {steps: many}", "many"),
+        ("!!python/object/apply:os.getcwd []", "no YAML"),
+        ("? [1, 2]\n: 3", "no YAML"),
+    ],
+)
 def test_bad_files_are_refused(tmp_path, text, says):
     path = tmp_path / "p.yaml"
     path.write_text(text)
@@ -125,47 +240,138 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
 
 
 def test_words_about_fields_are_told_from_a_commands_own():
-    rest, given = split_fields(["train", "forward", "--train-forward.betas", "0.9", "-1", "--steps", "3", "--data.image-size=8", "x", "--num-samples", "5"])
+    rest, given = split_fields(
+        [
+            "train",
+            "forward",
+            "--train-forward.betas",
+            "0.9",
+            "-1",
+            "--steps",
+            "3",
+            "--data.image-size=8",
+            "x",
+            "--num-samples",
+            "5",
+        ]
+    )
     assert rest == ["train", "forward", "--steps", "3", "x"]
-    assert given == {"train_forward.betas": ["0.9", "-1"], "data.image_size": ["8"], "num_samples": ["5"]}
+    assert given == {
+        "train_forward.betas": ["0.9", "-1"],
+        "data.image_size": ["8"],
+        "num_samples": ["5"],
+    }
 
 
 def test_a_run_is_repeated_from_the_file_it_leaves(tmp_path, capsys):
     """Fields on the command line reach the run; the preset.yaml it leaves gives the same weights again, the seed included."""
     a, b = tmp_path / "a", tmp_path / "b"
-    asked = ["--steps", "3", "--seed", "5", "--forward.transformer.num-layers", "2", "--train-forward.lr=1e-3", "--name", "mine"]
+    asked = [
+        "--steps",
+        "3",
+        "--seed",
+        "5",
+        "--forward.transformer.num-layers",
+        "2",
+        "--train-forward.lr=1e-3",
+        "--name",
+        "mine",
+    ]
     assert main(["train", "forward", *SMOKE, *asked, "--out", str(a)]) == 0
     assert main(["train", "forward", "--config", str(a / "preset.yaml"), "--out", str(b)]) == 0
     first, again = (json.loads((run / "run.json").read_text()) for run in (a, b))
-    assert first == again and first["train"]["lr"] == 1e-3 and first["train"]["seed"] == 5 and first["preset"] == "mine"
-    weights = [next((run / "checkpoints").glob("*/model.safetensors")).read_bytes() for run in (a, b)]
-    assert weights[0] == weights[1] and (a / "preset.yaml").read_text() == (b / "preset.yaml").read_text()
-    refused(["train", "forward", *SMOKE, "--steps", "3", "--train-forward.steps", "4", "--out", tmp_path / "c"], capsys, "--steps 3", "--train-forward.steps")
+    assert (
+        first == again
+        and first["train"]["lr"] == 1e-3
+        and first["train"]["seed"] == 5
+        and first["preset"] == "mine"
+    )
+    weights = [
+        next((run / "checkpoints").glob("*/model.safetensors")).read_bytes() for run in (a, b)
+    ]
+    assert (
+        weights[0] == weights[1]
+        and (a / "preset.yaml").read_text() == (b / "preset.yaml").read_text()
+    )
+    refused(
+        [
+            "train",
+            "forward",
+            *SMOKE,
+            "--steps",
+            "3",
+            "--train-forward.steps",
+            "4",
+            "--out",
+            tmp_path / "c",
+        ],
+        capsys,
+        "--steps 3",
+        "--train-forward.steps",
+    )
     assert not (tmp_path / "c").exists()
 
 
 def test_the_command_line_in_a_results_file_holds_the_fields(tmp_path):
     from bitflow_edu.cli import Evaluate, command_line, parse
     import shlex
-    args = parse(["evaluate", *SMOKE, "--config", "p.yaml", "--num-samples", "30", "--forward", "runs/f", "--train-forward.betas", "0.9", "0.99"])
-    assert isinstance(args, Evaluate) and str(args.forward) == "runs/f" and parse(shlex.split(command_line(args))[1:]) == args
+
+    args = parse(
+        [
+            "evaluate",
+            *SMOKE,
+            "--config",
+            "p.yaml",
+            "--num-samples",
+            "30",
+            "--forward",
+            "runs/f",
+            "--train-forward.betas",
+            "0.9",
+            "0.99",
+        ]
+    )
+    assert (
+        isinstance(args, Evaluate)
+        and str(args.forward) == "runs/f"
+        and parse(shlex.split(command_line(args))[1:]) == args
+    )
 
 
 def test_info_writes_reads_and_lists(tmp_path, capsys):
     path = tmp_path / "new" / "p.yaml"
-    assert main(["info", "--preset", "imagenet256-b2-smoke", "--forward.clip", "2", "--yaml", str(path)]) == 0
+    assert (
+        main(
+            ["info", "--preset", "imagenet256-b2-smoke", "--forward.clip", "2", "--yaml", str(path)]
+        )
+        == 0
+    )
     assert read_preset(path, BASE).forward.clip == 2
     assert main(["info", "--config", str(path)]) == 0
     assert "imagenet256-b2-smoke" in capsys.readouterr().out
     assert main(["info", "--config", str(path), "--fields"]) == 0
     said = capsys.readouterr().out
-    assert "--forward.transformer.width INT" in said and "features a token" in said and "default: 64" in said
+    assert (
+        "--forward.transformer.width INT" in said
+        and "features a token" in said
+        and "default: 64" in said
+    )
     refused(["info", "--yaml", path], capsys, "exists already", "--yaml")
     refused(["info", "--config", tmp_path / "none.yaml"], capsys, "none.yaml", "--yaml")
-    refused(["info", "--forward.transformer.widht", "3"], capsys, "did you mean forward.transformer.width", "--fields")
+    refused(
+        ["info", "--forward.transformer.widht", "3"],
+        capsys,
+        "did you mean forward.transformer.width",
+        "--fields",
+    )
     refused(["info", "--mfu", "1.5"], capsys, "--mfu 1.5")
     refused(["info", "--peak-tflops", "0"], capsys, "--peak-tflops 0")
-    refused(["sample", "--checkpoint", "x", "--data.image-size", "3"], capsys, "--data.image-size", "sample")
+    refused(
+        ["sample", "--checkpoint", "x", "--data.image-size", "3"],
+        capsys,
+        "--data.image-size",
+        "sample",
+    )
 
 
 def test_published_sizes():
@@ -173,10 +379,20 @@ def test_published_sizes():
     found = {}
     for name in ("imagenet256-b2", "imagenet256-xl2"):
         p = find_preset(name)
-        params = {"F": pipeline.num_parameters(on_meta(TARFlow, p.forward)), "G": pipeline.num_parameters(on_meta(ReverseModel, p.reverse))}
-        found |= {(name, model): (published, right) for model, own, published, difference, right in against_published(p, params)}
+        params = {
+            "F": pipeline.num_parameters(on_meta(TARFlow, p.forward)),
+            "G": pipeline.num_parameters(on_meta(ReverseModel, p.reverse)),
+        }
+        found |= {
+            (name, model): (published, right)
+            for model, own, published, difference, right in against_published(p, params)
+        }
         assert name in INFERRED
-    assert found == {("imagenet256-b2", "F"): (120e6, True), ("imagenet256-b2", "G"): (133e6, True), ("imagenet256-xl2", "F"): (690e6, True)}
+    assert found == {
+        ("imagenet256-b2", "F"): (120e6, True),
+        ("imagenet256-b2", "G"): (133e6, True),
+        ("imagenet256-xl2", "F"): (690e6, True),
+    }
     wider = against_published(find_preset("imagenet256-b2"), {"F": 124e6, "G": 133e6})
     assert not wider[0][-1] and wider[1][-1]
 
@@ -185,10 +401,23 @@ def test_info_of_the_largest(capsys):
     """Size, assumptions, and what is inferred stand in the output; twice the utilisation, half the hours."""
     hours = []
     for mfu in (0.2, 0.4):
-        assert main(["info", "--preset", "imagenet256-xl2", "--mfu", str(mfu), "--peak-tflops", "312"]) == 0
+        assert (
+            main(["info", "--preset", "imagenet256-xl2", "--mfu", str(mfu), "--peak-tflops", "312"])
+            == 0
+        )
         said = capsys.readouterr().out
-        hours.append(float(re.search(r"800000 steps: ([\d,.]+) GPU-hours", said).group(1).replace(",", "")))
-        for words in ("256 of 16 values", "published F: 690M", "within 3 %", f"312 TFLOP/s at {mfu:.0%}", "activations", "inferred", "forward.transformer"):
+        hours.append(
+            float(re.search(r"800000 steps: ([\d,.]+) GPU-hours", said).group(1).replace(",", ""))
+        )
+        for words in (
+            "256 of 16 values",
+            "published F: 690M",
+            "within 3 %",
+            f"312 TFLOP/s at {mfu:.0%}",
+            "activations",
+            "inferred",
+            "forward.transformer",
+        ):
             assert words in said, said
     assert hours[0] == pytest.approx(2 * hours[1], rel=1e-3)
 
@@ -196,25 +425,59 @@ def test_info_of_the_largest(capsys):
 def test_flops_on_shapes_are_those_of_real_models():
     """Training step, forward, exact inverse, score step and one pass; also where the blocks differ, and for a G with token states."""
     p = find_preset("cifar10-smoke")
-    deep = replace(p, forward=replace(p.forward, image_size=8, block_layers=(2, 1)), reverse=replace(p.reverse, image_size=8))
-    for preset in (find_preset("mnist-mini-smoke"), deep, with_strategy(deep, "hidden-distillation")):
-        F, G = pipeline.build(TARFlow, preset.forward, 0), pipeline.build(ReverseModel, preset.reverse, 0)
-        derived = pass_flops(on_meta(TARFlow, preset.forward), on_meta(ReverseModel, preset.reverse))
-        assert {row: derived[row] for row in pipeline.METHODS} == {row: pipeline.flops(row, F, G) for row in pipeline.METHODS}
-        x, c = torch.zeros(1, F.cfg.channels, F.cfg.image_size, F.cfg.image_size), torch.zeros(1, dtype=torch.int64)
-        assert step_cost(on_meta(TARFlow, preset.forward), flow_step).flops == pipeline.count_flops(lambda: nll_per_dim(F(x, c)).backward())
+    deep = replace(
+        p,
+        forward=replace(p.forward, image_size=8, block_layers=(2, 1)),
+        reverse=replace(p.reverse, image_size=8),
+    )
+    for preset in (
+        find_preset("mnist-mini-smoke"),
+        deep,
+        with_strategy(deep, "hidden-distillation"),
+    ):
+        F, G = (
+            pipeline.build(TARFlow, preset.forward, 0),
+            pipeline.build(ReverseModel, preset.reverse, 0),
+        )
+        derived = pass_flops(
+            on_meta(TARFlow, preset.forward), on_meta(ReverseModel, preset.reverse)
+        )
+        assert {row: derived[row] for row in pipeline.METHODS} == {
+            row: pipeline.flops(row, F, G) for row in pipeline.METHODS
+        }
+        x, c = (
+            torch.zeros(1, F.cfg.channels, F.cfg.image_size, F.cfg.image_size),
+            torch.zeros(1, dtype=torch.int64),
+        )
+        assert step_cost(on_meta(TARFlow, preset.forward), flow_step).flops == pipeline.count_flops(
+            lambda: nll_per_dim(F(x, c)).backward()
+        )
 
 
 def test_memory_of_a_step():
     """Grows with layers and with the image; guidance in training runs every block of G twice; and it is memory that a real step holds."""
     p = find_preset("mnist-mini-smoke")
     F = step_cost(on_meta(TARFlow, p.forward), flow_step)
-    more = step_cost(on_meta(TARFlow, replace(p.forward, transformer=replace(p.forward.transformer, num_layers=2))), flow_step)
-    assert F.kept > 2 * 16 * 64 * 4 * 6 and 1.5 < more.kept / F.kept < 2.1 and more.scores == 2 * F.scores
-    once, twice = budget_of(p).reverse, budget_of(replace(p, reverse=replace(p.reverse, max_guidance=3.0))).reverse
+    more = step_cost(
+        on_meta(
+            TARFlow, replace(p.forward, transformer=replace(p.forward.transformer, num_layers=2))
+        ),
+        flow_step,
+    )
+    assert (
+        F.kept > 2 * 16 * 64 * 4 * 6
+        and 1.5 < more.kept / F.kept < 2.1
+        and more.scores == 2 * F.scores
+    )
+    once, twice = (
+        budget_of(p).reverse,
+        budget_of(replace(p, reverse=replace(p.reverse, max_guidance=3.0))).reverse,
+    )
     assert 1.4 < twice.flops / once.flops < 2 < 1.2 * twice.kept / once.kept
     flow, held = pipeline.build(TARFlow, p.forward, 0), {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: held.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
         nll_per_dim(flow(torch.zeros(8, 1, 16, 16), torch.zeros(8, dtype=torch.int64)))
     own = {q.data_ptr() for q in flow.parameters()}
     real = sum(t.untyped_storage().nbytes() for address, t in held.items() if address not in own)

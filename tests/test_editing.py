@@ -1,4 +1,5 @@
 """Editing: masks, inpainting, class editing, influence, drift, strangeness, and the editor's logic."""
+
 import io
 
 import pytest
@@ -8,8 +9,30 @@ from PIL import Image
 
 from bitflow_edu import editing
 from bitflow_edu.data import BitflowError, Images, patchify
-from bitflow_edu.editing import (Editor, auc, check_mask, connect, decode, drift, edit_class, editor, editor_png, encode, hide, influence, inpaint,
-                                 interpolate, keep_known, lerp, paste, reconstruct, roc_curve, slerp, strangeness, token_mask)
+from bitflow_edu.editing import (
+    Editor,
+    auc,
+    check_mask,
+    connect,
+    decode,
+    drift,
+    edit_class,
+    editor,
+    editor_png,
+    encode,
+    hide,
+    influence,
+    inpaint,
+    interpolate,
+    keep_known,
+    lerp,
+    paste,
+    reconstruct,
+    roc_curve,
+    slerp,
+    strangeness,
+    token_mask,
+)
 from bitflow_edu.exact_inverse import exact_inverse
 from bitflow_edu.guidance import guided_pass
 from bitflow_edu.inverse_strategies import mse
@@ -29,7 +52,11 @@ def batch(n=4, side=6):
 
 def small_images(n=3, side=6):
     g = torch.Generator().manual_seed(1)
-    return Images(torch.randint(256, (n, 1, side, side), generator=g, dtype=torch.uint8), torch.arange(n) % 3, ("a", "b", "c"))
+    return Images(
+        torch.randint(256, (n, 1, side, side), generator=g, dtype=torch.uint8),
+        torch.arange(n) % 3,
+        ("a", "b", "c"),
+    )
 
 
 def window():
@@ -45,11 +72,24 @@ def test_any_hidden_pixel_hides_its_token():
     assert each.tolist() == [[True, False, True, True], [True] * 4]
 
 
-@pytest.mark.parametrize("mask, seen", [(torch.ones(6, 6), "torch.float32"), (torch.ones(5, 6, dtype=torch.bool), r"\(5, 6\)"), (torch.ones(36, dtype=torch.bool), r"\(36,\)"),
-                                        (torch.ones(2, 6, 6, dtype=torch.bool), r"\(2, 6, 6\)"), (torch.ones(4, 1, 6, 6, dtype=torch.bool), r"\(4, 1, 6, 6\)")])
+@pytest.mark.parametrize(
+    "mask, seen",
+    [
+        (torch.ones(6, 6), "torch.float32"),
+        (torch.ones(5, 6, dtype=torch.bool), r"\(5, 6\)"),
+        (torch.ones(36, dtype=torch.bool), r"\(36,\)"),
+        (torch.ones(2, 6, 6, dtype=torch.bool), r"\(2, 6, 6\)"),
+        (torch.ones(4, 1, 6, 6, dtype=torch.bool), r"\(4, 1, 6, 6\)"),
+    ],
+)
 def test_wrong_masks_are_refused(pair, mask, seen):
     x, c = batch()
-    for use in (lambda: check_mask(mask, x), lambda: inpaint(*pair, x, mask, c), lambda: paste(x, x, mask), lambda: hide(x, mask)):
+    for use in (
+        lambda: check_mask(mask, x),
+        lambda: inpaint(*pair, x, mask, c),
+        lambda: paste(x, x, mask),
+        lambda: hide(x, mask),
+    ):
         with pytest.raises(BitflowError, match=seen):
             use()
 
@@ -88,7 +128,9 @@ def test_nothing_hidden_is_reconstruction(pair):
     whole = reconstruct(flow, G, x, c)
     assert torch.equal(inpaint(flow, G, x, everything, c), whole)
     assert torch.equal(whole, one_pass(G, flow(x, c).z, c))
-    torch.testing.assert_close(inpaint(flow, G, x, everything, c, w=1.5), guided_pass(G, flow(x, c).z, c, 1.5))
+    torch.testing.assert_close(
+        inpaint(flow, G, x, everything, c, w=1.5), guided_pass(G, flow(x, c).z, c, 1.5)
+    )
 
 
 def test_the_noise_of_known_tokens_is_kept_and_the_rest_is_new(pair):
@@ -99,6 +141,7 @@ def test_the_noise_of_known_tokens_is_kept_and_the_rest_is_new(pair):
     def spy(z, c):
         seen.append(z)
         return torch.zeros(4, 1, 6, 6)
+
     inpaint(flow, spy, x, window(), c, eps=eps)
     known = token_mask(window(), 2)[0]
     assert torch.equal(seen[0][:, known], encode(flow, hide(x, window()), c)[:, known])
@@ -109,7 +152,10 @@ def test_hidden_pixels_have_no_influence(pair):
     x, c = batch()
     other = torch.where(window(), x, torch.rand(4, 1, 6, 6))
     for repeats in (1, 3):
-        assert torch.equal(inpaint(*pair, x, window(), c, repeats=repeats), inpaint(*pair, other, window(), c, repeats=repeats))
+        assert torch.equal(
+            inpaint(*pair, x, window(), c, repeats=repeats),
+            inpaint(*pair, other, window(), c, repeats=repeats),
+        )
 
 
 def test_refining_brings_the_known_pixels_closer_and_looks_at_no_hidden_one(pair):
@@ -127,7 +173,11 @@ def test_a_mask_for_each_image_and_paste(pair):
     y = inpaint(*pair, x, masks, c)
     torch.testing.assert_close(y[1], reconstruct(*pair, x, c)[1])
     pasted = paste(x, y, masks)
-    assert torch.equal(pasted[1], x[1]) and torch.equal(pasted[0, 0][window()], x[0, 0][window()]) and pasted[0, 0, 1, 3] == y[0, 0, 1, 3]
+    assert (
+        torch.equal(pasted[1], x[1])
+        and torch.equal(pasted[0, 0][window()], x[0, 0][window()])
+        and pasted[0, 0, 1, 3] == y[0, 0, 1, 3]
+    )
     assert (hide(x, masks, 0.5)[0, 0] == 0.5).sum() == 1
 
 
@@ -136,7 +186,9 @@ def test_repeats_encode_the_pasted_result(pair):
     x, c = batch()
     eps = torch.randn(4, 9, 4)
     once = inpaint(flow, G, x, window(), c, eps=eps)
-    again = decode(G, keep_known(encode(flow, paste(x, once, window()), c), eps, token_mask(window(), 2)), c)
+    again = decode(
+        G, keep_known(encode(flow, paste(x, once, window()), c), eps, token_mask(window(), 2)), c
+    )
     torch.testing.assert_close(inpaint(flow, G, x, window(), c, eps=eps, repeats=2), again)
 
 
@@ -146,8 +198,12 @@ def test_class_editing_decodes_with_the_other_label(pair):
     to = (c.clamp(min=0) + 1) % 3
     y = edit_class(flow, G, x, c, to)
     assert y.shape == x.shape
-    assert torch.equal(y, one_pass(G, flow(x, c).z, to)) and not torch.equal(y, reconstruct(flow, G, x, c))
-    torch.testing.assert_close(reconstruct(flow, lambda z, c: exact_inverse(flow, z, c), x, c), x, atol=1e-4, rtol=0)
+    assert torch.equal(y, one_pass(G, flow(x, c).z, to)) and not torch.equal(
+        y, reconstruct(flow, G, x, c)
+    )
+    torch.testing.assert_close(
+        reconstruct(flow, lambda z, c: exact_inverse(flow, z, c), x, c), x, atol=1e-4, rtol=0
+    )
 
 
 def test_guidance_scale_goes_into_a_model_that_takes_one():
@@ -155,7 +211,9 @@ def test_guidance_scale_goes_into_a_model_that_takes_one():
     G = small_reverse(flow, max_guidance=2.0)
     x, c = batch()
     z = encode(flow, x, c)
-    assert torch.equal(decode(G, z, c, 1.0), one_pass(G, z, c, 1.0)) and torch.equal(decode(G, z, c), one_pass(G, z, c, 0.0))
+    assert torch.equal(decode(G, z, c, 1.0), one_pass(G, z, c, 1.0)) and torch.equal(
+        decode(G, z, c), one_pass(G, z, c, 0.0)
+    )
 
 
 def test_paths_end_where_they_should_and_the_arc_keeps_its_length(pair):
@@ -166,7 +224,10 @@ def test_paths_end_where_they_should_and_the_arc_keeps_its_length(pair):
         torch.testing.assert_close(path(a, a, 0.3), a, atol=1e-4, rtol=1e-4)
     length = [v.flatten(1).norm(dim=1) for v in (a, b, slerp(a, b, 0.5))]
     torch.testing.assert_close(length[2], (length[0] + length[1]) / 2)
-    assert slerp(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 0.5).isfinite().all() and slerp(a, -a, 0.5).isfinite().all()
+    assert (
+        slerp(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 0.5).isfinite().all()
+        and slerp(a, -a, 0.5).isfinite().all()
+    )
     x, c = batch()
     walk = interpolate(*pair, x, x.flip(0), c, steps=3)
     torch.testing.assert_close(walk[0], reconstruct(*pair, x, c), atol=1e-4, rtol=1e-4)
@@ -179,10 +240,16 @@ def test_influence_is_triangular_for_a_block_and_full_for_the_flow(pair):
     tokens = patchify(x, 2)
     one = influence(lambda v: flow.blocks[0](v, c)[0], tokens)
     other = influence(lambda v: flow.blocks[1](v, c)[0], tokens)
-    assert one.triu(1).max() == 0 and one.tril()[one.tril() > 0].numel() == 45 and other.tril(-1).max() == 0
+    assert (
+        one.triu(1).max() == 0
+        and one.tril()[one.tril() > 0].numel() == 45
+        and other.tril(-1).max() == 0
+    )
     both = influence(lambda v: flow.blocks[1](flow.blocks[0](v, c)[0], c)[0], tokens)
     assert both.min() > 0 and influence(lambda v: patchify(G(v, c).image, 2), tokens).min() > 0
-    torch.testing.assert_close(influence(lambda v: 3 * v, tokens), 3 * 2.0 * torch.eye(9))  # ‖3·1₄‖ = 6
+    torch.testing.assert_close(
+        influence(lambda v: 3 * v, tokens), 3 * 2.0 * torch.eye(9)
+    )  # ‖3·1₄‖ = 6
 
 
 def test_drift_of_an_exact_inverse_is_rounding(pair):
@@ -190,28 +257,39 @@ def test_drift_of_an_exact_inverse_is_rounding(pair):
     x, c = batch()
     exact = drift(flow, lambda z, c: exact_inverse(flow, z, c), x, c, 3)
     assert len(exact) == 4 and exact[0] is x and mse(exact[-1], x).max() < 1e-8
-    assert torch.equal(drift(flow, G, x, c, 2)[2], reconstruct(flow, G, reconstruct(flow, G, x, c), c))
+    assert torch.equal(
+        drift(flow, G, x, c, 2)[2], reconstruct(flow, G, reconstruct(flow, G, x, c), c)
+    )
 
 
 def test_strangeness_and_areas(pair):
     x, c = batch()
     scores = strangeness(*pair, x, mse)
-    assert all(v.shape == (4,) and v.isfinite().all() for v in scores.values()) and list(scores) == ["bits/dim", "round trip", "features"]
+    assert all(v.shape == (4,) and v.isfinite().all() for v in scores.values()) and list(
+        scores
+    ) == ["bits/dim", "round trip", "features"]
     torch.testing.assert_close(scores["round trip"] ** 2 / 36, scores["features"])
     low, high = torch.tensor([0.0, 1, 2]), torch.tensor([3.0, 4])
     assert auc(low, high) == 1 and auc(high, low) == 0 and auc(low, low) == 0.5
     a, b = torch.randn(50).round(), torch.randn(60).round() + 1
     alarms, hits = roc_curve(a, b)
-    assert (alarms[0], hits[0], alarms[-1], hits[-1]) == (0, 0, 1, 1) and abs(torch.trapezoid(hits, alarms).item() - auc(a, b)) < 1e-5
+    assert (alarms[0], hits[0], alarms[-1], hits[-1]) == (0, 0, 1, 1) and abs(
+        torch.trapezoid(hits, alarms).item() - auc(a, b)
+    ) < 1e-5
 
 
 def test_editor_logic_without_a_browser(pair):
     state = Editor(*pair, small_images(), cells=3)
-    assert state.mask.all() and torch.equal(state.result(), reconstruct(*pair, state.images.x[:1], state.images.labels[:1]))
+    assert state.mask.all() and torch.equal(
+        state.result(), reconstruct(*pair, state.images.x[:1], state.images.labels[:1])
+    )
     before = editor_png(state)
     state.toggle(1, 2)
     assert (~state.mask).nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
-    assert editor_png(state) != before and Image.open(io.BytesIO(before)).size == (10 * (3 * 6 + 2), 60)
+    assert editor_png(state) != before and Image.open(io.BytesIO(before)).size == (
+        10 * (3 * 6 + 2),
+        60,
+    )
     noise = state.result()
     state.seed += 1
     assert not torch.equal(state.result(), noise)
@@ -236,6 +314,7 @@ def test_the_widget_calls_the_logic(pair):
     def changed():
         seen.append(picture.value)
         return seen[-1] != seen[-2]
+
     grid.children[4].click()
     assert state.hidden[1, 1] and changed() and grid.children[4].style.button_color == "#E69F00"
     seed.click()

@@ -1,4 +1,5 @@
 """Metrics against references, the judge, and the results file."""
+
 import json
 
 import numpy as np
@@ -7,15 +8,27 @@ import scipy.linalg
 import torch
 
 from bitflow_edu.data import BitflowError, DataConfig, load_data
-from bitflow_edu.evaluation import (accuracy, as_stored, fd, figure, frechet_distance, load_classifier, matrix_sqrt, measurement, save_results,
-                                    timed)
+from bitflow_edu.evaluation import (
+    accuracy,
+    as_stored,
+    fd,
+    figure,
+    frechet_distance,
+    load_classifier,
+    matrix_sqrt,
+    measurement,
+    save_results,
+    timed,
+)
 
 
 def scipy_fd(a, b):
     """The distance as it is usually computed: scipy's square root of the product of covariances."""
     a, b = a.double().numpy(), b.double().numpy()
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T))
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root.real)
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+        np.cov(a.T) + np.cov(b.T) - 2 * root.real
+    )
 
 
 @pytest.mark.parametrize("n,k", [(200, 5), (500, 20), (12, 20)])
@@ -24,7 +37,9 @@ def test_frechet_distance_is_scipys(n, k):
     a = torch.randn(n, k) @ torch.randn(k, k)
     b = torch.randn(n + 7, k) @ torch.randn(k, k) + 0.3
     rank_deficient = n < k
-    assert frechet_distance(a, b) == pytest.approx(scipy_fd(a, b), rel=1e-2 if rank_deficient else 1e-6)
+    assert frechet_distance(a, b) == pytest.approx(
+        scipy_fd(a, b), rel=1e-2 if rank_deficient else 1e-6
+    )
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
@@ -57,16 +72,39 @@ def test_the_judge_notices_what_it_should(digits):
     """Noise, blur and a missing digit all cost distance, and more of them costs more."""
     judge, train = load_classifier(), load_data(DataConfig("mnist-mini", 16))[:2000]
     floor = fd(judge, train.x, digits.x)
-    noise = [fd(judge, train.x + s * torch.randn(train.x.shape, generator=torch.Generator().manual_seed(0)), digits.x) for s in (0.3, 0.6)]
+    noise = [
+        fd(
+            judge,
+            train.x + s * torch.randn(train.x.shape, generator=torch.Generator().manual_seed(0)),
+            digits.x,
+        )
+        for s in (0.3, 0.6)
+    ]
     no_sevens = fd(judge, train.x[train.labels != 7], digits.x)
     assert floor < noise[0] < noise[1] and floor < no_sevens
 
 
 def test_results_file_has_the_shape_everything_reads(tmp_path):
-    found = [measurement("exact", "ms_per_image", 2.5, "ms", 15, batch=1), measurement("exact", "ms_per_image", 0.5, "ms", 15, batch=64)]
-    path = save_results(tmp_path / "results", "try", "mnist-mini", "bitflow demo", {"a": 1}, found, 1.23)
+    found = [
+        measurement("exact", "ms_per_image", 2.5, "ms", 15, batch=1),
+        measurement("exact", "ms_per_image", 0.5, "ms", 15, batch=64),
+    ]
+    path = save_results(
+        tmp_path / "results", "try", "mnist-mini", "bitflow demo", {"a": 1}, found, 1.23
+    )
     result = json.loads(path.read_text())
-    assert list(result) == ["name", "preset", "command", "commit", "date", "wall_s", "hardware", "versions", "config", "measurements"]
+    assert list(result) == [
+        "name",
+        "preset",
+        "command",
+        "commit",
+        "date",
+        "wall_s",
+        "hardware",
+        "versions",
+        "config",
+        "measurements",
+    ]
     assert figure(result, "exact", "ms_per_image", 64) == 0.5 and result["measurements"] == found
     with pytest.raises(BitflowError, match="one-pass"):
         figure(result, "one-pass", "ms_per_image")
@@ -74,5 +112,6 @@ def test_results_file_has_the_shape_everything_reads(tmp_path):
 
 def test_timed_measures_time():
     import time
+
     t = timed(lambda: time.sleep(0.01), repeats=10, warmup=1)
     assert 10 <= t["low_ms"] <= t["median_ms"] <= t["high_ms"] < 100 and t["repeats"] == 10

@@ -1,4 +1,5 @@
 """What goes wrong in a long run: killed again and again, disk full, read-only output, checkpoints of other versions. The last good checkpoint survives all."""
+
 import errno
 import json
 import os
@@ -14,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from bitflow_edu import training
 from bitflow_edu.data import BitflowError
 from bitflow_edu.tarflow import TARFlow, forward_loss
-from bitflow_edu.training import TrainConfig, checkpoints_of, load_model, newest_checkpoint, read_metrics, read_state, train
+from bitflow_edu.training import (
+    TrainConfig,
+    checkpoints_of,
+    load_model,
+    newest_checkpoint,
+    read_metrics,
+    read_state,
+    train,
+)
 
 CFG = TrainConfig(steps=8, batch_size=16, log_every=1, checkpoint_every=3, precision="fp32")
 
@@ -53,22 +62,31 @@ for die_at in map(int, sys.argv[2:]):
 def killed_at(folder, steps):
     """One training, in as many processes as there are steps, each killed at its step counted from where it took up; how they ended."""
     (folder / "s.py").write_text(KILLED)
-    done = subprocess.run([sys.executable, folder / "s.py", folder / "run", *map(str, steps)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, folder / "s.py", folder / "run", *map(str, steps)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return done.stdout.split(), folder / "run"
 
 
 def test_killed_twenty_times(tmp_path):
     """kill -9 at 20 random steps: weights, averages, moments and every logged loss are those of the unbroken run, bit for bit."""
     (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
-    _, whole = killed_at(tmp_path / "whole", [10 ** 9])
+    _, whole = killed_at(tmp_path / "whole", [10**9])
     steps = [random.Random(0).randint(1, 12) for _ in range(20)]
-    codes, parts = killed_at(tmp_path / "parts", [*steps, 10 ** 9])
-    assert codes[:20].count("-9") >= 15 and codes[-1] == "0", f"most of them hit a run that was not finished: {codes}"
+    codes, parts = killed_at(tmp_path / "parts", [*steps, 10**9])
+    assert codes[:20].count("-9") >= 15 and codes[-1] == "0", (
+        f"most of them hit a run that was not finished: {codes}"
+    )
     (a, b, *at), (c, d, *other) = (read_state(newest_checkpoint(run)) for run in (whole, parts))
     assert at[0] == other[0] == 120
     assert all(torch.equal(a[k], c[k]) for k in a) and all(torch.equal(b[k], d[k]) for k in b)
-    assert [(m["step"], m["loss"]) for m in read_metrics(whole / "metrics.jsonl")] == [(m["step"], m["loss"]) for m in read_metrics(parts / "metrics.jsonl")]
+    assert [(m["step"], m["loss"]) for m in read_metrics(whole / "metrics.jsonl")] == [
+        (m["step"], m["loss"]) for m in read_metrics(parts / "metrics.jsonl")
+    ]
 
 
 def flow():
@@ -81,7 +99,10 @@ def data(digits):
     return digits[:40]
 
 
-@pytest.mark.parametrize("code, says", [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")])
+@pytest.mark.parametrize(
+    "code, says",
+    [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")],
+)
 @pytest.mark.parametrize("what", ["save_file", "write_atomically"])
 def test_a_disk_that_fails_later(tmp_path, data, monkeypatch, code, says, what):
     """It stops with the reason and the way out; the checkpoint of step 3 is whole, and the run goes on from it when there is room."""
@@ -92,6 +113,7 @@ def test_a_disk_that_fails_later(tmp_path, data, monkeypatch, code, says, what):
         if any(".step-00000006" in str(a) for a in args):
             raise OSError(code, os.strerror(code))
         return real(*args, **kwargs)
+
     monkeypatch.setattr(training, what, fails)
     with pytest.raises(BitflowError, match=f"{says}.*make room, or name another folder"):
         train(flow(), forward_loss, data, CFG, tmp_path / "run")
@@ -100,8 +122,12 @@ def test_a_disk_that_fails_later(tmp_path, data, monkeypatch, code, says, what):
     monkeypatch.setattr(training, what, real)
     train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
     train(flow(), forward_loss, data, CFG, tmp_path / "whole")
-    a, b = (load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("run", "whole"))
-    assert all(torch.equal(a[k], b[k]) for k in a) and not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    a, b = (
+        load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("run", "whole")
+    )
+    assert all(torch.equal(a[k], b[k]) for k in a) and not list(
+        (tmp_path / "run" / "checkpoints").glob(".*")
+    )
 
 
 def test_an_output_that_cannot_be_written(data):
@@ -133,11 +159,19 @@ def test_a_checkpoint_of_another_version(tmp_path, data):
     train(flow(), forward_loss, data, CFG, tmp_path / "run")
     newest, before = checkpoints_of(tmp_path / "run")[::-1][:2]
     tensors = load_file(newest / "training_state.safetensors")
-    save_file({**tensors, "weights.blocks.0.new_part": torch.zeros(2)}, newest / "training_state.safetensors")
-    with pytest.raises(BitflowError, match=f"(?s)new_part should have shape None, the file has.*Delete {newest} to go on from the one before"):
+    save_file(
+        {**tensors, "weights.blocks.0.new_part": torch.zeros(2)},
+        newest / "training_state.safetensors",
+    )
+    with pytest.raises(
+        BitflowError,
+        match=f"(?s)new_part should have shape None, the file has.*Delete {newest} to go on from the one before",
+    ):
         train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
     config = json.loads((newest / "config.json").read_text())
-    (newest / "config.json").write_text(json.dumps({**config, "config": {**config["config"], "wings": 2}}))
+    (newest / "config.json").write_text(
+        json.dumps({**config, "config": {**config["config"], "wings": 2}})
+    )
     with pytest.raises(BitflowError, match="unknown field 'wings'; TARFlowConfig has"):
         load_model(newest, TARFlow)
     load_model(before, TARFlow)
@@ -147,10 +181,31 @@ def test_a_run_folder_says_how_to_repeat_it(tmp_path):
     """Config, seed, versions, commit, machine and command, from the start of the run on; the YAML alone starts the same run."""
     words = ["--preset", "mnist-mini-smoke", "--steps", "2", "--device", "cpu"]
     from bitflow_edu.cli import main
+
     assert main(["train", "forward", *words, "--out", str(tmp_path / "f")]) == 0
     assert main(["train", "forward", *words, "--out", str(tmp_path / "f"), "--resume"]) == 0
-    starts = [json.loads(line) for line in (tmp_path / "f" / "starts.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in starts] == [0, 2] and all({"command", "commit", "versions", "hardware", "date"} <= s.keys() for s in starts)
-    assert main(["train", "forward", "--config", str(tmp_path / "f" / "preset.yaml"), "--device", "cpu", "--out", str(tmp_path / "again")]) == 0
-    a, b = (load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("f", "again"))
+    starts = [
+        json.loads(line) for line in (tmp_path / "f" / "starts.jsonl").read_text().splitlines()
+    ]
+    assert [s["step"] for s in starts] == [0, 2] and all(
+        {"command", "commit", "versions", "hardware", "date"} <= s.keys() for s in starts
+    )
+    assert (
+        main(
+            [
+                "train",
+                "forward",
+                "--config",
+                str(tmp_path / "f" / "preset.yaml"),
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "again"),
+            ]
+        )
+        == 0
+    )
+    a, b = (
+        load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("f", "again")
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)

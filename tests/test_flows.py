@@ -1,4 +1,5 @@
 """Part I: bijections, couplings, autoregressive layers. Every layer against autograd and back again, at random weights and shapes."""
+
 import math
 
 import pytest
@@ -7,10 +8,44 @@ from conftest import shake
 from hypothesis import given, settings, strategies as st
 
 from bitflow_edu.autoregressive import IAF, MADE, MAF, Flip, made_masks, maf_points
-from bitflow_edu.bijections import (Affine, Compose, Flow, Identity, Inverse, Linear, SoftSteps, StandardLogistic, StandardNormal, bisect, check_invertible,
-                                    fit, full_jacobian, jacobian_check, safe_exp)
-from bitflow_edu.coupling import (ActNorm, AdditiveCoupling, AffineCoupling, CouplingConfig, CouplingFlow, Flatten, HalfCoupling, Invertible1x1, Logit, Split,
-                                  Squeeze, bits_per_dim, conv_net, every_other, half_of, mlp, realnvp_points, to_bits, uniform_noise_loss)
+from bitflow_edu.bijections import (
+    Affine,
+    Compose,
+    Flow,
+    Identity,
+    Inverse,
+    Linear,
+    SoftSteps,
+    StandardLogistic,
+    StandardNormal,
+    bisect,
+    check_invertible,
+    fit,
+    full_jacobian,
+    jacobian_check,
+    safe_exp,
+)
+from bitflow_edu.coupling import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    CouplingConfig,
+    CouplingFlow,
+    Flatten,
+    HalfCoupling,
+    Invertible1x1,
+    Logit,
+    Split,
+    Squeeze,
+    bits_per_dim,
+    conv_net,
+    every_other,
+    half_of,
+    mlp,
+    realnvp_points,
+    to_bits,
+    uniform_noise_loss,
+)
 from bitflow_edu.data import BitflowError, dequantize, to_model_range
 from bitflow_edu.pipeline import build
 from bitflow_edu.toys import TOYS, twist
@@ -23,7 +58,9 @@ POINTS = {  # layers over points (N, D)
     "Inverse": lambda D: Inverse(SoftSteps(D)),
     "AdditiveCoupling": lambda D: AdditiveCoupling(every_other(D, parity=1), mlp(D, D, 8)),
     "AffineCoupling": lambda D: AffineCoupling(every_other(D), mlp(D, 2 * D, 8)),
-    "AffineCoupling, unbounded": lambda D: AffineCoupling(every_other(D), mlp(D, 2 * D, 8), bound=None),
+    "AffineCoupling, unbounded": lambda D: AffineCoupling(
+        every_other(D), mlp(D, 2 * D, 8), bound=None
+    ),
     "ActNorm": lambda D: ActNorm(D),
     "Invertible1x1": lambda D: Invertible1x1(D),
     "MAF": lambda D: MAF(D, (16, 16)),
@@ -64,7 +101,11 @@ def check_layer(make, x, seed):
 @property_test
 @given(D=st.integers(2, 7), seed=st.integers(0, 10_000))
 def test_layers_over_points(name, D, seed):
-    check_layer(lambda: POINTS[name](D), torch.randn(3, D, generator=torch.Generator().manual_seed(seed)), seed)
+    check_layer(
+        lambda: POINTS[name](D),
+        torch.randn(3, D, generator=torch.Generator().manual_seed(seed)),
+        seed,
+    )
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -80,7 +121,9 @@ def test_layers_over_images(name, half, side, seed):
 @settings(max_examples=3, deadline=None)
 @given(channels=st.sampled_from([1, 3]), seed=st.integers(0, 10_000))
 def test_whole_image_flows(kind, channels, seed):
-    cfg = CouplingConfig(kind, image_size=4, channels=channels, levels=1 if kind == "nice" else 2, steps=2, width=8)
+    cfg = CouplingConfig(
+        kind, image_size=4, channels=channels, levels=1 if kind == "nice" else 2, steps=2, width=8
+    )
     x = 1.9 * torch.rand(3, channels, 4, 4, generator=torch.Generator().manual_seed(seed)) - 0.95
     flow = ready(lambda: build(CouplingFlow, cfg, seed), seed, x)
     assert jacobian_check(flow, x[:1]) < 1e-8
@@ -91,7 +134,11 @@ def test_whole_image_flows(kind, channels, seed):
 
 def test_a_fresh_coupling_changes_nothing():
     x = torch.randn(3, 6)
-    for layer in (AffineCoupling(every_other(6), mlp(6, 12)), AdditiveCoupling(every_other(6), mlp(6, 6)), realnvp_points(6)):
+    for layer in (
+        AffineCoupling(every_other(6), mlp(6, 12)),
+        AdditiveCoupling(every_other(6), mlp(6, 6)),
+        realnvp_points(6),
+    ):
         z, logdet = layer(x)
         assert torch.equal(z, x) and not logdet.any()
 
@@ -101,7 +148,10 @@ def test_couplings_pass_their_half_and_are_triangular():
     x = torch.randn(4, 6)
     z, _ = layer(x)
     passed = layer.mask.bool()
-    assert torch.equal(z[:, passed], x[:, passed]) and not torch.isclose(z[:, ~passed], x[:, ~passed]).any()
+    assert (
+        torch.equal(z[:, passed], x[:, passed])
+        and not torch.isclose(z[:, ~passed], x[:, ~passed]).any()
+    )
     order = torch.cat([passed.nonzero(), (~passed).nonzero()]).flatten()
     J = full_jacobian(layer, x[0])[order][:, order]
     assert torch.equal(J, J.tril())
@@ -109,37 +159,61 @@ def test_couplings_pass_their_half_and_are_triangular():
 
 def test_masks():
     board = every_other(1, 4, 4)
-    assert board.shape == (1, 4, 4) and torch.equal(board + every_other(1, 4, 4, parity=1), torch.ones(1, 4, 4))
-    assert board[0, 0, 0] == 1 and (board[0, :-1] + board[0, 1:] == 1).all() and (board[0, :, :-1] + board[0, :, 1:] == 1).all()
-    assert half_of(4).flatten().tolist() == [1, 1, 0, 0] and half_of(4, 1).flatten().tolist() == [0, 0, 1, 1]
+    assert board.shape == (1, 4, 4) and torch.equal(
+        board + every_other(1, 4, 4, parity=1), torch.ones(1, 4, 4)
+    )
+    assert (
+        board[0, 0, 0] == 1
+        and (board[0, :-1] + board[0, 1:] == 1).all()
+        and (board[0, :, :-1] + board[0, :, 1:] == 1).all()
+    )
+    assert half_of(4).flatten().tolist() == [1, 1, 0, 0] and half_of(4, 1).flatten().tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
 def test_squeeze_of_a_counted_image():
     z, logdet = Squeeze()(torch.arange(1.0, 17).reshape(1, 1, 4, 4))
-    assert z[0].flatten(1).tolist() == [[1, 3, 9, 11], [2, 4, 10, 12], [5, 7, 13, 15], [6, 8, 14, 16]] and logdet.tolist() == [0]
+    assert z[0].flatten(1).tolist() == [
+        [1, 3, 9, 11],
+        [2, 4, 10, 12],
+        [5, 7, 13, 15],
+        [6, 8, 14, 16],
+    ] and logdet.tolist() == [0]
 
 
 def test_actnorm_takes_its_scale_from_the_first_batch_alone():
     layer, g = ActNorm(3).train(), torch.Generator().manual_seed(0)
     x = 5 + 3 * torch.randn(64, 3, 4, 4, generator=g)
     z, _ = layer(x)
-    assert z.transpose(0, 1).flatten(1).mean(1).abs().max() < 1e-5 and (z.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < 1e-3
+    assert (
+        z.transpose(0, 1).flatten(1).mean(1).abs().max() < 1e-5
+        and (z.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < 1e-3
+    )
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     layer(10 * x)
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     flat = ActNorm(2).train()
-    assert torch.isfinite(flat(torch.zeros(8, 2))[0]).all(), "a channel that never changes has no scale to take"
+    assert torch.isfinite(flat(torch.zeros(8, 2))[0]).all(), (
+        "a channel that never changes has no scale to take"
+    )
 
 
 def test_an_untrained_actnorm_does_not_sample():
     with pytest.raises(BitflowError, match="has seen no data"):
         ActNorm(3).inverse(torch.randn(2, 3))
     with pytest.raises(BitflowError, match="has seen no data"):
-        build(CouplingFlow, CouplingConfig("glow", 8, steps=1, width=8), 0).inverse(torch.randn(2, 64))
+        build(CouplingFlow, CouplingConfig("glow", 8, steps=1, width=8), 0).inverse(
+            torch.randn(2, 64)
+        )
 
 
 def test_a_checkpoint_keeps_what_actnorm_saw(tmp_path):
     from bitflow_edu.training import load_model, save_model
+
     cfg = CouplingConfig("glow", 8, steps=1, width=8)
     x = 1.8 * torch.rand(8, 1, 8, 8) - 0.9
     flow = ready(lambda: build(CouplingFlow, cfg, 0), 0, x)
@@ -150,27 +224,35 @@ def test_a_checkpoint_keeps_what_actnorm_saw(tmp_path):
     assert check_invertible(again, x) < 1e-3
 
 
-@pytest.mark.parametrize("make,word", [
-    (lambda: half_of(3), "3 channels"),
-    (lambda: HalfCoupling(5), "5 channels"),
-    (lambda: Split(Identity(), 3, 4), "3 channels"),
-    (lambda: Squeeze()(torch.randn(1, 1, 5, 4)), "5x4"),
-    (lambda: Squeeze()(torch.randn(4, 4)), r"\(4, 4\)"),
-    (lambda: Squeeze().inverse(torch.randn(1, 3, 2, 2)), "3 channels"),
-    (lambda: Logit()(torch.tensor([[0.0, 1.5]])), "1.5"),
-    (lambda: Logit()(torch.tensor([[-30.0, 0.5]])), "-30"),
-    (lambda: Logit()(torch.tensor([[math.nan, 0.5]])), "nan"),
-    (lambda: CouplingConfig("glowing"), "glowing"),
-    (lambda: CouplingConfig(steps=0), "steps is 0"),
-    (lambda: CouplingConfig(alpha=0.7), "alpha is 0.7"),
-    (lambda: CouplingFlow(CouplingConfig(image_size=28, levels=3)), "28"),
-    (lambda: build(CouplingFlow, CouplingConfig("nice", 8, levels=1), 0)(torch.zeros(1, 1, 16, 16)), "16"),
-    (lambda: made_masks(0, (4,)), "dims is 0"),
-    (lambda: TOYS["pinwheel"].sample(0), "0 points"),
-    (lambda: safe_exp(torch.tensor([0.0, 90.0])), "90"),
-    (lambda: safe_exp(torch.tensor([-90.0])), "90"),
-    (lambda: safe_exp(torch.tensor([math.nan])), "nan"),
-])
+@pytest.mark.parametrize(
+    "make,word",
+    [
+        (lambda: half_of(3), "3 channels"),
+        (lambda: HalfCoupling(5), "5 channels"),
+        (lambda: Split(Identity(), 3, 4), "3 channels"),
+        (lambda: Squeeze()(torch.randn(1, 1, 5, 4)), "5x4"),
+        (lambda: Squeeze()(torch.randn(4, 4)), r"\(4, 4\)"),
+        (lambda: Squeeze().inverse(torch.randn(1, 3, 2, 2)), "3 channels"),
+        (lambda: Logit()(torch.tensor([[0.0, 1.5]])), "1.5"),
+        (lambda: Logit()(torch.tensor([[-30.0, 0.5]])), "-30"),
+        (lambda: Logit()(torch.tensor([[math.nan, 0.5]])), "nan"),
+        (lambda: CouplingConfig("glowing"), "glowing"),
+        (lambda: CouplingConfig(steps=0), "steps is 0"),
+        (lambda: CouplingConfig(alpha=0.7), "alpha is 0.7"),
+        (lambda: CouplingFlow(CouplingConfig(image_size=28, levels=3)), "28"),
+        (
+            lambda: build(CouplingFlow, CouplingConfig("nice", 8, levels=1), 0)(
+                torch.zeros(1, 1, 16, 16)
+            ),
+            "16",
+        ),
+        (lambda: made_masks(0, (4,)), "dims is 0"),
+        (lambda: TOYS["pinwheel"].sample(0), "0 points"),
+        (lambda: safe_exp(torch.tensor([0.0, 90.0])), "90"),
+        (lambda: safe_exp(torch.tensor([-90.0])), "90"),
+        (lambda: safe_exp(torch.tensor([math.nan])), "nan"),
+    ],
+)
 def test_bad_input_is_explained(make, word):
     with pytest.raises(BitflowError, match=word):
         make()
@@ -193,6 +275,7 @@ def test_check_invertible_names_what_is_lost():
     class Overflows(Identity):
         def forward(self, x):
             return x * math.inf, x.new_zeros(len(x))
+
     with pytest.raises(BitflowError, match="Rounds does not come back"):
         check_invertible(Rounds(), torch.tensor([[0.3]]))
     with pytest.raises(BitflowError, match="not finite"):
@@ -204,14 +287,21 @@ def test_jacobian_check_finds_a_wrong_logdet():
         def forward(self, x):
             z, logdet = super().forward(x)
             return z, logdet + 0.01
+
     assert jacobian_check(Wrong(3), torch.randn(2, 3)) == pytest.approx(0.01)
 
 
 @settings(max_examples=15, deadline=None)
-@given(D=st.integers(1, 8), hidden=st.lists(st.integers(1, 20), min_size=1, max_size=3), seed=st.integers(0, 1000))
+@given(
+    D=st.integers(1, 8),
+    hidden=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    seed=st.integers(0, 1000),
+)
 def test_made_sees_only_what_came_before(D, hidden, seed):
     made = shake(build(lambda h: MADE(D, tuple(h)), hidden, seed), seed, size=1.0)
-    J = torch.autograd.functional.jacobian(lambda x: torch.cat(made(x[None])).sum(0), torch.randn(D))
+    J = torch.autograd.functional.jacobian(
+        lambda x: torch.cat(made(x[None])).sum(0), torch.randn(D)
+    )
     assert torch.equal(J, J.tril(-1))
 
 
@@ -232,8 +322,14 @@ def count_passes(layer, call):
 
 def test_maf_and_iaf_are_serial_in_opposite_directions():
     maf, iaf, x = shake(MAF(7)), shake(IAF(7)), torch.randn(2, 7)
-    assert count_passes(maf.made, lambda: maf(x)) == 1 and count_passes(maf.made, lambda: maf.inverse(x)) == 7
-    assert count_passes(iaf.layer.made, lambda: iaf.inverse(x)) == 1 and count_passes(iaf.layer.made, lambda: iaf(x)) >= 7
+    assert (
+        count_passes(maf.made, lambda: maf(x)) == 1
+        and count_passes(maf.made, lambda: maf.inverse(x)) == 7
+    )
+    assert (
+        count_passes(iaf.layer.made, lambda: iaf.inverse(x)) == 1
+        and count_passes(iaf.layer.made, lambda: iaf(x)) >= 7
+    )
 
 
 def test_inverses_leave_their_input_alone():
@@ -246,20 +342,29 @@ def test_inverses_leave_their_input_alone():
 
 def test_bisection_reaches_the_last_digit():
     target = torch.linspace(-8, 8, 50, dtype=torch.float64)
-    x = bisect(lambda v: v ** 3, target, torch.full_like(target, -3), torch.full_like(target, 3))
-    torch.testing.assert_close(x ** 3, target, rtol=1e-12, atol=1e-12)
+    x = bisect(lambda v: v**3, target, torch.full_like(target, -3), torch.full_like(target, 3))
+    torch.testing.assert_close(x**3, target, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("base,reference", [
-    (StandardNormal(), torch.distributions.Normal(torch.tensor(0.0).double(), 1.0)),
-    (StandardLogistic(), torch.distributions.TransformedDistribution(torch.distributions.Uniform(torch.tensor(0.0).double(), 1.0), [
-        torch.distributions.transforms.SigmoidTransform().inv]))])
+@pytest.mark.parametrize(
+    "base,reference",
+    [
+        (StandardNormal(), torch.distributions.Normal(torch.tensor(0.0).double(), 1.0)),
+        (
+            StandardLogistic(),
+            torch.distributions.TransformedDistribution(
+                torch.distributions.Uniform(torch.tensor(0.0).double(), 1.0),
+                [torch.distributions.transforms.SigmoidTransform().inv],
+            ),
+        ),
+    ],
+)
 def test_base_densities(base, reference):
     z = torch.linspace(-4, 4, 9).double()
     torch.testing.assert_close(base.log_prob(z[:, None]), reference.log_prob(z))
     sample = base.sample(20_000, 1, generator=torch.Generator().manual_seed(0))
     assert abs(sample.mean()) < 0.05 and torch.isfinite(sample).all()
-    expected = {StandardNormal: 1.0, StandardLogistic: math.pi / 3 ** 0.5}[type(base)]
+    expected = {StandardNormal: 1.0, StandardLogistic: math.pi / 3**0.5}[type(base)]
     assert abs(sample.std() - expected) < 0.03
 
 
@@ -284,6 +389,7 @@ def test_the_twist_keeps_areas():
 
         def inverse(self, z):
             return twist(z, -0.7)
+
     x = torch.randn(5, 2, dtype=torch.float64)
     assert jacobian_check(Twist(), x) < 1e-12 and check_invertible(Twist(), x) < 1e-12
 
@@ -294,7 +400,9 @@ def test_maximum_likelihood_finds_a_known_density():
     flow = Flow(Affine(1), dims=1)
     losses = fit(flow, x, steps=800, lr=0.1)
     entropy = 0.5 * math.log(2 * math.pi * math.e * 0.25)
-    assert losses[0] > losses[-1] and -flow.log_prob(x).mean().item() == pytest.approx(entropy, abs=0.02)
+    assert losses[0] > losses[-1] and -flow.log_prob(x).mean().item() == pytest.approx(
+        entropy, abs=0.02
+    )
     y = flow.sample(4000, torch.Generator().manual_seed(1))
     assert abs(y.mean() - 3) < 0.05 and abs(y.std() - 0.5) < 0.03
 
@@ -308,6 +416,7 @@ def test_bits_of_a_uniform_density_are_eight(digits):
     class Uniform(torch.nn.Linear):
         def log_prob(self, x, c):
             return torch.full((len(x),), x[0].numel() * math.log(0.5))
+
     for draws in (1, 4):
         bpd = bits_per_dim(Uniform(1, 1), digits[:20], draws=draws)
         torch.testing.assert_close(bpd, torch.full((20,), 8.0))
@@ -329,14 +438,23 @@ def test_the_training_loss_is_the_measured_quantity(digits):
     part = digits[:64]
     flow = ready(lambda: build(CouplingFlow, cfg, 0), 0, part.x)
     with torch.no_grad():
-        loss = torch.stack([uniform_noise_loss(flow, part.x, None, torch.Generator().manual_seed(i))[0] for i in range(8)]).mean()
-    assert loss.item() == pytest.approx(torch.stack([bits_per_dim(flow, part, seed=i).mean() for i in range(8)]).mean().item(), abs=0.02)
+        loss = torch.stack(
+            [
+                uniform_noise_loss(flow, part.x, None, torch.Generator().manual_seed(i))[0]
+                for i in range(8)
+            ]
+        ).mean()
+    assert loss.item() == pytest.approx(
+        torch.stack([bits_per_dim(flow, part, seed=i).mean() for i in range(8)]).mean().item(),
+        abs=0.02,
+    )
     seen = []
 
     class Spy(torch.nn.Module):
         def log_prob(self, x, c):
             seen.append(x)
             return flow.log_prob(x)
+
     uniform_noise_loss(Spy(), part.x, None, torch.Generator().manual_seed(0))
     assert torch.equal(((seen[0] + 1) * 128).floor().to(torch.uint8), part.pixels)
 

@@ -1,4 +1,5 @@
 """Checkpoints for others: saving, loading, model cards, the Hub (a stand-in), and what happens when something fails."""
+
 import json
 import os
 import re
@@ -15,7 +16,14 @@ from bitflow_edu import __version__, hub
 from bitflow_edu.coupling import CouplingConfig, CouplingFlow
 from bitflow_edu.data import BitflowError, asset
 from bitflow_edu.exact_inverse import exact_inverse
-from bitflow_edu.hub import DataSource, Pair, from_pretrained, model_card, push_to_hub, save_pretrained
+from bitflow_edu.hub import (
+    DataSource,
+    Pair,
+    from_pretrained,
+    model_card,
+    push_to_hub,
+    save_pretrained,
+)
 from bitflow_edu.pipeline import build, grid_labels, noise_for
 from bitflow_edu.reverse_model import ReverseModel, one_pass, sample_noise
 from bitflow_edu.tarflow import TARFlow
@@ -30,7 +38,9 @@ def pair():
 
 @pytest.fixture(scope="module")
 def result():
-    return json.loads((asset("mnist-mini").parent.parent / "results" / "demo-mnist-mini.json").read_text())
+    return json.loads(
+        (asset("mnist-mini").parent.parent / "results" / "demo-mnist-mini.json").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +51,10 @@ def shipped():
 @pytest.fixture
 def no_network(monkeypatch):
     """Any attempt to reach another machine raises."""
+
     def refuse(*args, **kw):
         raise OSError("a test reached for the network")
+
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
@@ -51,11 +63,15 @@ def no_network(monkeypatch):
 
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
-    return list(a) == list(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return list(a) == list(b) and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_float32_comes_back_bit_for_bit_without_a_network(pair, tmp_path, no_network, monkeypatch):
@@ -72,7 +88,9 @@ def test_float32_comes_back_bit_for_bit_without_a_network(pair, tmp_path, no_net
 
 def test_bfloat16_is_stored_and_float32_restored(pair, tmp_path):
     folder = save_pretrained(pair.reverse, tmp_path / "g", torch.bfloat16)
-    assert {t.dtype for t in training.load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in training.load_file(folder / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
     again = from_pretrained(folder, ReverseModel)
     for a, b in zip(again.state_dict().values(), pair.reverse.state_dict().values()):
         assert a.dtype == torch.float32 and torch.equal(a, b.bfloat16().float())
@@ -82,7 +100,9 @@ def test_bfloat16_is_stored_and_float32_restored(pair, tmp_path):
 
 def test_one_format_with_load_model(pair, tmp_path):
     folder = save_pretrained(pair, tmp_path / "pair")
-    assert same(load_model(folder / "forward", TARFlow), pair.forward) and same(load_model(folder / "reverse", ReverseModel), pair.reverse)
+    assert same(load_model(folder / "forward", TARFlow), pair.forward) and same(
+        load_model(folder / "reverse", ReverseModel), pair.reverse
+    )
     save_model(pair.forward, tmp_path / "old" / "forward")
     save_model(pair.reverse, tmp_path / "old" / "reverse")
     again = from_pretrained(tmp_path / "old", Pair)
@@ -108,7 +128,14 @@ def test_a_pair_must_fit(pair):
         Pair(pair.forward, small_reverse(small_flow(blocks=2)))
 
 
-@pytest.mark.parametrize("kind, seen", [(TARFlow, "holds a ReverseModel"), (Pair, "single model"), (torch.nn.Linear, "nothing to load")])
+@pytest.mark.parametrize(
+    "kind, seen",
+    [
+        (TARFlow, "holds a ReverseModel"),
+        (Pair, "single model"),
+        (torch.nn.Linear, "nothing to load"),
+    ],
+)
 def test_the_wrong_class_is_refused(pair, tmp_path, kind, seen):
     with pytest.raises(BitflowError, match=seen):
         from_pretrained(save_pretrained(pair.reverse, tmp_path / "g"), kind)
@@ -147,8 +174,13 @@ def test_the_config_of_another_version_names_that_version(pair, tmp_path):
     path = save_pretrained(pair.forward, tmp_path / "f") / "config.json"
     config = json.loads(path.read_text())
     assert config["bitflow_edu"] == __version__
-    path.write_text(json.dumps({**config, "config": {**config["config"], "horizon": 3}, "bitflow_edu": "9.1.0"}))
-    with pytest.raises(BitflowError, match=rf"unknown field 'horizon'.*bitflow_edu 9\.1\.0 wrote it and this is {re.escape(__version__)}"):
+    path.write_text(
+        json.dumps({**config, "config": {**config["config"], "horizon": 3}, "bitflow_edu": "9.1.0"})
+    )
+    with pytest.raises(
+        BitflowError,
+        match=rf"unknown field 'horizon'.*bitflow_edu 9\.1\.0 wrote it and this is {re.escape(__version__)}",
+    ):
         from_pretrained(tmp_path / "f", TARFlow)
 
 
@@ -159,7 +191,9 @@ def test_nothing_is_overwritten_silently(pair, tmp_path):
         save_pretrained(pair.reverse, folder)
     assert contents(folder) == before
     save_pretrained(pair.reverse, folder, overwrite=True)
-    assert sorted(contents(folder)) == ["config.json", "model.safetensors"] and sorted(os.listdir(tmp_path)) == ["m"]
+    assert sorted(contents(folder)) == ["config.json", "model.safetensors"] and sorted(
+        os.listdir(tmp_path)
+    ) == ["m"]
     assert same(from_pretrained(folder, ReverseModel), pair.reverse)
 
 
@@ -179,26 +213,39 @@ def test_only_a_saved_model_is_ever_replaced(pair, tmp_path):
 def fails_at(monkeypatch, where, name, nth, error):
     """Let the nth call of a function raise."""
     real, calls = getattr(where, name), []
+
     def call(*args, **kw):
         calls.append(args)
         if len(calls) == nth:
             raise error
         return real(*args, **kw)
+
     monkeypatch.setattr(where, name, call)
 
 
-@pytest.mark.parametrize("where, name, nth, error, raised", [
-    (training, "save_file", 2, OSError(ENOSPC, "No space left on device"), BitflowError),
-    (training, "save_file", 2, training.SafetensorError("I/O error: no space"), BitflowError),
-    (training, "save_file", 2, KeyboardInterrupt(), KeyboardInterrupt),
-    (hub, "stamp", 2, OSError(ENOSPC, "No space left on device"), BitflowError),
-    (hub.os, "rename", 2, OSError(ENOSPC, "No space left on device"), BitflowError),
-    (hub, "to_disk", 4, OSError(ENOSPC, "No space left on device"), BitflowError)])
-def test_after_a_failure_everything_is_as_before(pair, tmp_path, monkeypatch, where, name, nth, error, raised):
+@pytest.mark.parametrize(
+    "where, name, nth, error, raised",
+    [
+        (training, "save_file", 2, OSError(ENOSPC, "No space left on device"), BitflowError),
+        (training, "save_file", 2, training.SafetensorError("I/O error: no space"), BitflowError),
+        (training, "save_file", 2, KeyboardInterrupt(), KeyboardInterrupt),
+        (hub, "stamp", 2, OSError(ENOSPC, "No space left on device"), BitflowError),
+        (hub.os, "rename", 2, OSError(ENOSPC, "No space left on device"), BitflowError),
+        (hub, "to_disk", 4, OSError(ENOSPC, "No space left on device"), BitflowError),
+    ],
+)
+def test_after_a_failure_everything_is_as_before(
+    pair, tmp_path, monkeypatch, where, name, nth, error, raised
+):
     folder = save_pretrained(pair, tmp_path / "m")
     before = contents(tmp_path)
     fails_at(monkeypatch, where, name, nth, error)
-    with pytest.raises(raised, match=None if raised is KeyboardInterrupt else rf"cannot save to .*{folder.name} \(.*[Nn]o space.*nothing was changed"):
+    with pytest.raises(
+        raised,
+        match=None
+        if raised is KeyboardInterrupt
+        else rf"cannot save to .*{folder.name} \(.*[Nn]o space.*nothing was changed",
+    ):
         save_pretrained(Pair(small_flow(seed=5), pair.reverse), folder, overwrite=True)
     assert contents(tmp_path) == before and os.listdir(tmp_path) == ["m"]
 
@@ -216,37 +263,84 @@ def test_a_first_save_that_fails_leaves_nothing(pair, tmp_path, monkeypatch):
 def test_the_card_holds_what_was_measured(result, shipped):
     card = model_card(result, shipped)
     read = ModelCard(str(card))
-    assert read.data.to_dict() == card.data.to_dict() and read.data.license == "apache-2.0" and read.data.datasets == ["ylecun/mnist"]
-    said = {(e.metric_type, e.metric_name.split(", ")[1], e.metric_value) for e in read.data.eval_results}
-    wanted = {(m["metric"], hub.METHODS[m["row"]], m["value"]) for m in result["measurements"]
-              if m["row"] in hub.METHODS and m["metric"] in ("fd[mnist-cnn]", "label_accuracy", "bits_per_dim", "round_trip_max_error", "reconstruction_mse")}
+    assert (
+        read.data.to_dict() == card.data.to_dict()
+        and read.data.license == "apache-2.0"
+        and read.data.datasets == ["ylecun/mnist"]
+    )
+    said = {
+        (e.metric_type, e.metric_name.split(", ")[1], e.metric_value)
+        for e in read.data.eval_results
+    }
+    wanted = {
+        (m["metric"], hub.METHODS[m["row"]], m["value"])
+        for m in result["measurements"]
+        if m["row"] in hub.METHODS
+        and m["metric"]
+        in (
+            "fd[mnist-cnn]",
+            "label_accuracy",
+            "bits_per_dim",
+            "round_trip_max_error",
+            "reconstruction_mse",
+        )
+    }
     assert said == wanted and len(wanted) == 9
-    accuracy = next(e for e in read.data.eval_results if (e.metric_type, e.metric_value) == ("label_accuracy", 0.9580000042915344))
+    accuracy = next(
+        e
+        for e in read.data.eval_results
+        if (e.metric_type, e.metric_value) == ("label_accuracy", 0.9580000042915344)
+    )
     assert accuracy.metric_args == {"n": 2000, "seed": 0}
-    for seen in (result["commit"], result["command"], result["hardware"]["cpu"], result["versions"]["torch"], "CC BY-SA 3.0", "steps 2500", "σ = 0.1",
-                 "| label_accuracy |  | 0.923 | 0.929 | 0.958 | 0.9995 | n 2000, seed 0 |", "| ms_per_image | ms | 16.45 (16.1 to 16.78) | 26.64 (25.64 to 28.28) | 3.072 (3.042 to 3.151) | – | n 15, batch 1 |"):
+    for seen in (
+        result["commit"],
+        result["command"],
+        result["hardware"]["cpu"],
+        result["versions"]["torch"],
+        "CC BY-SA 3.0",
+        "steps 2500",
+        "σ = 0.1",
+        "| label_accuracy |  | 0.923 | 0.929 | 0.958 | 0.9995 | n 2000, seed 0 |",
+        "| ms_per_image | ms | 16.45 (16.1 to 16.78) | 26.64 (25.64 to 28.28) | 3.072 (3.042 to 3.151) | – | n 15, batch 1 |",
+    ):
         assert seen in read.text, seen
 
 
 def test_the_card_of_a_part_speaks_of_that_part(result, shipped):
     card = model_card(result, shipped.reverse)
-    assert {e.metric_name.split(", ")[1] for e in card.data.eval_results} == {"one pass of G"} and card.data.tags == ["normalizing-flow", "biflow", "safetensors"]
+    assert {e.metric_name.split(", ")[1] for e in card.data.eval_results} == {
+        "one pass of G"
+    } and card.data.tags == ["normalizing-flow", "biflow", "safetensors"]
     assert "**F**" not in card.text and "exact inverse |" not in card.text
 
 
-@pytest.mark.parametrize("part, draws", [(lambda p: p, lambda p, z, c: one_pass(p.reverse, z, c)), (lambda p: p.reverse, one_pass), (lambda p: p.forward, exact_inverse)])
-def test_the_example_in_the_card_runs(result, shipped, tmp_path, monkeypatch, no_network, part, draws):
+@pytest.mark.parametrize(
+    "part, draws",
+    [
+        (lambda p: p, lambda p, z, c: one_pass(p.reverse, z, c)),
+        (lambda p: p.reverse, one_pass),
+        (lambda p: p.forward, exact_inverse),
+    ],
+)
+def test_the_example_in_the_card_runs(
+    result, shipped, tmp_path, monkeypatch, no_network, part, draws
+):
     model = part(shipped)
     folder = save_pretrained(model, tmp_path / "m", card=model_card(result, model))
     monkeypatch.chdir(folder)
     names = {}
-    exec(re.search(r"```python\n(.*?)```", ModelCard.load(folder / "README.md").text, re.S)[1], names)
+    exec(
+        re.search(r"```python\n(.*?)```", ModelCard.load(folder / "README.md").text, re.S)[1], names
+    )
     cfg = (model.reverse if isinstance(model, Pair) else model).cfg
     assert torch.equal(names["images"], draws(model, noise_for(cfg, 10), grid_labels(cfg, 10)))
 
 
 def test_a_card_from_other_results_is_refused(result, shipped, pair):
-    with pytest.raises(BitflowError, match=r"demo-mnist-mini was measured with forward\.image_size = 16, but this TARFlow has 6"):
+    with pytest.raises(
+        BitflowError,
+        match=r"demo-mnist-mini was measured with forward\.image_size = 16, but this TARFlow has 6",
+    ):
         model_card(result, pair)
     with pytest.raises(BitflowError, match="measured with reverse = None"):
         model_card({**result, "config": {"forward": result["config"]["forward"]}}, shipped)
@@ -254,15 +348,27 @@ def test_a_card_from_other_results_is_refused(result, shipped, pair):
         with pytest.raises(BitflowError, match=f"needs {key}"):
             model_card({k: v for k, v in result.items() if k != key}, shipped)
     with pytest.raises(BitflowError, match="nothing on exact or exact"):
-        model_card({**result, "measurements": [m for m in result["measurements"] if m["row"] == "one-pass"]}, shipped.forward)
+        model_card(
+            {
+                **result,
+                "measurements": [m for m in result["measurements"] if m["row"] == "one-pass"],
+            },
+            shipped.forward,
+        )
     with pytest.raises(BitflowError, match="'Apache 2' is no identifier"):
         model_card(result, shipped, licence="Apache 2")
 
 
 def test_what_is_not_finite_stands_in_the_table_alone(result, shipped):
-    lines = [{**m, "value": float("nan")} if m["metric"] == "bits_per_dim" else m for m in result["measurements"]]
+    lines = [
+        {**m, "value": float("nan")} if m["metric"] == "bits_per_dim" else m
+        for m in result["measurements"]
+    ]
     card = model_card({**result, "measurements": lines}, shipped)
-    assert "bits_per_dim" not in {e.metric_type for e in card.data.eval_results} and "| bits_per_dim | bits | nan |" in card.text
+    assert (
+        "bits_per_dim" not in {e.metric_type for e in card.data.eval_results}
+        and "| bits_per_dim | bits | nan |" in card.text
+    )
 
 
 def test_images_that_are_not_listed(result, shipped):
@@ -270,13 +376,23 @@ def test_images_that_are_not_listed(result, shipped):
     card = model_card(other, shipped)
     assert card.data.datasets is None and "image-folder" in card.text
     named = model_card(other, shipped, trained_on=DataSource("my cats", "CC0", "me/cats"))
-    assert named.data.datasets == ["me/cats"] and "my cats, 16×16 pixels, 1 channel; licence: CC0" in named.text
+    assert (
+        named.data.datasets == ["me/cats"]
+        and "my cats, 16×16 pixels, 1 channel; licence: CC0" in named.text
+    )
 
 
 class FakeHub:
     """Records what `HfApi` would be asked; a repository that exists is refused unless that is allowed."""
+
     def __init__(self, exists=False, broken=None):
-        self.exists, self.broken, self.created, self.files, self.options = exists, broken, None, None, None
+        self.exists, self.broken, self.created, self.files, self.options = (
+            exists,
+            broken,
+            None,
+            None,
+            None,
+        )
 
     def __call__(self):
         return self
@@ -293,13 +409,25 @@ class FakeHub:
         return type("Commit", (), {"commit_url": f"https://hub.example/{repo_id}/commit/1"})()
 
 
-def test_push_uploads_what_from_pretrained_reads(result, shipped, tmp_path, monkeypatch, no_network):
+def test_push_uploads_what_from_pretrained_reads(
+    result, shipped, tmp_path, monkeypatch, no_network
+):
     fake = FakeHub()
     monkeypatch.setattr(hub, "HfApi", fake)
-    url = push_to_hub(shipped, "me/digits", model_card(result, shipped, "me/digits"), torch.bfloat16)
+    url = push_to_hub(
+        shipped, "me/digits", model_card(result, shipped, "me/digits"), torch.bfloat16
+    )
     assert url == "https://hub.example/me/digits/commit/1" and fake.created == ("me/digits", True)
-    assert sorted(fake.files) == ["README.md", "forward/config.json", "forward/model.safetensors", "reverse/config.json", "reverse/model.safetensors"]
-    assert 'from_pretrained("me/digits", Pair)' in fake.files["README.md"].decode() and set(fake.files) <= set(fake.options["delete_patterns"])
+    assert sorted(fake.files) == [
+        "README.md",
+        "forward/config.json",
+        "forward/model.safetensors",
+        "reverse/config.json",
+        "reverse/model.safetensors",
+    ]
+    assert 'from_pretrained("me/digits", Pair)' in fake.files["README.md"].decode() and set(
+        fake.files
+    ) <= set(fake.options["delete_patterns"])
 
     def fetch(repo_id, revision, allow_patterns):
         assert (repo_id, revision) == ("me/digits", "main")
@@ -308,6 +436,7 @@ def test_push_uploads_what_from_pretrained_reads(result, shipped, tmp_path, monk
                 (tmp_path / name).parent.mkdir(exist_ok=True)
                 (tmp_path / name).write_bytes(data)
         return str(tmp_path)
+
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     assert same(from_pretrained("me/digits", ReverseModel, revision="main"), shipped.reverse)
     assert sorted(os.listdir(tmp_path)) == ["reverse"]  # F was not fetched
@@ -316,7 +445,13 @@ def test_push_uploads_what_from_pretrained_reads(result, shipped, tmp_path, monk
 
 def test_push_refuses_and_explains(result, shipped, monkeypatch):
     card = model_card(result, shipped, "me/digits")
-    for fake, seen in ((FakeHub(exists=True), "overwrite=True"), (FakeHub(broken=ConnectionError("no way")), r"cannot send to me/digits \(ConnectionError: no way\)")):
+    for fake, seen in (
+        (FakeHub(exists=True), "overwrite=True"),
+        (
+            FakeHub(broken=ConnectionError("no way")),
+            r"cannot send to me/digits \(ConnectionError: no way\)",
+        ),
+    ):
         monkeypatch.setattr(hub, "HfApi", fake)
         with pytest.raises(BitflowError, match=seen):
             push_to_hub(shipped, "me/digits", card)
@@ -338,8 +473,13 @@ def test_push_refuses_and_explains(result, shipped, monkeypatch):
 def test_a_repository_that_cannot_be_reached(no_network, tmp_path, monkeypatch, offline):
     fetch = hub.snapshot_download
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kw: fetch(*args, cache_dir=tmp_path, **kw))
-    with pytest.raises(BitflowError, match=r"cannot load nobody/nothing, which is no folder here, from the Hub \(LocalEntryNotFoundError"):
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda *args, **kw: fetch(*args, cache_dir=tmp_path, **kw)
+    )
+    with pytest.raises(
+        BitflowError,
+        match=r"cannot load nobody/nothing, which is no folder here, from the Hub \(LocalEntryNotFoundError",
+    ):
         from_pretrained("nobody/nothing", Pair)
 
 
@@ -347,8 +487,18 @@ def test_a_repository_that_cannot_be_reached(no_network, tmp_path, monkeypatch, 
 def test_pairs_that_come_with_the_course(name):
     """F and G by name, without a network, with a card that was measured on models of that shape; small files."""
     F, G = hub.load_pretrained(name)
-    assert isinstance(F, TARFlow) and isinstance(G, ReverseModel) and not F.training and next(G.parameters()).dtype == torch.float32
-    assert one_pass(G, sample_noise(G.cfg, 2), torch.tensor([0, 1])).shape == (2, G.cfg.channels, G.cfg.image_size, G.cfg.image_size)
+    assert (
+        isinstance(F, TARFlow)
+        and isinstance(G, ReverseModel)
+        and not F.training
+        and next(G.parameters()).dtype == torch.float32
+    )
+    assert one_pass(G, sample_noise(G.cfg, 2), torch.tensor([0, 1])).shape == (
+        2,
+        G.cfg.channels,
+        G.cfg.image_size,
+        G.cfg.image_size,
+    )
     card = hub.ModelCard.load(asset(name) / "README.md")
     assert {e.metric_type for e in card.data.eval_results} >= {"bits_per_dim", "reconstruction_mse"}
     sizes = [p.stat().st_size / 2**20 for p in asset(name).rglob("*.safetensors")]
@@ -357,5 +507,8 @@ def test_pairs_that_come_with_the_course(name):
 
 def test_a_pair_that_does_not_come_with_the_course():
     """The names that there are, for one that is not."""
-    with pytest.raises(BitflowError, match="no pair named 'mnist-maxi' comes with this version; choose .*mnist-mini"):
+    with pytest.raises(
+        BitflowError,
+        match="no pair named 'mnist-maxi' comes with this version; choose .*mnist-mini",
+    ):
         hub.load_pretrained("mnist-maxi")

@@ -1,4 +1,5 @@
 """The cost model: exact where it is counted, and moving the right way with every assumption."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,25 @@ import torch
 from bitflow_edu.budget import budget_of, inverse_flops
 from bitflow_edu.config import find_preset
 from bitflow_edu.data import BitflowError
-from bitflow_edu.imagenet import (GPUS, Around, Gpu, Plan, Stage, bill, bill_table, caching, kept_bytes_of, lost_share, memory_gb, model_cost,
-                                  perceptual_flops, perceptual_gb, plot_bill, speed_of, training)
+from bitflow_edu.imagenet import (
+    GPUS,
+    Around,
+    Gpu,
+    Plan,
+    Stage,
+    bill,
+    bill_table,
+    caching,
+    kept_bytes_of,
+    lost_share,
+    memory_gb,
+    model_cost,
+    perceptual_flops,
+    perceptual_gb,
+    plot_bill,
+    speed_of,
+    training,
+)
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow
 
@@ -31,17 +49,33 @@ def stages():
 
 def perceptual(preset):
     """The preset with an image end behind a decoder."""
-    return replace(preset, objective=replace(preset.objective, feature_weight=1.0, decoder="anywhere"))
+    return replace(
+        preset, objective=replace(preset.objective, feature_weight=1.0, decoder="anywhere")
+    )
 
 
-@pytest.mark.parametrize("name, blocks, layers", [("imagenet256-b2-smoke", 3, 2), ("mnist-mini", 2, 3)])
+@pytest.mark.parametrize(
+    "name, blocks, layers", [("imagenet256-b2-smoke", 3, 2), ("mnist-mini", 2, 3)]
+)
 def test_three_small_models_give_the_cost_of_any_depth_to_the_last_operation(name, blocks, layers):
     p = find_preset(name)
-    deep = lambda cfg: replace(cfg, num_blocks=blocks, transformer=replace(cfg.transformer, num_layers=layers))
+    deep = lambda cfg: replace(
+        cfg, num_blocks=blocks, transformer=replace(cfg.transformer, num_layers=layers)
+    )
     p = replace(p, forward=deep(p.forward), reverse=deep(p.reverse))
     F, G, whole = model_cost(TARFlow, p.forward), model_cost(ReverseModel, p.reverse), budget_of(p)
-    assert (F.params, F.forward, F.step, F.kept) == (whole.forward.params, whole.passes["density"], whole.forward.flops, whole.forward.kept)
-    assert (G.params, G.forward, G.step + F.forward, G.kept) == (whole.reverse.params, whole.passes["one-pass"], whole.reverse.flops, whole.reverse.kept)
+    assert (F.params, F.forward, F.step, F.kept) == (
+        whole.forward.params,
+        whole.passes["density"],
+        whole.forward.flops,
+        whole.forward.kept,
+    )
+    assert (G.params, G.forward, G.step + F.forward, G.kept) == (
+        whole.reverse.params,
+        whole.passes["one-pass"],
+        whole.reverse.flops,
+        whole.reverse.kept,
+    )
     assert F.layers == blocks * layers and G.layers == (blocks + 1) * layers
 
 
@@ -59,7 +93,10 @@ def test_a_flow_alone_and_a_budget_in_minutes_have_no_bill(pair):
 
 
 def test_the_published_size_is_met():
-    F, G = model_cost(TARFlow, find_preset("imagenet256-b2").forward), model_cost(ReverseModel, find_preset("imagenet256-b2").reverse)
+    F, G = (
+        model_cost(TARFlow, find_preset("imagenet256-b2").forward),
+        model_cost(ReverseModel, find_preset("imagenet256-b2").reverse),
+    )
     assert abs(F.params / 120e6 - 1) < 0.03 and abs(G.params / 133e6 - 1) < 0.03
 
 
@@ -69,28 +106,40 @@ def test_the_stages_are_what_a_hand_would_write(pair, stages):
     assert stages["stage 1: F"].flops == SMOKE.train_forward.steps * per_step * F.step
     assert stages["stage 2: G"].flops == SMOKE.train_reverse.steps * per_step * (G.step + F.forward)
     assert stages["100 by one pass"].gpu_hours == pytest.approx(100 * G.forward / speed)
-    assert stages["100 by exact inverse"].gpu_hours == pytest.approx(100 * 100 * inverse_flops(SMOKE.forward, F.forward) / speed)
+    assert stages["100 by exact inverse"].gpu_hours == pytest.approx(
+        100 * 100 * inverse_flops(SMOKE.forward, F.forward) / speed
+    )
     assert stages["100 decoded"].flops == 100 * 622e9
     assert stages["cache latents"].gpu_hours == pytest.approx(2 * 1_281_167 * 273e9 / speed)
     assert stages["cache latents"].disk_gb == pytest.approx(1_281_167 * 2 * 2 * 4 * 8 * 8 * 2 / 1e9)
 
 
 def test_pixels_need_neither_encoder_nor_decoder():
-    assert [s.name for s in bill(find_preset("mnist-mini"))] == ["stage 1: F", "stage 2: G", "2,000 by one pass", "2,000 by exact inverse"]
+    assert [s.name for s in bill(find_preset("mnist-mini"))] == [
+        "stage 1: F",
+        "stage 2: G",
+        "2,000 by one pass",
+        "2,000 by exact inverse",
+    ]
 
 
 def test_more_gpus_shorten_the_days_and_cost_no_less():
-    p = replace(SMOKE, train_forward=replace(SMOKE.train_forward, checkpoint_every=10 ** 9))
+    p = replace(SMOKE, train_forward=replace(SMOKE.train_forward, checkpoint_every=10**9))
     few, many = (bill(p, replace(PLAN, num_gpus=n))[1] for n in (2, 16))
     few_days, many_days = few.days(replace(PLAN, num_gpus=2)), many.days(replace(PLAN, num_gpus=16))
     assert few_days / 8 <= many_days < few_days
     assert many.dollars(PLAN) >= few.dollars(PLAN) == pytest.approx(few.gpu_hours * 3.0)
 
 
-@pytest.mark.parametrize("change, factor", [({"mfu": 0.175}, 2), ({"gpu": Gpu("half", 989 / 2, 80, 1.0)}, 2), ({"scaling": 0.45}, 2)])
+@pytest.mark.parametrize(
+    "change, factor",
+    [({"mfu": 0.175}, 2), ({"gpu": Gpu("half", 989 / 2, 80, 1.0)}, 2), ({"scaling": 0.45}, 2)],
+)
 def test_half_the_speed_takes_twice_the_hours(change, factor):
     assert speed_of(PLAN) / speed_of(replace(PLAN, **change)) == pytest.approx(factor)
-    assert caching(SMOKE, replace(PLAN, **change)).gpu_hours == pytest.approx(factor * caching(SMOKE, PLAN).gpu_hours)
+    assert caching(SMOKE, replace(PLAN, **change)).gpu_hours == pytest.approx(
+        factor * caching(SMOKE, PLAN).gpu_hours
+    )
 
 
 def test_one_gpu_loses_nothing_to_the_others():
@@ -102,15 +151,23 @@ def test_sharding_and_checkpointing_save_memory_and_the_frozen_flow_takes_some(p
     train = replace(SMOKE.train_reverse, batch_size=256, pieces=1)
     plain = memory_gb(G, train, PLAN)
     assert plain == pytest.approx((22 * G.params + 256 * 0.6 * G.kept) / 1e9)
-    assert memory_gb(G, train, replace(PLAN, sharded=True)) == pytest.approx(plain - 20 * G.params * 7 / 8 / 1e9)
-    assert memory_gb(G, replace(train, checkpointing=True), PLAN) < plain < memory_gb(G, train, PLAN, F.params)
+    assert memory_gb(G, train, replace(PLAN, sharded=True)) == pytest.approx(
+        plain - 20 * G.params * 7 / 8 / 1e9
+    )
+    assert (
+        memory_gb(G, replace(train, checkpointing=True), PLAN)
+        < plain
+        < memory_gb(G, train, PLAN, F.params)
+    )
     assert memory_gb(G, replace(train, pieces=4), PLAN) < plain
 
 
 def test_checkpointing_costs_a_second_pass_of_the_layers(pair):
-    F, train = pair[0], replace(SMOKE.train_forward, checkpoint_every=10 ** 9)
+    F, train = pair[0], replace(SMOKE.train_forward, checkpoint_every=10**9)
     plan = replace(PLAN, around=replace(PLAN.around, gpu_hours_a_failure=1e15, disk_gb_s=1e15))
-    plain, again = (training("F", F, replace(train, checkpointing=on), plan).gpu_hours for on in (False, True))
+    plain, again = (
+        training("F", F, replace(train, checkpointing=on), plan).gpu_hours for on in (False, True)
+    )
     assert again / plain == pytest.approx((F.step + F.layers * F.layer) / F.step)
     assert 1.2 < again / plain < 1.34
 
@@ -118,6 +175,7 @@ def test_checkpointing_costs_a_second_pass_of_the_layers(pair):
 def test_what_a_step_keeps_agrees_with_a_model_whose_layers_are_checkpointed():
     from bitflow_edu.budget import flow_step, kept_bytes, on_meta, score_bytes
     from bitflow_edu.training import lighten
+
     F = model_cost(TARFlow, SMOKE.forward)
     model = on_meta(TARFlow, SMOKE.forward)
     lighten(model, replace(SMOKE.train_forward, checkpointing=True))
@@ -131,22 +189,31 @@ def test_the_image_end_is_counted_where_a_decoder_is_named_and_nowhere_else():
     p = perceptual(SMOKE)
     assert perceptual_flops(SMOKE, PLAN) == 0
     assert perceptual_flops(replace(p, objective=replace(p.objective, decoder="")), PLAN) == 0
-    assert perceptual_flops(p, PLAN) == 4 * 4 * (4 * 622e9 + 3 * 52e9)  # 4 images in each of 4 pieces
+    assert perceptual_flops(p, PLAN) == 4 * 4 * (
+        4 * 622e9 + 3 * 52e9
+    )  # 4 images in each of 4 pieces
     many = replace(p, objective=replace(p.objective, decoded_images=1000))
     assert perceptual_flops(many, PLAN) == 32 * (4 * 622e9 + 3 * 52e9)
-    assert perceptual_gb(SMOKE, PLAN) == 0 and bill(p, PLAN)[2].memory_gb - bill(SMOKE, PLAN)[2].memory_gb == pytest.approx(perceptual_gb(p, PLAN))
-    assert bill(p, PLAN)[2].flops - bill(SMOKE, PLAN)[2].flops == pytest.approx(30 * perceptual_flops(p, PLAN))
+    assert perceptual_gb(SMOKE, PLAN) == 0 and bill(p, PLAN)[2].memory_gb - bill(SMOKE, PLAN)[
+        2
+    ].memory_gb == pytest.approx(perceptual_gb(p, PLAN))
+    assert bill(p, PLAN)[2].flops - bill(SMOKE, PLAN)[2].flops == pytest.approx(
+        30 * perceptual_flops(p, PLAN)
+    )
 
 
 def test_a_decoded_image_costs_what_is_counted_for_it(tmp_path):
     pytest.importorskip("diffusers")
     from bitflow_edu.latents import decode, decoded, load_vae, tiny_vae
     from bitflow_edu.pipeline import count_flops
+
     vae = load_vae(tiny_vae(tmp_path / "vae"))
     x, real = torch.randn(3, 4, 8, 8, requires_grad=True), torch.randn(3, 4, 8, 8)
     one = count_flops(lambda: decode(vae, real[:1]))
     distance = decoded(lambda a, b: (a - b).square().flatten(1).mean(1), vae, sub_batch=2)
-    assert count_flops(lambda: distance(x, real).sum().backward()) == pytest.approx(2 * 4 * one, rel=0.05)
+    assert count_flops(lambda: distance(x, real).sum().backward()) == pytest.approx(
+        2 * 4 * one, rel=0.05
+    )
 
 
 def test_the_best_interval_is_youngs():
@@ -157,7 +224,9 @@ def test_the_best_interval_is_youngs():
 
 def test_overhead_counts_for_each_layer_pass_and_piece(pair):
     F, G = pair
-    plan = replace(PLAN, overhead_s=1.0, num_gpus=1, around=Around(gpu_hours_a_failure=1e15, disk_gb_s=1e15))
+    plan = replace(
+        PLAN, overhead_s=1.0, num_gpus=1, around=Around(gpu_hours_a_failure=1e15, disk_gb_s=1e15)
+    )
     first, second = bill(SMOKE, plan)[1:3]
     assert first.gpu_hours * 3600 == pytest.approx(30 * 4 * 3 * F.layers, rel=1e-3)
     assert second.gpu_hours * 3600 == pytest.approx(30 * 4 * (3 * G.layers + F.layers), rel=1e-3)
@@ -166,7 +235,9 @@ def test_overhead_counts_for_each_layer_pass_and_piece(pair):
 def test_the_table_and_the_picture_show_every_stage(stages):
     text = bill_table(SMOKE, PLAN)
     assert all(name in text for name in (*stages, "in all", "H100", "35%"))
-    assert "does not fit" not in text and "does not fit" in bill_table(SMOKE, replace(PLAN, gpu=Gpu("toy", 1, 1e-4, 1)))
+    assert "does not fit" not in text and "does not fit" in bill_table(
+        SMOKE, replace(PLAN, gpu=Gpu("toy", 1, 1e-4, 1))
+    )
     ax = plot_bill({"smoke": SMOKE}, PLAN)
     drawn = np.concatenate([line.get_xdata() for line in ax.get_lines()])
     assert sorted(drawn) == pytest.approx(sorted(s.dollars(PLAN) for s in stages.values()))

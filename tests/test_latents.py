@@ -1,4 +1,5 @@
 """Sources, the cache of latents, reading it, and the image end behind a decoder."""
+
 import dataclasses
 import errno
 import json
@@ -17,9 +18,33 @@ import fsspec
 from bitflow_edu import latents
 from bitflow_edu.data import BitflowError, DataConfig, load_data
 from bitflow_edu.distances import adaptive
-from bitflow_edu.latents import (CacheConfig, FolderSource, Latents, TarSource, as_jpeg, block_order, braces, cache_latents, decode, decode_all, decoded,
-                                 find_source, latent_shape, load_decoder, load_vae, moments, read_tar, sha256_of, square, synthetic_images, synthetic_picture,
-                                 synthetic_tar, tiny_decoder, tiny_vae, units)
+from bitflow_edu.latents import (
+    CacheConfig,
+    FolderSource,
+    Latents,
+    TarSource,
+    as_jpeg,
+    block_order,
+    braces,
+    cache_latents,
+    decode,
+    decode_all,
+    decoded,
+    find_source,
+    latent_shape,
+    load_decoder,
+    load_vae,
+    moments,
+    read_tar,
+    sha256_of,
+    square,
+    synthetic_images,
+    synthetic_picture,
+    synthetic_tar,
+    tiny_decoder,
+    tiny_vae,
+    units,
+)
 from bitflow_edu.training import Alone
 
 CFG = CacheConfig(image_size=16, batch_size=4, max_corrupt=2, workers=2)
@@ -60,6 +85,7 @@ def contents(out):
 
 class Two(Alone):
     """One of two processes, played by threads; on_main and agree as `Ranks` does them."""
+
     size = 2
 
     def __init__(self, rank, meet, said):
@@ -90,6 +116,7 @@ def on_two(call):
         except Exception as e:
             found[rank] = e
             meet.abort()
+
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     [t.start() for t in threads]
     [t.join() for t in threads]
@@ -98,11 +125,13 @@ def on_two(call):
 
 # squares and sources
 
+
 def test_square_is_adms():
     """Halved by boxes while twice too large, then bicubic, then the centre; every mode becomes RGB."""
     from PIL import Image
     import io
     import numpy as np
+
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, 32:96] = (200, 100, 50)  # exactly the centred square
     for mode in ("RGB", "L", "CMYK", "P"):
@@ -112,11 +141,16 @@ def test_square_is_adms():
         assert got.shape == (3, 16, 16) and got.dtype == torch.uint8
     buffer = io.BytesIO()
     Image.fromarray(wide).save(buffer, format="PNG")
-    assert torch.equal(square(buffer.getvalue(), 16), torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
+    assert torch.equal(
+        square(buffer.getvalue(), 16),
+        torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(3, 16, 16),
+    )
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, format="PNG")
-    boxes = torch.from_numpy(noise).float().reshape(16, 2, 16, 2, 3).mean(dim=(1, 3)).permute(2, 0, 1)
+    boxes = (
+        torch.from_numpy(noise).float().reshape(16, 2, 16, 2, 3).mean(dim=(1, 3)).permute(2, 0, 1)
+    )
     assert (square(buffer.getvalue(), 16).float() - boxes).abs().max() <= 1
 
 
@@ -174,7 +208,12 @@ def test_tars_from_disk_and_from_object_storage(tmp_path):
         (tmp_path / f"t-{i:03d}.tar").write_bytes(data)
         with fsspec.open(f"memory://b/t-{i:03d}.tar", "wb") as f:
             f.write(data)
-    for pattern in (f"{tmp_path}/t-{{000..002}}.tar", f"{tmp_path}/t-*.tar", "memory://b/t-{000..002}.tar", "memory://b/t-*.tar"):
+    for pattern in (
+        f"{tmp_path}/t-{{000..002}}.tar",
+        f"{tmp_path}/t-*.tar",
+        "memory://b/t-{000..002}.tar",
+        "memory://b/t-*.tar",
+    ):
         pieces = TarSource(pattern, 2).open()
         found = [raw for k in range(len(pieces.names)) for raw in pieces.read(k)]
         assert [r.label for r in found] == [i % 2 for i in range(15)]
@@ -209,6 +248,7 @@ def test_bad_tars_are_refused(tmp_path):
 
 # the cache
 
+
 def test_moments_are_the_encoders(toys, vae, cache):
     """What is stored is what diffusers says of the same square, mirror image included."""
     data = Latents(cache)
@@ -219,11 +259,15 @@ def test_moments_are_the_encoders(toys, vae, cache):
         with torch.no_grad():
             want = vae.encode(image).latent_dist
         mean, std = data.moments(torch.tensor([0]), torch.tensor([mirrored]))[0].float()
-        assert torch.allclose(mean, want.mean[0], atol=2e-3) and torch.allclose(std, want.std[0], atol=1e-3, rtol=1e-2)
+        assert torch.allclose(mean, want.mean[0], atol=2e-3) and torch.allclose(
+            std, want.std[0], atol=1e-3, rtol=1e-2
+        )
     assert data.labels[0] == raw.label
 
 
-def test_resume_after_an_interruption_gives_the_same_bytes(source, vae, cache, tmp_path, monkeypatch):
+def test_resume_after_an_interruption_gives_the_same_bytes(
+    source, vae, cache, tmp_path, monkeypatch
+):
     out, encode, calls = tmp_path / "train", latents.encode_piece, []
 
     def dies(*args):
@@ -231,13 +275,18 @@ def test_resume_after_an_interruption_gives_the_same_bytes(source, vae, cache, t
         if len(calls) == 3:
             raise KeyboardInterrupt
         return encode(*args)
+
     monkeypatch.setattr(latents, "encode_piece", dies)
     with pytest.raises(KeyboardInterrupt):
         cache_latents(source, out, vae, CFG)
     assert not (out / "index.json").exists() and len(list(out.rglob("*.safetensors"))) == 2
-    (out / "shards" / "00001.safetensors").write_bytes(b"half")      # and one of the two was damaged since
+    (out / "shards" / "00001.safetensors").write_bytes(
+        b"half"
+    )  # and one of the two was damaged since
     cache_latents(source, out, vae, CFG)
-    assert len(calls) == 6, "the interrupted one, the damaged one and the last; shard 0 was left alone"
+    assert len(calls) == 6, (
+        "the interrupted one, the damaged one and the last; shard 0 was left alone"
+    )
     assert contents(out) == contents(cache)
 
 
@@ -263,7 +312,7 @@ def test_corrupt_images_are_counted_named_and_limited(toys, vae, tmp_path):
     with pytest.raises(BitflowError, match="max_corrupt = 1"):
         cache_latents(source, tmp_path / "strict", vae, one)
     with pytest.raises(BitflowError, match="max_corrupt = 1"):
-        cache_latents(source, tmp_path / "ok", vae, one)   # also when the shards are there already
+        cache_latents(source, tmp_path / "ok", vae, one)  # also when the shards are there already
 
 
 def test_corrupt_images_of_finished_shards_count_at_once(toys, vae, tmp_path):
@@ -283,12 +332,18 @@ def test_corrupt_images_of_finished_shards_count_at_once(toys, vae, tmp_path):
 def test_corrupt_images_of_all_processes_count(toys, vae, tmp_path):
     """Each process sees one; together they are too many."""
     shutil.copytree(toys / "pictures", tmp_path / "p")
-    source, one = FolderSource(str(tmp_path / "p"), per_shard=15), dataclasses.replace(CFG, max_corrupt=1)
+    source, one = (
+        FolderSource(str(tmp_path / "p"), per_shard=15),
+        dataclasses.replace(CFG, max_corrupt=1),
+    )
     pieces = source.open(tmp_path)
     for k in range(2):
         (tmp_path / "p" / "train" / next(iter(pieces.read(k))).name).write_bytes(b"no image")
     found = on_two(lambda ranks: cache_latents(source, tmp_path / "out", vae, one, ranks))
-    assert any(isinstance(e, BitflowError) and "2 images cannot be decoded" in str(e) for e in found.values())
+    assert any(
+        isinstance(e, BitflowError) and "2 images cannot be decoded" in str(e)
+        for e in found.values()
+    )
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -296,7 +351,7 @@ def test_a_truncated_tar_leaves_finished_shards(vae, tmp_path):
     for i in range(2):
         (tmp_path / f"t-{i}.tar").write_bytes(synthetic_tar(range(4 * i, 4 * i + 4)))
     whole = (tmp_path / "t-1.tar").read_bytes()
-    (tmp_path / "t-1.tar").write_bytes(whole[:whole.rindex(b"000007.jpg")])
+    (tmp_path / "t-1.tar").write_bytes(whole[: whole.rindex(b"000007.jpg")])
     source, out = TarSource(f"{tmp_path}/t-{{0..1}}.tar", 2), tmp_path / "out"
     with pytest.raises(BitflowError, match=r"t-1\.tar is cut off"):
         cache_latents(source, out, vae, CFG)
@@ -311,7 +366,14 @@ def test_images_stay_in_order_and_few_wait():
     """However the threads run, results come in order, and the source is not read far ahead."""
     taken = []
     with ThreadPoolExecutor(4) as pool:
-        for done, i in enumerate(latents.ahead((taken.append(i) or i for i in range(40)), lambda i: time.sleep(0.002 * (i % 3)) or i, pool, 5)):
+        for done, i in enumerate(
+            latents.ahead(
+                (taken.append(i) or i for i in range(40)),
+                lambda i: time.sleep(0.002 * (i % 3)) or i,
+                pool,
+                5,
+            )
+        ):
             assert i == done and len(taken) <= done + 6
     assert len(taken) == 40
 
@@ -319,16 +381,28 @@ def test_images_stay_in_order_and_few_wait():
 def test_other_settings_are_refused(toys, source, vae, cache, tmp_path):
     out = shutil.copytree(cache, tmp_path / "train")
     before = contents(out)
-    calls = {"vae.": lambda: cache_latents(source, out, load_vae(tiny_vae(tmp_path / "other", seed=1)), CFG),
-             "image_size": lambda: cache_latents(source, out, vae, dataclasses.replace(CFG, image_size=32)),
-             "precision": lambda: cache_latents(source, out, vae, dataclasses.replace(CFG, precision="bf16")),
-             "source.per_shard": lambda: cache_latents(dataclasses.replace(source, per_shard=4), out, vae, CFG)}
+    calls = {
+        "vae.": lambda: cache_latents(
+            source, out, load_vae(tiny_vae(tmp_path / "other", seed=1)), CFG
+        ),
+        "image_size": lambda: cache_latents(
+            source, out, vae, dataclasses.replace(CFG, image_size=32)
+        ),
+        "precision": lambda: cache_latents(
+            source, out, vae, dataclasses.replace(CFG, precision="bf16")
+        ),
+        "source.per_shard": lambda: cache_latents(
+            dataclasses.replace(source, per_shard=4), out, vae, CFG
+        ),
+    }
     for name, call in calls.items():
         with pytest.raises(BitflowError, match=f"made with {name}"):
             call()
     assert contents(out) == before
     shutil.copytree(toys / "vae", tmp_path / "moved")
-    assert cache_latents(source, out, load_vae(tmp_path / "moved"), CFG)["total"] == 30, "the same weights from another folder are the same autoencoder"
+    assert cache_latents(source, out, load_vae(tmp_path / "moved"), CFG)["total"] == 30, (
+        "the same weights from another folder are the same autoencoder"
+    )
 
 
 def test_weights_decide_not_names(source, toys, cache, tmp_path):
@@ -366,6 +440,7 @@ def test_an_output_that_cannot_be_written(source, vae, tmp_path, monkeypatch):
 
     def read_only(*_):
         raise OSError(errno.EROFS, "Read-only file system")
+
     monkeypatch.setattr(latents, "save_tensors", read_only)
     with pytest.raises(BitflowError, match="Read-only file system"):
         cache_latents(source, tmp_path / "out", vae, CFG)
@@ -379,6 +454,7 @@ def test_sizes_that_do_not_fit_are_refused(source, vae, tmp_path):
 
 
 # reading
+
 
 def test_epoch_order_is_a_local_permutation():
     counts, window = (7, 5, 0, 9, 6, 8, 7, 3), 2
@@ -411,7 +487,7 @@ def test_draws_have_the_stored_mean_and_spread(cache, vae):
     x = data.draw(torch.full((n,), 5), g)
     plain, mirror = (data.moments(torch.tensor([5]), torch.tensor([m]))[0].float() for m in (0, 1))
     mean = (plain[0] + mirror[0]) / 2 * scale
-    var = scale ** 2 * ((plain[1] ** 2 + mirror[1] ** 2) / 2 + ((plain[0] - mirror[0]) / 2) ** 2)
+    var = scale**2 * ((plain[1] ** 2 + mirror[1] ** 2) / 2 + ((plain[0] - mirror[0]) / 2) ** 2)
     assert ((x.mean(0) - mean).abs() < 5 * (var / n).sqrt() + 1e-5).all()
     assert torch.allclose(x.var(0), var, rtol=0.2)
 
@@ -438,7 +514,9 @@ def test_damaged_latents_are_refused_and_named(cache, tmp_path):
 def test_load_data_gives_latents_that_fit(cache):
     cfg, root = DataConfig("imagenet-latents", 8, 4, 2), cache.parent
     data = load_data(cfg, "train", root)
-    assert isinstance(data, Latents) and len(data) == 30 and data.classes == ("n01440764", "n01443537")
+    assert (
+        isinstance(data, Latents) and len(data) == 30 and data.classes == ("n01440764", "n01443537")
+    )
     for changed, what in (({"image_size": 32}, "8x8x4"), ({"num_classes": 1}, "label 1")):
         with pytest.raises(BitflowError, match=what):
             load_data(dataclasses.replace(cfg, **changed), "train", root)
@@ -456,6 +534,7 @@ def test_versions_are_told_apart(cache, tmp_path):
 
 # the image end
 
+
 def mse(a, b):
     return (a - b).square().mean(dim=(1, 2, 3))
 
@@ -470,7 +549,11 @@ def test_gradients_reach_the_latents_and_not_the_autoencoder(toys, which):
         assert d.shape == (5,) and (d[:2] > 0).all() and not d[2:].any()
         grads.append(torch.autograd.grad(d.mean(), (a, b), allow_unused=True))
     assert torch.allclose(grads[0][0], grads[1][0], atol=1e-7)
-    assert grads[0][0][:2].flatten(1).any(dim=1).all() and not grads[0][0][2:].any() and grads[0][1] is None
+    assert (
+        grads[0][0][:2].flatten(1).any(dim=1).all()
+        and not grads[0][0][2:].any()
+        and grads[0][1] is None
+    )
     assert not any(p.requires_grad or p.grad is not None for p in vae.parameters())
 
 
@@ -499,7 +582,9 @@ def test_units_of_the_two_decoders(toys, vae):
     assert torch.equal(decode(small, x), small.decode(x).sample)
     for one in (vae, small):
         images = decode_all(one, 10 * x, batch_size=2)
-        assert images.shape == (3, 3, 16, 16) and images.abs().max() <= 1 and not images.requires_grad
+        assert (
+            images.shape == (3, 3, 16, 16) and images.abs().max() <= 1 and not images.requires_grad
+        )
         assert torch.allclose(images, decode(one, 10 * x).clamp(-1, 1), atol=1e-5)
 
 
@@ -534,6 +619,7 @@ def test_autoencoders_that_cannot_be_loaded(toys, tmp_path, monkeypatch):
 
     def missing(name):
         raise ImportError("No module named 'diffusers'", name="diffusers")
+
     monkeypatch.setattr(latents.importlib, "import_module", missing)
     with pytest.raises(BitflowError, match="pip install diffusers"):
         load_vae(toys / "vae")
@@ -554,6 +640,7 @@ def test_the_objective_sees_decoded_images(tmp_path):
     from dataclasses import replace
     from bitflow_edu import pipeline
     from bitflow_edu.config import ObjectiveConfig
+
     a, b = torch.randn(3, 4, 8, 8, requires_grad=True), torch.randn(3, 4, 8, 8)
     plain = ObjectiveConfig(feature_weight=1.0, adaptive_power=1.0)
     coloured = replace(plain, decoder=str(latents.tiny_vae(tmp_path / "vae")), decoded_images=3)
@@ -562,4 +649,9 @@ def test_the_objective_sees_decoded_images(tmp_path):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(pipeline, "find_distance", lambda name, device: pixel)
         pipeline.image_distance(coloured)(a, b).mean().backward()
-    assert all(shape == (3, 3, 16, 16) for shape in seen) and seen and a.grad.isfinite().all() and a.grad.abs().sum() > 0
+    assert (
+        all(shape == (3, 3, 16, 16) for shape in seen)
+        and seen
+        and a.grad.isfinite().all()
+        and a.grad.abs().sum() > 0
+    )

@@ -1,17 +1,27 @@
 """The reverse model, the three strategies, and the distances."""
+
 import pytest
 import torch
 from conftest import small_flow, small_reverse
 
 from bitflow_edu.data import BitflowError, add_noise
 from bitflow_edu.distances import adaptive, feature_distance, load_feature_net, mixture
-from bitflow_edu.inverse_strategies import STRATEGIES, check_pair, check_strategy, find_strategy, mse, reverse_loss
+from bitflow_edu.inverse_strategies import (
+    STRATEGIES,
+    check_pair,
+    check_strategy,
+    find_strategy,
+    mse,
+    reverse_loss,
+)
 from bitflow_edu.reverse_model import one_pass, sample_noise
 
 
 def batch(flow, n=4):
     torch.manual_seed(0)
-    return torch.randn(n, 1, flow.cfg.image_size, flow.cfg.image_size), torch.tensor([0, 1, 2, -1])[:n]
+    return torch.randn(n, 1, flow.cfg.image_size, flow.cfg.image_size), torch.tensor([0, 1, 2, -1])[
+        :n
+    ]
 
 
 @pytest.mark.parametrize("modern", [False, True])
@@ -26,7 +36,9 @@ def test_every_token_sees_every_other(modern):
         assert (change > 1e-6).all(), f"token {t} does not reach all others"
 
 
-@pytest.mark.parametrize("kw", [{}, {"denoise": False}, {"token_states": True}, {"token_states": True, "denoise": False}])
+@pytest.mark.parametrize(
+    "kw", [{}, {"denoise": False}, {"token_states": True}, {"token_states": True, "denoise": False}]
+)
 def test_one_pass_is_the_forward_pass_without_its_extras(kw):
     flow = small_flow()
     G = small_reverse(flow, **kw)
@@ -47,19 +59,32 @@ def gradients(strategy, **kw):
     for p in flow.parameters():
         p.grad = None
     G = small_reverse(flow, token_states=strategy == "hidden-distillation", **kw)
-    loss, metrics = reverse_loss(flow, STRATEGIES[strategy])(G, *batch(flow), torch.Generator().manual_seed(0))
+    loss, metrics = reverse_loss(flow, STRATEGIES[strategy])(
+        G, *batch(flow), torch.Generator().manual_seed(0)
+    )
     loss.backward()
     assert all(p.grad is None for p in flow.parameters()), "F is frozen"
-    return G, metrics, {name: p.grad is not None and bool(p.grad.abs().sum() > 0) for name, p in G.named_parameters()}
+    return (
+        G,
+        metrics,
+        {
+            name: p.grad is not None and bool(p.grad.abs().sum() > 0)
+            for name, p in G.named_parameters()
+        },
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_reach_what_they_should(strategy):
     G, metrics, reached = gradients(strategy)
     heads = {name: got for name, got in reached.items() if name.startswith("heads.")}
-    assert all(got for name, got in reached.items() if not name.startswith("heads.")), "the image end reaches the whole trunk"
+    assert all(got for name, got in reached.items() if not name.startswith("heads.")), (
+        "the image end reaches the whole trunk"
+    )
     assert all(heads.values()) if strategy != "naive" else not any(heads.values())
-    assert [k for k in metrics if k.startswith("depth_")] == [f"depth_{i}" for i in range(3 * (strategy != "naive"))]
+    assert [k for k in metrics if k.startswith("depth_")] == [
+        f"depth_{i}" for i in range(3 * (strategy != "naive"))
+    ]
 
 
 def test_without_denoising_the_target_is_the_noisy_image():
@@ -68,7 +93,10 @@ def test_without_denoising_the_target_is_the_noisy_image():
     x, c = batch(flow)
     loss = reverse_loss(flow)
     _, metrics = loss(G, x, c, torch.Generator().manual_seed(0))
-    out, noisy = G(flow(add_noise(x, flow.cfg.noise_std, torch.Generator().manual_seed(0)), c).z, c), add_noise(x, flow.cfg.noise_std, torch.Generator().manual_seed(0))
+    out, noisy = (
+        G(flow(add_noise(x, flow.cfg.noise_std, torch.Generator().manual_seed(0)), c).z, c),
+        add_noise(x, flow.cfg.noise_std, torch.Generator().manual_seed(0)),
+    )
     assert metrics["depth_0"] == 0 and not out.denoised  # the image is φ_0(h^0), and counts once
     torch.testing.assert_close(metrics["image"], (out.image - noisy).square().mean())
 
@@ -91,7 +119,9 @@ def test_token_states_carry_no_more_than_a_token_can_hold():
     out = G(torch.randn(200, 9, 4), torch.zeros(200, dtype=torch.long))
     at = out.hidden[1][:, 0]
     assert torch.linalg.matrix_rank(at - at.mean(0), rtol=1e-4) <= 4
-    free = small_reverse(flow)(torch.randn(200, 9, 4), torch.zeros(200, dtype=torch.long)).hidden[1][:, 0]
+    free = small_reverse(flow)(torch.randn(200, 9, 4), torch.zeros(200, dtype=torch.long)).hidden[
+        1
+    ][:, 0]
     assert torch.linalg.matrix_rank(free - free.mean(0), rtol=1e-4) > 4
 
 
@@ -110,10 +140,16 @@ def test_adaptive_weights_pull_alike_whatever_the_unit():
 
     def pull(distance):
         return torch.autograd.grad(distance(a, b).sum(), a)[0]
+
     torch.testing.assert_close(pull(adaptive(mse, p=0.0)), pull(mse))
     d = mse(a, b).detach()
-    torch.testing.assert_close(pull(adaptive(mse, p=0.5, c=0.1)), pull(mse) * (d + 0.1)[:, None] ** -0.5)
-    torch.testing.assert_close(pull(adaptive(lambda u, v: 100 * mse(u, v), p=1.0, c=0.0)), pull(adaptive(mse, p=1.0, c=0.0)))
+    torch.testing.assert_close(
+        pull(adaptive(mse, p=0.5, c=0.1)), pull(mse) * (d + 0.1)[:, None] ** -0.5
+    )
+    torch.testing.assert_close(
+        pull(adaptive(lambda u, v: 100 * mse(u, v), p=1.0, c=0.0)),
+        pull(adaptive(mse, p=1.0, c=0.0)),
+    )
 
 
 def test_feature_distance_and_mixture(digits):
@@ -122,4 +158,6 @@ def test_feature_distance_and_mixture(digits):
     torch.testing.assert_close(d(x, x), torch.zeros(6), atol=1e-5, rtol=0)
     same, other = d(x, x + 0.05), d(x, x.flip(0))
     assert d(x, x).shape == (6,) and (other > same).all()
-    torch.testing.assert_close(mixture((2.0, mse), (0.5, d))(x, x.flip(0)), 2 * mse(x, x.flip(0)) + 0.5 * other)
+    torch.testing.assert_close(
+        mixture((2.0, mse), (0.5, d))(x, x.flip(0)), 2 * mse(x, x.flip(0)) + 0.5 * other
+    )

@@ -1,4 +1,5 @@
 """Timing, counted costs, limits, and what is made of a results file."""
+
 import math
 import time
 from dataclasses import replace
@@ -22,11 +23,13 @@ MACHINE = Machine(peak=1e12, bandwidth=1e11)
 
 class FakeGpu:
     """Takes work at once; its own clock moves by what was ordered. An event notes that clock."""
+
     def __init__(self):
         self.clock, self.waited = 0.0, []
 
     def event(self, enable_timing):
         """An event of this device."""
+
         class Event:
             def record(mark):
                 mark.at = self.clock
@@ -34,6 +37,7 @@ class FakeGpu:
             def elapsed_time(mark, other):
                 assert self.waited, "read before the device was done"
                 return other.at - mark.at
+
         return Event()
 
 
@@ -47,8 +51,11 @@ def test_on_a_gpu_its_own_clock_is_read_and_waited_for_once(monkeypatch):
     def call():
         """Orders work that takes no time on this side."""
         gpu.clock += next(work)
+
     t = timed(call, repeats=5, warmup=2)
-    assert t["median_ms"] == 5.0 and t["low_ms"] == 3.5 and t["high_ms"] == 6.5 and t["repeats"] == 5
+    assert (
+        t["median_ms"] == 5.0 and t["low_ms"] == 3.5 and t["high_ms"] == 6.5 and t["repeats"] == 5
+    )
     assert gpu.waited == [2025.0]
 
 
@@ -59,6 +66,7 @@ def test_on_a_processor_the_wall_clock_is_read_without_the_first_calls():
         """Slow at first."""
         time.sleep(0.1 if len(calls) < 2 else 0.01)
         calls.append(1)
+
     t = timed(call, repeats=5, warmup=2)
     assert 10 <= t["median_ms"] < 90 and len(calls) == 7
 
@@ -66,20 +74,35 @@ def test_on_a_processor_the_wall_clock_is_read_without_the_first_calls():
 def test_traffic_of_a_linear_layer_and_of_a_convolution_is_operands_and_results():
     layer, conv = torch.nn.Linear(6, 4), torch.nn.Conv2d(3, 5, 3, padding=1)
     assert speed.bytes_moved(lambda: layer(torch.zeros(7, 6))) == 4 * (6 * 4 + 4 + 7 * 6 + 7 * 4)
-    assert speed.bytes_moved(lambda: conv(torch.zeros(2, 3, 8, 8))) == 4 * (5 * 3 * 9 + 5 + 2 * 3 * 64 + 2 * 5 * 64)
-    assert speed.bytes_moved(lambda: layer(torch.zeros(7, 6)).exp() + 1) == speed.bytes_moved(lambda: layer(torch.zeros(7, 6)))
+    assert speed.bytes_moved(lambda: conv(torch.zeros(2, 3, 8, 8))) == 4 * (
+        5 * 3 * 9 + 5 + 2 * 3 * 64 + 2 * 5 * 64
+    )
+    assert speed.bytes_moved(lambda: layer(torch.zeros(7, 6)).exp() + 1) == speed.bytes_moved(
+        lambda: layer(torch.zeros(7, 6))
+    )
 
 
 def test_costs_follow_from_shapes():
     preset = find_preset("imagenet256-b2")
     one, many = (speed.pair_costs(preset.forward, preset.reverse, n) for n in (1, 64))
     half = speed.pair_costs(preset.forward, preset.reverse, 1, torch.bfloat16)
-    weights = sum(p.nbytes for b in on_meta(TARFlow, preset.forward).blocks for name, p in b.named_parameters() if p.dim() == 2 and name != "pos_embed")
+    weights = sum(
+        p.nbytes
+        for b in on_meta(TARFlow, preset.forward).blocks
+        for name, p in b.named_parameters()
+        if p.dim() == 2 and name != "pos_embed"
+    )
     assert one["exact"].serial == 8 * 255 and one["one-pass"].serial == 1
-    assert one["exact"].flops == many["exact"].flops == inverse_flops(preset.forward, one["density"].flops)
-    assert one["exact"].moved == pytest.approx(255 * weights, rel=0.05)       # every step reads a block's weights
-    assert many["exact"].moved < 64 * 0.2 * one["exact"].moved                  # and a batch shares them
-    assert weights < one["density"].moved < 3 * weights                         # once, with T tokens of activations
+    assert (
+        one["exact"].flops
+        == many["exact"].flops
+        == inverse_flops(preset.forward, one["density"].flops)
+    )
+    assert one["exact"].moved == pytest.approx(
+        255 * weights, rel=0.05
+    )  # every step reads a block's weights
+    assert many["exact"].moved < 64 * 0.2 * one["exact"].moved  # and a batch shares them
+    assert weights < one["density"].moved < 3 * weights  # once, with T tokens of activations
     assert half["exact"].moved == pytest.approx(one["exact"].moved / 2, rel=0.05)
 
 
@@ -91,7 +114,9 @@ def test_jacobi_is_charged_for_the_passes_it_took():
         states, how = way.call()
         cost, density = way.after((states, how)), speed.pair_costs(F.cfg, G.cfg, 2)["density"]
         assert cost.serial == sum(sum(h.iterations) for h in how)
-        assert cost.flops == round(density.flops * sum(sum(h.iterations) / len(h.iterations) for h in how) / 2)
+        assert cost.flops == round(
+            density.flops * sum(sum(h.iterations) / len(h.iterations) for h in how) / 2
+        )
         assert cost.moved >= density.moved
 
 
@@ -99,17 +124,43 @@ def test_slow_broken_and_hopeless_rows_are_named_not_dropped():
     def broken():
         """Fails as a GPU does that is full."""
         raise RuntimeError("out of memory\nand a long story")
+
     ran = []
-    ways = {"slow": Way(lambda: time.sleep(0.2), Cost(1, 1, 1, 1)), "broken": Way(broken, Cost(1, 1, 1, 1)),
-            "hopeless": Way(lambda: ran.append(1), Cost(1, 1, 1, 10 ** 12)), "good": Way(lambda: time.sleep(0.01), Cost(1, 2, 10 ** 9, 1000))}
-    found = {row: speed.time_way(row, way, 4, MACHINE, Limits(repeats=4, row_s=0.5), math.inf, False) for row, way in ways.items()}
-    for row, part in (("slow", "a call takes 0.2"), ("broken", "out of memory"), ("hopeless", "roofline")):
+    ways = {
+        "slow": Way(lambda: time.sleep(0.2), Cost(1, 1, 1, 1)),
+        "broken": Way(broken, Cost(1, 1, 1, 1)),
+        "hopeless": Way(lambda: ran.append(1), Cost(1, 1, 1, 10**12)),
+        "good": Way(lambda: time.sleep(0.01), Cost(1, 2, 10**9, 1000)),
+    }
+    found = {
+        row: speed.time_way(row, way, 4, MACHINE, Limits(repeats=4, row_s=0.5), math.inf, False)
+        for row, way in ways.items()
+    }
+    for row, part in (
+        ("slow", "a call takes 0.2"),
+        ("broken", "out of memory"),
+        ("hopeless", "roofline"),
+    ):
         m, *cost = found[row]
-        assert {x["metric"] for x in cost} == {"flops_per_image", "bytes_per_image", "nfe", "serial_steps"}
-        assert m["metric"] == "left_out" and part in m["why"] and m["batch"] == 4 and "long story" not in m["why"]
+        assert {x["metric"] for x in cost} == {
+            "flops_per_image",
+            "bytes_per_image",
+            "nfe",
+            "serial_steps",
+        }
+        assert (
+            m["metric"] == "left_out"
+            and part in m["why"]
+            and m["batch"] == 4
+            and "long story" not in m["why"]
+        )
     of = {m["metric"]: m for m in found["good"]}
     seconds = of["ms_per_image"]["value"] * 4 / 1000
-    assert not ran and of["mfu"]["value"] == pytest.approx(4e9 / seconds / 1e12) and of["bytes_per_image"]["value"] == 250
+    assert (
+        not ran
+        and of["mfu"]["value"] == pytest.approx(4e9 / seconds / 1e12)
+        and of["bytes_per_image"]["value"] == 250
+    )
     assert of["ms_per_image"]["n"] == 4 and of["serial_steps"]["value"] == 2
 
 
@@ -117,7 +168,9 @@ def test_a_run_that_is_over_starts_nothing():
     F = random_flow(geometry("mnist-mini-smoke"))
     found = speed.bench_geometry("mnist-mini-smoke", F, batches=(1,), limits=Limits(2, 1.0, 0.0))
     rows = [m for m in found if m["row"] != "machine"]
-    assert {m["row"] for m in rows} >= {"one-pass", "exact", "jacobi"} and not any(m["metric"] == "ms_per_image" for m in rows)
+    assert {m["row"] for m in rows} >= {"one-pass", "exact", "jacobi"} and not any(
+        m["metric"] == "ms_per_image" for m in rows
+    )
     assert all("run were over" in m["why"] for m in rows if m["metric"] == "left_out")
 
 
@@ -125,13 +178,34 @@ def test_bench_of_a_latent_preset_has_every_row_and_metric():
     pytest.importorskip("diffusers")
     F = random_flow(geometry("imagenet256-b2-smoke"))
     before = {name: p.clone() for name, p in F.named_parameters()}
-    found = speed.bench_geometry("imagenet256-b2-smoke", F, "bf16", (2,), limits=Limits(2, 20.0, 60.0))
+    found = speed.bench_geometry(
+        "imagenet256-b2-smoke", F, "bf16", (2,), limits=Limits(2, 20.0, 60.0)
+    )
     at = {(m["row"], m["metric"]): m["value"] for m in found}
-    for row in ("one-pass", "exact", "jacobi", "gs-jacobi", "score-step", "vae-decoder", "tiny-decoder"):
-        assert {"ms_per_image", "mfu", "flops_per_image", "bytes_per_image", "nfe", "serial_steps"} <= {m for r, m in at if r == row}, row
+    for row in (
+        "one-pass",
+        "exact",
+        "jacobi",
+        "gs-jacobi",
+        "score-step",
+        "vae-decoder",
+        "tiny-decoder",
+    ):
+        assert {
+            "ms_per_image",
+            "mfu",
+            "flops_per_image",
+            "bytes_per_image",
+            "nfe",
+            "serial_steps",
+        } <= {m for r, m in at if r == row}, row
     assert ("packed", "ms_per_image") not in at and ("plain", "ms_per_image") not in at
-    assert at["one-pass", "speedup_vs_exact"] == pytest.approx(at["exact", "ms_per_image"] / at["one-pass", "ms_per_image"])
-    assert at["machine", "measured_peak_tflops"] > 0 and all(torch.equal(p, before[name]) for name, p in F.named_parameters())
+    assert at["one-pass", "speedup_vs_exact"] == pytest.approx(
+        at["exact", "ms_per_image"] / at["one-pass", "ms_per_image"]
+    )
+    assert at["machine", "measured_peak_tflops"] > 0 and all(
+        torch.equal(p, before[name]) for name, p in F.named_parameters()
+    )
     assert at["vae-decoder", "flops_per_image"] > 5 * at["tiny-decoder", "flops_per_image"]
 
 
@@ -141,13 +215,17 @@ def test_the_decoder_has_the_published_size():
     with torch.device("meta"):
         decoder = speed.latent_decoders("meta")["vae-decoder"]
     assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(49e6, rel=0.03)
-    assert count_flops(lambda: decoder.decode(torch.empty(1, 4, 32, 32, device="meta"))) / 2 == pytest.approx(308e9, rel=0.02)
+    assert count_flops(
+        lambda: decoder.decode(torch.empty(1, 4, 32, 32, device="meta"))
+    ) / 2 == pytest.approx(308e9, rel=0.02)
 
 
 def test_parts_that_the_plain_version_does_not_know_keep_it_out():
     modern, old = geometry("imagenet256-b2-smoke"), geometry("mnist-mini-smoke")
     assert is_original(old) and not is_original(modern) and not is_original(replace(old, clip=2.0))
-    ways = lambda cfg: inverse_ways(random_flow(cfg), *speed.example(random_flow(cfg), 1), 0.0, 1e-4, 2)
+    ways = lambda cfg: inverse_ways(
+        random_flow(cfg), *speed.example(random_flow(cfg), 1), 0.0, 1e-4, 2
+    )
     assert next(iter(ways(old))) == "plain" and next(iter(ways(modern))) == "exact"
     results = [call() for call in ways(modern).values()]
     assert all(torch.allclose(results[0], x, atol=1e-3) for x in results)
@@ -156,25 +234,49 @@ def test_parts_that_the_plain_version_does_not_know_keep_it_out():
 def test_names_that_do_not_exist_are_refused():
     with pytest.raises(BitflowError, match="fp8.*bf16"):
         speed.find_type("fp8", "cpu")
-    assert speed.find_type("auto", "cuda") is torch.bfloat16 and speed.find_type("auto", "cpu") is torch.float32
+    assert (
+        speed.find_type("auto", "cuda") is torch.bfloat16
+        and speed.find_type("auto", "cpu") is torch.float32
+    )
     assert speed.reverse_for("64-tokens", geometry("64-tokens")).num_tokens == 64
 
 
 @pytest.fixture
 def result():
     """A results file with the paper's times: one pass 0.29 ms, decoder 1.3 ms."""
-    ms = {"one-pass": 0.5, "one-pass, compiled": 0.29, "exact": 202.0, "graph": 101.0, "score-step": 3.0, "vae-decoder": 1.3, "tiny-decoder": 0.1}
-    found = [measurement("machine", "measured_peak_tflops", 100.0), measurement("machine", "measured_bandwidth_gbs", 1000.0)]
+    ms = {
+        "one-pass": 0.5,
+        "one-pass, compiled": 0.29,
+        "exact": 202.0,
+        "graph": 101.0,
+        "score-step": 3.0,
+        "vae-decoder": 1.3,
+        "tiny-decoder": 0.1,
+    }
+    found = [
+        measurement("machine", "measured_peak_tflops", 100.0),
+        measurement("machine", "measured_bandwidth_gbs", 1000.0),
+    ]
     for row, value in ms.items():
-        found += [measurement(row, "ms_per_image", value, "ms", batch=8), measurement(row, "flops_per_image", 1e9, batch=8), measurement(row, "bytes_per_image", 1e7, batch=8)]
+        found += [
+            measurement(row, "ms_per_image", value, "ms", batch=8),
+            measurement(row, "flops_per_image", 1e9, batch=8),
+            measurement(row, "bytes_per_image", 1e7, batch=8),
+        ]
     return {"name": "x", "measurements": found + [speed.left_out("exact", 256, "too slow")]}
 
 
 def test_the_table_gives_the_papers_ratios(result):
     table = speed.with_decoders(result, 8)
-    assert table["one pass"] == {"alone": 0.29, "+ small decoder": pytest.approx(0.39), "+ VAE decoder": pytest.approx(1.59)}
+    assert table["one pass"] == {
+        "alone": 0.29,
+        "+ small decoder": pytest.approx(0.39),
+        "+ VAE decoder": pytest.approx(1.59),
+    }
     assert table["exact, by default"]["alone"] / 0.29 == pytest.approx(697, abs=1)
-    assert table["exact, by default"]["+ VAE decoder"] / table["one pass"]["+ VAE decoder"] == pytest.approx(128, abs=1)
+    assert table["exact, by default"]["+ VAE decoder"] / table["one pass"][
+        "+ VAE decoder"
+    ] == pytest.approx(128, abs=1)
     assert table["exact, fastest + score step"]["alone"] == 104.0
     text = speed.speed_table(result)
     assert "696.55 ×" in text and "left out: exact at batch 256: too slow" in text
@@ -182,10 +284,12 @@ def test_the_table_gives_the_papers_ratios(result):
 
 def test_pictures_come_from_a_results_file_alone(result):
     intensity, reached, batch = speed.roofline_points(result)["one-pass"][0]
-    assert (intensity, batch) == (100, 8) and reached == pytest.approx(2.0)   # 10⁹ in 0.5 ms
+    assert (intensity, batch) == (100, 8) and reached == pytest.approx(2.0)  # 10⁹ in 0.5 ms
     ax = speed.plot_roofline(result)
     x, y = ax.lines[0].get_data()
-    assert max(y) == pytest.approx(100.0) and y[0] == pytest.approx(x[0])      # 1000 GB/s: 1 operation a byte is 1 TFLOP/s
+    assert max(y) == pytest.approx(100.0) and y[0] == pytest.approx(
+        x[0]
+    )  # 1000 GB/s: 1 operation a byte is 1 TFLOP/s
     fig = speed.plot_speed(result)
     texts = [t.get_text() for t in fig.axes[0].texts]
     assert "697×" in texts and "128×" in texts

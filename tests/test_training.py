@@ -1,4 +1,5 @@
 """The training loop: resuming bit for bit, and refusing what cannot work."""
+
 import json
 import math
 import os
@@ -19,8 +20,20 @@ from bitflow_edu.config import find_preset
 from bitflow_edu.data import BitflowError, DataConfig, Images, asset, load_data
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow, forward_loss
-from bitflow_edu.training import (TrainConfig, batch_indices, drop_labels, kept_model, learning_rate, load_model, newest_checkpoint, read_metrics,
-                                  save_model, step_generator, train, update_ema)
+from bitflow_edu.training import (
+    TrainConfig,
+    batch_indices,
+    drop_labels,
+    kept_model,
+    learning_rate,
+    load_model,
+    newest_checkpoint,
+    read_metrics,
+    save_model,
+    step_generator,
+    train,
+    update_ema,
+)
 
 CFG = TrainConfig(steps=8, batch_size=16, log_every=1, sample_every=4, checkpoint_every=3, lr=1e-3)
 
@@ -51,22 +64,40 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, data):
         if len(calls) == 6:
             raise KeyboardInterrupt
         return forward_loss(model, x, c, generator)
+
     with pytest.raises(KeyboardInterrupt):
         train(new_flow(), stops, data, CFG, tmp_path / "parts")
     assert newest_checkpoint(tmp_path / "parts").name == "step-00000003"
     train(new_flow(), forward_loss, data, CFG, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
-    assert [m["step"] for m in parts] == list(range(1, 9)) and [m["loss"] for m in whole] == [m["loss"] for m in parts]
+    assert [m["step"] for m in parts] == list(range(1, 9)) and [m["loss"] for m in whole] == [
+        m["loss"] for m in parts
+    ]
 
 
 def test_kill_9_and_resume(tmp_path):
     """As a user would: start the command, kill it hard in the middle, start it again with --resume."""
+
     def command(name, *more):
         bitflow = Path(sys.executable).with_name("bitflow")
-        return [bitflow, "train", "forward", "--preset", "mnist-mini-smoke", "--steps", "60", "--out", str(tmp_path / name), *more]
+        return [
+            bitflow,
+            "train",
+            "forward",
+            "--preset",
+            "mnist-mini-smoke",
+            "--steps",
+            "60",
+            "--out",
+            str(tmp_path / name),
+            *more,
+        ]
+
     subprocess.run(command("whole"), check=True, capture_output=True)
-    process = subprocess.Popen(command("parts"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("parts"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
     while not list((tmp_path / "parts").glob("checkpoints/step-*")) and time.time() < deadline:
         time.sleep(0.02)
@@ -84,7 +115,14 @@ def test_a_run_is_never_overwritten(tmp_path, data):
     with pytest.raises(BitflowError, match="--resume"):
         train(new_flow(), forward_loss, data, replace(CFG, steps=2), tmp_path / "run")
     with pytest.raises(BitflowError, match="was made with"):
-        train(new_flow(), forward_loss, data, replace(CFG, steps=4, lr=1e-4), tmp_path / "run", resume=True)
+        train(
+            new_flow(),
+            forward_loss,
+            data,
+            replace(CFG, steps=4, lr=1e-4),
+            tmp_path / "run",
+            resume=True,
+        )
     assert same(before, weights(tmp_path / "run"))
 
 
@@ -93,6 +131,7 @@ def test_nan_stops_with_step_and_checkpoint(tmp_path, data):
         loss, metrics = forward_loss(model, x, c, generator)
         breaks.step += 1
         return (loss * math.nan if breaks.step == 6 else loss), metrics
+
     breaks.step = 0
     with pytest.raises(BitflowError, match=r"step 5.*step-00000003") as e:
         train(new_flow(), breaks, data, CFG, tmp_path)
@@ -103,7 +142,8 @@ def test_nan_stops_with_step_and_checkpoint(tmp_path, data):
 def test_overflow_in_the_gradient_never_reaches_the_weights(tmp_path, data):
     def explodes(model, x, c, generator):
         loss, metrics = forward_loss(model, x, c, generator)
-        return loss * 3e38 * 1e30 ** 0.5, metrics
+        return loss * 3e38 * 1e30**0.5, metrics
+
     model = new_flow()
     with pytest.raises(BitflowError, match="step 0"):
         train(model, explodes, data, CFG, tmp_path)
@@ -121,13 +161,19 @@ def test_minutes_are_a_budget(tmp_path, data):
 def test_schedule():
     cfg = replace(CFG, lr=1.0, warmup=0.1)
     assert learning_rate(0, cfg) == 0 and abs(learning_rate(0.05, cfg) - 0.5) < 1e-9
-    assert abs(learning_rate(0.1, cfg) - 1) < 1e-9 and abs(learning_rate(0.55, cfg) - 0.5) < 1e-9 and learning_rate(1.0, cfg) < 1e-9
+    assert (
+        abs(learning_rate(0.1, cfg) - 1) < 1e-9
+        and abs(learning_rate(0.55, cfg) - 0.5) < 1e-9
+        and learning_rate(1.0, cfg) < 1e-9
+    )
 
 
 def test_an_epoch_shows_every_image_once():
     seen = torch.cat([batch_indices(64, 16, seed=3, step=s) for s in range(4)])
     assert sorted(seen.tolist()) == list(range(64))
-    assert not torch.equal(batch_indices(64, 16, 3, 0), batch_indices(64, 16, 3, 4)), "another order in the next epoch"
+    assert not torch.equal(batch_indices(64, 16, 3, 0), batch_indices(64, 16, 3, 4)), (
+        "another order in the next epoch"
+    )
 
 
 def test_labels_are_dropped_at_the_rate_asked_for():
@@ -138,11 +184,21 @@ def test_labels_are_dropped_at_the_rate_asked_for():
 def test_ema_is_the_average_it_claims():
     a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     old = a.weight.detach().clone()
-    update_ema(a, b, 0.9, step=10 ** 6)
+    update_ema(a, b, 0.9, step=10**6)
     torch.testing.assert_close(a.weight, 0.9 * old + 0.1 * b.weight)
 
 
-@pytest.mark.parametrize("field,value", [("steps", 0), ("steps", -5), ("batch_size", 0), ("lr", -1.0), ("ema", 1.0), ("precision", "fp16")])
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("steps", 0),
+        ("steps", -5),
+        ("batch_size", 0),
+        ("lr", -1.0),
+        ("ema", 1.0),
+        ("precision", "fp16"),
+    ],
+)
 def test_bad_training_options(field, value):
     with pytest.raises(BitflowError, match=str(value)):
         replace(CFG, **{field: value})
@@ -177,7 +233,7 @@ def test_bad_checkpoints(tmp_path):
     with pytest.raises(BitflowError, match="holds a TARFlow, but a ReverseModel"):
         load_model(folder, ReverseModel)
     whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BitflowError, match="no intact safetensors"):
         load_model(folder, TARFlow)
     (folder / "model.safetensors").write_bytes(pickle.dumps({"weights": os.system}))
@@ -210,18 +266,26 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path, data):
 
 def test_pictures_are_drawn_while_it_runs(tmp_path):
     from bitflow_edu.pipeline import train_forward
+
     preset = find_preset("mnist-mini-smoke")
     preset = replace(preset, train_forward=replace(preset.train_forward, steps=4, sample_every=2))
     train_forward(preset, load_data(preset.data)[:100], tmp_path / "run")
-    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["step-00000002.png", "step-00000004.png"]
+    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == [
+        "step-00000002.png",
+        "step-00000004.png",
+    ]
     assert isinstance(load_data(preset.data)[:3], Images)
 
 
-@pytest.mark.parametrize("name", sorted(p.parent.name for p in asset("chapters").glob("*/config.json")))
+@pytest.mark.parametrize(
+    "name", sorted(p.parent.name for p in asset("chapters").glob("*/config.json"))
+)
 def test_small_models_of_the_chapters_load_untrained(name, monkeypatch):
     """What a chapter asks for comes with the course, with its metrics, and nothing is trained unless RETRAIN says so."""
     monkeypatch.delenv("RETRAIN", raising=False)
-    kind = {"TARFlow": TARFlow, "ReverseModel": ReverseModel}[json.loads((asset("chapters") / name / "config.json").read_text())["kind"]]
+    kind = {"TARFlow": TARFlow, "ReverseModel": ReverseModel}[
+        json.loads((asset("chapters") / name / "config.json").read_text())["kind"]
+    ]
     model, log = kept_model(name, kind, lambda folder: pytest.fail("it was trained"))
     assert not model.training and next(model.parameters()).dtype == torch.float32
     assert log[-1]["step"] >= 100 and log[-1]["loss"] < log[0]["loss"]

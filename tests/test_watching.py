@@ -1,4 +1,5 @@
 """Watching a run: alarms on planted failures and silence elsewhere, TensorBoard that never doubles back, a text from a folder."""
+
 import json
 import math
 import subprocess
@@ -15,8 +16,22 @@ from bitflow_edu.pipeline import build, draw, noise_for
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow, trajectory_norms
 from bitflow_edu.training import load_model, read_metrics
-from bitflow_edu.watching import (FAILURES, Bound, Watcher, alike, check_line, check_metrics, check_samples, images_per_second, reference, reference_of,
-                                  seams, to_tensorboard, watch, watch_labels)
+from bitflow_edu.watching import (
+    FAILURES,
+    Bound,
+    Watcher,
+    alike,
+    check_line,
+    check_metrics,
+    check_samples,
+    images_per_second,
+    reference,
+    reference_of,
+    seams,
+    to_tensorboard,
+    watch,
+    watch_labels,
+)
 from conftest import small_flow, small_reverse
 
 CHEQUERS = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1
@@ -59,7 +74,9 @@ PLANTED = {
     "pattern": lambda x: x + 0.1 * CHEQUERS,
     "texture": lambda x: add_noise(x, 0.25, seeded(0)),
     "blur": lambda x: nnf.avg_pool2d(nnf.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1),
-    "collapse": lambda x: x[torch.arange(100) % 3] + 0.02 * torch.randn(x.shape, generator=seeded(0)),
+    "collapse": lambda x: (
+        x[torch.arange(100) % 3] + 0.02 * torch.randn(x.shape, generator=seeded(0))
+    ),
     "class-collapse": one_class_collapsed,
     "condition": lambda x: x[torch.randperm(100, generator=seeded(2))],
     "constant": lambda x: spoil(x, 0, 0.2),
@@ -84,7 +101,9 @@ def test_planted_failures_fire_their_own_alarm(name, seed, digits, normal):
 def test_the_worst_collapse_and_ignored_labels(digits, normal):
     group = digits[alike(normal.labels, digits.labels, seeded(0))].x
     assert "collapse" in names(group[:1].expand_as(group), normal)
-    repeated = group[:10].repeat_interleave(10, dim=0)  # the label changes, the picture does not follow
+    repeated = group[:10].repeat_interleave(
+        10, dim=0
+    )  # the label changes, the picture does not follow
     assert {"condition", "collapse"} <= set(names(repeated, normal))
 
 
@@ -94,9 +113,18 @@ def test_real_digits_are_silent(digits, normal):
 
 
 def test_the_shipped_pair_is_silent(train_digits, normal):
-    F, G = load_model(asset("mnist-mini/forward"), TARFlow), load_model(asset("mnist-mini/reverse"), ReverseModel)
+    F, G = (
+        load_model(asset("mnist-mini/forward"), TARFlow),
+        load_model(asset("mnist-mini/reverse"), ReverseModel),
+    )
     noisy = reference_of(train_digits, normal.labels, 4, F.cfg.noise_std)
-    for seed, row in [(0, "one-pass"), (1, "one-pass"), (2, "one-pass"), (0, "exact+denoise"), (0, "exact")]:
+    for seed, row in [
+        (0, "one-pass"),
+        (1, "one-pass"),
+        (2, "one-pass"),
+        (0, "exact+denoise"),
+        (0, "exact"),
+    ]:
         x = draw(row, F, G, noise_for(F.cfg, 100, seed), normal.labels)
         assert names(x, noisy if row == "exact" else normal) == []
 
@@ -104,11 +132,15 @@ def test_the_shipped_pair_is_silent(train_digits, normal):
 def test_an_untrained_model_is_not_silent(normal):
     G = load_model(asset("mnist-mini/reverse"), ReverseModel)
     young = build(ReverseModel, G.cfg, seed=0)
-    assert "condition" in names(draw("one-pass", None, young, noise_for(G.cfg, 100), normal.labels), normal)
+    assert "condition" in names(
+        draw("one-pass", None, young, noise_for(G.cfg, 100), normal.labels), normal
+    )
 
 
 def test_messages_say_what_was_seen_and_what_to_try(digits, normal):
-    alarm, = check_samples(1.7 * digits[alike(normal.labels, digits.labels, seeded(0))].x, normal.labels, normal)
+    (alarm,) = check_samples(
+        1.7 * digits[alike(normal.labels, digits.labels, seeded(0))].x, normal.labels, normal
+    )
     assert alarm.value > alarm.limit > normal.bounds["saturation"].real
     assert f"{alarm.value:.3g}" in alarm.message and "guidance" in alarm.message
 
@@ -116,7 +148,7 @@ def test_messages_say_what_was_seen_and_what_to_try(digits, normal):
 def test_mostly_nan_says_only_that(digits, normal):
     x = digits[:100].x
     x[:60] = math.inf
-    alarm, = check_samples(x, normal.labels, normal)
+    (alarm,) = check_samples(x, normal.labels, normal)
     assert alarm.name == "not-finite" and alarm.value == 60
 
 
@@ -149,7 +181,12 @@ def test_many_classes_are_watched_through_a_few():
     c = torch.arange(64_000) % 1000
     labels = watch_labels(c)
     assert len(labels) == 96 and len(labels.unique()) == 12
-    normal = reference(torch.randn(3000, 1, 4, 4, generator=seeded(0)), c[torch.isin(c, labels)].repeat(4)[:3000], labels, 2)
+    normal = reference(
+        torch.randn(3000, 1, 4, 4, generator=seeded(0)),
+        c[torch.isin(c, labels)].repeat(4)[:3000],
+        labels,
+        2,
+    )
     assert len(normal.known.class_means) == 12
 
 
@@ -165,32 +202,56 @@ def test_too_little_data_is_refused():
 def test_data_that_draw_themselves(train_digits, normal):
     class Drawn:
         labels, classes = train_digits.labels, train_digits.classes
-        def draw(self, index, generator): return train_digits[index].x
+
+        def draw(self, index, generator):
+            return train_digits[index].x
+
     assert reference_of(Drawn(), normal.labels, 4).bounds == normal.bounds
 
 
 def test_seams_see_a_step_at_the_border():
     x = torch.randn(8, 1, 8, 8, generator=seeded(0)) + torch.arange(8)[:, None] // 4 * 5.0
-    assert seams(x, 4) > 1 and math.isnan(seams(x, 8)) and abs(seams(torch.zeros(2, 1, 8, 8), 4)) == 0
+    assert (
+        seams(x, 4) > 1 and math.isnan(seams(x, 8)) and abs(seams(torch.zeros(2, 1, 8, 8), 4)) == 0
+    )
 
 
 def healthy(n=60):
     g = seeded(0)
-    return [{"step": 20 * i, "loss": -1.5 + 0.02 * torch.randn((), generator=g).item(), "grad_norm": math.exp(0.2 * torch.randn((), generator=g).item()),
-             "z_rms": 1.0, "seconds": 2.0 * i} for i in range(1, n + 1)]
+    return [
+        {
+            "step": 20 * i,
+            "loss": -1.5 + 0.02 * torch.randn((), generator=g).item(),
+            "grad_norm": math.exp(0.2 * torch.randn((), generator=g).item()),
+            "z_rms": 1.0,
+            "seconds": 2.0 * i,
+        }
+        for i in range(1, n + 1)
+    ]
 
 
 def test_metrics_alarms():
     lines = healthy()
     assert check_metrics(lines) == []
     assert [a.name for a in check_line({**lines[-1], "loss": -1.0}, lines[:-1])] == ["loss-spike"]
-    assert [a.name for a in check_line({**lines[-1], "grad_norm": 30.0}, lines[:-1])] == ["gradient-blow-up"]
-    assert [a.name for a in check_line({**lines[-1], "depth_2": math.nan}, lines[:-1])] == ["not-finite"]
+    assert [a.name for a in check_line({**lines[-1], "grad_norm": 30.0}, lines[:-1])] == [
+        "gradient-blow-up"
+    ]
+    assert [a.name for a in check_line({**lines[-1], "depth_2": math.nan}, lines[:-1])] == [
+        "not-finite"
+    ]
     drifted = [{**line, "z_rms": 1.4} for line in lines]
     assert {a.name for a in check_metrics(drifted)} == {"z-rms"}
-    assert check_line({"step": 1, "loss": 99.0, "grad_norm": 1e9}, lines[:5]) == []  # nothing to compare with yet
+    assert (
+        check_line({"step": 1, "loss": 99.0, "grad_norm": 1e9}, lines[:5]) == []
+    )  # nothing to compare with yet
     assert check_metrics([{"step": i, "loss": 1.0, "grad_norm": 0.0} for i in range(60)]) == []
-    assert "step 1000" in check_metrics([{**line, "loss": 3.0} if line["step"] == 1000 else line for line in lines])[0].message
+    assert (
+        "step 1000"
+        in check_metrics(
+            [{**line, "loss": 3.0} if line["step"] == 1000 else line for line in lines]
+        )[0].message
+    )
 
 
 def test_norms_of_the_trajectory():
@@ -200,32 +261,44 @@ def test_norms_of_the_trajectory():
         t = F(torch.randn(5, 1, 6, 6, generator=seeded(0)), torch.zeros(5).long())
         out = G(t.z, torch.zeros(5).long())
     found = trajectory_norms(t)
-    assert list(found) == [f"state_rms_{i}" for i in range(4)] and found["state_rms_3"] == t.z.square().mean().sqrt()
+    assert (
+        list(found) == [f"state_rms_{i}" for i in range(4)]
+        and found["state_rms_3"] == t.z.square().mean().sqrt()
+    )
     assert list(reading_norms(out)) == [f"reading_rms_{i}" for i in range(3)]
 
 
 def test_throughput():
     assert images_per_second({"step": 40, "seconds": 4.0}, {"step": 20, "seconds": 2.0}, 64) == 640
-    assert images_per_second({"step": 20, "seconds": 2.0}, None, 64) == 640 and images_per_second({"step": 20, "seconds": 0.0}, None, 64) == 0
+    assert (
+        images_per_second({"step": 20, "seconds": 2.0}, None, 64) == 640
+        and images_per_second({"step": 20, "seconds": 0.0}, None, 64) == 0
+    )
 
 
 def write_run(folder, lines, **train):
     """A run's plain files."""
     folder.mkdir(exist_ok=True)
-    (folder / "run.json").write_text(json.dumps({"train": {"steps": 1200, "minutes": None, "batch_size": 64, **train}}))
+    (folder / "run.json").write_text(
+        json.dumps({"train": {"steps": 1200, "minutes": None, "batch_size": 64, **train}})
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 def picture(folder, step, value):
     from PIL import Image
+
     (folder / "samples").mkdir(exist_ok=True)
-    Image.new("RGB", (8, 8 + value), (value, 0, 0)).save(folder / "samples" / f"step-{step:08d}.png")
+    Image.new("RGB", (8, 8 + value), (value, 0, 0)).save(
+        folder / "samples" / f"step-{step:08d}.png"
+    )
 
 
 def shown(folder):
     """What TensorBoard shows of a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder))
     events.Reload()
     return events
@@ -244,15 +317,28 @@ def test_mirror_is_incremental(tmp_path):
     picture(run, 40, 1)
     assert to_tensorboard(run, board) == 3 and to_tensorboard(run, board) == 0
     write_run(run, points([(20, 3.0), (40, 2.0), (60, 1.0)]))
-    (run / "alarms.jsonl").write_text(json.dumps({"step": 60, "name": "blur", "value": 0.1, "limit": 0.2, "message": "blurred"}) + "\n")
+    (run / "alarms.jsonl").write_text(
+        json.dumps({"step": 60, "name": "blur", "value": 0.1, "limit": 0.2, "message": "blurred"})
+        + "\n"
+    )
     assert to_tensorboard(run, board) == 2
-    assert curve(board) == [(20, 3.0), (40, 2.0), (60, 1.0)] and curve(board, "depth/0")[0] == (20, 6.0)
-    assert shown(board).Scalars("train/loss")[1].wall_time == 4.0  # so that the relative axis shows the run's own time
-    assert [e.step for e in shown(board).Images("samples")] == [40] and "alarms/blur/text_summary" in shown(board).Tags()["tensors"]
+    assert curve(board) == [(20, 3.0), (40, 2.0), (60, 1.0)] and curve(board, "depth/0")[0] == (
+        20,
+        6.0,
+    )
+    assert (
+        shown(board).Scalars("train/loss")[1].wall_time == 4.0
+    )  # so that the relative axis shows the run's own time
+    assert [e.step for e in shown(board).Images("samples")] == [
+        40
+    ] and "alarms/blur/text_summary" in shown(board).Tags()["tensors"]
 
 
 def test_mirror_of_a_resumed_run_does_not_double_back(tmp_path):
-    run, board = write_run(tmp_path / "run", points([(s, s / 10) for s in range(20, 101, 20)])), tmp_path / "board"
+    run, board = (
+        write_run(tmp_path / "run", points([(s, s / 10) for s in range(20, 101, 20)])),
+        tmp_path / "board",
+    )
     for step in (40, 80):
         picture(run, step, 1)
     to_tensorboard(run, board)
@@ -267,7 +353,10 @@ def test_mirror_of_a_resumed_run_does_not_double_back(tmp_path):
 
 
 def test_an_interrupted_mirror_is_mended(tmp_path, monkeypatch):
-    run, board = write_run(tmp_path / "run", points([(20, 3.0), (40, 2.0), (60, 1.0)])), tmp_path / "board"
+    run, board = (
+        write_run(tmp_path / "run", points([(20, 3.0), (40, 2.0), (60, 1.0)])),
+        tmp_path / "board",
+    )
     write, calls = watching.write_item, []
 
     def cut(*args):
@@ -275,6 +364,7 @@ def test_an_interrupted_mirror_is_mended(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise KeyboardInterrupt
         write(*args)
+
     monkeypatch.setattr(watching, "write_item", cut)
     with pytest.raises(KeyboardInterrupt):
         to_tensorboard(run, board)
@@ -317,11 +407,17 @@ def test_watcher_writes_alarms_and_says_them_once(tmp_path, digits, normal, caps
     for step in (500, 1000):
         watcher.samples(step, 1.7 * group)
     watcher.close()
-    assert [(a["step"], a["name"]) for a in read_metrics(run / "alarms.jsonl")] == [(620, "loss-spike"), (500, "saturation"), (1000, "saturation")]
+    assert [(a["step"], a["name"]) for a in read_metrics(run / "alarms.jsonl")] == [
+        (620, "loss-spike"),
+        (500, "saturation"),
+        (1000, "saturation"),
+    ]
     said = capsys.readouterr().err
     assert said.count("saturation:") == 1 and said.count("loss-spike:") == 1
     events = shown(run / "tensorboard")
-    assert [e.step for e in events.Images("samples")] == [500, 1000] and len(events.Scalars("train/loss")) == 31
+    assert [e.step for e in events.Images("samples")] == [500, 1000] and len(
+        events.Scalars("train/loss")
+    ) == 31
     assert events.Scalars("train/images_per_second")[5].value == 640
 
 
@@ -351,10 +447,20 @@ def test_watch_tells_how_a_run_goes(tmp_path):
     run = write_run(tmp_path / "run", healthy(30))
     assert "alarms: none" in watch(run) and "newest samples: none yet" in watch(run)
     picture(run, 500, 1)
-    (run / "alarms.jsonl").write_text("".join(json.dumps({"step": s, "name": "blur", "value": 0.1, "limit": 0.2, "message": "blurred"}) + "\n" for s in (100, 500)))
+    (run / "alarms.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {"step": s, "name": "blur", "value": 0.1, "limit": 0.2, "message": "blurred"}
+            )
+            + "\n"
+            for s in (100, 500)
+        )
+    )
     text = watch(run)
     assert "step 600 of 1200 steps, 50%, 10 steps/s, 640 images/s, about 1 min 0 s left" in text
-    assert "blur (2 times, steps 100 to 500): blurred" in text and text.endswith("step-00000500.png")
+    assert "blur (2 times, steps 100 to 500): blurred" in text and text.endswith(
+        "step-00000500.png"
+    )
     assert "grad_norm" in text and "z_rms 1" in text
 
 
@@ -371,13 +477,33 @@ def test_the_command_watches(tmp_path, capsys):
     """`train … --watch` leaves alarms, norms and curves for TensorBoard; `bitflow watch` reads them, and mirrors an unwatched run."""
     pytest.importorskip("tensorboard")
     from bitflow_edu.cli import main
+
     preset = ["--preset", "mnist-mini-smoke", "--device", "cpu"]
     assert main(["train", "forward", *preset, "--out", str(tmp_path / "f"), "--watch"]) == 0
-    assert main(["train", "reverse", *preset, "--forward", str(tmp_path / "f"), "--out", str(tmp_path / "g"), "--watch"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "reverse",
+                *preset,
+                "--forward",
+                str(tmp_path / "f"),
+                "--out",
+                str(tmp_path / "g"),
+                "--watch",
+            ]
+        )
+        == 0
+    )
     assert main(["train", "forward", *preset, "--out", str(tmp_path / "plain")]) == 0
     for run in ("f", "g"):
-        assert list((tmp_path / run / "tensorboard").glob("events*")) and (tmp_path / run / "alarms.jsonl").exists()
-    assert read_metrics(tmp_path / "f" / "alarms.jsonl"), "thirty steps draw no digits, and that is noticed"
+        assert (
+            list((tmp_path / run / "tensorboard").glob("events*"))
+            and (tmp_path / run / "alarms.jsonl").exists()
+        )
+    assert read_metrics(tmp_path / "f" / "alarms.jsonl"), (
+        "thirty steps draw no digits, and that is noticed"
+    )
     line = read_metrics(tmp_path / "g" / "metrics.jsonl")[-1]
     assert {"state_rms_0", "state_rms_2", "reading_rms_0", "depth_1", "image"} <= line.keys()
     assert not (tmp_path / "plain" / "alarms.jsonl").exists()
@@ -385,5 +511,9 @@ def test_the_command_watches(tmp_path, capsys):
     assert all(torch.equal(a[k], b[k]) for k in a), "watching changes nothing"
     capsys.readouterr()
     assert main(["watch", str(tmp_path / "f"), "--tensorboard", str(tmp_path / "mirror")]) == 0
-    assert "alarm" in (said := capsys.readouterr().out) and "items mirrored" in said and list((tmp_path / "mirror").glob("events*"))
+    assert (
+        "alarm" in (said := capsys.readouterr().out)
+        and "items mirrored" in said
+        and list((tmp_path / "mirror").glob("events*"))
+    )
     assert main(["watch", str(tmp_path)]) == 2 and "is no run" in capsys.readouterr().err
