@@ -9,10 +9,10 @@ HERE = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {
-    name: cfg[f"{name}_requirements"].split()
-    for name in ("notebooks", "perceptual", "scale", "dev")
-}
+groups = ("notebooks", "perceptual", "scale", "dev")
+extras = {name: cfg[f"{name}_requirements"].split() for name in groups}
+# data/ travels inside the package, where bitflow_edu.data.asset finds it
+assets = "*.npz */*.json */*.safetensors */*/*.json */*/*.safetensors */*/*.jsonl */README.md"
 
 setup(
     name=cfg["lib_name"],
@@ -33,21 +33,8 @@ setup(
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
     packages=[*find_packages(include=["bitflow_edu", "bitflow_edu.*"]), "bitflow_edu.assets"],
-    package_dir={
-        "bitflow_edu.assets": "data"
-    },  # data/ travels inside the package, where bitflow_edu.data.asset finds it
-    package_data={
-        "bitflow_edu.assets": [
-            "*.npz",
-            "*/*.json",
-            "*/*.safetensors",
-            "*/*/*.json",
-            "*/*/*.safetensors",
-            "*/*/*.jsonl",
-            "README.md",
-            "*/README.md",
-        ]
-    },
+    package_dir={"bitflow_edu.assets": "data"},
+    package_data={"bitflow_edu.assets": ["README.md", *assets.split()]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Education",

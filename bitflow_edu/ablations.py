@@ -2,15 +2,33 @@
 
 # %% ../nbs/ablations.ipynb #1f12a131
 from __future__ import annotations
-import dataclasses, hashlib, json, math, multiprocessing, os, statistics
+
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from unittest import mock
+
 import torch
+
 from .config import Preset, with_strategy
 from .data import BitflowError, DataConfig, Images, add_noise, load_data
+
+# %% auto #0
+__all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'Row', 'objective', 'reverse', 'strategy', 'forward', 'width',
+           'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'depth', 'deeper', 'noisier',
+           'regimes', 'Training', 'training_of', 'images_of', 'run_training', 'network_for', 'real_features', 'judged',
+           'reconstruction', 'anatomy', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'main_metric',
+           'compare', 'verdict', 'draw_table']
+
+# %% ../nbs/ablations.ipynb #7b2f40c9
 from bitflow_edu.evaluation import (
     as_stored,
     frechet_distance,
@@ -19,9 +37,8 @@ from bitflow_edu.evaluation import (
     precision_recall,
     rows_of,
 )
-from .inverse_strategies import STRATEGIES, mse
-from .plotting import plot_rows
 from .fid import FeatureNetwork, effnet_lite0, mnist_cnn
+from .inverse_strategies import STRATEGIES, mse
 from bitflow_edu.pipeline import (
     draw,
     draw_all,
@@ -30,15 +47,9 @@ from bitflow_edu.pipeline import (
     train_forward,
     train_reverse,
 )
+from .plotting import plot_rows
 from .tarflow import TARFlow
 from .training import load_model, read_metrics, write_atomically
-
-# %% auto #0
-__all__ = ['MSE', 'PLAIN', 'CLIP', 'W_MAX', 'SWEEP', 'TABLES', 'Row', 'objective', 'reverse', 'strategy', 'forward', 'width',
-           'strategies', 'denoising', 'norm_control', 'distances', 'guidance', 'scaling', 'depth', 'deeper', 'regimes',
-           'Training', 'training_of', 'images_of', 'run_training', 'network_for', 'real_features', 'judged',
-           'reconstruction', 'anatomy', 'measure_training', 'measure', 'jobs_of', 'run_jobs', 'lines_of', 'main_metric',
-           'verdict', 'compare', 'draw_table']
 
 # %% ../nbs/ablations.ipynb #457616c8
 @dataclass(frozen=True)
@@ -82,7 +93,6 @@ def width(factor: float):
     "Scale the width of G, in whole heads."
 
     def change(preset):
-        "The preset with a wider or narrower G."
         t = preset.reverse.transformer
         heads = max(round(factor * t.width / t.head_dim), 1)
         return reverse(transformer=replace(t, width=heads * t.head_dim))(preset)
@@ -98,16 +108,11 @@ SWEEP = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)  # guidance scales that are measured
 
 # %% ../nbs/ablations.ipynb #395d258e
 def strategies() -> list:
-    "Three ways to learn the inverse, by MSE alone as in the paper, and with the preset's whole loss."
-    names, paper = (
-        ("naive", "hidden-distillation", "hidden-alignment"),
-        {"naive": 43.41, "hidden-distillation": 55.00, "hidden-alignment": 36.93},
-    )
-    return (
-        [Row("exact", method="exact", paper=44.46)]
-        + [Row(f"{name}, MSE", (MSE, strategy(name)), paper=paper[name]) for name in names]
-        + [Row(f"{name}, whole loss", (strategy(name),)) for name in names]
-    )
+    "Three ways to learn the inverse: by MSE alone as in the paper, and with the whole loss."
+    paper = {"naive": 43.41, "hidden-distillation": 55.00, "hidden-alignment": 36.93}
+    rows = [Row("exact", method="exact", paper=44.46)]
+    rows += [Row(f"{name}, MSE", (MSE, strategy(name)), paper=fid) for name, fid in paper.items()]
+    return rows + [Row(f"{name}, whole loss", (strategy(name),)) for name in paper]
 
 # %% ../nbs/ablations.ipynb #56931f5d
 def denoising() -> list:
@@ -121,7 +126,7 @@ def denoising() -> list:
 
 # %% ../nbs/ablations.ipynb #ea3751ab
 def norm_control() -> list:
-    "The size of the trajectory's states, held by F or divided out of the loss; without adaptive weights, which would hide it."
+    "F's states clipped or divided by their size; without adaptive weights, which would hide it."
     clip, normal = forward(clip=CLIP), objective(normalise=True)
     return [
         Row("none", (PLAIN,), paper=45.54),
@@ -132,100 +137,81 @@ def norm_control() -> list:
 
 # %% ../nbs/ablations.ipynb #2b1ee883
 def distances() -> list:
-    'What "close" means at the image end. LPIPS is its shift-tolerant AlexNet on images enlarged to 32 pixels; the digit network stands where the paper has ConvNeXt-V2.'
+    'What "close" means at the image end. The digit network stands where the paper has ConvNeXt-V2.'
+    lpips = objective(features=("stlpips-alex-32",))  # shift-tolerant, on images of 32 pixels
+    both = objective(features=("stlpips-alex-32", "digits"))
     return [
         Row("MSE", (MSE,), paper=31.88),
-        Row("MSE + LPIPS", (objective(features=("stlpips-alex-32",)),), paper=14.15),
-        Row(
-            "MSE + LPIPS + digits", (objective(features=("stlpips-alex-32", "digits")),), paper=2.46
-        ),
+        Row("MSE + LPIPS", (lpips,), paper=14.15),
+        Row("MSE + LPIPS + digits", (both,), paper=2.46),
         Row("MSE + digits"),
     ]
 
 # %% ../nbs/ablations.ipynb #d7dd0707
 def guidance() -> list:
-    "The exact inverse guided; G without guidance; guided at inference, twice the work; guided in training, one pass with w as an input."
-    trained = (reverse(max_guidance=W_MAX),)
-    return (
-        [
-            Row(f"exact + score denoising, w = {w:g}", method="exact+denoise", w=w)
-            for w in (0.0, *SWEEP)
-        ]
-        + [Row("no guidance")]
-        + [Row(f"at inference, w = {w:g}", (), "guided", w) for w in SWEEP]
-        + [Row(f"in training, w = {w:g}", trained, "one-pass", w) for w in (0.0, *SWEEP)]
-    )
+    "Guided: the exact inverse; G at inference, twice the work; G in training, with w as an input."
+    trained, scales = (reverse(max_guidance=W_MAX),), (0.0, *SWEEP)
+    rows = [Row(f"exact + score denoising, w = {w:g}", (), "exact+denoise", w) for w in scales]
+    rows.append(Row("no guidance"))
+    rows += [Row(f"at inference, w = {w:g}", (), "guided", w) for w in SWEEP]
+    return rows + [Row(f"in training, w = {w:g}", trained, "one-pass", w) for w in scales]
 
 # %% ../nbs/ablations.ipynb #47fb2707
 def scaling() -> list:
-    "G of half the width, of its own, and half as wide again, with MSE alone and with the whole loss. The paper's B and XL stand beside the last two."
-    paper = {
-        "one, MSE": 6.79,
-        "one and a half, MSE": 4.61,
-        "one, whole loss": 2.46,
-        "one and a half, whole loss": 2.57,
-    }
-    sizes = {"half": 0.5, "one": 1.0, "one and a half": 1.5}
-    return [
-        Row(
-            f"{size}, {loss}",
-            ((width(f),) if f != 1 else ()) + change,
-            paper=paper.get(f"{size}, {loss}"),
-        )
-        for loss, change in (("MSE", (MSE,)), ("whole loss", ()))
-        for size, f in sizes.items()
-    ]
+    "G of half the width, its own, and half as wide again, beside the paper's B and XL."
+    paper = {"one, MSE": 6.79, "one and a half, MSE": 4.61}
+    paper |= {"one, whole loss": 2.46, "one and a half, whole loss": 2.57}
+    rows = []
+    for loss, change in (("MSE", (MSE,)), ("whole loss", ())):
+        for size, factor in {"half": 0.5, "one": 1.0, "one and a half": 1.5}.items():
+            wider = (width(factor),) if factor != 1 else ()
+            rows.append(Row(f"{size}, {loss}", wider + change, paper=paper.get(f"{size}, {loss}")))
+    return rows
 
 # %% ../nbs/ablations.ipynb #007b4663
 def depth() -> list:
-    "Where in depth alignment helps: every depth, the half near the image, the half near the noise, all with little weight, none."
+    "Where in depth alignment helps: at every depth, near the image, near the noise, nowhere."
 
     def weights(near_image, near_noise):
-        "A weight for the depths of each half of F."
-        return lambda p: objective(
-            depth_weights=(near_image,) * (p.forward.num_blocks // 2)
-            + (near_noise,) * (p.forward.num_blocks - p.forward.num_blocks // 2)
-        )(p)
+        def change(preset):
+            blocks = preset.forward.num_blocks
+            halves = (near_image,) * (blocks // 2) + (near_noise,) * (blocks - blocks // 2)
+            return objective(depth_weights=halves)(preset)
 
-    return (
-        [Row("all depths", (MSE,))]
-        + [
-            Row(name, (MSE, weights(*w)))
-            for name, w in {
-                "near the image": (1.0, 0.0),
-                "near the noise": (0.0, 1.0),
-                "all, weight 0.1": (0.1, 0.1),
-            }.items()
-        ]
-        + [Row("none (naive)", (MSE, strategy("naive")))]
-    )
+        return change
+
+    return [
+        Row("all depths", (MSE,)),
+        Row("near the image", (MSE, weights(1.0, 0.0))),
+        Row("near the noise", (MSE, weights(0.0, 1.0))),
+        Row("all, weight 0.1", (MSE, weights(0.1, 0.1))),
+        Row("none (naive)", (MSE, strategy("naive"))),
+    ]
 
 # %% ../nbs/ablations.ipynb #51938c6d
 def deeper(preset: Preset) -> Preset:
     "Twice as many blocks of half as many layers, for F and G."
-    halved = lambda shape: replace(
-        shape,
-        num_blocks=2 * shape.num_blocks,
-        transformer=replace(
-            shape.transformer, num_layers=max(shape.transformer.num_layers // 2, 1)
-        ),
-    )
+
+    def halved(shape):
+        layers = max(shape.transformer.num_layers // 2, 1)
+        transformer = replace(shape.transformer, num_layers=layers)
+        return replace(shape, num_blocks=2 * shape.num_blocks, transformer=transformer)
+
     return replace(preset, forward=halved(preset.forward), reverse=halved(preset.reverse))
 
 # %% ../nbs/ablations.ipynb #8db22c35
+def noisier(preset: Preset) -> Preset:
+    "Three times the noise in the training of F."
+    return forward(noise_std=3 * preset.forward.noise_std)(preset)
+
+
 def regimes() -> list:
-    "Does another F change the strategies' order? A longer trajectory of thinner blocks, and three times the noise; MSE alone."
-    return [
-        row
-        for regime, change in {
-            "twice the blocks": deeper,
-            "three times the noise": lambda p: forward(noise_std=3 * p.forward.noise_std)(p),
-        }.items()
-        for row in (
-            Row(f"exact + score denoising, {regime}", (change,), "exact+denoise"),
-            *(Row(f"{name}, {regime}", (change, MSE, strategy(name))) for name in STRATEGIES),
-        )
-    ]
+    "Does another F change the strategies' order? Thinner blocks, and more noise; MSE alone."
+    rows = []
+    for regime, change in (("twice the blocks", deeper), ("three times the noise", noisier)):
+        rows.append(Row(f"exact + score denoising, {regime}", (change,), "exact+denoise"))
+        rows += [Row(f"{name}, {regime}", (change, MSE, strategy(name))) for name in STRATEGIES]
+    return rows
 
 # %% ../nbs/ablations.ipynb #0fb74c23
 TABLES = {
@@ -254,17 +240,15 @@ class Training:
         p = self.preset
         parts = {"data": p.data, "forward": p.forward, "train_forward": p.train_forward}
         if self.stage == "reverse":
-            parts |= {
-                "reverse": p.reverse,
-                "train_reverse": replace(p.train_reverse, seed=self.seed),
-                "objective": p.objective,
-            }
+            train = replace(p.train_reverse, seed=self.seed)
+            parts |= {"reverse": p.reverse, "train_reverse": train, "objective": p.objective}
         return {name: dataclasses.asdict(part) for name, part in parts.items()}
 
     @property
     def key(self) -> str:
         "A name for its folder: stage, and a hash of what it depends on."
-        return f"{self.stage}-{hashlib.sha256(json.dumps(self.depends_on, sort_keys=True).encode()).hexdigest()[:12]}"
+        text = json.dumps(self.depends_on, sort_keys=True)
+        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
     def forward(self):
@@ -274,9 +258,8 @@ class Training:
 # %% ../nbs/ablations.ipynb #2cbfaf47
 def training_of(row: Row, preset: Preset, seed: int) -> Training:
     "What has to be trained for a row."
-    return Training(
-        row.preset(preset), seed, "forward" if row.method.startswith("exact") else "reverse"
-    )
+    stage = "forward" if row.method.startswith("exact") else "reverse"
+    return Training(row.preset(preset), seed, stage)
 
 # %% ../nbs/ablations.ipynb #141460d9
 @lru_cache(maxsize=2)
@@ -286,30 +269,19 @@ def images_of(cfg: DataConfig, split: str) -> Images:
 
 # %% ../nbs/ablations.ipynb #d4b90aa6
 def run_training(training: Training, root: Path, device: str, threads: int):
-    "Train, or go on, or load what is there: the averaged model. F's folder has to be finished before G's is begun."
+    "Train, go on, or load: the averaged model. F has to be finished before its G is begun."
     torch.set_num_threads(threads)
-    folder = root / training.key / "run"
-    data = images_of(training.preset.data, "train")
+    folder, preset = root / training.key / "run", training.preset
+    data = images_of(preset.data, "train")
     if training.stage == "forward":
-        model = train_forward(training.preset, data, folder, device, resume=folder.exists())
-    else:
-        preset = replace(
-            training.preset,
-            train_reverse=replace(training.preset.train_reverse, seed=training.seed),
-        )
-        model = train_reverse(
-            preset,
-            load_model(root / training.forward.key / "run", TARFlow, device),
-            data,
-            folder,
-            device,
-            resume=folder.exists(),
-        )
-    return model
+        return train_forward(preset, data, folder, device, resume=folder.exists())
+    preset = replace(preset, train_reverse=replace(preset.train_reverse, seed=training.seed))
+    F = load_model(root / training.forward.key / "run", TARFlow, device)
+    return train_reverse(preset, F, data, folder, device, resume=folder.exists())
 
 # %% ../nbs/ablations.ipynb #86bdb3c2
 def network_for(test: Images, channels: int) -> FeatureNetwork | None:
-    "What images are compared through: digits by the digit classifier, photographs by EfficientNet-Lite0 where it is installed, latents by nothing."
+    "Digits are compared by the digit classifier, photographs by EfficientNet-Lite0 if installed."
     if judge_for(test, channels):
         return mnist_cnn()
     try:
@@ -320,20 +292,19 @@ def network_for(test: Images, channels: int) -> FeatureNetwork | None:
 
 @lru_cache(maxsize=1)
 def real_features(cfg: DataConfig, channels: int, limit: int) -> dict | None:
-    "The network that compares, and what it sees in up to `limit` real images of each split; None where there is no network. Computed once a process."
+    "The network that compares, if any, and its features of up to `limit` images of each split."
     data = {split: images_of(cfg, split) for split in ("train", "test")}
     net = network_for(data["test"], channels)
-    return net and {
-        "network": net,
-        **{
-            split: in_batches(net.features, as_stored(images.x[:limit]), 100)
-            for split, images in data.items()
-        },
-    }
+    if net is None:
+        return None
+    real = {"network": net}
+    for split, images in data.items():
+        real[split] = in_batches(net.features, as_stored(images.x[:limit]), 100)
+    return real
 
 # %% ../nbs/ablations.ipynb #5033dc50
 def judged(samples: torch.Tensor, real: dict) -> dict:
-    "Figures of images whose classes come in turn: distance to the test images and to the training images, precision, recall, and of digits the accuracy."
+    "Figures of images whose classes come in turn: distances, precision, recall, digits' accuracy."
     net, n = real["network"], len(samples)
     seen = [net.look(part) for part in as_stored(samples).split(100)]
     features, logits = (torch.cat(parts) for parts in zip(*seen))
@@ -358,18 +329,14 @@ def reconstruction(F, G, test: Images, method: str, w: float, device: str) -> fl
 # %% ../nbs/ablations.ipynb #b6135dca
 @torch.no_grad()
 def anatomy(F, training: Training, root: Path, device: str) -> dict:
-    "What a training was made of: the rms of F's states on 1,000 test images with the noise of its training, and each term's share of G's loss over the last tenth of its steps."
-    test, log = (
-        images_of(training.preset.data, "test"),
-        read_metrics(root / training.key / "run" / "metrics.jsonl"),
-    )
+    "The rms of F's states on 1,000 noisy test images, and each term's share of G's late loss."
+    test = images_of(training.preset.data, "test")
+    log = read_metrics(root / training.key / "run" / "metrics.jsonl")
     noisy = add_noise(test.x[:1000], F.cfg.noise_std, torch.Generator().manual_seed(0))
     states = F(noisy.to(device), test.labels[:1000].to(device)).states
-    found = {
-        f"state_rms_{i}": state.square().mean().sqrt().item() for i, state in enumerate(states)
-    }
+    found = {f"state_rms_{i}": s.square().mean().sqrt().item() for i, s in enumerate(states)}
     if training.stage == "reverse":
-        last = log[-max(len(log) // 10, 1) :]
+        last = log[-max(len(log) // 10, 1) :]  # a tenth of the steps
         names = [name for name in last[-1] if name == "image" or name.startswith("depth_")]
         sizes = {name: statistics.fmean(row[name] for row in last) for name in names}
         found |= {f"share_{name}": size / sum(sizes.values()) for name, size in sizes.items()}
@@ -377,24 +344,18 @@ def anatomy(F, training: Training, root: Path, device: str) -> dict:
 
 # %% ../nbs/ablations.ipynb #b25f055a
 def measure_training(training: Training, ways: list, root: Path, device: str, threads: int) -> dict:
-    'Train what is missing and measure every (method, w) in `ways`: "method@w" → figures; under "training", its `anatomy`. Kept in the training\'s folder.'
-    model, file = (
-        run_training(training, root, device, threads),
-        root / training.key / "figures.json",
-    )
+    'Train and measure what is missing: "method@w" → figures, "training" → its `anatomy`.'
+    model = run_training(training, root, device, threads)
+    file = root / training.key / "figures.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     missing = [(method, w) for method, w in ways if f"{method}@{w:g}" not in found]
     if missing or "training" not in found:
-        forward_model = (
-            model
-            if training.stage == "forward"
-            else load_model(root / training.forward.key / "run", TARFlow, device)
-        )
-        found |= {
-            f"{method}@{w:g}": measure(forward_model, model, training, method, w, device)
-            for method, w in missing
-        }
-        found["training"] = anatomy(forward_model, training, root, device)
+        F = model
+        if training.stage != "forward":
+            F = load_model(root / training.forward.key / "run", TARFlow, device)
+        for method, w in missing:
+            found[f"{method}@{w:g}"] = measure(F, model, training, method, w, device)
+        found["training"] = anatomy(F, training, root, device)
         write_atomically(file, json.dumps(found, indent=1) + "\n")
     return found
 
@@ -425,7 +386,8 @@ def jobs_of(names: list, preset: Preset, seeds: range) -> dict:
     for row in (row for name in names for row in TABLES[name]()):
         for seed in seeds:
             training = training_of(row, preset, seed)
-            jobs.setdefault(training.key, (training, set()))[1].add((row.method, row.w))
+            _, ways = jobs.setdefault(training.key, (training, set()))
+            ways.add((row.method, row.w))
             jobs.setdefault(training.forward.key, (training.forward, set()))
     return dict(jobs.values())
 
@@ -436,46 +398,35 @@ def run_jobs(jobs: dict, root: Path, device: str, workers: int, say=print) -> di
     quiet = mock.patch.dict(os.environ, TQDM_DISABLE="1")  # no progress bars from worker processes
     with quiet, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for stage in ("forward", "reverse"):
-            todo = {
-                pool.submit(measure_training, t, sorted(ways), root, device, threads): t
-                for t, ways in jobs.items()
-                if t.stage == stage
-            }
-            for future in as_completed(todo):
-                found[todo[future].key] = future.result()
-                say(f"{len(found)}/{len(jobs)} {todo[future].key}")
+            todo = {}
+            for t, ways in jobs.items():
+                if t.stage == stage:
+                    job = pool.submit(measure_training, t, sorted(ways), root, device, threads)
+                    todo[job] = t.key
+            for job in as_completed(todo):
+                found[todo[job]] = job.result()
+                say(f"{len(found)}/{len(jobs)} {todo[job]}")
     return found
 
 # %% ../nbs/ablations.ipynb #844d13fb
 def lines_of(name: str, preset: Preset, seeds: range, figures: dict) -> list:
-    "A table's measurements: every seed's figures, then mean and spread (standard deviation over seeds) of each row."
-    found = []
+    "A table's measurements: each seed's, then the mean and standard deviation over seeds."
+    found, n = [], preset.num_samples
     for row in TABLES[name]():
-        trainings = [training_of(row, preset, seed) for seed in seeds]
-        by_seed = [
-            figures[t.key][f"{row.method}@{row.w:g}"] | figures[t.key]["training"]
-            for t in trainings
-        ]
+        by_seed = []
+        for seed in seeds:
+            measured = figures[training_of(row, preset, seed).key]
+            by_seed.append(measured[f"{row.method}@{row.w:g}"] | measured["training"])
         by_seed = by_seed[:1] if row.method.startswith("exact") else by_seed
         more = dict(method=row.method, w=row.w, paper=row.paper)
         for metric in by_seed[0]:
             values = [f[metric] for f in by_seed]
-            found += [
-                measurement(row.name, metric, v, n=preset.num_samples, seed=seed, **more)
-                for seed, v in zip(seeds, values)
-            ]
+            for seed, v in zip(seeds, values):
+                found.append(measurement(row.name, metric, v, n=n, seed=seed, **more))
             spread = statistics.stdev(values) if len(values) > 1 else None
-            found.append(
-                measurement(
-                    row.name,
-                    f"mean {metric}",
-                    statistics.fmean(values),
-                    n=preset.num_samples,
-                    spread=spread,
-                    seeds=len(values),
-                    **more,
-                )
-            )
+            over = dict(n=n, spread=spread, seeds=len(values), **more)
+            mean = statistics.fmean(values)
+            found.append(measurement(row.name, f"mean {metric}", mean, **over))
     return found
 
 # %% ../nbs/ablations.ipynb #9cb28ca5
@@ -484,40 +435,31 @@ def main_metric(found: list) -> str:
     return next((m["metric"] for m in found if m["metric"].startswith("fd[")), "fd[mnist-cnn]")
 
 
-def verdict(found: list) -> str:
-    "How the order of the rows that the paper reports compares: same order, other order, or within the noise (a difference smaller than both rows' spreads together), in all and from row to row."
-    rows = sorted(
-        (
-            m
-            for m in found
-            if m["metric"] == f"mean {main_metric(found)}" and m["paper"] is not None
-        ),
-        key=lambda m: m["paper"],
-    )
-    steps = {
-        f"{a['row']} before {b['row']}": compare(
-            b["value"] - a["value"], math.hypot(a["spread"] or 0, b["spread"] or 0)
-        )
-        for a, b in zip(rows[:-1], rows[1:])
-    }
-    if not steps:
-        return "the paper has no figures for single rows of this table"
-    whole = next(
-        word for word in ("other order", "within the noise", "same order") if word in steps.values()
-    )
-    return f"{whole} ({'; '.join(f'{step}: {word}' for step, word in steps.items())})"
-
-
 def compare(gap: float, noise: float) -> str:
     "What a gap between two means says about their order."
-    return "same order" if gap > noise else "other order" if gap < -noise else "within the noise"
+    if gap > noise:
+        return "same order"
+    return "other order" if gap < -noise else "within the noise"
+
+# %% ../nbs/ablations.ipynb #e85c37d0
+def verdict(found: list) -> str:
+    "How the rows' order compares with the paper's, in all and from row to row."
+    metric = f"mean {main_metric(found)}"
+    rows = [m for m in found if m["metric"] == metric and m["paper"] is not None]
+    rows.sort(key=lambda m: m["paper"])
+    steps = {}
+    for a, b in zip(rows[:-1], rows[1:]):
+        noise = math.hypot(a["spread"] or 0, b["spread"] or 0)  # of both rows together
+        steps[f"{a['row']} before {b['row']}"] = compare(b["value"] - a["value"], noise)
+    if not steps:
+        return "the paper has no figures for single rows of this table"
+    words = ("other order", "within the noise", "same order")
+    whole = next(word for word in words if word in steps.values())
+    return f"{whole} ({'; '.join(f'{step}: {word}' for step, word in steps.items())})"
 
 # %% ../nbs/ablations.ipynb #b86e9846
 def draw_table(found: list, title: str, metric: str = None):
-    "Bars of the means with a dot for each seed, beside the paper's figures, for the main metric or another: a matplotlib figure."
+    "A figure of the means, a dot for each seed, beside the paper's; of the main metric or another."
     metric = metric or main_metric(found)
-    return plot_rows(
-        rows_of({"name": title, "measurements": found}, metric),
-        title,
-        f"{metric}, a dot for each seed",
-    )
+    rows = rows_of({"name": title, "measurements": found}, metric)
+    return plot_rows(rows, title, f"{metric}, a dot for each seed")

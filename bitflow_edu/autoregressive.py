@@ -2,9 +2,11 @@
 
 # %% ../nbs/03_autoregressive_flows.ipynb #c8881875
 from __future__ import annotations
+
 import torch
 import torch.nn as nn
 from torch import Tensor
+
 from .bijections import Bijection, Compose, Inverse, safe_exp
 from .coupling import bounded
 from .data import BitflowError
@@ -17,15 +19,13 @@ def made_degrees(
     dims: int,  # D, numbers a point
     hidden: tuple,  # widths of the hidden layers; below D−1 some connections are lost
 ) -> list:  # one int64 vector a layer, inputs first
-    "Which input a unit may look up to: input d has degree d (from 1), hidden units take 1 … D−1 in turn (MADE, arXiv 1502.03509)."
+    """The last input that each unit may depend on (MADE, arXiv 1502.03509): input d has degree d
+    (from 1), hidden units take 1 … D−1 in turn."""
     if dims < 1 or any(width < 1 for width in hidden):
-        raise BitflowError(
-            f"dims is {dims} and hidden widths are {tuple(hidden)}; all must be at least 1"
-        )
-    return [
-        torch.arange(1, dims + 1),
-        *(torch.arange(width) % max(dims - 1, 1) + 1 for width in hidden),
-    ]
+        problem = f"dims is {dims} and hidden widths are {tuple(hidden)}"
+        raise BitflowError(f"{problem}; all must be at least 1")
+    inner = [torch.arange(width) % max(dims - 1, 1) + 1 for width in hidden]
+    return [torch.arange(1, dims + 1), *inner]
 
 # %% ../nbs/03_autoregressive_flows.ipynb #e7e3c1a5
 def made_masks(
@@ -34,10 +34,9 @@ def made_masks(
     per_dim: int = 2,  # outputs a dimension, e.g. α and μ
 ) -> list:  # 0/1 matrices `(out, in)`, one a linear layer
     "Masks that leave only paths from inputs 1 … d−1 to output d (MADE, arXiv 1502.03509)."
-    degrees = made_degrees(dims, hidden)
-    masks = [
-        (after[:, None] >= before[None]).float() for before, after in zip(degrees[:-1], degrees[1:])
-    ]
+    degrees, masks = made_degrees(dims, hidden), []
+    for before, after in zip(degrees[:-1], degrees[1:]):
+        masks.append((after[:, None] >= before[None]).float())
     return [*masks, (degrees[0][:, None] > degrees[-1][None]).float().repeat(per_dim, 1)]
 
 # %% ../nbs/03_autoregressive_flows.ipynb #776f1b54
@@ -54,28 +53,28 @@ class MaskedLinear(nn.Linear):
 
 # %% ../nbs/03_autoregressive_flows.ipynb #64059ed1
 class MADE(nn.Module):
-    "Advice for every number of a point from the numbers before it, all in one pass (Germain et al., arXiv 1502.03509)."
+    "α and μ for every number of a point from the numbers before it, in one pass (1502.03509)."
 
     def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = None):
         super().__init__()
-        layers = [MaskedLinear(mask) for mask in made_masks(dims, hidden)]
-        nn.init.zeros_(layers[-1].weight), nn.init.zeros_(layers[-1].bias)
+        *inner, last = (MaskedLinear(mask) for mask in made_masks(dims, hidden))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.dims, self.bound = dims, bound  # bound: largest |α|, or None
-        self.net = nn.Sequential(
-            *(piece for layer in layers[:-1] for piece in (layer, nn.SiLU())), layers[-1]
-        )
+        pieces = [piece for layer in inner for piece in (layer, nn.SiLU())]
+        self.net = nn.Sequential(*pieces, last)
 
     def forward(self, x):
-        "Points `(N, D)` to α and μ, each `(N, D)`: those of number d depend on x_1 … x_{d−1} alone."
+        "Points `(N, D)` to α and μ, each `(N, D)`: those of number d from x_1 … x_{d−1} alone."
         alpha, mu = self.net(x).chunk(2, dim=1)
         return bounded(alpha, self.bound), mu
 
 # %% ../nbs/03_autoregressive_flows.ipynb #b62d12ff
 def one_by_one(
-    advice,  # points `(N, D)` → α and μ, each `(N, D)`, those of number d from the numbers before it
+    advice,  # points `(N, D)` → α and μ, each `(N, D)`, those of number d from the ones before it
     z: Tensor,  # noise `(N, D)`
 ) -> Tensor:  # points `(N, D)`
-    "Solve z_d = (x_d − μ_d)·exp(−α_d) for x in D calls of the advice: each call makes one more number known."
+    "Solve z_d = (x_d − μ_d)·exp(−α_d) for x, one more number with each of D calls of `advice`."
     x = torch.zeros_like(z)
     for d in range(z.shape[1]):
         alpha, mu = advice(x)
@@ -85,7 +84,7 @@ def one_by_one(
 
 # %% ../nbs/03_autoregressive_flows.ipynb #22e366c0
 class MAF(Bijection):
-    "Masked autoregressive flow: z_d = (x_d − μ_d(x_{<d}))·exp(−α_d(x_{<d})) (Papamakarios et al., arXiv 1705.07057)."
+    "Masked autoregressive flow: z_d = (x_d − μ_d(x_{<d}))·exp(−α_d(x_{<d})) (arXiv 1705.07057)."
 
     def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = 3.0):
         super().__init__()
@@ -106,7 +105,8 @@ class MAF(Bijection):
 
 # %% ../nbs/03_autoregressive_flows.ipynb #e51f7659
 class IAF(Inverse):
-    "Inverse autoregressive flow, a MAF turned round: x_d = (z_d − μ_d(z_{<d}))·exp(−α_d(z_{<d})); samples in one pass, densities in D (arXiv 1606.04934)."
+    """Inverse autoregressive flow (arXiv 1606.04934), the inverse of a MAF:
+    x_d = (z_d − μ_d(z_{<d}))·exp(−α_d(z_{<d})); samples in one pass, densities in D."""
 
     def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = 3.0):
         super().__init__(MAF(dims, hidden, bound))

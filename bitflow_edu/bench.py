@@ -2,17 +2,31 @@
 
 # %% ../nbs/bench.ipynb #c3d651c4
 from __future__ import annotations
-import copy, math, time, weakref
+
+import copy
+import math
+import time
+import weakref
 from dataclasses import replace
 from functools import cache, partial
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
 from .config import PRESETS, check_pair_preset, find_preset
 from .data import BitflowError, patchify, unpatchify
 from .evaluation import measurement, timed
+
+# %% auto #0
+__all__ = ['GEOMETRIES', 'plain_layer', 'plain_advice', 'plain_inverse', 'plain_states', 'plain_attention', 'is_original',
+           'laid_out', 'walking_ways', 'jacobi_ways', 'inverse_ways', 'timed_shortly', 'bench_blocks', 'bench_inverse',
+           'row_of', 'training_step', 'bench_training', 'geometry', 'reverse_shape', 'random_flow', 'passing_ways',
+           'pair_ways', 'bench_pair', 'compared', 'PeakMemory', 'peak_bytes', 'token_calls', 'bench_tokens']
+
+# %% ../nbs/bench.ipynb #a992e1a4
 from bitflow_edu.exact_inverse import (
     Guidance,
     capture_inverse,
@@ -32,15 +46,9 @@ from .tarflow import TARFlow, TARFlowConfig, nll_per_dim
 from .training import autocast
 from .transformer import TransformerConfig
 
-# %% auto #0
-__all__ = ['GEOMETRIES', 'plain_layer', 'plain_advice', 'plain_inverse', 'plain_states', 'plain_attention', 'is_original',
-           'laid_out', 'walking_ways', 'jacobi_ways', 'inverse_ways', 'timed_shortly', 'bench_blocks', 'bench_inverse',
-           'row_of', 'training_step', 'bench_training', 'geometry', 'reverse_shape', 'random_flow', 'passing_ways',
-           'pair_ways', 'bench_pair', 'compared', 'PeakMemory', 'peak_bytes', 'token_calls', 'bench_tokens']
-
 # %% ../nbs/bench.ipynb #44c260b4
 def plain_layer(layer, x: Tensor, seen: dict) -> Tensor:
-    "One token `(N, 1, width)` through a layer; keys and values are concatenated to those in `seen`."
+    "One token `(N, 1, width)` through a layer; appends its keys and values to those in `seen`."
     a, N = layer.attention, len(x)
     q, k, v = a.qkv(a.norm(x)).reshape(N, 1, 3, -1, a.head_dim).permute(2, 0, 3, 1, 4)
     seen["k"] = torch.cat([seen["k"], k], dim=2) if "k" in seen else k
@@ -51,7 +59,7 @@ def plain_layer(layer, x: Tensor, seen: dict) -> Tensor:
 
 # %% ../nbs/bench.ipynb #3e94500a
 def plain_advice(block, token: Tensor, place: Tensor, c: Tensor, caches: list):
-    "α and μ `(N, 1, D)` for the token after `token` `(N, 1, D)`, whose position embedding is `place`."
+    "α and μ `(N, 1, D)` for the token after `token` `(N, 1, D)`; place: its position embedding."
     h = block.proj_in(token) + place + block.class_embed(c)
     for layer, seen in zip(block.transformer.layers, caches):
         h = plain_layer(layer, h, seen)
@@ -61,16 +69,15 @@ def plain_advice(block, token: Tensor, place: Tensor, c: Tensor, caches: list):
 @torch.no_grad()
 def plain_inverse(model: TARFlow, z: Tensor, c: Tensor, scale: float = 0.0) -> Tensor:
     "x^0 `(N, T, D)` from noise, straightforwardly; `scale`: of linear guidance, 0 for none."
-    x = z.clone()
+    x, none = z.clone(), -torch.ones_like(c)
     for block in reversed(model.blocks):
         x, places = (x.flip(1), block.pos_embed.flip(0)) if block.flip else (x, block.pos_embed)
         labelled, unlabelled = ([{} for _ in block.transformer.layers] for _ in range(2))
         for t in range(1, x.shape[1]):
-            alpha, mu = plain_advice(block, x[:, t - 1 : t], places[t - 1], c, labelled)
+            token, place = x[:, t - 1 : t], places[t - 1]
+            alpha, mu = plain_advice(block, token, place, c, labelled)
             if scale:
-                alpha_u, mu_u = plain_advice(
-                    block, x[:, t - 1 : t], places[t - 1], -torch.ones_like(c), unlabelled
-                )
+                alpha_u, mu_u = plain_advice(block, token, place, none, unlabelled)
                 alpha, mu = alpha + scale * (alpha - alpha_u), mu + scale * (mu - mu_u)
             x[:, t : t + 1] = x[:, t : t + 1] * alpha.exp() + mu
         x = x.flip(1) if block.flip else x
@@ -98,9 +105,8 @@ def plain_attention(a, h: Tensor, mask: Tensor) -> Tensor:
     "Masked attention over all tokens `(N, T, width)`."
     N, T, _ = h.shape
     q, k, v = a.qkv(a.norm(h)).reshape(N, T, 3, -1, a.head_dim).permute(2, 0, 3, 1, 4)
-    return a.proj(
-        nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(N, T, -1)
-    )
+    y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return a.proj(y.transpose(1, 2).reshape(N, T, -1))
 
 # %% ../nbs/bench.ipynb #da02124e
 def is_original(cfg: TARFlowConfig) -> bool:
@@ -110,76 +116,62 @@ def is_original(cfg: TARFlowConfig) -> bool:
 
 # %% ../nbs/bench.ipynb #c3209453
 def laid_out(model: TARFlow, rows):
-    "A call that gives the model packed for so many rows, made once, when it is first needed; the model itself where `pack` has no use."
+    "A call that gives the model packed for so many rows, made once; itself where that is no use."
     weight = next(model.parameters())
     useful = weight.device.type == "cpu" and weight.dtype == torch.float32
     return cache(lambda: pack(model, rows) if useful else model)
 
-
+# %% ../nbs/bench.ipynb #c99fb93a
 def walking_ways(model: TARFlow, z: Tensor, c: Tensor, scale: float, compiled: bool) -> dict:
     "The ways of `inverse_ways` that go token by token."
-    guidance, rows, device = (
-        Guidance(scale) if scale else None,
-        len(z) * (2 if scale else 1),
-        z.device.type,
-    )
-    one = laid_out(model, rows)
-    ways = {"plain": lambda: plain_inverse(model, z, c, scale)} if is_original(model.cfg) else {}
+    guidance, rows = Guidance(scale) if scale else None, len(z) * (2 if scale else 1)
+    device, packed, ways = z.device.type, laid_out(model, rows), {}
+    if is_original(model.cfg):
+        ways["plain"] = lambda: plain_inverse(model, z, c, scale)
     ways["exact"] = lambda: exact_trajectory(model, z, c, guidance=guidance)[0]
     if device == "cpu" and z.dtype == torch.float32:
-        ways["packed"] = lambda: exact_trajectory(one(), z, c, guidance=guidance)[0]
+        ways["packed"] = lambda: exact_trajectory(packed(), z, c, guidance=guidance)[0]
     if device == "cuda":
         captured = cache(lambda: capture_inverse(model, len(z), guidance))
         ways["graph"] = lambda: captured()(z, c)
     if compiled and not why_not(model):
         native = cache(lambda: NativeInverse(model))
         ways["native"] = lambda: native()(z, c, guidance)[0]
-    if compiled and (
-        rows < 32 or device != "cpu"
-    ):  # the compiler cannot see into weights that are packed for many rows
-        invert = cache(lambda: compile_blocks(one()))
-        ways["compiled"] = lambda: exact_trajectory(one(), z, c, invert(), guidance)[0]
+    if compiled and (rows < 32 or device != "cpu"):  # no compiler sees into weights packed for more
+        invert = cache(lambda: compile_blocks(packed()))
+        ways["compiled"] = lambda: exact_trajectory(packed(), z, c, invert(), guidance)[0]
     return ways
 
 # %% ../nbs/bench.ipynb #77a8bdf7
 def jacobi_ways(
     model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments
 ) -> dict:
-    "Name → the exact inverse by iteration: calls that give what `jacobi_trajectory` gives, in one segment and in several."
-    guidance, rows, T = Guidance(scale) if scale else None, len(z) * (2 if scale else 1), z.shape[1]
+    "Name → what gives `jacobi_trajectory`'s result, in one segment and in several."
+    guidance, rows = Guidance(scale) if scale else None, len(z) * (2 if scale else 1)
+    T = z.shape[1]
     of_segments = [rows * math.ceil((T - 1) / n) for n in segment_counts(model, segments)]
-    every, some = (laid_out(model, n) for n in (rows * (T - 1), of_segments))
-    return {
-        "jacobi": lambda: jacobi_trajectory(every(), z, c, tolerance, 1, guidance=guidance),
-        "gs-jacobi": lambda: jacobi_trajectory(
-            some(), z, c, tolerance, segments, guidance=guidance
-        ),
-    }
+    every, some = laid_out(model, rows * (T - 1)), laid_out(model, of_segments)
+
+    def way(packed, segments):
+        return lambda: jacobi_trajectory(packed(), z, c, tolerance, segments, guidance=guidance)
+
+    return {"jacobi": way(every, 1), "gs-jacobi": way(some, segments)}
 
 # %% ../nbs/bench.ipynb #02f03b70
 def inverse_ways(
-    model: TARFlow,
-    z: Tensor,
-    c: Tensor,
-    scale: float,
-    tolerance: float,
-    segments,
-    compiled: bool = False,
+    model: TARFlow, z: Tensor, c: Tensor, scale: float, tolerance: float, segments, compiled=False
 ) -> dict:
-    "Name → a call that gives x^0 `(N, T, D)`. Its first call also packs the weights (on a CPU: for a token of every image, or for a segment's tokens in Jacobi), compiles them, or captures a graph (on a GPU)."
+    "Name → a call that gives x^0 `(N, T, D)`. The first call also packs, compiles or captures."
     ways = walking_ways(model, z, c, scale, compiled)
-    if (
-        z.shape[:2].numel() <= 4096 or z.device.type == "cuda"
-    ):  # beyond, a processor is full, and whole passes take minutes
-        ways |= {
-            row: lambda way=way: way()[0][0]
-            for row, way in jacobi_ways(model, z, c, scale, tolerance, segments).items()
-        }
+    few = z.shape[:2].numel() <= 4096  # beyond, whole passes take minutes on a processor
+    if few or z.device.type == "cuda":
+        for row, way in jacobi_ways(model, z, c, scale, tolerance, segments).items():
+            ways[row] = lambda way=way: way()[0][0]
     return ways
 
 # %% ../nbs/bench.ipynb #56e91223
 def timed_shortly(call, repeats: int, slow_s: float = 3.0) -> dict:
-    "`timed`, with two repeats where a call takes longer than `slow_s` seconds; a first call, which may compile, is not looked at."
+    "`timed` without the first call, which may compile; 2 repeats for a call beyond `slow_s` s."
     call()
     start = time.perf_counter()
     call()
@@ -187,34 +179,20 @@ def timed_shortly(call, repeats: int, slow_s: float = 3.0) -> dict:
 
 # %% ../nbs/bench.ipynb #cf019537
 def bench_blocks(model: TARFlow, tolerance: float, repeats: int, device: str = "cpu") -> list:
-    "Each block by itself, one image: how much faster Jacobi is than the walk, and after how many passes it stops; a list of `measurement`."
-    z, c = (
-        sample_noise(model.cfg, 1, device=device),
-        torch.zeros(1, dtype=torch.long, device=device),
-    )
-    states, found, packed = (
-        exact_trajectory(model, z, c),
-        [],
-        pack(model, model.cfg.num_tokens - 1) if device == "cpu" else model,
-    )
+    "Each block, one image: Jacobi's speed-up over token by token, and its passes, as measurements."
+    z = sample_noise(model.cfg, 1, device=device)
+    c = torch.zeros(1, dtype=torch.long, device=device)
+    states = exact_trajectory(model, z, c)
+    packed = pack(model, model.cfg.num_tokens - 1) if device == "cpu" else model
+    found = []
     for i, block in enumerate(model.blocks):
-        walk = timed(lambda: invert_block(block, states[i + 1], c), repeats)["median_ms"]
-        jacobi = timed(
-            lambda: invert_block_jacobi(packed.blocks[i], states[i + 1], c, tolerance), repeats
-        )["median_ms"]
-        passes = invert_block_jacobi(block, states[i + 1], c, tolerance)[1].iterations[0]
-        found.append(
-            measurement(
-                "jacobi",
-                "block_speedup_vs_exact",
-                walk / jacobi,
-                "×",
-                repeats,
-                batch=1,
-                block=i,
-                passes=passes,
-            )
-        )
+        serial = partial(invert_block, block, states[i + 1], c)
+        jacobi = partial(invert_block_jacobi, packed.blocks[i], states[i + 1], c, tolerance)
+        ms, jacobi_ms = (timed(call, repeats)["median_ms"] for call in (serial, jacobi))
+        _, convergence = invert_block_jacobi(block, states[i + 1], c, tolerance)
+        more = {"block": i, "passes": convergence.iterations[0]}
+        line = "jacobi", "block_speedup_vs_exact", ms / jacobi_ms, "×", repeats
+        found.append(measurement(*line, batch=1, **more))
     return found
 
 # %% ../nbs/bench.ipynb #23e14698
@@ -226,51 +204,38 @@ def bench_inverse(
     segments: int = 2,  # of Gauss–Seidel–Jacobi
     repeats: int = 5,  # timed calls
     device: str = "cpu",
-    compiled: bool = False,  # with the native inverse and the compiled walk, which need a C++ compiler
+    compiled: bool = False,  # with what needs a C++ compiler
 ) -> list:  # of `measurement`
     "Every way back side by side, for each batch size and guidance scale."
     found = bench_blocks(model, tolerance, repeats, device)
     for batch in batches:
-        z, c = (
-            sample_noise(model.cfg, batch, device=device),
-            torch.arange(batch, device=device) % model.cfg.num_classes,
-        )
+        z = sample_noise(model.cfg, batch, device=device)
+        c = torch.arange(batch, device=device) % model.cfg.num_classes
         for scale in scales:
             ways = inverse_ways(model, z, c, scale, tolerance, segments, compiled)
-            first, times = (
-                next(iter(ways)),
-                {row: timed_shortly(way, repeats) for row, way in ways.items()},
-            )
-            truth = ways[first]()
-            for row, t in times.items():
-                found += row_of(row, t, first, times[first], batch, scale)
-                found.append(
-                    measurement(
-                        row,
-                        f"max_difference_from_{first}",
-                        (ways[row]() - truth).abs().max().item(),
-                        "x",
-                        batch=batch,
-                        guidance=scale,
-                    )
-                )
+            found += side_by_side(ways, repeats, batch, scale)
     return found
 
 # %% ../nbs/bench.ipynb #1a8afce3
 def row_of(row: str, t: dict, first: str, first_t: dict, batch: int, scale: float) -> list:
-    'A way\'s time an image, and its ratio to that of the first way: the plain one, or "exact" where F has parts that the plain one does not know.'
+    "A way's time for each image, and its ratio to that of the first way, plain or exact."
+    ratio, case = first_t["median_ms"] / t["median_ms"], {"batch": batch, "guidance": scale}
     return [
-        time_per_image(row, t, batch, guidance=scale),
-        measurement(
-            row,
-            f"speedup_vs_{first}",
-            first_t["median_ms"] / t["median_ms"],
-            "×",
-            t["repeats"],
-            batch=batch,
-            guidance=scale,
-        ),
+        time_per_image(row, t, **case),
+        measurement(row, f"speedup_vs_{first}", ratio, "×", t["repeats"], **case),
     ]
+
+# %% ../nbs/bench.ipynb #2dd912c1
+def side_by_side(ways: dict, repeats: int, batch: int, scale: float) -> list:
+    "Times of `inverse_ways`, and how far each result is from the first way's."
+    times = {row: timed_shortly(way, repeats) for row, way in ways.items()}
+    first, case = next(iter(ways)), {"batch": batch, "guidance": scale}
+    truth, found = ways[first](), []
+    for row, t in times.items():
+        found += row_of(row, t, first, times[first], batch, scale)
+        off = (ways[row]() - truth).abs().max().item()
+        found.append(measurement(row, f"max_difference_from_{first}", off, "x", **case))
+    return found
 
 # %% ../nbs/bench.ipynb #afee104e
 def training_step(model: TARFlow, loss, precision: str):
@@ -279,7 +244,6 @@ def training_step(model: TARFlow, loss, precision: str):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device in ("cpu", "cuda"))
 
     def step():
-        "Forward, backward, AdamW."
         optimizer.zero_grad(set_to_none=True)
         with autocast(precision, device):
             value = loss()
@@ -295,75 +259,58 @@ def bench_training(
     repeats: int = 15,
     device: str = "cpu",
     precision: str = "auto",
-    compiled: bool = False,
-) -> list:
-    "A training step of the plain version and of the library, same weights, same images; `compiled`: the loss of both."
+    compiled: bool = False,  # the loss of both
+) -> list:  # of `measurement`
+    "A training step of the plain version and of the library, same weights, same images."
     model = build(TARFlow, cfg, 0, device)
-    g = torch.Generator().manual_seed(0)
-    x, c = (
-        torch.randn(batch, cfg.channels, cfg.image_size, cfg.image_size, generator=g).to(device),
-        (torch.arange(batch) % cfg.num_classes).to(device),
-    )
+    losses = training_losses(model, batch, device)
+    if compiled:
+        losses = {row: torch.compile(loss, dynamic=False) for row, loss in losses.items()}
+    steps = {row: training_step(model, loss, precision) for row, loss in losses.items()}
+    times, found = {row: timed(step, repeats) for row, step in steps.items()}, []
+    for row, t in times.items():
+        ms, ratio = t["median_ms"], times["plain"]["median_ms"] / t["median_ms"]
+        more = {"n": repeats, "batch": batch}
+        spread = {"low": t["low_ms"], "high": t["high_ms"]}
+        found.append(measurement(row, "ms_per_step", ms, "ms", **more, **spread))
+        found.append(measurement(row, "training_speedup_vs_plain", ratio, "×", **more))
+    return found
 
-    def plain_loss():
-        "The same loss from the plain states."
+# %% ../nbs/bench.ipynb #edce40d4
+def training_losses(model: TARFlow, batch: int, device: str) -> dict:
+    "Row → the loss of random images, by the plain version and by the library."
+    cfg, g = model.cfg, torch.Generator().manual_seed(0)
+    x = torch.randn(batch, cfg.channels, cfg.image_size, cfg.image_size, generator=g).to(device)
+    c = (torch.arange(batch) % cfg.num_classes).to(device)
+
+    def plain():
         z, logdet = plain_states(model, patchify(x, cfg.patch_size), c)
         return 0.5 * z.square().mean() - logdet.mean() / z[0].numel()
 
-    fused = partial(torch.compile, dynamic=False) if compiled else lambda loss: loss
-    losses = {"plain": fused(plain_loss), "exact": fused(lambda: nll_per_dim(model(x, c)))}
-    steps = {row: training_step(model, loss, precision) for row, loss in losses.items()}
-    times = {row: timed(step, repeats) for row, step in steps.items()}
-    return [
-        m
-        for row, t in times.items()
-        for m in (
-            measurement(
-                row,
-                "ms_per_step",
-                t["median_ms"],
-                "ms",
-                repeats,
-                batch=batch,
-                low=t["low_ms"],
-                high=t["high_ms"],
-            ),
-            measurement(
-                row,
-                "training_speedup_vs_plain",
-                times["plain"]["median_ms"] / t["median_ms"],
-                "×",
-                repeats,
-                batch=batch,
-            ),
-        )
-    ]
+    return {"plain": plain, "exact": lambda: nll_per_dim(model(x, c))}
 
 # %% ../nbs/bench.ipynb #9c14c2fb
-GEOMETRIES = {
-    "mnist": (28, 4),
-    "64-tokens": (32, 4),
-    "256-tokens": (64, 4),
-}  # image size, patch size
+# name → image size, patch size
+GEOMETRIES = {"mnist": (28, 4), "64-tokens": (32, 4), "256-tokens": (64, 4)}
 
 # %% ../nbs/bench.ipynb #8f270f8f
 def geometry(name: str) -> TARFlowConfig:
-    "4 blocks × 4 layers of width 128 for that number of tokens, or the F of a preset. Raises `BitflowError` for an unknown name."
-    if name not in GEOMETRIES:
-        cfg = find_preset(name).forward if name in PRESETS else None
-        if not isinstance(cfg, TARFlowConfig):
-            raise BitflowError(
-                f"unknown geometry {name!r}; choose {', '.join(GEOMETRIES)}, or a preset with a TARFlow"
-            )
-        return cfg
-    size, patch = GEOMETRIES[name]
-    return TARFlowConfig(
-        image_size=size, patch_size=patch, transformer=TransformerConfig(width=128, num_layers=4)
-    )
+    "4 blocks × 4 layers of width 128, or the F of a preset. Raises `BitflowError`."
+    if name in GEOMETRIES:
+        size, patch = GEOMETRIES[name]
+        shape = TransformerConfig(width=128, num_layers=4)
+        return TARFlowConfig(image_size=size, patch_size=patch, transformer=shape)
+    cfg = find_preset(name).forward if name in PRESETS else None
+    if not isinstance(cfg, TARFlowConfig):
+        choices = ", ".join(GEOMETRIES)
+        raise BitflowError(
+            f"unknown geometry {name!r}; choose {choices}, or a preset with a TARFlow"
+        )
+    return cfg
 
 # %% ../nbs/bench.ipynb #71d77a80
 def reverse_shape(name: str) -> ReverseConfig:
-    "The preset's G, taking w as an input. Raises `BitflowError` for an unknown preset, and for one without G."
+    "The preset's G, taking w. Raises `BitflowError` for an unknown preset, and for one without G."
     preset = find_preset(name)
     check_pair_preset(preset)
     return replace(preset.reverse, max_guidance=preset.reverse.max_guidance or 3.0)
@@ -371,18 +318,16 @@ def reverse_shape(name: str) -> ReverseConfig:
 # %% ../nbs/bench.ipynb #aed9c199
 def random_flow(cfg: TARFlowConfig, device: str = "cpu") -> TARFlow:
     "A flow with random weights, its output projections included."
-    model = build(TARFlow, cfg, 0)
-    generator = torch.Generator().manual_seed(0)
+    model, g = build(TARFlow, cfg, 0), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in model.blocks:
-            block.proj_out.weight.copy_(
-                0.01 * torch.randn(block.proj_out.weight.shape, generator=generator)
-            )
+            weight = block.proj_out.weight
+            weight.copy_(0.01 * torch.randn(weight.shape, generator=g))
     return model.eval().to(device)
 
 # %% ../nbs/bench.ipynb #83d4f918
 def passing_ways(G: ReverseModel, z: Tensor, c: Tensor, w, compiled: bool) -> dict:
-    "What is added to the name of one pass → a call: nothing, packed (on a CPU in float32), native (where a compiler may be used)."
+    "What is added to the name of one pass (nothing, packed, native) → a call."
     ways = {"": lambda: one_pass(G, z, c, w)}
     if z.device.type == "cpu" and z.dtype == torch.float32:
         packed = laid_out(G, z.shape[:2].numel())
@@ -392,35 +337,28 @@ def passing_ways(G: ReverseModel, z: Tensor, c: Tensor, w, compiled: bool) -> di
         ways[", native"] = lambda: native()(z, c, w)
     return ways
 
-
+# %% ../nbs/bench.ipynb #f2ddbcb5
 def pair_ways(
     F: TARFlow,
     G: ReverseModel,
     z: Tensor,
     c: Tensor,
-    scale: float,
+    scale: float,  # of guidance, 0: none; also w of a G that takes it
     tolerance: float,
     segments,
-    compiled: bool,
+    compiled: bool,  # also compiled and native ways
 ) -> dict:
-    "Name → a call: one pass of G (of one that takes w, where a scale is given), also packed on a CPU; the score step alone; both compiled too if asked for, and on a CPU the pass native; and `inverse_ways`."
-    scale_in = scale if scale or G.cfg.max_guidance else None
-    x, fused = (
-        unpatchify(z, F.cfg.patch_size, F.cfg.channels),
-        partial(torch.compile, dynamic=False),
-    )
-    ways = {
-        f"one pass{how}": call for how, call in passing_ways(G, z, c, scale_in, compiled).items()
-    } | {"score step": lambda: score_denoise(F, x, c)}
+    "Name → a call: one pass, the score step alone, and `inverse_ways`."
+    w = scale if scale or G.cfg.max_guidance else None
+    x, passes = unpatchify(z, F.cfg.patch_size, F.cfg.channels), passing_ways(G, z, c, w, compiled)
+    ways = {f"one pass{how}": call for how, call in passes.items()}
+    ways["score step"] = partial(score_denoise, F, x, c)
     if compiled:
-        still = copy.deepcopy(F).requires_grad_(
-            False
-        )  # else the compiled step computes gradients of the weights, too
-        fast_pass, fast_F = fused(lambda z, c: one_pass(G, z, c, scale_in)), fused(still)
-        ways |= {
-            "one pass, compiled": lambda: fast_pass(z, c),
-            "score step, compiled": lambda: score_denoise(fast_F, x, c),
-        }
+        still = copy.deepcopy(F).requires_grad_(False)  # else it computes gradients of weights, too
+        fast_F = torch.compile(still, dynamic=False)
+        fast_pass = torch.compile(lambda z, c: one_pass(G, z, c, w), dynamic=False)
+        ways["one pass, compiled"] = lambda: fast_pass(z, c)
+        ways["score step, compiled"] = lambda: score_denoise(fast_F, x, c)
     return {**ways, **inverse_ways(F, z, c, scale, tolerance, segments, compiled)}
 
 # %% ../nbs/bench.ipynb #pairfn00
@@ -433,55 +371,41 @@ def bench_pair(
     segments=2,
     repeats: int = 15,
     compiled: bool = False,
-) -> list:
-    "Milliseconds an image of one pass, of every exact way back and of the score step, side by side; how much faster one pass is than the fastest exact way, alone and with the score step."
+) -> list:  # of `measurement`
+    "Milliseconds an image of everything in `pair_ways`, then `compared`."
     device, found = next(F.parameters()).device, []
     for batch in batches:
-        z, c = (
-            sample_noise(F.cfg, batch, device=device),
-            torch.arange(batch, device=device) % F.cfg.num_classes,
-        )
+        z = sample_noise(F.cfg, batch, device=device)
+        c = torch.arange(batch, device=device) % F.cfg.num_classes
         for scale in scales:
             ways = pair_ways(F, G, z, c, scale, tolerance, segments, compiled)
             times = {row: timed_shortly(way, repeats) for row, way in ways.items()}
             found += [time_per_image(row, t, batch, guidance=scale) for row, t in times.items()]
-            found += compared(
-                {row: t["median_ms"] for row, t in times.items()},
-                repeats,
-                batch=batch,
-                guidance=scale,
-            )
+            ms = {row: t["median_ms"] for row, t in times.items()}
+            found += compared(ms, repeats, batch=batch, guidance=scale)
     return found
 
 # %% ../nbs/bench.ipynb #pairfn01
 def compared(ms: dict, repeats: int, **more) -> list:
-    "How much faster one pass is than the exact inverse, alone and with the score step: as the library does both by default, and the fastest measured way of each."
+    "One pass against the exact inverse, without and with score step: by default, and fastest ways."
     groups = {"one pass": [], "score step": [], "": []}
     for row in ms:
-        groups[next(group for group in groups if row.startswith(group))].append(row)
-    ours, score, exact = (min(rows, key=ms.get) for rows in groups.values())
+        group = next(start for start in groups if row.startswith(start))
+        groups[group].append(row)
+    fastest = [min(groups[group], key=ms.get) for group in ("one pass", "", "score step")]
+    ours, exact, score = (ms[row] for row in fastest)
     ratios = {
         "exact": ms["exact"] / ms["one pass"],
         "exact+denoise": (ms["exact"] + ms["score step"]) / ms["one pass"],
-        "exact, fastest": ms[exact] / ms[ours],
-        "exact+denoise, fastest": (ms[exact] + ms[score]) / ms[ours],
+        "exact, fastest": exact / ours,
+        "exact+denoise, fastest": (exact + score) / ours,
     }
-    return [
-        measurement(
-            "one pass",
-            f"speedup_vs_{name}",
-            value,
-            "×",
-            repeats,
-            fastest=[ours, exact, score],
-            **more,
-        )
-        for name, value in ratios.items()
-    ]
+    more = {"n": repeats, "fastest": fastest, **more}
+    return [measurement("one pass", f"speedup_vs_{k}", v, "×", **more) for k, v in ratios.items()]
 
 # %% ../nbs/bench.ipynb #eb150b02
 class PeakMemory(TorchDispatchMode):
-    "Bytes of the tensors that are made inside `with PeakMemory() as m` and alive: `m.live` now, `m.peak` at most."
+    "Counts bytes of tensors made inside `with` and alive: `live` now, `peak` at most."
 
     def __init__(self):
         super().__init__()
@@ -489,14 +413,16 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         "Run the operation, then count the memory that is new."
-        before = {
-            v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)
-        }
+        before = {storage._cdata for storage in self.storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for storage in (v.untyped_storage() for v in tree_leaves(out) if isinstance(v, Tensor)):
+        for storage in self.storages(out):
             if storage._cdata not in before | self.known:
                 self.take(storage)
         return out
+
+    def storages(self, tree):
+        "The memory behind every tensor of nested arguments or results, one by one."
+        return (v.untyped_storage() for v in tree_leaves(tree) if isinstance(v, Tensor))
 
     def take(self, storage):
         "Count a storage until it is freed."
@@ -513,54 +439,42 @@ class PeakMemory(TorchDispatchMode):
 
 # %% ../nbs/bench.ipynb #f9bdaca7
 def peak_bytes(call) -> int:
-    "The most bytes of tensors alive at once during `call()`, beyond what was there before."
+    "The most bytes of tensors made during `call()` and alive at once."
     with PeakMemory() as memory:
         call()
     return memory.peak
 
 # %% ../nbs/bench.ipynb #96c04982
 def token_calls(side: int, batch: int, num_layers: int = 2) -> dict:
-    "Name → a call, for 4 blocks of width 128 over `side²` tokens of 16 values; random weights."
-    shape = dict(
-        image_size=4 * side,
-        patch_size=4,
-        transformer=TransformerConfig(width=128, num_layers=num_layers),
-    )
-    model, dense = (
-        random_flow(TARFlowConfig(**shape)),
-        build(ReverseModel, ReverseConfig(**shape), 0).eval(),
-    )
+    "Name → a call, for 4 blocks of width 128 over side² tokens of 16 values; random weights."
+    layers = TransformerConfig(width=128, num_layers=num_layers)
+    shape = {"image_size": 4 * side, "patch_size": 4, "transformer": layers}
+    model = random_flow(TARFlowConfig(**shape))
+    reverse = build(ReverseModel, ReverseConfig(**shape), 0).eval()
     z, c = sample_noise(model.cfg, batch), torch.arange(batch) % model.cfg.num_classes
-    x = torch.randn(batch, 1, 4 * side, 4 * side, generator=torch.Generator().manual_seed(0))
-    step = training_step(model, lambda: nll_per_dim(model(x, c)), "float32")
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 1, 4 * side, 4 * side, generator=g)
+
+    def dense():
+        with torch.no_grad():
+            return reverse(z, c)
+
     return {
-        "training": step,
+        "training": training_step(model, lambda: nll_per_dim(model(x, c)), "float32"),
         "exact": lambda: exact_trajectory(model, z, c)[0],
         "jacobi": lambda: jacobi_trajectory(model, z, c)[0][0],
-        "dense": lambda: torch.no_grad()(dense)(z, c),
+        "dense": dense,
     }
 
 # %% ../nbs/bench.ipynb #9557c9ef
 def bench_tokens(sides: tuple = (7, 10, 16, 24, 32), batch: int = 1, repeats: int = 9) -> list:
-    "Time and peak memory of training, exact inverse, Jacobi and one dense pass, for side² tokens each; a list of `measurement`."
+    "Time and peak memory of each of `token_calls`, for side² tokens each, as measurements."
     found = []
     for side in sides:
+        more = {"batch": batch, "tokens": side**2}
         for row, call in token_calls(side, batch).items():
             t = timed(call, repeats)
-            found += [
-                measurement(
-                    row,
-                    "ms",
-                    t["median_ms"],
-                    "ms",
-                    repeats,
-                    batch=batch,
-                    tokens=side**2,
-                    low=t["low_ms"],
-                    high=t["high_ms"],
-                ),
-                measurement(
-                    row, "peak_mb", peak_bytes(call) / 2**20, "MB", 1, batch=batch, tokens=side**2
-                ),
-            ]
+            spread = {"low": t["low_ms"], "high": t["high_ms"]}
+            found.append(measurement(row, "ms", t["median_ms"], "ms", repeats, **more, **spread))
+            found.append(measurement(row, "peak_mb", peak_bytes(call) / 2**20, "MB", 1, **more))
     return found

@@ -2,21 +2,25 @@
 
 # %% ../nbs/01_change_of_variables.ipynb #866b29f4
 from __future__ import annotations
-import copy, math
+
+import copy
+import math
 from abc import ABC, abstractmethod
+
 import torch
 import torch.nn as nn
 from torch import Tensor
+
 from .data import BitflowError
 
 # %% auto #0
-__all__ = ['Bijection', 'safe_exp', 'Affine', 'Layered', 'Compose', 'Identity', 'Inverse', 'full_jacobian', 'StandardNormal',
-           'StandardLogistic', 'Flow', 'jacobian_check', 'Linear', 'RisingCurve', 'bisect', 'SoftSteps',
+__all__ = ['Bijection', 'safe_exp', 'Affine', 'Compose', 'Identity', 'Inverse', 'full_jacobian', 'StandardNormal',
+           'StandardLogistic', 'Flow', 'jacobian_check', 'Linear', 'rising_curve', 'bisect', 'SoftSteps',
            'likelihood_step', 'fit', 'check_finite', 'check_invertible']
 
 # %% ../nbs/01_change_of_variables.ipynb #40022e4c
 class Bijection(nn.Module, ABC):
-    "A map x ↔ z that can be undone and knows how it stretches volume. Layers of flows are subclasses of it."
+    "An invertible map x ↔ z with a known log-determinant: the base class of the layers of flows."
 
     @abstractmethod
     def forward(self, x):
@@ -31,12 +35,14 @@ def safe_exp(
     log_scale: Tensor,  # any shape
     limit: float = 30.0,  # largest |log-scale|: e^30 ≈ 1e13, float32 has 7 digits
 ) -> Tensor:  # exp(log_scale)
-    "exp, refused where the layer could no longer be undone in floating point. Raises `BitflowError`."
+    "exp. Raises `BitflowError` where the layer could not be inverted in floating point."
     worst = log_scale.detach().abs().max().item() if log_scale.numel() else 0.0
     if not worst <= limit:  # NaN as well
         raise BitflowError(
-            f"a layer's log-scale reached {worst:.4g} (limit {limit:g}): one of its directions shrinks by e^{worst:.4g}, "
-            "and a shift added after that swallows the digits, so the flow cannot be undone; bound its log-scale, lower the learning rate, or rescale the data"
+            f"a layer's log-scale reached {worst:.4g} (limit {limit:g}): one of its directions "
+            f"shrinks by e^{worst:.4g}, and a shift added after that swallows the digits, so the "
+            "flow cannot be undone; bound its log-scale, lower the learning rate, or rescale "
+            "the data"
         )
     return log_scale.exp()
 
@@ -46,10 +52,8 @@ class Affine(Bijection):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.log_scale, self.shift = (
-            nn.Parameter(torch.zeros(shape)),
-            nn.Parameter(torch.zeros(shape)),
-        )
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.shift = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x):
         "x `(N, *shape)` to z of the same shape, and log|det| `(N,)`."
@@ -59,24 +63,13 @@ class Affine(Bijection):
         "z `(N, *shape)` to x."
         return (z - self.shift) * safe_exp(-self.log_scale)
 
-# %% ../nbs/01_change_of_variables.ipynb #058a23e7
-class Layered(nn.Module):
-    "Bijections in a row, and a view of what happens between them."
+# %% ../nbs/01_change_of_variables.ipynb #bb731861
+class Compose(Bijection):
+    "One bijection after the other: log-determinants add."
 
     def __init__(self, *layers: Bijection):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-
-    def states(self, x):
-        "x, and what every layer made of it: a list of `len(layers) + 1` tensors."
-        found = [x]
-        for layer in self.layers:
-            found.append(layer(found[-1])[0])
-        return found
-
-# %% ../nbs/01_change_of_variables.ipynb #bb731861
-class Compose(Layered, Bijection):
-    "One bijection after the other: log-determinants add."
 
     def forward(self, x):
         "x through all layers; the sum of their log|det| `(N,)`."
@@ -91,6 +84,13 @@ class Compose(Layered, Bijection):
         for layer in reversed(self.layers):
             z = layer.inverse(z)
         return z
+
+    def states(self, x):
+        "x, and what every layer made of it: a list of `len(layers) + 1` tensors."
+        found = [x]
+        for layer in self.layers:
+            found.append(layer(found[-1])[0])
+        return found
 
 # %% ../nbs/01_change_of_variables.ipynb #acbf4d3d
 class Identity(Bijection):
@@ -128,11 +128,10 @@ def full_jacobian(
 ) -> Tensor:  # ∂z/∂x, `(K, K)` with K values in x
     "The Jacobian at one input, by automatic differentiation: K backward passes."
 
-    def one(v):
-        "The map on a single input, flat."
+    def flat(v):
         return bijection(v[None])[0].flatten()
 
-    return torch.autograd.functional.jacobian(one, x).reshape(x.numel(), x.numel())
+    return torch.autograd.functional.jacobian(flat, x).reshape(x.numel(), x.numel())
 
 # %% ../nbs/01_change_of_variables.ipynb #e52266af
 class StandardNormal:
@@ -148,7 +147,7 @@ class StandardNormal:
 
 # %% ../nbs/01_change_of_variables.ipynb #ec89bb08
 class StandardLogistic:
-    "Noise with the density σ(z)·σ(−z) in every dimension, heavier in its tails: NICE's choice (arXiv 1410.8516)."
+    "Noise with the density σ(z)·σ(−z) in every dimension, as in NICE (arXiv 1410.8516)."
 
     def log_prob(self, z):
         "z `(N, …)` to nats `(N,)`."
@@ -184,9 +183,8 @@ def jacobian_check(
     "Largest |logdet − log|det J|| over a batch, J by autograd, all in float64."
     bijection, x = copy.deepcopy(bijection).double(), x.double()
     logdet = bijection(x)[1]
-    exact = torch.stack(
-        [torch.linalg.slogdet(full_jacobian(bijection, one)).logabsdet for one in x]
-    )
+    jacobians = (full_jacobian(bijection, one) for one in x)
+    exact = torch.stack([torch.linalg.slogdet(J).logabsdet for J in jacobians])
     return (logdet - exact).abs().max().item()
 
 # %% ../nbs/01_change_of_variables.ipynb #9848eed7
@@ -200,17 +198,43 @@ class Linear(Bijection):
 
     def forward(self, x):
         "x `(N, dims)` to z `(N, dims)`, and log|det W| `(N,)`."
-        return x @ self.weight.T + self.bias, torch.linalg.slogdet(self.weight).logabsdet.expand(
-            len(x)
-        )
+        logdet = torch.linalg.slogdet(self.weight).logabsdet
+        return x @ self.weight.T + self.bias, logdet.expand(len(x))
 
     def inverse(self, z):
         "z `(N, dims)` to x, by solving W x = z − b."
         return torch.linalg.solve(self.weight, (z - self.bias).T).T
 
 # %% ../nbs/01_change_of_variables.ipynb #2f0be364
-class RisingCurve(nn.Module):
-    "A rising curve a dimension: z = e^a·x + Σ_k e^{h_k}·σ(e^{s_k}·(x − b_k))."
+def rising_curve(
+    x: Tensor,  # `(N, dims)`
+    slope: Tensor,  # e^a, `(dims, 1)`
+    height: Tensor,  # e^{h_k}, `(dims, steps)`
+    steepness: Tensor,  # e^{s_k}, `(dims, steps)`
+    place: Tensor,  # b_k, `(dims, steps)`
+) -> tuple:  # z and dz/dx, both `(N, dims)`
+    "A rising curve for each dimension: z = e^a·x + Σ_k e^{h_k}·σ(e^{s_k}·(x − b_k))."
+    s = torch.sigmoid(steepness * (x[..., None] - place))
+    z = (slope * x[..., None]).squeeze(-1) + (height * s).sum(-1)
+    return z, slope.squeeze(-1) + (height * steepness * s * (1 - s)).sum(-1)
+
+# %% ../nbs/01_change_of_variables.ipynb #3afece91
+def bisect(
+    rising,  # Tensor → Tensor of the same shape, increasing in every element
+    target: Tensor,  # values to reach
+    low: Tensor,  # where rising ≤ target
+    high: Tensor,  # where rising ≥ target
+) -> Tensor:  # x with rising(x) = target
+    "Invert a rising function by halving the interval, to the last digit of floating point."
+    for _ in range(2 + round(-math.log2(torch.finfo(target.dtype).eps)) * 2):
+        middle = low + (high - low) / 2
+        above = rising(middle) > target
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return low + (high - low) / 2
+
+# %% ../nbs/01_change_of_variables.ipynb #b3675596
+class SoftSteps(Bijection):
+    "Each dimension through its own rising curve. The inverse has no formula."
 
     def __init__(self, dims: int, steps: int = 8):
         super().__init__()
@@ -221,34 +245,8 @@ class RisingCurve(nn.Module):
 
     def curve(self, x):
         "x `(N, dims)` to z and dz/dx, both `(N, dims)`."
-        slope, height, steepness = (
-            safe_exp(self.log_slope),
-            safe_exp(self.log_height),
-            safe_exp(self.log_steepness),
-        )
-        s = torch.sigmoid(steepness * (x[..., None] - self.place))
-        return (
-            (slope * x[..., None]).squeeze(-1) + (height * s).sum(-1),
-            slope.squeeze(-1) + (height * steepness * s * (1 - s)).sum(-1),
-        )
-
-# %% ../nbs/01_change_of_variables.ipynb #3afece91
-def bisect(
-    rising,  # Tensor → Tensor of the same shape, increasing in every element
-    target: Tensor,  # values to reach
-    low: Tensor,
-    high: Tensor,  # where rising ≤ target and rising ≥ target
-) -> Tensor:  # x with rising(x) = target
-    "Undo a rising function without a formula: halve the interval until floating point can halve no more."
-    for _ in range(2 + round(-math.log2(torch.finfo(target.dtype).eps)) * 2):
-        middle = low + (high - low) / 2
-        above = rising(middle) > target
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return low + (high - low) / 2
-
-# %% ../nbs/01_change_of_variables.ipynb #b3675596
-class SoftSteps(RisingCurve, Bijection):
-    "Each dimension through its own rising curve: z = e^a·x + Σ_k e^{h_k}·σ(e^{s_k}·(x − b_k)). The inverse has no formula."
+        slope, height = safe_exp(self.log_slope), safe_exp(self.log_height)
+        return rising_curve(x, slope, height, safe_exp(self.log_steepness), self.place)
 
     def forward(self, x):
         "x `(N, dims)` to z of the same shape, and log|det| `(N,)`: the Jacobian is diagonal."
@@ -273,9 +271,8 @@ def likelihood_step(
     "One step of maximum likelihood. Raises `BitflowError` when the loss is not finite."
     loss = -flow.log_prob(batch).mean()
     if not torch.isfinite(loss):
-        raise BitflowError(
-            f"the loss is {loss.item()} at step {step}; lower the learning rate (now {optimizer.param_groups[0]['lr']:g}) or rescale the data"
-        )
+        lower = f"lower the learning rate (now {optimizer.param_groups[0]['lr']:g})"
+        raise BitflowError(f"the loss is {loss.item()} at step {step}; {lower} or rescale the data")
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
@@ -286,21 +283,18 @@ def likelihood_step(
 def fit(
     flow: Flow,  # trained in place
     x: Tensor,  # points `(N, dims)`
-    steps: int = 1000,
-    batch_size: int = 256,  # of Adam, and points a step
+    steps: int = 1000,  # of Adam
+    batch_size: int = 256,  # points a step
     lr: float = 5e-3,  # peak learning rate, falling to 0 along half a cosine
     seed: int = 0,  # of the batches
 ) -> list:  # −mean log p of every step, nats
-    "Maximum likelihood: make the data probable. Raises `BitflowError` when the loss is no longer finite."
+    "Maximum likelihood. Raises `BitflowError` when the loss is not finite."
     optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator, losses = torch.Generator().manual_seed(seed), []
     for step in range(steps):
-        losses.append(
-            likelihood_step(
-                flow, x[torch.randint(len(x), (batch_size,), generator=generator)], optimizer, step
-            )
-        )
+        batch = x[torch.randint(len(x), (batch_size,), generator=generator)]
+        losses.append(likelihood_step(flow, batch, optimizer, step))
         schedule.step()
     return losses
 
@@ -310,11 +304,11 @@ def check_finite(
     **values: Tensor,  # what it made, by name
 ):
     "Refuse infinities and NaN. Raises `BitflowError`, naming where they are and how many."
+    kind = type(bijection).__name__
     for name, value in values.items():
         if bad := int((~torch.isfinite(value)).sum()):
-            raise BitflowError(
-                f"{bad} values of {name} are not finite: {type(bijection).__name__} overflows; bound its log-scale"
-            )
+            problem = f"{bad} values of {name} are not finite"
+            raise BitflowError(f"{problem}: {kind} overflows; bound its log-scale")
 
 # %% ../nbs/01_change_of_variables.ipynb #1cea7681
 @torch.no_grad()
@@ -330,7 +324,8 @@ def check_invertible(
     error = (back - x).abs().max().item()
     if error > tolerance:
         raise BitflowError(
-            f"{type(bijection).__name__} does not come back: the largest error is {error:.3g}, allowed is {tolerance:g} "
-            f"(largest |z| {z.abs().max():.3g}); bound its log-scale, or compute in float64"
+            f"{type(bijection).__name__} does not come back: the largest error is {error:.3g}, "
+            f"allowed is {tolerance:g} (largest |z| {z.abs().max():.3g}); bound its log-scale, "
+            "or compute in float64"
         )
     return error

@@ -2,9 +2,12 @@
 
 # %% ../nbs/budget.ipynb #502c9516
 from __future__ import annotations
+
 from dataclasses import dataclass, replace
+
 import torch
 from torch import nn
+
 from .config import PUBLISHED, Preset
 from .exact_inverse import score_denoise, serial_steps
 from .pipeline import count_flops, num_parameters
@@ -25,11 +28,8 @@ def on_meta(kind: type, cfg) -> nn.Module:
 def meta_batch(cfg, n: int = 1) -> tuple:
     "Images `(n, C, H, W)`, noise `(n, T, D)` and labels `(n,)` of a config, shapes alone."
     image = torch.empty(n, cfg.channels, cfg.image_size, cfg.image_size, device="meta")
-    return (
-        image,
-        torch.empty(n, cfg.num_tokens, cfg.token_dim, device="meta"),
-        torch.empty(n, dtype=torch.int64, device="meta"),
-    )
+    noise = torch.empty(n, cfg.num_tokens, cfg.token_dim, device="meta")
+    return image, noise, torch.empty(n, dtype=torch.int64, device="meta")
 
 # %% ../nbs/budget.ipynb #7453a9fd
 def flow_step(model: TARFlow, n: int = 1):
@@ -42,17 +42,21 @@ def reverse_step(model: ReverseModel, n: int = 1):
     "A loss of G that looks at every depth and the image, shapes alone."
     x, z, c = meta_batch(model.cfg, n)
     w = torch.empty(n, device="meta") if model.cfg.max_guidance else None
-    twice = lambda block, h, i: 0.5 * (block(h, c, w) + block(h, c, w))  # with and without labels
-    out = model.walk(z, twice if model.cfg.max_guidance else lambda block, h, i: block(h, c))
+
+    def through(block, h, i):
+        if w is None:
+            return block(h, c)
+        return 0.5 * (block(h, c, w) + block(h, c, w))  # with and without labels
+
+    out = model.walk(z, through)
     return sum(t.square().mean() for t in (out.image, *out.projected))
 
 # %% ../nbs/budget.ipynb #beac9b6b
 def kept_bytes(step, model: nn.Module) -> int:
-    "Bytes that a step puts aside for its backward pass, each piece of memory once, the weights left out."
+    "Bytes that a step keeps for its backward pass, without the weights; no memory counts twice."
     pieces, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
 
     def keep(t):
-        "Note what autograd puts aside."
         piece = t.untyped_storage()
         pieces[piece._cdata] = piece  # held, so that no other piece gets its address
         return t
@@ -64,17 +68,15 @@ def kept_bytes(step, model: nn.Module) -> int:
 # %% ../nbs/budget.ipynb #80ab862d
 def num_layers(cfg) -> int:
     "Transformer layers in all blocks of F, or of G with its denoising block."
-    return (
-        sum(getattr(cfg, "block_layers", ()))
-        or (cfg.num_blocks + getattr(cfg, "denoise", False)) * cfg.transformer.num_layers
-    )
+    if own := sum(getattr(cfg, "block_layers", ())):
+        return own
+    return (cfg.num_blocks + getattr(cfg, "denoise", False)) * cfg.transformer.num_layers
 
 
 def score_bytes(cfg) -> int:
     "Bytes of the attention scores of all layers for one image, 4 a value."
-    return (
-        4 * num_layers(cfg) * cfg.transformer.width // cfg.transformer.head_dim * cfg.num_tokens**2
-    )
+    heads = num_layers(cfg) * cfg.transformer.width // cfg.transformer.head_dim
+    return 4 * heads * cfg.num_tokens**2
 
 # %% ../nbs/budget.ipynb #d2606532
 @dataclass(frozen=True)
@@ -89,14 +91,11 @@ class StepCost:
 
 def step_cost(model: nn.Module, step, more_flops: int = 0) -> StepCost:
     "The cost of a model on meta; `more_flops`: what else a step computes for an image."
-    kept, scores = kept_bytes(lambda m: step(m, 2), model) // 2, score_bytes(model.cfg)
     passes = 2 if getattr(model.cfg, "max_guidance", 0) else 1
-    return StepCost(
-        num_parameters(model),
-        more_flops + count_flops(lambda: step(model).backward()),
-        kept - passes * scores,
-        passes * scores,
-    )
+    scores = passes * score_bytes(model.cfg)
+    kept = kept_bytes(lambda m: step(m, 2), model) // 2 - scores
+    flops = more_flops + count_flops(lambda: step(model).backward())
+    return StepCost(num_parameters(model), flops, kept, scores)
 
 # %% ../nbs/budget.ipynb #55659a8d
 def inverse_flops(cfg: TARFlowConfig, forward_flops: int) -> int:
@@ -104,27 +103,21 @@ def inverse_flops(cfg: TARFlowConfig, forward_flops: int) -> int:
     T, a = cfg.num_tokens, 4 * cfg.transformer.width * num_layers(cfg)
     return (forward_flops - a * T * T) * (T - 1) // T + a * T * (T - 1) // 2
 
-
+# %% ../nbs/budget.ipynb #7e30d2b4
 def pass_flops(forward: TARFlow, reverse: ReverseModel | None) -> dict:
-    "Row → FLOPs of one image by each method (models on meta), as `pipeline.METHODS` names them; the density is F's forward pass."
+    "Row of `pipeline.METHODS`, or density (F's forward pass) → FLOPs of one image. Models on meta."
     x, z, c = meta_batch(forward.cfg)
     found = {"density": count_flops(lambda: forward(x, c))}
     found["exact"] = inverse_flops(forward.cfg, found["density"])
     if forward.cfg.noise_std:
         found["exact+denoise"] = found["exact"] + count_flops(lambda: score_denoise(forward, x, c))
     if reverse is not None:
-        plain, scale = (
-            on_meta(ReverseModel, replace(reverse.cfg, max_guidance=0.0)),
-            torch.empty(1, 1, device="meta"),
-        )  # w is checked by value, and there is none
-        embed_w = [
-            m.scale_embed
-            for m in reverse.modules()
-            if isinstance(m, ReverseBlock) and m.scale_embed
-        ]
-        found["one-pass"] = count_flops(lambda: one_pass(plain, z, c)) + count_flops(
-            lambda: [embed(scale) for embed in embed_w]
-        )
+        # w is checked by value, and there is none: it is embedded apart
+        plain = on_meta(ReverseModel, replace(reverse.cfg, max_guidance=0.0))
+        w = torch.empty(1, 1, device="meta")
+        blocks = [m for m in reverse.modules() if isinstance(m, ReverseBlock) and m.scale_embed]
+        found["one-pass"] = count_flops(lambda: one_pass(plain, z, c))
+        found["one-pass"] += count_flops(lambda: [block.scale_embed(w) for block in blocks])
     return found
 
 # %% ../nbs/budget.ipynb #0bf28dd4
@@ -149,29 +142,19 @@ class Budgeted:
 
 def budget_of(preset: Preset) -> Budgeted:
     "The budget of a preset whose F is a TARFlow; seconds for the largest."
-    F = on_meta(
-        TARFlow, replace(preset.forward, logit_alpha=0.0)
-    )  # a logit looks at values, and there are none
-    G = preset.reverse and on_meta(ReverseModel, preset.reverse)
+    # a logit looks at values, and there are none
+    F = on_meta(TARFlow, replace(preset.forward, logit_alpha=0.0))
+    G = on_meta(ReverseModel, preset.reverse) if preset.reverse else None
     passes, params = pass_flops(F, G), num_parameters(on_meta(TARFlow, preset.forward))
-    return Budgeted(
-        replace(step_cost(F, flow_step), params=params),
-        G and step_cost(G, reverse_step, passes["density"]),
-        passes,
-        serial_steps(F),
-    )
+    forward = replace(step_cost(F, flow_step), params=params)
+    reverse = step_cost(G, reverse_step, passes["density"]) if G else None
+    return Budgeted(forward, reverse, passes, serial_steps(F))
 
 # %% ../nbs/budget.ipynb #beee8c05
 def against_published(preset: Preset, params: dict, within: float = 0.03) -> list:
-    "For each model with a published size: name, parameters, published, relative difference, and whether that is small enough."
-    known = PUBLISHED.get(preset.name, {})
-    return [
-        (
-            name,
-            params[name],
-            known[name],
-            params[name] / known[name] - 1,
-            abs(params[name] / known[name] - 1) <= within,
-        )
-        for name in known
-    ]
+    "Of each model with a published size: name, size, published, relative difference, if that fits."
+    found = []
+    for name, published in PUBLISHED.get(preset.name, {}).items():
+        difference = params[name] / published - 1
+        found.append((name, params[name], published, difference, abs(difference) <= within))
+    return found

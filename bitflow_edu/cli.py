@@ -2,41 +2,32 @@
 
 # %% ../nbs/19_command_line.ipynb #4a82c6a3
 from __future__ import annotations
-import contextlib, dataclasses, io, json, os, resource, shlex, sys, time
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import resource
+import shlex
+import sys
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Optional, Union
+from typing import Annotated
+
 import torch
+import tyro
+from tyro.conf import Fixed, Positional, Suppress, subcommand
+
 from . import ablations, bench, fid, pipeline, reproduce, speed, watching
-from .budget import StepCost, against_published, budget_of, images_per_hour, on_meta
-from bitflow_edu.config import (
-    Preset,
-    check_pair_preset,
-    find_preset,
-    inferred,
-    one_line,
-    read_fields,
-    read_preset,
-    split_fields,
-    with_strategy,
-    with_words,
-    write_preset,
-)
+from .config import Preset, check_pair_preset, find_preset, one_line, split_fields
 from .coupling import CouplingFlow
 from .data import BitflowError, check_labels, described, load_data
 from .evaluation import hardware, load_result, measurement, save_results
 from .inverse_strategies import check_pair
-from bitflow_edu.latents import (
-    DEFAULT_VAE,
-    CacheConfig,
-    cache_latents,
-    decode_all,
-    find_source,
-    load_decoder,
-    load_vae,
-    report as latents_report,
-)
+from .latents import DEFAULT_VAE, decode_all, load_decoder
 from .parallel import end, find_ranks, lost_contact, together
 from .plotting import image_grid
 from .report import draw_rows, sample_rows, write_report
@@ -45,295 +36,324 @@ from .tarflow import TARFlow, TARFlowConfig
 from .training import TrainConfig, load_model, newest_checkpoint, save_grid
 
 # %% auto #0
-__all__ = ['NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse', 'Train',
-           'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'Reproduce', 'CacheLatents', 'WatchRun',
+__all__ = ['IMAGES', 'NAMES', 'POSITIONAL', 'RUN', 'MEASURED', 'Common', 'Budget', 'Demo', 'TrainForward', 'TrainReverse',
+           'Train', 'Picture', 'Sample', 'Evaluate', 'Info', 'Bench', 'Ablate', 'Reproduce', 'CacheLatents', 'WatchRun',
            'command_type', 'read_words', 'with_changes', 'parse', 'option_words', 'command_line', 'main', 'ended',
            'load_any', 'describe_model', 'describe_training', 'show', 'describe_shape', 'describe_step',
            'describe_costs', 'describe_preset', 'check_writable', 'check_new_file', 'preset_of', 'list_fields',
            'run_info', 'refuse_existing', 'run_folder', 'said_once', 'with_options', 'with_patch_size', 'load_together',
-           'watch_of', 'run_train_forward', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of',
+           'watch_of', 'run_train_forward', 'say_where', 'check_fits', 'run_train_reverse', 'parse_labels', 'method_of',
            'check_sample', 'run_sample', 'load_pair', 'measure', 'training_lines', 'write_figures', 'Decoded',
-           'stream_rows', 'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'whole_numbers',
-           'measure_speed', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem', 'tables_asked', 'workers_for',
-           'ablation_preset', 'run_ablate', 'run_cache_latents', 'run_watch', 'run_guard', 'run_reproduce',
-           'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders', 'run_demo']
+           'stream_rows', 'reference_of', 'stream', 'save_picture', 'run_evaluate', 'bench_model', 'run_measurement',
+           'whole_numbers', 'measure_speed', 'measure_pair', 'parse_segments', 'run_bench', 'table_stem',
+           'tables_asked', 'workers_for', 'ablation_preset', 'run_ablate', 'save_table', 'run_cache_latents',
+           'run_watch', 'run_guard', 'run_reproduce', 'peak_memory_mb', 'train_pair', 'save_demo', 'check_folders',
+           'run_demo']
 
 # %% ../nbs/19_command_line.ipynb #8b46c1ca
 @dataclass(frozen=True)
 class Common:
     "Options of every command."
 
+    # Configuration: mnist-mini, mnist, fashion-mnist, cifar10, image-folder, imagenet64,
+    # imagenet256-b2, -l2 or -xl2, each with a twin -smoke; flows alone: mnist-nice, mnist-realnvp,
+    # mnist-glow, mnist-tarflow, mnist-glow-smoke. Any field of it can be given beside it,
+    # e.g. --forward.transformer.width 256: bitflow info --fields lists them.
     preset: str = "mnist-mini"
-    """Configuration: mnist-mini, mnist, fashion-mnist, cifar10, image-folder, imagenet64, imagenet256-b2, -l2 or -xl2, each with a twin -smoke; flows alone: mnist-nice, mnist-realnvp, mnist-glow, mnist-tarflow, mnist-glow-smoke. Any field of it can be given beside it, e.g. --forward.transformer.width 256: bitflow info --fields lists them."""
-    config: Optional[Path] = None
-    """YAML file with fields of a preset (bitflow info --yaml writes one); those that it leaves out are --preset's."""
-    changes: tuple[str, ...] = ()
-    """Fields that were given beside the preset, as typed."""
+    # YAML file with fields of a preset (bitflow info --yaml writes one); those that it leaves out
+    # are --preset's.
+    config: Path | None = None
+    # Fields that were given beside the preset, as typed.
+    changes: Suppress[Fixed[tuple[str, ...]]] = ()
+    # Where to compute: auto, cpu, cuda or mps.
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda or mps."""
+    # Seed of weights, data order and noise.
     seed: int = 0
-    """Seed of weights, data order and noise."""
-    data_root: Optional[Path] = None
-    """Folder of the datasets; default BITFLOW_DATA, else what comes with the package or is downloaded."""
+    # Folder of the datasets; default BITFLOW_DATA, else what comes with the package or is
+    # downloaded.
+    data_root: Path | None = None
 
 # %% ../nbs/19_command_line.ipynb #e2d9c5a3
 @dataclass(frozen=True)
 class Budget(Common):
     "Options of the commands that train."
 
-    seed: Optional[int] = None
-    """Seed of weights, data order and noise, instead of the preset's."""
-    steps: Optional[int] = None
-    """Optimiser steps (of each model), instead of the preset's."""
-    minutes: Optional[float] = None
-    """Minutes of training (of each model), instead of steps."""
+    # Seed of weights, data order and noise, instead of the preset's.
+    seed: int | None = None
+    # Optimiser steps (of each model), instead of the preset's.
+    steps: int | None = None
+    # Minutes of training (of each model), instead of steps.
+    minutes: float | None = None
+    # Go on with what is in the output folder.
     resume: bool = False
-    """Go on with what is in the output folder."""
 
 # %% ../nbs/19_command_line.ipynb #40a43d7d
 @dataclass(frozen=True)
 class Demo(Budget):
     "Train F and G on real digits, compare them, and write a report."
 
+    # Folder for the models and report.html.
     out: Path = Path("runs/demo")
-    """Folder for the models and report.html."""
+    # Folder for the figures, demo-<preset>.json.
     results: Path = Path("results")
-    """Folder for the figures, demo-<preset>.json."""
 
 # %% ../nbs/19_command_line.ipynb #221983f2
 @dataclass(frozen=True)
 class TrainForward(Budget):
     "Stage 1: train the flow F by maximum likelihood."
 
-    out: Optional[Path] = None
-    """Folder for the run; default runs/<preset>-forward."""
-    batch_size: Optional[int] = None
-    """Images a step."""
-    lr: Optional[float] = None
-    """Peak learning rate."""
+    # Folder for the run; default runs/<preset>-forward.
+    out: Path | None = None
+    # Images a step.
+    batch_size: int | None = None
+    # Peak learning rate.
+    lr: float | None = None
+    # Under torchrun: each process holds a copy of the model (none) or a share of it (full).
     sharding: str = "none"
-    """Under torchrun: each process holds a copy of the model (none) or a share of it (full)."""
+    # Look for known failures in samples and metrics (alarms.jsonl), and write curves for
+    # TensorBoard.
     watch: bool = False
-    """Look for known failures in samples and metrics (alarms.jsonl), and write curves for TensorBoard."""
-    patch_size: Optional[int] = None
-    """Pixels a side of a token; must divide the image size."""
+    # Pixels a side of a token; must divide the image size.
+    patch_size: int | None = None
 
 # %% ../nbs/19_command_line.ipynb #481de060
 @dataclass(frozen=True)
 class TrainReverse(Budget):
     "Stage 2: train the one-pass inverse G against a frozen F."
 
-    forward: Optional[Path] = None
-    """Run or checkpoint of F; default runs/<preset>-forward."""
-    out: Optional[Path] = None
-    """Folder for the run; default runs/<preset>-reverse."""
-    batch_size: Optional[int] = None
-    """Images a step."""
-    lr: Optional[float] = None
-    """Peak learning rate."""
+    # Run or checkpoint of F; default runs/<preset>-forward.
+    forward: Path | None = None
+    # Folder for the run; default runs/<preset>-reverse.
+    out: Path | None = None
+    # Images a step.
+    batch_size: int | None = None
+    # Peak learning rate.
+    lr: float | None = None
+    # Under torchrun: each process holds a copy of the model (none) or a share of it (full).
     sharding: str = "none"
-    """Under torchrun: each process holds a copy of the model (none) or a share of it (full)."""
+    # Look for known failures in samples and metrics (alarms.jsonl), and write curves for
+    # TensorBoard.
     watch: bool = False
-    """Look for known failures in samples and metrics (alarms.jsonl), and write curves for TensorBoard."""
-    strategy: Optional[str] = None
-    """How G learns: naive, hidden-distillation or hidden-alignment; default the preset's."""
+    # How G learns: naive, hidden-distillation or hidden-alignment; default the preset's.
+    strategy: str | None = None
 
 # %% ../nbs/19_command_line.ipynb #0b3e0a85
 @dataclass(frozen=True)
 class Train:
     "Train one of the two models."
 
-    stage: Union[TrainForward, TrainReverse]
+    stage: (
+        Annotated[TrainForward, subcommand("forward")]
+        | Annotated[TrainReverse, subcommand("reverse")]
+    )
 
 # %% ../nbs/19_command_line.ipynb #42b84653
+# torchrun takes --n for a short form of its own options
+IMAGES = tyro.conf.arg(aliases=("--images",))
+
+
 @dataclass(frozen=True)
 class Picture:
     "Options of a command that draws images into a file."
 
+    # Run or checkpoint of F or of G.
     checkpoint: Path
-    """Run or checkpoint of F or of G."""
+    # Picture to write; an existing file is not overwritten.
     out: Path = Path("samples.png")
-    """Picture to write; an existing file is not overwritten."""
-    n: int = 100
-    """Images to draw."""
+    # Images to draw.
+    n: Annotated[int, IMAGES] = 100
 
 # %% ../nbs/19_command_line.ipynb #5fbf19c2
 @dataclass(frozen=True)
 class Sample(Picture):
     "Draw images from a trained F (exactly, token by token) or G (in one pass)."
 
-    labels: Optional[str] = None
-    """Classes to draw, e.g. 3 or 0,1,7; default all in turn; -1 for none in particular."""
+    # Classes to draw, e.g. 3 or 0,1,7; default all in turn; -1 for none in particular.
+    labels: str | None = None
+    # Remove the noise with F's score (F only; G denoises by itself).
     denoise: bool = False
-    """Remove the noise with F's score (F only; G denoises by itself)."""
+    # Scale of the noise; below 1: safer and less varied.
     temperature: float = 1.0
-    """Scale of the noise; below 1: safer and less varied."""
+    # Guidance scale: towards the label, at the price of variety; a G without w as an input takes
+    # two passes.
     w: float = 0.0
-    """Guidance scale: towards the label, at the price of variety; a G without w as an input takes two passes."""
+    # Images a row.
     columns: int = 10
-    """Images a row."""
-    vae: Optional[str] = None
-    """Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder; without it latents are shown as they are."""
+    # Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder;
+    # without it latents are shown as they are.
+    vae: str | None = None
+    # Where to compute: auto, cpu, cuda or mps.
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda or mps."""
+    # Seed of the noise.
     seed: int = 0
-    """Seed of the noise."""
 
 # %% ../nbs/19_command_line.ipynb #3ff029fc
 @dataclass(frozen=True)
 class Evaluate(Common):
     "Measure a trained F, or a pair, and write a results file."
 
-    forward: Optional[Path] = None
-    """Run or checkpoint of F; default runs/<preset>-forward."""
-    reverse: Optional[Path] = None
-    """Run or checkpoint of G; leave out to measure F alone."""
-    n: Optional[int] = None
-    """Samples of each method; default the preset's."""
+    # Run or checkpoint of F; default runs/<preset>-forward.
+    forward: Path | None = None
+    # Run or checkpoint of G; leave out to measure F alone.
+    reverse: Path | None = None
+    # Samples of each method; default the preset's.
+    n: Annotated[int | None, IMAGES] = None
+    # Guidance scales to measure G at, besides 0, e.g. --w 0.25 0.5 1; a G without w as an input
+    # takes two passes.
     w: tuple[float, ...] = ()
-    """Guidance scales to measure G at, besides 0, e.g. --w 0.25 0.5 1; a G without w as an input takes two passes."""
-    features: Optional[str] = None
-    """mnist-cnn, effnet-lite0 or inception (FID): figures of all samples in a stream, over all processes, resumable; default for digits: FD[mnist-cnn] and label accuracy in memory, for other images inception."""
-    weights: Optional[Path] = None
-    """File with Inception's weights, where they cannot be downloaded."""
-    reference: Optional[Path] = None
-    """Statistics of real images (.npz with mu and sigma); default: computed from the test images."""
+    # mnist-cnn, effnet-lite0 or inception (FID): figures of all samples in a stream, over all
+    # processes, resumable; default for digits: FD[mnist-cnn] and label accuracy in memory, for
+    # other images inception.
+    features: str | None = None
+    # File with Inception's weights, where they cannot be downloaded.
+    weights: Path | None = None
+    # Statistics of real images (.npz with mu and sigma); default: computed from the test images.
+    reference: Path | None = None
+    # Methods to measure in a stream: exact, exact+denoise, one-pass; default all, and real training
+    # images for the floor.
     rows: tuple[str, ...] = ()
-    """Methods to measure in a stream: exact, exact+denoise, one-pass; default all, and real training images for the floor."""
-    vae: Optional[str] = None
-    """Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder."""
+    # Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder.
+    vae: str | None = None
+    # Images at a time, in a stream.
     batch_size: int = 128
-    """Images at a time, in a stream."""
-    work: Optional[Path] = None
-    """Folder for what a stream has done so far; default runs/evaluate-<preset>."""
+    # Folder for what a stream has done so far; default runs/evaluate-<preset>.
+    work: Path | None = None
+    # Go on with what is in that folder.
     resume: bool = False
-    """Go on with what is in that folder."""
+    # Measure speed as well.
     timing: bool = True
-    """Measure speed as well."""
-    out: Optional[Path] = None
-    """Results file to write, and beside it a picture of the first samples; default results/evaluate-<preset>.json."""
+    # Results file to write, and beside it a picture of the first samples; default
+    # results/evaluate-<preset>.json.
+    out: Path | None = None
 
 # %% ../nbs/19_command_line.ipynb #9693ed44
 @dataclass(frozen=True)
 class Info(Common):
     "Say what a preset, or a checkpoint, consists of."
 
-    checkpoint: Optional[Path] = None
-    """Run or checkpoint to describe instead of a preset."""
-    yaml: Optional[Path] = None
-    """Write the whole preset to this new file, to edit and give back with --config."""
+    # Run or checkpoint to describe instead of a preset.
+    checkpoint: Path | None = None
+    # Write the whole preset to this new file, to edit and give back with --config.
+    yaml: Path | None = None
+    # List every field of the preset: its option, type, help and value.
     fields: bool = False
-    """List every field of the preset: its option, type, help and value."""
+    # Peak of the GPU that hours are reckoned for, in TFLOP/s; 989: H100, bfloat16 (A100: 312).
     peak_tflops: float = 989.0
-    """Peak of the GPU that hours are reckoned for, in TFLOP/s; 989: H100, bfloat16 (A100: 312)."""
+    # Share of that peak which is assumed to be reached.
     mfu: float = 0.35
-    """Share of that peak which is assumed to be reached."""
 
 # %% ../nbs/19_command_line.ipynb #2f00d807
 @dataclass(frozen=True)
 class Bench:
     "Measure the exact inverse, or a training step, against plain implementations in the same run."
 
+    # inverse, training, pair (one pass of G against the ways back of F), speed (the same for any
+    # shape and batch, with decoders, MFU and roofline; chapter 16) or tokens (time and memory
+    # against the number of tokens, 49 to 1,024).
     what: str = "inverse"
-    """inverse, training, pair (one pass of G against the ways back of F), speed (the same for any shape and batch, with decoders, MFU and roofline; chapter 16) or tokens (time and memory against the number of tokens, 49 to 1,024)."""
+    # Shape with random weights: mnist, 64-tokens, 256-tokens, or a preset's; for pair a preset's.
     geometry: str = "mnist"
-    """Shape with random weights: mnist, 64-tokens, 256-tokens, or a preset's; for pair a preset's."""
+    # For speed: images at once, e.g. 1,16; default 1,16 on a CPU and 1,16,64,256 on a GPU.
     batches: str = ""
-    """For speed: images at once, e.g. 1,16; default 1,16 on a CPU and 1,16,64,256 on a GPU."""
+    # For speed: fp32, bf16, or auto (bf16 on a GPU).
     precision: str = "auto"
-    """For speed: fp32, bf16, or auto (bf16 on a GPU)."""
-    checkpoint: Optional[Path] = None
-    """Run or checkpoint of F to measure instead."""
+    # Run or checkpoint of F to measure instead.
+    checkpoint: Path | None = None
+    # Segments of Gauss-Seidel-Jacobi: one number, or one for each block, e.g. 1,1,1,48.
     segments: str = "2"
-    """Segments of Gauss-Seidel-Jacobi: one number, or one for each block, e.g. 1,1,1,48."""
+    # Measure what a C++ compiler makes, too: the native inverse and the compiled walk, or for
+    # training both losses compiled.
     compiled: bool = False
-    """Measure what a C++ compiler makes, too: the native inverse and the compiled walk, or for training both losses compiled."""
+    # Where to compute: auto, cpu, cuda or mps.
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda or mps."""
-    out: Optional[Path] = None
-    """Results file to write; default results/bench-<what>-<geometry>.json."""
+    # Results file to write; default results/bench-<what>-<geometry>.json.
+    out: Path | None = None
 
 # %% ../nbs/19_command_line.ipynb #8a0ced83
 @dataclass(frozen=True)
 class Ablate(Common):
     "Train and measure the rows of a table, beside the paper's figures: bitflow ablate NAME."
 
-    table: str = "all"
-    """strategies, regimes, depth, denoising, norm-control, distances, guidance, scaling, or all."""
+    # strategies, regimes, depth, denoising, norm-control, distances, guidance, scaling, or all.
+    table: Positional[str] = "all"
+    # How many seeds of G and of its noise, from --seed on; all share one F.
     seeds: int = 2
-    """How many seeds of G and of its noise, from --seed on; all share one F."""
-    steps: Optional[int] = None
-    """Optimiser steps of every G, instead of the preset's."""
-    workers: Optional[int] = None
-    """Trainings at a time; default one for each core, as memory allows."""
+    # Optimiser steps of every G, instead of the preset's.
+    steps: int | None = None
+    # Trainings at a time; default one for each core, as memory allows.
+    workers: int | None = None
+    # Folder of the trainings; those that are there are not repeated.
     out: Path = Path("runs/ablate")
-    """Folder of the trainings; those that are there are not repeated."""
+    # Folder for ablate-<table>-<preset>.json and .png.
     results: Path = Path("results")
-    """Folder for ablate-<table>-<preset>.json and .png."""
+    # Go on where it stopped, and write tables anew.
     resume: bool = False
-    """Go on where it stopped, and write tables anew."""
 
 # %% ../nbs/19_command_line.ipynb #cc992948
 @dataclass(frozen=True)
 class Reproduce:
-    "Run the experiments behind the project's tables, skip those whose result stands, and write the page of all figures."
+    """Run the experiments behind the project's tables, skip those whose result stands, and write
+    the page of all figures."""
 
-    names: tuple[str, ...] = ()
-    """Experiments, e.g. mnist-full cifar10-main; none: only write the page anew."""
+    # Experiments, e.g. mnist-full cifar10-main; none: only write the page anew.
+    names: Positional[tuple[str, ...]] = ()
+    # Size: gpu (as it should be done), cpu (an hour or two a model) or smoke (seconds).
     budget: str = "cpu"
-    """Size: gpu (as it should be done), cpu (an hour or two a model) or smoke (seconds)."""
+    # Folder of the trainings; those that are there go on.
     out: Path = Path("runs/reproduce")
-    """Folder of the trainings; those that are there go on."""
+    # Folder of the figures, of index.json and of the page.
     results: Path = Path("results")
-    """Folder of the figures, of index.json and of the page."""
+    # Where to compute: auto, cpu, cuda or mps.
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda or mps."""
-    data_root: Optional[Path] = None
-    """Folder of the datasets."""
+    # Folder of the datasets.
+    data_root: Path | None = None
+    # Train mnist-mini briefly, and compare with the stored figures; exit code 2 where they differ.
     check: bool = False
-    """Train mnist-mini briefly, and compare with the stored figures; exit code 2 where they differ."""
+    # With check: measure those figures anew, with five seeds, and store them.
     record: bool = False
-    """With check: measure those figures anew, with five seeds, and store them."""
 
 # %% ../nbs/19_command_line.ipynb #308cf603
 @dataclass(frozen=True)
 class CacheLatents:
-    "Encode images into shards of latents, once, for the presets imagenet256-*; goes on where it stopped."
+    """Encode images into shards of latents, once, for the presets imagenet256-*; goes on where it
+    stopped."""
 
+    # Image folder (with <split>/<class>/<image>), or tar shards on disk or object storage:
+    # s3://bucket/train-{000..127}.tar.
     source: str
-    """Image folder (with <split>/<class>/<image>), or tar shards on disk or object storage: s3://bucket/train-{000..127}.tar."""
+    # Folder of the latents; this split goes to <out>/<split>. Give it to the trainings
+    # as --data-root.
     out: Path
-    """Folder of the latents; this split goes to <out>/<split>. Give it to the trainings as --data-root."""
+    # Folder of the source below its root: train, val or test; val is written as test.
     split: str = "train"
-    """Folder of the source below its root: train, val or test; val is written as test."""
+    # AutoencoderKL: a name on the Hugging Face hub, or a folder.
     vae: str = DEFAULT_VAE
-    """AutoencoderKL: a name on the Hugging Face hub, or a folder."""
+    # Pixels a side of the squares that are encoded.
     image_size: int = 256
-    """Pixels a side of the squares that are encoded."""
+    # Images encoded at once.
     batch_size: int = 32
-    """Images encoded at once."""
+    # Of the encoder: fp32 or bf16.
     precision: str = "fp32"
-    """Of the encoder: fp32 or bf16."""
+    # Images a shard, from a folder.
     per_shard: int = 2048
-    """Images a shard, from a folder."""
+    # Classes in tar shards.
     num_classes: int = 1000
-    """Classes in tar shards."""
+    # Unreadable images that are skipped, and named, before it stops.
     max_corrupt: int = 100
-    """Unreadable images that are skipped, and named, before it stops."""
+    # Threads that read and decode images.
     workers: int = 4
-    """Threads that read and decode images."""
+    # Where to compute: auto, cpu, cuda or mps.
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda or mps."""
 
 # %% ../nbs/19_command_line.ipynb #f30b7c2a
 @dataclass(frozen=True)
 class WatchRun:
     "Say how a run is going: last metrics, throughput, time left, alarms."
 
-    run: Path
-    """Folder of a run, going on or finished."""
-    tensorboard: Optional[Path] = None
-    """Mirror its metrics, samples and alarms into this folder, for tensorboard --logdir."""
+    # Folder of a run, going on or finished.
+    run: Positional[Path]
+    # Mirror its metrics, samples and alarms into this folder, for tensorboard --logdir.
+    tensorboard: Path | None = None
 
 # %% ../nbs/19_command_line.ipynb #debbc86d
 NAMES = {
@@ -349,116 +369,71 @@ NAMES = {
     WatchRun: "watch",
     Info: "info",
 }
-POSITIONAL = {
-    Ablate: "table",
-    WatchRun: "run",
-    Reproduce: "names",
-}  # options that are typed as a bare word
+# options that are typed as a bare word
+POSITIONAL = {Ablate: "table", WatchRun: "run", Reproduce: "names"}
 
 # %% ../nbs/19_command_line.ipynb #9c943ba7
 def command_type():
     "All commands as one type, which tyro turns into a parser."
-    import tyro
-
-    sub = tyro.conf.subcommand
-    Ablate.__annotations__["table"], WatchRun.__annotations__["run"] = (
-        tyro.conf.Positional[str],
-        tyro.conf.Positional[Path],
-    )
-    Reproduce.__annotations__["names"] = tyro.conf.Positional[tuple[str, ...]]
-    images = tyro.conf.arg(
-        aliases=("--images",)
-    )  # torchrun takes --n for a short form of its own options
-    Picture.__annotations__["n"], Evaluate.__annotations__["n"] = (
-        Annotated[int, images],
-        Annotated[Optional[int], images],
-    )
-    Common.__annotations__["changes"] = tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]]
-    stage = Union[Annotated[TrainForward, sub("forward")], Annotated[TrainReverse, sub("reverse")]]
-    train = dataclasses.make_dataclass(
-        "Train", [("stage", stage)], bases=(), namespace={"__doc__": Train.__doc__}
-    )
-    return Union[
-        Annotated[Demo, sub("demo")],
-        Annotated[train, sub("train")],
-        Annotated[Sample, sub("sample")],
-        Annotated[Evaluate, sub("evaluate")],
-        Annotated[Ablate, sub("ablate")],
-        Annotated[Bench, sub("bench")],
-        Annotated[Reproduce, sub("reproduce")],
-        Annotated[CacheLatents, sub("cache-latents")],
-        Annotated[WatchRun, sub("watch")],
-        Annotated[Info, sub("info")],
-    ]
+    commands = Annotated[Demo, subcommand("demo")] | Annotated[Train, subcommand("train")]
+    for command, name in NAMES.items():
+        if command not in (Demo, TrainForward, TrainReverse):
+            commands |= Annotated[command, subcommand(name)]
+    return commands
 
 # %% ../nbs/19_command_line.ipynb #ac54ed07
 def read_words(argv: list[str]):
-    "What tyro makes of the words: a command's dataclass. Raises `SystemExit`: 0 after --help, else with a box on stderr."
-    import tyro
-
-    options = (
-        tyro.conf.OmitArgPrefixes,
-        tyro.conf.OmitSubcommandPrefixes,
-        tyro.conf.FlagCreatePairsOff,
-    )
-    command = tyro.cli(
-        command_type(),
-        args=argv,
-        prog="bitflow",
-        config=options,
-        description="Bidirectional normalizing flows.",
-    )
+    "What tyro makes of the words: a command's dataclass. Raises `SystemExit`; 0 after --help."
+    conf, about = tyro.conf, "Bidirectional normalizing flows."
+    options = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.FlagCreatePairsOff)
+    command = tyro.cli(command_type(), args=argv, prog="bitflow", config=options, description=about)
     return getattr(command, "stage", command)
 
 # %% ../nbs/19_command_line.ipynb #57768304
 def with_changes(command, given: dict):
-    "A command with the fields that were given beside its preset."
+    "A command with the fields that were given beside its preset: dotted name → words."
     if not given:
         return command
+    flags = {f"--{name.replace('_', '-')}": words for name, words in given.items()}
     if not isinstance(command, Common):
         raise BitflowError(
-            f"--{next(iter(given)).replace('_', '-')}: bitflow {NAMES[type(command)]} reads no preset whose fields could be changed; leave the option out"
+            f"{next(iter(flags))}: bitflow {NAMES[type(command)]} reads no preset "
+            "whose fields could be changed; leave the option out"
         )
-    return replace(
-        command,
-        changes=tuple(
-            word
-            for name, words in given.items()
-            for word in (f"--{name.replace('_', '-')}", *words)
-        ),
-    )
+    changes = [word for flag, words in flags.items() for word in (flag, *words)]
+    return replace(command, changes=tuple(changes))
 
 # %% ../nbs/19_command_line.ipynb #5cb8fc35
 def parse(argv: list[str]):
     "Turn words into a command's dataclass. Raises `BitflowError` where they make no sense."
-    said, (rest, given) = io.StringIO(), split_fields(argv)
+    rest, given = split_fields(argv)
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return with_changes(read_words(rest), given)
     except SystemExit as e:
         if not e.code:
             raise
-        words = " ".join(w for w in rest[:2] if w in " ".join(NAMES.values()).split())
-        raise BitflowError(
-            f"{one_line(said.getvalue()) or 'no such command'}; see bitflow {words + ' ' if words else ''}--help"
-        ) from None
+        known = " ".join(NAMES.values()).split()
+        help_words = " ".join(["bitflow", *(w for w in rest[:2] if w in known), "--help"])
+        problem = one_line(said.getvalue()) or "no such command"
+        raise BitflowError(f"{problem}; see {help_words}") from None
 
 # %% ../nbs/19_command_line.ipynb #e418f5ff
 def option_words(name: str, value) -> list[str]:
-    "One option as it would be typed: `--resume`, `--no-timing`, `--out runs/f`; of an absolute path only the last name."
+    "One option as it would be typed: `--resume`, `--no-timing`, `--out runs/f`."
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     if isinstance(value, tuple):
         return [f"--{flag}", *map(str, value)]
-    return [
-        f"--{flag}",
-        value.name if isinstance(value, Path) and value.is_absolute() else str(value),
-    ]
+    if isinstance(value, Path) and value.is_absolute():
+        value = value.name  # the folders above mean nothing on another machine
+    return [f"--{flag}", str(value)]
 
 # %% ../nbs/19_command_line.ipynb #49ed3917
 def command_line(args) -> str:
-    "The command, one of `NAMES`, as a user would type it, for the results file: every option that is not at its default."
+    "A command as a user would type it, for the results file: every option not at its default."
     words, changes = [], ()
     for f in dataclasses.fields(args):
         value = getattr(args, f.name)
@@ -471,11 +446,13 @@ def command_line(args) -> str:
     return shlex.join(["bitflow", *NAMES[type(args)].split(), *words, *changes])
 
 # %% ../nbs/19_command_line.ipynb #1b198e6f
-RUN = {}  # a command's dataclass → the function that carries it out; each command below adds itself
+RUN = {}  # a command's dataclass → the function that carries it out; each command adds itself
 
 
 def main(argv: list[str] | None = None) -> int:
-    "The `bitflow` command. Exit code 0: done, 2: a mistake in what was asked, 3: another process was lost, 130: interrupted."
+    """The `bitflow` command; gives its exit code.
+
+    0: done, 2: a mistake in what was asked, 3: another process was lost, 130: interrupted."""
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         RUN[type(command)](command)
@@ -510,16 +487,15 @@ def load_any(folder: Path, device: str):
 # %% ../nbs/19_command_line.ipynb #542be3a9
 def describe_model(model):
     "Print a model's kind, size and shape."
+    cfg, size = model.cfg, f"{pipeline.num_parameters(model):,} parameters"
     if isinstance(model, CouplingFlow):
-        return print(
-            f"CouplingFlow {pipeline.num_parameters(model):,} parameters: {model.cfg.kind}, {model.cfg.levels} levels of {model.cfg.steps} steps, width {model.cfg.width}"
-        )
-    t = model.cfg.transformer
-    extra = " + 1 denoising" if getattr(model.cfg, "denoise", False) else ""
-    print(
-        f"{type(model).__name__:8s} {pipeline.num_parameters(model):,} parameters: {model.cfg.num_blocks}{extra} blocks of {t.num_layers} layers, "
-        f"width {t.width}, {model.cfg.num_tokens} tokens of {model.cfg.token_dim} values"
-    )
+        shape = f"{cfg.levels} levels of {cfg.steps} steps, width {cfg.width}"
+        print(f"CouplingFlow {size}: {cfg.kind}, {shape}")
+        return
+    t, extra = cfg.transformer, " + 1 denoising" if getattr(cfg, "denoise", False) else ""
+    blocks = f"{cfg.num_blocks}{extra} blocks of {t.num_layers} layers, width {t.width}"
+    tokens = f"{cfg.num_tokens} tokens of {cfg.token_dim} values"
+    print(f"{type(model).__name__:8s} {size}: {blocks}, {tokens}")
 
 # %% ../nbs/19_command_line.ipynb #f0e6b959
 def describe_training(model, cfg: TrainConfig):
@@ -528,14 +504,16 @@ def describe_training(model, cfg: TrainConfig):
     budget = f"{cfg.steps} steps" if cfg.steps else f"{cfg.minutes} minutes"
     print(f"         trained for {budget} of {cfg.batch_size} images, learning rate {cfg.lr}")
 
+# %% ../nbs/19_command_line.ipynb #e1dc86c5
+from .budget import StepCost, against_published, budget_of, images_per_hour, on_meta
+from .config import inferred, read_fields, read_preset, with_words, write_preset
+
 # %% ../nbs/19_command_line.ipynb #10c418bc
 def show(measurements: list):
     "Print measurements, a line each."
     for m in measurements:
-        print(
-            f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}"
-            + (f" batch {m['batch']}" if m["batch"] else "")
-        )
+        batch = f" batch {m['batch']}" if m["batch"] else ""
+        print(f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}{batch}")
 
 # %% ../nbs/19_command_line.ipynb #7ba37d77
 def describe_shape(kind: type, cfg, train: TrainConfig):
@@ -545,62 +523,53 @@ def describe_shape(kind: type, cfg, train: TrainConfig):
 
 def describe_step(name: str, cost: StepCost, train: TrainConfig, args: Info):
     "Print what training a model costs: an image, a step, a GPU-hour."
-    batch, gb = train.batch_size, 1e9
-    rate = images_per_hour(cost.flops, args.peak_tflops, args.mfu)
+    batch, rate = train.batch_size, images_per_hour(cost.flops, args.peak_tflops, args.mfu)
+    step, kept, scores = (batch * part for part in (cost.flops, cost.kept, cost.scores))
     print(
-        f"train {name}  {cost.flops / 1e9:.4g} GFLOP an image, {batch * cost.flops / 1e12:.4g} TFLOP a step of {batch}; activations of that step {batch * cost.kept / gb:.3g} GB in float32 "
-        f"(+ {batch * cost.scores / gb:.3g} GB attention scores without a fused kernel)"
+        f"train {name}  {cost.flops / 1e9:.4g} GFLOP an image, "
+        f"{step / 1e12:.4g} TFLOP a step of {batch}; "
+        f"activations of that step {kept / 1e9:.3g} GB in float32 "
+        f"(+ {scores / 1e9:.3g} GB attention scores without a fused kernel)"
     )
-    hours = (
-        f"; {train.steps} steps: {train.steps * batch / rate:,.4g} GPU-hours" if train.steps else ""
-    )
-    print(
-        f"         {rate:,.3g} images a GPU-hour, assuming {args.peak_tflops:g} TFLOP/s at {args.mfu:.0%} utilisation{hours}"
-    )
+    peak = f"{args.peak_tflops:g} TFLOP/s at {args.mfu:.0%} utilisation"
+    hours = ""
+    if train.steps:
+        hours = f"; {train.steps} steps: {train.steps * batch / rate:,.4g} GPU-hours"
+    print(f"         {rate:,.3g} images a GPU-hour, assuming {peak}{hours}")
 
 # %% ../nbs/19_command_line.ipynb #7488ac7e
 def describe_costs(preset: Preset, args: Info):
-    "Print a preset's training steps, the arithmetic of every method, and what was published about its size."
+    "Print a preset's training steps, every method's arithmetic, and the sizes published for it."
     cost = budget_of(preset)
-    for name, part, train in (
-        ("F", cost.forward, preset.train_forward),
-        ("G", cost.reverse, preset.train_reverse),
-    ):
-        if part is not None:
-            describe_step(name, part, train, args)
+    describe_step("F", cost.forward, preset.train_forward, args)
+    if cost.reverse is not None:
+        describe_step("G", cost.reverse, preset.train_reverse, args)
     for row, flops in cost.passes.items():
-        waits = row.startswith(
-            "exact"
-        )  # token by token, no GPU is used that well: its hours cannot be reckoned so
-        more = (
-            f"{cost.serial} serial steps"
-            if waits
-            else f"{images_per_hour(flops, args.peak_tflops, args.mfu):,.3g} images a GPU-hour, on the same assumption"
-        )
+        if row.startswith("exact"):  # token by token no GPU is used that well: no hours
+            more = f"{cost.serial} serial steps"
+        else:
+            rate = images_per_hour(flops, args.peak_tflops, args.mfu)
+            more = f"{rate:,.3g} images a GPU-hour, on the same assumption"
         print(f"{row:14s} {flops / 1e6:12,.1f} MFLOP an image, {more}")
-    for name, own, published, difference, right in against_published(
-        preset, {"F": cost.forward.params, "G": cost.reverse and cost.reverse.params}
-    ):
-        print(
-            f"published {name}: {published / 1e6:.0f}M parameters; here {own / 1e6:.1f}M, {difference:+.1%}: {'within' if right else 'NOT within'} 3 %"
-        )
+    sizes = {"F": cost.forward.params, "G": cost.reverse and cost.reverse.params}
+    for name, own, published, difference, right in against_published(preset, sizes):
+        verdict = f"{difference:+.1%}: {'within' if right else 'NOT within'} 3 %"
+        published, own = f"{published / 1e6:.0f}M parameters", f"{own / 1e6:.1f}M"
+        print(f"published {name}: {published}; here {own}, {verdict}")
 
 # %% ../nbs/19_command_line.ipynb #ebff0936
 def describe_preset(preset: Preset, args: Info):
     "Print a preset's data, models, budgets and costs, and what of it stands in no source."
     d, f = preset.data, preset.forward
-    print(
-        f"preset   {preset.name}: {d.name}, {d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes"
-    )
+    images = f"{d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes"
+    print(f"preset   {preset.name}: {d.name}, {images}")
     if not isinstance(f, TARFlowConfig):
         forward = pipeline.build(pipeline.FLOWS[type(f)], f, 0)
         describe_training(forward, preset.train_forward)
-        return show(
-            [m for m in pipeline.flow_cost(forward, 0, timing=False) if m["unit"] == "FLOP"]
-        )
-    print(
-        f"tokens   {f.num_tokens} of {f.token_dim} values, patches of {f.patch_size}x{f.patch_size}"
-    )
+        costs = pipeline.flow_cost(forward, 0, timing=False)
+        return show([m for m in costs if m["unit"] == "FLOP"])
+    patches = f"patches of {f.patch_size}x{f.patch_size}"
+    print(f"tokens   {f.num_tokens} of {f.token_dim} values, {patches}")
     describe_shape(TARFlow, f, preset.train_forward)
     if preset.reverse is not None:
         describe_shape(ReverseModel, preset.reverse, preset.train_reverse)
@@ -611,10 +580,12 @@ def describe_preset(preset: Preset, args: Info):
 # %% ../nbs/19_command_line.ipynb #1f75b9e9
 def check_writable(folder: Path):
     "Refuse a folder that cannot be written to, before any work is done."
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    folders = (folder.absolute(), *folder.absolute().parents)
+    existing = next(p for p in folders if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise BitflowError(
-            f"cannot write to {folder}: {existing} is not a folder that can be written to; name another one"
+            f"cannot write to {folder}: {existing} is not a folder that can be written to; "
+            "name another one"
         )
 
 # %% ../nbs/19_command_line.ipynb #4434ba05
@@ -626,9 +597,10 @@ def check_new_file(path: Path, option: str = "--out"):
 
 # %% ../nbs/19_command_line.ipynb #a11b979d
 def preset_of(args: Common) -> Preset:
-    "The preset that was asked for: by name, changed by a YAML file, changed by fields on the command line."
+    "The preset asked for: by name, changed by a YAML file, changed by fields beside it."
     preset = find_preset(args.preset)
-    preset = read_preset(args.config, preset) if args.config else preset
+    if args.config:
+        preset = read_preset(args.config, preset)
     return with_words(preset, split_fields(args.changes)[1])
 
 
@@ -643,19 +615,17 @@ def run_info(args: Info):
     if args.checkpoint:
         return describe_model(load_any(args.checkpoint, "cpu"))
     if not 0 < args.peak_tflops < float("inf") or not 0 < args.mfu <= 1:
-        raise BitflowError(
-            f"--peak-tflops {args.peak_tflops:g} must be positive and --mfu {args.mfu:g} lie in (0, 1]"
-        )
-    preset = preset_of(args)
-    if args.yaml:
-        check_new_file(args.yaml, "--yaml")
-        write_preset(preset, args.yaml)
-        return print(
-            f"preset {preset.name} is in {args.yaml}; edit it and give it back with --config {args.yaml}"
-        )
-    if args.fields:
-        return list_fields(preset)
-    describe_preset(preset, args)
+        peak, mfu = f"--peak-tflops {args.peak_tflops:g}", f"--mfu {args.mfu:g}"
+        raise BitflowError(f"{peak} must be positive and {mfu} lie in (0, 1]")
+    preset, path = preset_of(args), args.yaml
+    if path:
+        check_new_file(path, "--yaml")
+        write_preset(preset, path)
+        print(f"preset {preset.name} is in {path}; edit it and give it back with --config {path}")
+    elif args.fields:
+        list_fields(preset)
+    else:
+        describe_preset(preset, args)
 
 
 RUN[Info] = run_info
@@ -666,9 +636,8 @@ def refuse_existing(folder: Path, resume: bool):
     if folder.exists() and not folder.is_dir():
         raise BitflowError(f"{folder} is a file; name a folder with --out")
     if folder.exists() and any(folder.iterdir()) and not resume:
-        raise BitflowError(
-            f"{folder} exists already; go on with --resume, or name another folder with --out"
-        )
+        ways_on = "go on with --resume, or name another folder with --out"
+        raise BitflowError(f"{folder} exists already; {ways_on}")
     check_writable(folder)
 
 # %% ../nbs/19_command_line.ipynb #a1d81ae3
@@ -679,15 +648,12 @@ def run_folder(given: Path | None, preset: Preset, stage: str) -> Path:
 # %% ../nbs/19_command_line.ipynb #0a73f421
 def said_once(args: Budget, stage: str):
     "Refuse an option and a field that say the same thing twice."
+    fields = split_fields(args.changes)[1]
     for name in ("steps", "minutes", "batch_size", "lr", "seed"):
-        if (
-            getattr(args, name, None) is not None
-            and f"train_{stage}.{name}" in split_fields(args.changes)[1]
-        ):
-            flag = name.replace("_", "-")
-            raise BitflowError(
-                f"--{flag} {getattr(args, name)} and --train-{stage}.{flag} say it twice; give one of them"
-            )
+        value, flag = getattr(args, name, None), name.replace("_", "-")
+        if value is not None and f"train_{stage}.{name}" in fields:
+            twice = f"--{flag} {value} and --train-{stage}.{flag} say it twice"
+            raise BitflowError(f"{twice}; give one of them")
 
 # %% ../nbs/19_command_line.ipynb #67c0310f
 def with_options(preset: Preset, args: Budget, stage: str) -> Preset:
@@ -696,9 +662,8 @@ def with_options(preset: Preset, args: Budget, stage: str) -> Preset:
         check_pair_preset(preset)
     cfg = getattr(preset, f"train_{stage}")
     if args.steps is not None and args.minutes is not None:
-        raise BitflowError(
-            f"--steps {args.steps} and --minutes {args.minutes} exclude each other; give one of them"
-        )
+        both = f"--steps {args.steps} and --minutes {args.minutes}"
+        raise BitflowError(f"{both} exclude each other; give one of them")
     said_once(args, stage)
     if args.steps is not None or args.minutes is not None:
         cfg = replace(cfg, steps=args.steps, minutes=args.minutes)
@@ -713,15 +678,13 @@ def with_patch_size(preset: Preset, patch_size: int | None) -> Preset:
         return preset
     if not isinstance(preset.forward, TARFlowConfig):
         raise BitflowError(
-            f"--patch-size {patch_size}: the flow of preset {preset.name} has no tokens; leave the option out"
+            f"--patch-size {patch_size}: the flow of preset {preset.name} has no tokens; "
+            "leave the option out"
         )
-    if preset.reverse is None:
-        return replace(preset, forward=replace(preset.forward, patch_size=patch_size))
-    return replace(
-        preset,
-        forward=replace(preset.forward, patch_size=patch_size),
-        reverse=replace(preset.reverse, patch_size=patch_size),
-    )
+    forward, reverse = replace(preset.forward, patch_size=patch_size), preset.reverse
+    if reverse is not None:
+        reverse = replace(reverse, patch_size=patch_size)
+    return replace(preset, forward=forward, reverse=reverse)
 
 # %% ../nbs/19_command_line.ipynb #1d311984
 def load_together(cfg, split: str, root, ranks):
@@ -733,27 +696,23 @@ def watch_of(args) -> pipeline.Watch | None:
     "How the training is watched."
     return pipeline.Watch(tensorboard=True) if args.watch else None
 
-
+# %% ../nbs/19_command_line.ipynb #69bca419
 def run_train_forward(args: TrainForward):
     "`bitflow train forward`"
     preset = with_patch_size(with_options(preset_of(args), args, "forward"), args.patch_size)
-    folder, device = run_folder(args.out, preset, "forward"), pipeline.find_device(args.device)
+    folder = run_folder(args.out, preset, "forward")
+    device = pipeline.find_device(args.device)
     ranks = find_ranks(device, args.sharding)
     ranks.on_main(lambda: refuse_existing(folder, args.resume))
-    pipeline.train_forward(
-        preset,
-        load_together(preset.data, "train", args.data_root, ranks),
-        folder,
-        device,
-        args.resume,
-        ranks,
-        watch_of(args),
-    )
-    ranks.on_main(
-        lambda: print(
-            f"F is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"
-        )
-    )
+    train, watch = load_together(preset.data, "train", args.data_root, ranks), watch_of(args)
+    pipeline.train_forward(preset, train, folder, device, args.resume, ranks, watch)
+    ranks.on_main(lambda: say_where("F", folder))
+
+
+def say_where(name: str, folder: Path):
+    "Print where a trained model is, and how to draw from it."
+    draw = f"bitflow sample --checkpoint {folder}"
+    print(f"{name} is in {newest_checkpoint(folder)}; draw with: {draw}")
 
 
 RUN[TrainForward] = run_train_forward
@@ -762,38 +721,32 @@ RUN[TrainForward] = run_train_forward
 def check_fits(model, data):
     "Refuse a model made for other images than a preset's."
     for name in ("image_size", "channels", "num_classes"):
-        if getattr(model.cfg, name) != getattr(data, name):
+        made_for, has = getattr(model.cfg, name), getattr(data, name)
+        if made_for != has:
             raise BitflowError(
-                f"the checkpoint was made for {name} {getattr(model.cfg, name)}, but {data.name} has {getattr(data, name)}; "
+                f"the checkpoint was made for {name} {made_for}, but {data.name} has {has}; "
                 "name the preset that it was trained with"
             )
+
+# %% ../nbs/19_command_line.ipynb #55f9c744
+from .config import with_strategy
 
 # %% ../nbs/19_command_line.ipynb #22cdc790
 def run_train_reverse(args: TrainReverse):
     "`bitflow train reverse`"
     preset = with_options(preset_of(args), args, "reverse")
-    preset = with_strategy(preset, args.strategy) if args.strategy else preset
-    folder, device = run_folder(args.out, preset, "reverse"), pipeline.find_device(args.device)
+    if args.strategy:
+        preset = with_strategy(preset, args.strategy)
+    folder = run_folder(args.out, preset, "reverse")
+    device = pipeline.find_device(args.device)
     ranks = find_ranks(device, args.sharding)
     ranks.on_main(lambda: refuse_existing(folder, args.resume))
     forward = load_model(run_folder(args.forward, preset, "forward"), TARFlow, device)
     check_fits(forward, preset.data)
     preset = with_patch_size(preset, forward.cfg.patch_size)
-    pipeline.train_reverse(
-        preset,
-        forward,
-        load_together(preset.data, "train", args.data_root, ranks),
-        folder,
-        device,
-        args.resume,
-        ranks,
-        watch_of(args),
-    )
-    ranks.on_main(
-        lambda: print(
-            f"G is in {newest_checkpoint(folder)}; draw with: bitflow sample --checkpoint {folder}"
-        )
-    )
+    train, watch = load_together(preset.data, "train", args.data_root, ranks), watch_of(args)
+    pipeline.train_reverse(preset, forward, train, folder, device, args.resume, ranks, watch)
+    ranks.on_main(lambda: say_where("G", folder))
 
 
 RUN[TrainReverse] = run_train_reverse
@@ -806,7 +759,8 @@ def parse_labels(text: str | None, cfg, n: int) -> torch.Tensor:
     try:
         labels = torch.tensor([int(t) for t in text.split(",")])
     except ValueError:
-        raise BitflowError(f"--labels {text!r} is no list of whole numbers such as 0,1,7") from None
+        message = f"--labels {text!r} is no list of whole numbers such as 0,1,7"
+        raise BitflowError(message) from None
     check_labels(labels[labels != -1], cfg.num_classes)
     return labels.repeat(-(-n // len(labels)))[:n]
 
@@ -815,7 +769,8 @@ def method_of(model, args: Sample) -> str:
     "How a model is drawn from, for `draw`."
     if args.w and isinstance(model, CouplingFlow):
         raise BitflowError(
-            f"--w {args.w:g}: the flow in {args.checkpoint} reads no labels to be guided by; leave the option out"
+            f"--w {args.w:g}: the flow in {args.checkpoint} reads no labels to be guided by; "
+            "leave the option out"
         )
     if (
         args.denoise
@@ -823,13 +778,15 @@ def method_of(model, args: Sample) -> str:
         and not isinstance(model, ReverseModel)
     ):
         raise BitflowError(
-            f"--denoise: the flow in {args.checkpoint} was trained without Gaussian noise, so there is none to remove; leave the option out"
+            f"--denoise: the flow in {args.checkpoint} was trained without Gaussian noise, "
+            "so there is none to remove; leave the option out"
         )
     if not isinstance(model, ReverseModel):
         return "exact+denoise" if args.denoise else "exact"
     if args.denoise:
         raise BitflowError(
-            f"--denoise needs F, but {args.checkpoint} holds a G, which denoises by itself; leave the option out"
+            f"--denoise needs F, but {args.checkpoint} holds a G, which denoises by itself; "
+            "leave the option out"
         )
     return "guided" if args.w and not model.cfg.max_guidance else "one-pass"
 
@@ -840,7 +797,8 @@ def check_sample(args: Sample):
         raise BitflowError(f"--n {args.n} and --columns {args.columns} must be at least 1")
     if not 0 <= args.temperature < float("inf"):
         raise BitflowError(
-            f"--temperature {args.temperature} must be a number of at least 0; 1 is the noise that was trained with"
+            f"--temperature {args.temperature} must be a number of at least 0; "
+            "1 is the noise that was trained with"
         )
     if not 0 <= args.w < float("inf"):
         raise BitflowError(f"--w {args.w} must be a number of at least 0; 0 is no guidance")
@@ -854,20 +812,19 @@ def run_sample(args: Sample):
     ranks, model = find_ranks(device), load_any(args.checkpoint, device)
     z = pipeline.noise_for(model.cfg, args.n, args.seed, "cpu", args.temperature)
     if args.labels is not None and isinstance(model, CouplingFlow):
-        raise BitflowError(
-            f"--labels {args.labels}: the flow in {args.checkpoint} reads no labels; leave the option out"
-        )
+        flow = f"the flow in {args.checkpoint}"
+        raise BitflowError(f"--labels {args.labels}: {flow} reads no labels; leave the option out")
     c, row = parse_labels(args.labels, model.cfg, args.n), method_of(model, args)
     vae = load_decoder(args.vae, device) if args.vae else None
-    x = pipeline.draw_together(
-        row, model, model, z, c, args.w, device, 500 if ranks.size == 1 else 64, ranks
-    )
-    ranks.on_main(
-        lambda: save_grid(image_grid(pipeline.to_picture(x, vae), args.columns), args.out)
-    )
-    ranks.on_main(
-        lambda: print(f"{args.n} images ({pipeline.METHODS.get(row, row)}) in {args.out}")
-    )
+    batch_size = 500 if ranks.size == 1 else 64
+    x = pipeline.draw_together(row, model, model, z, c, args.w, device, batch_size, ranks)
+    method = pipeline.METHODS.get(row, row)
+
+    def save():
+        save_grid(image_grid(pipeline.to_picture(x, vae), args.columns), args.out)
+        print(f"{args.n} images ({method}) in {args.out}")
+
+    ranks.on_main(save)
 
 
 RUN[Sample] = run_sample
@@ -877,16 +834,15 @@ def load_pair(args: Evaluate, preset: Preset, device: str):
     "The F, and the G or None, that a user wants measured."
     if args.reverse is not None:
         check_pair_preset(preset)
-    forward = load_model(
-        run_folder(args.forward, preset, "forward"), pipeline.FLOWS[type(preset.forward)], device
-    )
+    kind = pipeline.FLOWS[type(preset.forward)]
+    forward = load_model(run_folder(args.forward, preset, "forward"), kind, device)
     reverse = args.reverse and load_model(args.reverse, ReverseModel, device)
     check_fits(forward, preset.data)
     return forward, reverse
 
 # %% ../nbs/19_command_line.ipynb #01d4a2cc
 def measure(args: Evaluate, preset: Preset, forward, reverse, device: str, picture: Path) -> list:
-    "All figures: of a pair, or of a flow alone where the preset has no G; and the first samples of a pair as a picture."
+    "All figures of a pair (and a picture of its samples), or of a flow where there is no G."
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
     n = preset.num_samples if args.n is None else args.n
     if preset.reverse is not None:
@@ -901,7 +857,7 @@ def measure(args: Evaluate, preset: Preset, forward, reverse, device: str, pictu
     ).measurements
     return found + training_lines(args, preset)
 
-
+# %% ../nbs/19_command_line.ipynb #7ca00554
 def training_lines(args: Evaluate, preset: Preset) -> list:
     "Steps and seconds that F, and G where it is measured, were trained for."
     of_g = (
@@ -914,21 +870,15 @@ def training_lines(args: Evaluate, preset: Preset) -> list:
 # %% ../nbs/19_command_line.ipynb #3486afb9
 def write_figures(out: Path, preset: str, args, config: dict, found: list, start: float):
     "Write a results file, and print what it holds."
-    save_results(
-        out.parent,
-        out.name.removesuffix(".json"),
-        preset,
-        command_line(args),
-        config,
-        found,
-        time.perf_counter() - start,
-    )
+    name, command = out.name.removesuffix(".json"), command_line(args)
+    took = time.perf_counter() - start
+    save_results(out.parent, name, preset, command, config, found, took)
     show(found)
     print(f"figures in {out}")
 
 # %% ../nbs/19_command_line.ipynb #32a2c682
 class Decoded:
-    "Latents as the images that an autoencoder makes of them: what samples can be compared with where the real images are elsewhere."
+    "Latents as the images that an autoencoder makes of them, to compare samples with."
 
     def __init__(self, data, vae):
         self.data, self.vae = data, vae
@@ -960,7 +910,7 @@ def stream_rows(args: Evaluate, reverse) -> list:
 
 # %% ../nbs/19_command_line.ipynb #3b2c49b8
 def reference_of(args: Evaluate, preset: Preset, test, net, cfg, work: Path, vae, ranks):
-    "Statistics of real images: from a file, or of the test images (of latents: as the autoencoder makes them)."
+    "Statistics of real images: from a file, or of test images (latents: as they are decoded)."
     if args.reference:
         return fid.import_reference(args.reference, net, work, cfg, ranks)
     size = preset.data.image_size
@@ -979,7 +929,8 @@ def stream(
     "Every method's figures from a stream of samples, spread over processes."
     if preset.data.channels > 3 and not args.vae:
         raise BitflowError(
-            f"preset {preset.name} draws latents; name the autoencoder that turns them into images with --vae"
+            f"preset {preset.name} draws latents; "
+            "name the autoencoder that turns them into images with --vae"
         )
     net, work = (
         fid.find_features(args.features or "inception", device, args.weights),
@@ -1047,12 +998,8 @@ def stream(
 def save_picture(rows: dict, path: Path):
     "The first samples of every method as a picture."
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_rows(
-        {
-            {**pipeline.METHODS, "real": "real training images"}.get(row, row): x
-            for row, x in rows.items()
-        }
-    ).savefig(path, dpi=110)
+    titles = {**pipeline.METHODS, "real": "real training images"}
+    draw_rows({titles.get(row, row): x for row, x in rows.items()}).savefig(path, dpi=110)
 
 # %% ../nbs/19_command_line.ipynb #7b7d1326
 def run_evaluate(args: Evaluate):
@@ -1094,24 +1041,26 @@ RUN[Evaluate] = run_evaluate
 # %% ../nbs/19_command_line.ipynb #2ff50d37
 def bench_model(args: Bench, device: str) -> TARFlow:
     "The F that is measured: from a checkpoint, or with random weights."
-    return (
-        load_model(args.checkpoint, TARFlow, device)
-        if args.checkpoint
-        else bench.random_flow(bench.geometry(args.geometry), device)
-    )
+    if args.checkpoint:
+        return load_model(args.checkpoint, TARFlow, device)
+    return bench.random_flow(bench.geometry(args.geometry), device)
 
 # %% ../nbs/19_command_line.ipynb #d9d2734d
-MEASURED = {
-    "inverse": lambda args, model, device: bench.bench_inverse(
-        model, segments=parse_segments(args.segments), device=device, compiled=args.compiled
-    ),
-    "training": lambda args, model, device: bench.bench_training(
-        model.cfg, device=device, compiled=args.compiled
-    ),
-    "tokens": lambda args, model, device: bench.bench_tokens(),
-    "pair": lambda args, model, device: measure_pair(args, model, device),
-    "speed": lambda args, model, device: measure_speed(args, model),
-}
+MEASURED = ("inverse", "training", "tokens", "pair", "speed")
+
+
+def run_measurement(args: Bench, model: TARFlow, device: str) -> list:
+    "The figures of `args.what`, one of `MEASURED`."
+    if args.what == "training":
+        return bench.bench_training(model.cfg, device=device, compiled=args.compiled)
+    if args.what == "tokens":
+        return bench.bench_tokens()
+    if args.what == "pair":
+        return measure_pair(args, model, device)
+    if args.what == "speed":
+        return measure_speed(args, model)
+    segments = parse_segments(args.segments)
+    return bench.bench_inverse(model, segments=segments, device=device, compiled=args.compiled)
 
 # %% ../nbs/19_command_line.ipynb #c00f6ee1
 def whole_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -1127,109 +1076,92 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
 # %% ../nbs/19_command_line.ipynb #647a5590
 def measure_speed(args: Bench, model: TARFlow) -> list:
     "Every way back, decoders included, for a sweep of batches."
-    batches = whole_numbers(args.batches, "--batches")
-    return speed.bench_geometry(
-        args.geometry,
-        model,
-        args.precision,
-        batches or None,
-        args.compiled,
-        parse_segments(args.segments),
-    )
+    batches = whole_numbers(args.batches, "--batches") or None
+    shape, segments = args.geometry, parse_segments(args.segments)
+    return speed.bench_geometry(shape, model, args.precision, batches, args.compiled, segments)
 
 # %% ../nbs/19_command_line.ipynb #409846bd
 def measure_pair(args: Bench, model: TARFlow, device: str) -> list:
     "One pass of a G of the preset's shape against the ways back of F."
-    reverse = pipeline.build(ReverseModel, bench.reverse_shape(args.geometry), 0, device).eval()
+    shape, segments = bench.reverse_shape(args.geometry), parse_segments(args.segments)
+    reverse = pipeline.build(ReverseModel, shape, 0, device).eval()
     check_pair(model, reverse)
-    return bench.bench_pair(
-        model, reverse, segments=parse_segments(args.segments), compiled=args.compiled
-    )
+    return bench.bench_pair(model, reverse, segments=segments, compiled=args.compiled)
 
 # %% ../nbs/19_command_line.ipynb #70ead3fc
-def parse_segments(text: str):
+def parse_segments(text: str) -> int | list[int]:
     "A number of segments, or a list with one for each block."
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
-        raise BitflowError(
-            f"--segments {text!r} is no number and no list of numbers like 1,1,1,48"
-        ) from None
+        message = f"--segments {text!r} is no number and no list of numbers like 1,1,1,48"
+        raise BitflowError(message) from None
     return counts[0] if len(counts) == 1 else counts
 
 # %% ../nbs/19_command_line.ipynb #517d57a5
 def run_bench(args: Bench):
     "`bitflow bench`"
     if args.what not in MEASURED:
-        raise BitflowError(f"--what {args.what!r} cannot be measured; choose {', '.join(MEASURED)}")
+        choices = ", ".join(MEASURED)
+        raise BitflowError(f"--what {args.what!r} cannot be measured; choose {choices}")
     of = "" if args.what == "tokens" else f"-{args.geometry}"
-    out, start, device = (
-        args.out or Path(f"results/bench-{args.what}{of}.json"),
-        time.perf_counter(),
-        pipeline.find_device(args.device),
-    )
+    out = args.out or Path(f"results/bench-{args.what}{of}.json")
+    start, device = time.perf_counter(), pipeline.find_device(args.device)
     check_new_file(out)
     model = bench_model(args, device)
-    write_figures(
-        out,
-        "",
-        args,
-        dataclasses.asdict(model.cfg),
-        MEASURED[args.what](args, model, device),
-        start,
-    )
+    config, found = dataclasses.asdict(model.cfg), run_measurement(args, model, device)
+    write_figures(out, "", args, config, found, start)
 
 
 RUN[Bench] = run_bench
 
 # %% ../nbs/19_command_line.ipynb #379f91a2
 def table_stem(name: str, args: Ablate) -> str:
-    "What a table's files are named: after its preset, and the steps where they are not the preset's."
-    return f"ablate-{name}-{preset_of(args).name}" + (f"-{args.steps}-steps" if args.steps else "")
+    "What a table's files are named: after its preset, and its steps if they are not the preset's."
+    steps = f"-{args.steps}-steps" if args.steps else ""
+    return f"ablate-{name}-{preset_of(args).name}{steps}"
 
 # %% ../nbs/19_command_line.ipynb #48756635
 def tables_asked(args: Ablate) -> list:
     "The tables to make. Refuses an unknown one, and results that would be overwritten."
-    names = list(ablations.TABLES) if args.table == "all" else [args.table]
-    if names[0] not in ablations.TABLES:
-        raise BitflowError(
-            f"no ablation is named {args.table!r}; choose {', '.join(ablations.TABLES)}, or all"
-        )
+    names, known = [args.table], list(ablations.TABLES)
+    if args.table == "all":
+        names = known
+    if names[0] not in known:
+        choices = ", ".join(known)
+        raise BitflowError(f"no ablation is named {args.table!r}; choose {choices}, or all")
     if args.seeds < 1 or (args.workers or 1) < 1:
-        raise BitflowError(f"--seeds {args.seeds} and --workers {args.workers} must be at least 1")
-    for name in names if not args.resume else ():
-        check_new_file(args.results / f"{table_stem(name, args)}.json")
+        asked = f"--seeds {args.seeds} and --workers {args.workers}"
+        raise BitflowError(f"{asked} must be at least 1")
+    if not args.resume:
+        for name in names:
+            check_new_file(args.results / f"{table_stem(name, args)}.json")
     return names
 
 # %% ../nbs/19_command_line.ipynb #baa34638
 def workers_for(args: Ablate, device: str) -> int:
     "Trainings at a time: one on an accelerator, else one for each core and 2 GB of memory."
-    return args.workers or (
-        1
-        if device != "cpu"
-        else max(min(torch.get_num_threads(), int(hardware()["memory_gb"] or 2) // 2), 1)
-    )
+    if args.workers:
+        return args.workers
+    if device != "cpu":
+        return 1
+    memory_gb = hardware()["memory_gb"] or 2
+    return max(min(torch.get_num_threads(), int(memory_gb) // 2), 1)
 
 # %% ../nbs/19_command_line.ipynb #3707c7ce
 def ablation_preset(args: Ablate) -> Preset:
     "The preset with the steps asked for."
     preset = preset_of(args)
     check_pair_preset(preset)
-    return (
-        replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps))
-        if args.steps
-        else preset
-    )
+    if args.steps:
+        return replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps))
+    return preset
 
 # %% ../nbs/19_command_line.ipynb #7c320045
 def run_ablate(args: Ablate):
     "`bitflow ablate`"
-    names, preset, device, start = (
-        tables_asked(args),
-        ablation_preset(args),
-        pipeline.find_device(args.device),
-        time.perf_counter(),
-    )
+    names, preset = tables_asked(args), ablation_preset(args)
+    device, start = pipeline.find_device(args.device), time.perf_counter()
     if args.data_root:
         os.environ["BITFLOW_DATA"] = str(args.data_root)
     seeds = range(args.seed, args.seed + args.seeds)
@@ -1237,47 +1169,36 @@ def run_ablate(args: Ablate):
     figures = ablations.run_jobs(jobs, args.out, device, workers_for(args, device))
     for name in names:
         found = ablations.lines_of(name, preset, seeds, figures)
-        config = {
-            "verdict": ablations.verdict(found),
-            "seeds": args.seeds,
-            **dataclasses.asdict(preset),
-        }
-        stem = table_stem(name, args)
-        save_results(
-            args.results,
-            stem,
-            preset.name,
-            command_line(replace(args, table=name)),
-            config,
-            found,
-            time.perf_counter() - start,
-        )
-        ablations.draw_table(found, f"{name}, {preset.name}").savefig(
-            args.results / f"{stem}.png", dpi=110
-        )
-        print(f"{name}: {config['verdict']}; figures in {args.results / stem}.json")
+        save_table(name, args, preset, found, time.perf_counter() - start)
+
+# %% ../nbs/19_command_line.ipynb #0d7da617
+def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float):
+    "Write a table's results file and its picture."
+    verdict, stem = ablations.verdict(found), table_stem(name, args)
+    config = {"verdict": verdict, "seeds": args.seeds, **dataclasses.asdict(preset)}
+    command = command_line(replace(args, table=name))
+    save_results(args.results, stem, preset.name, command, config, found, took)
+    picture = ablations.draw_table(found, f"{name}, {preset.name}")
+    picture.savefig(args.results / f"{stem}.png", dpi=110)
+    print(f"{name}: {verdict}; figures in {args.results / stem}.json")
 
 
 RUN[Ablate] = run_ablate
+
+# %% ../nbs/19_command_line.ipynb #209904cc
+from .latents import CacheConfig, cache_latents, find_source, load_vae
+from .latents import report as latents_report
 
 # %% ../nbs/19_command_line.ipynb #df10013c
 def run_cache_latents(args: CacheLatents):
     "`bitflow cache-latents`"
     device = pipeline.find_device(args.device)
-    ranks, source = (
-        find_ranks(device),
-        find_source(args.source, args.split, args.per_shard, args.num_classes),
-    )
-    cfg = CacheConfig(
-        args.image_size, args.batch_size, args.precision, args.max_corrupt, args.workers
-    )
-    index = cache_latents(
-        source,
-        args.out / ("train" if args.split == "train" else "test"),
-        load_vae(args.vae, device),
-        cfg,
-        ranks,
-    )
+    ranks = find_ranks(device)
+    source = find_source(args.source, args.split, args.per_shard, args.num_classes)
+    limits = args.max_corrupt, args.workers
+    cfg = CacheConfig(args.image_size, args.batch_size, args.precision, *limits)
+    folder = args.out / ("train" if args.split == "train" else "test")
+    index = cache_latents(source, folder, load_vae(args.vae, device), cfg, ranks)
     ranks.on_main(lambda: print(latents_report(index)))
 
 
@@ -1288,13 +1209,14 @@ def run_watch(args: WatchRun):
     "`bitflow watch`"
     if not (args.run / "run.json").exists():
         raise BitflowError(
-            f"{args.run} is no run: it has no run.json; name the folder that a training was given with --out"
+            f"{args.run} is no run: it has no run.json; "
+            "name the folder that a training was given with --out"
         )
     print(watching.watch(args.run))
     if args.tensorboard:
-        print(
-            f"{watching.to_tensorboard(args.run, args.tensorboard)} items mirrored; look at them with: tensorboard --logdir {args.tensorboard}"
-        )
+        count = watching.to_tensorboard(args.run, args.tensorboard)
+        look = f"look at them with: tensorboard --logdir {args.tensorboard}"
+        print(f"{count} items mirrored; {look}")
 
 
 RUN[WatchRun] = run_watch
@@ -1302,20 +1224,22 @@ RUN[WatchRun] = run_watch
 # %% ../nbs/19_command_line.ipynb #59ec1224
 def run_guard(args: Reproduce):
     "`bitflow reproduce --check`"
-    device, path = pipeline.find_device(args.device), args.results / f"{reproduce.GUARD}.json"
+    device = pipeline.find_device(args.device)
     if args.record:
-        check_new_file(path)
-        return print(f"figures in {reproduce.record_guard(args.results, device=device)}")
-    lines = reproduce.compare_guard(
-        load_result(reproduce.GUARD, args.results), reproduce.brief_figures(0, device)
-    )
-    for row, metric, value, mean, spread, fine in lines:
-        print(
-            f"{'as stored' if fine else 'MOVED    '}  {row} {metric}: {value:.4g}, stored {mean:.4g} ± {spread:.2g}"
-        )
-    if moved := [metric for _, metric, *_, fine in lines if not fine]:
+        check_new_file(args.results / f"{reproduce.GUARD}.json")
+        print(f"figures in {reproduce.record_guard(args.results, device=device)}")
+        return
+    stored, new = load_result(reproduce.GUARD, args.results), reproduce.brief_figures(0, device)
+    moved = []
+    for row, metric, value, mean, spread, fine in reproduce.compare_guard(stored, new):
+        verdict, was = "as stored" if fine else "MOVED    ", f"{mean:.4g} ± {spread:.2g}"
+        print(f"{verdict}  {row} {metric}: {value:.4g}, stored {was}")
+        if not fine:
+            moved.append(metric)
+    if moved:
         raise BitflowError(
-            f"{', '.join(moved)} moved by more than four standard deviations; find the change, or store the new figures with --check --record"
+            f"{', '.join(moved)} moved by more than four standard deviations; "
+            "find the change, or store the new figures with --check --record"
         )
 
 # %% ../nbs/19_command_line.ipynb #dce2f15c
@@ -1323,14 +1247,13 @@ def run_reproduce(args: Reproduce):
     "`bitflow reproduce`"
     if args.check or args.record:
         return run_guard(args)
-    for name in args.names:
+    for name in args.names:  # every name is looked up before hours are spent
         reproduce.commands_of(name, args.budget, args.out, args.results)
-    more = [
-        word
-        for name in ("device", "data_root")
-        if (value := getattr(args, name)) not in (None, "auto")
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    more = []
+    if args.device != "auto":
+        more += ["--device", args.device]
+    if args.data_root is not None:
+        more += ["--data-root", str(args.data_root)]
     for name in args.names:
         reproduce.run_experiment(name, args.budget, args.out, args.results, main, tuple(more))
     print(f"all figures: {reproduce.write_index(args.results)}")
@@ -1342,9 +1265,8 @@ RUN[Reproduce] = run_reproduce
 def peak_memory_mb() -> float:
     "The most memory this process has held, in MB."
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (
-        2**20 if sys.platform == "darwin" else 1024
-    )  # macOS counts bytes, Linux kibibytes
+    # macOS counts bytes, Linux kibibytes
+    return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/19_command_line.ipynb #856fc2d1
 def train_pair(preset: Preset, train, out: Path, device: str, resume: bool):
@@ -1355,19 +1277,11 @@ def train_pair(preset: Preset, train, out: Path, device: str, resume: bool):
 # %% ../nbs/19_command_line.ipynb #46039c97
 def save_demo(args: Demo, preset: Preset, done: pipeline.Evaluation, test, start: float) -> Path:
     "Write and print a demo's figures, and a picture of its samples; gives the results file."
-    name, found = (
-        f"demo-{preset.name}",
-        [*done.measurements, measurement("demo", "peak_memory_mb", peak_memory_mb(), "MB")],
-    )
-    path = save_results(
-        args.results,
-        name,
-        preset.name,
-        command_line(args),
-        dataclasses.asdict(preset),
-        found,
-        time.perf_counter() - start,
-    )
+    memory = measurement("demo", "peak_memory_mb", peak_memory_mb(), "MB")
+    found, config = [*done.measurements, memory], dataclasses.asdict(preset)
+    name, command = f"demo-{preset.name}", command_line(args)
+    took = time.perf_counter() - start
+    path = save_results(args.results, name, preset.name, command, config, found, took)
     draw_rows(sample_rows(done.samples, test)).savefig(path.with_suffix(".png"), dpi=110)
     show(found)
     return path
@@ -1381,21 +1295,18 @@ def check_folders(args: Demo):
 # %% ../nbs/19_command_line.ipynb #43049793
 def run_demo(args: Demo):
     "`bitflow demo`"
-    start, device, report = (
-        time.perf_counter(),
-        pipeline.find_device(args.device),
-        args.out / "report.html",
-    )
+    start, device = time.perf_counter(), pipeline.find_device(args.device)
+    report = args.out / "report.html"
     preset = with_options(with_options(preset_of(args), args, "forward"), args, "reverse")
     if args.resume and report.exists():
-        return print(f"{args.out} is finished; its report: {report}")
+        print(f"{args.out} is finished; its report: {report}")
+        return
     check_folders(args)
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
     forward, reverse = train_pair(preset, train, args.out, device, args.resume)
     print("drawing and measuring …")
-    done = pipeline.evaluate(
-        forward, reverse, train, test, preset.num_samples, preset.train_reverse.seed, device
-    )
+    n, seed = preset.num_samples, preset.train_reverse.seed
+    done = pipeline.evaluate(forward, reverse, train, test, n, seed, device)
     path = save_demo(args, preset, done, test, start)
     write_report(report, json.loads(path.read_text()), done.samples, forward, reverse, test)
     print(f"figures in {path}\nreport: {report}")
@@ -1404,7 +1315,6 @@ def run_demo(args: Demo):
 RUN[Demo] = run_demo
 
 # %% ../nbs/19_command_line.ipynb #cee9670c
-if (
-    __name__ == "__main__" and "__file__" in globals()
-):  # python -m bitflow_edu.cli, as torchrun starts it; a notebook has no __file__
+# python -m bitflow_edu.cli, as torchrun starts it; a notebook has no __file__
+if __name__ == "__main__" and "__file__" in globals():
     end(main())

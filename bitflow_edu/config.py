@@ -2,11 +2,18 @@
 
 # %% ../nbs/config.ipynb #6b4b1e58
 from __future__ import annotations
-import contextlib, dataclasses, difflib, io, json
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
 import yaml
+
 from .coupling import CouplingConfig
 from .data import BitflowError, DataConfig
 from .distances import check_distance
@@ -18,12 +25,13 @@ from .training import TrainConfig, write_atomically, writing
 from .transformer import MODERN, TransformerConfig
 
 # %% auto #0
-__all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'LARGE', 'LATENT', 'PUBLISHED', 'BOTH', 'INFERRED', 'LIKELIHOOD', 'ALONE', 'PAIRS',
-           'SMALL', 'PRESETS', 'PARTS', 'ObjectiveConfig', 'Preset', 'make_preset', 'mnist_mini', 'taking_w',
-           'mnist_like', 'colour', 'cifar10_mini', 'imagenet64', 'imagenet256', 'inferred', 'flow_alone', 'smoke_twin',
-           'nearest', 'nearest_field', 'find_preset', 'check_pair_preset', 'with_strategy', 'check_same',
-           'check_preset', 'check_objective', 'as_tree', 'to_words', 'one_line', 'read_fields', 'with_words',
-           'split_fields', 'to_yaml', 'write_preset', 'UniqueKeys', 'read_tree', 'with_parts_of', 'read_preset']
+__all__ = ['DIGITS', 'TINY', 'SECONDS', 'GPU', 'LARGE', 'LATENT', 'PUBLISHED', 'BOTH', 'INFERRED', 'LIKELIHOOD', 'NARROW',
+           'MNIST_TARFLOW', 'ALONE', 'PAIRS', 'SMALL', 'PRESETS', 'PARTS', 'ObjectiveConfig', 'Preset', 'make_preset',
+           'mnist_mini', 'taking_w', 'mnist_like', 'colour', 'cifar10_mini', 'imagenet64', 'imagenet256', 'inferred',
+           'flow_alone', 'smoke_twin', 'all_presets', 'nearest', 'nearest_field', 'find_preset', 'check_pair_preset',
+           'with_strategy', 'check_same', 'check_preset', 'check_objective', 'as_tree', 'to_words', 'one_line',
+           'read_fields', 'with_words', 'split_fields', 'to_yaml', 'write_preset', 'UniqueKeys', 'read_tree',
+           'kind_of_flow', 'with_parts_of', 'read_preset']
 
 # %% ../nbs/config.ipynb #53cf9f50
 @dataclass(frozen=True)
@@ -36,21 +44,18 @@ class ObjectiveConfig:
     adaptive_power: float = 0.0  # p of the adaptive weights; 0: none
     normalise: bool = False  # divide each depth's states by their size before they are compared
     depth_weights: tuple[float, ...] = ()  # of the depths' terms; (): 1 for all
-    w_per_block: bool = (
-        False  # draw a guidance scale for each block, not one for all (where G takes w)
-    )
-    decoder: str = ""  # autoencoder, by hub name or folder, that latents pass before the perceptual distances see them
-    decoded_images: int = (
-        4  # of each piece of a batch, that are decoded: the decoder costs more than G
-    )
+    w_per_block: bool = False  # draw a guidance scale w for each block (where G takes w)
+    decoder: str = ""  # autoencoder of latents for the perceptual distances: hub name or folder
+    decoded_images: int = 4  # of each piece of a batch: decoding one costs more than G
 
     def __post_init__(self):
         find_strategy(self.strategy)
         for name in self.features:
             check_distance(name)
-        if self.feature_weight < 0 or self.adaptive_power < 0:
+        weight, power = self.feature_weight, self.adaptive_power
+        if weight < 0 or power < 0:
             raise BitflowError(
-                f"feature_weight {self.feature_weight} and adaptive_power {self.adaptive_power} must not be negative"
+                f"feature_weight {weight} and adaptive_power {power} must not be negative"
             )
 
 # %% ../nbs/config.ipynb #cc037419
@@ -75,37 +80,24 @@ class Preset:
 # %% ../nbs/config.ipynb #b23389f3
 def make_preset(
     name: str,
-    data: DataConfig,
-    patch_size: int,
-    num_blocks: int,  # images, p and B
-    forward: TransformerConfig,
-    reverse: TransformerConfig,  # of each block of F, of G
+    data: DataConfig,  # images
+    patch_size: int,  # p
+    num_blocks: int,  # B
+    forward: TransformerConfig,  # of each block of F
+    reverse: TransformerConfig,  # of each block of G
     train_forward: TrainConfig,
-    train_reverse: TrainConfig,  # how each is trained
+    train_reverse: TrainConfig,
     objective: ObjectiveConfig = ObjectiveConfig(),
     noise_std: float = 0.1,
     num_samples: int = 2000,
 ) -> Preset:
     "A preset whose F and G fit the data and each other."
-    shape = dict(
-        image_size=data.image_size,
-        channels=data.channels,
-        num_classes=data.num_classes,
-        patch_size=patch_size,
-        num_blocks=num_blocks,
-    )
-    return Preset(
-        name,
-        data,
-        TARFlowConfig(**shape, noise_std=noise_std, transformer=forward),
-        ReverseConfig(
-            **shape, token_states=needs_token_states(objective.strategy), transformer=reverse
-        ),
-        train_forward,
-        train_reverse,
-        objective,
-        num_samples,
-    )
+    shape = {name: getattr(data, name) for name in ("image_size", "channels", "num_classes")}
+    shape.update(patch_size=patch_size, num_blocks=num_blocks)
+    token_states = needs_token_states(objective.strategy)
+    F = TARFlowConfig(**shape, noise_std=noise_std, transformer=forward)
+    G = ReverseConfig(**shape, token_states=token_states, transformer=reverse)
+    return Preset(name, data, F, G, train_forward, train_reverse, objective, num_samples)
 
 # %% ../nbs/config.ipynb #a58a7381
 DIGITS = ObjectiveConfig(feature_weight=3.0, adaptive_power=1.0)
@@ -116,166 +108,82 @@ GPU = TrainConfig(steps=20_000, batch_size=256, lr=1e-3, sample_every=2000, chec
 # %% ../nbs/config.ipynb #1d9d94a8
 def mnist_mini() -> Preset:
     "10,000 embedded digits at 16×16, 16 tokens: minutes on two cores."
-    return make_preset(
-        "mnist-mini",
-        DataConfig("mnist-mini", 16),
-        4,
-        4,
-        TransformerConfig(),
-        TransformerConfig(),
-        TrainConfig(steps=2500, lr=4e-3),
-        TrainConfig(steps=1500, lr=4e-3),
-        DIGITS,
-    )
+    data, t = DataConfig("mnist-mini", 16), TransformerConfig()
+    train_forward, train_reverse = (TrainConfig(steps=steps, lr=4e-3) for steps in (2500, 1500))
+    return make_preset("mnist-mini", data, 4, 4, t, t, train_forward, train_reverse, DIGITS)
 
 # %% ../nbs/config.ipynb #eec637f2
 def taking_w(preset: Preset, w_max: float = 3.0) -> Preset:
-    "The same preset with guidance in training (chapter 14): a G that takes w up to w_max as an input."
+    "The same preset with a G that takes the guidance scale w, up to w_max, as input (chapter 14)."
     return replace(preset, reverse=replace(preset.reverse, max_guidance=w_max))
 
 
 def mnist_like(name: str) -> Preset:
     "60,000 grey images at 28×28, 49 tokens: one GPU."
     objective = DIGITS if name == "mnist" else ObjectiveConfig()
-    return taking_w(
-        make_preset(
-            name,
-            DataConfig(name, 28),
-            4,
-            4,
-            TransformerConfig(num_layers=4),
-            TransformerConfig(num_layers=4, **MODERN),
-            GPU,
-            GPU,
-            objective,
-            num_samples=10_000,
-        )
-    )
+    F, G = TransformerConfig(num_layers=4), TransformerConfig(num_layers=4, **MODERN)
+    data = DataConfig(name, 28)
+    return taking_w(make_preset(name, data, 4, 4, F, G, GPU, GPU, objective, num_samples=10_000))
 
 # %% ../nbs/config.ipynb #7bfd3ab0
 def colour(name: str) -> Preset:
     "32×32 colour images, 64 tokens, F of about 29M parameters: one GPU."
-    wide = dict(width=384, num_layers=4)
+    wide = {"width": 384, "num_layers": 4}
+    F, G = TransformerConfig(**wide), TransformerConfig(**wide, **MODERN)
     long = replace(GPU, steps=60_000, lr=5e-4)
-    return taking_w(
-        make_preset(
-            name,
-            DataConfig(name, 32, 3),
-            4,
-            4,
-            TransformerConfig(**wide),
-            TransformerConfig(**wide, **MODERN),
-            long,
-            long,
-            num_samples=10_000,
-        )
-    )
+    data = DataConfig(name, 32, 3)
+    return taking_w(make_preset(name, data, 4, 4, F, G, long, long, num_samples=10_000))
 
 
 def cifar10_mini() -> Preset:
-    "CIFAR-10 for a CPU: the same parts, narrower and half as deep, an hour of one core for each model."
-    small, hour = (
-        dict(width=192, num_layers=2),
-        TrainConfig(batch_size=64, lr=2e-3, compile=True, sample_every=1000, checkpoint_every=1000),
-    )
-    return taking_w(
-        make_preset(
-            "cifar10-mini",
-            DataConfig("cifar10", 32, 3),
-            4,
-            4,
-            TransformerConfig(**small),
-            TransformerConfig(**small, **MODERN),
-            replace(hour, steps=8000),
-            replace(hour, steps=4000),
-            num_samples=10_000,
-        )
-    )
+    "CIFAR-10 for a CPU: narrower and half as deep, an hour of one core for each model."
+    small = {"width": 192, "num_layers": 2}
+    F, G = TransformerConfig(**small), TransformerConfig(**small, **MODERN)
+    hour = TrainConfig(lr=2e-3, compile=True, sample_every=1000, checkpoint_every=1000)
+    trains = replace(hour, steps=8000), replace(hour, steps=4000)
+    data = DataConfig("cifar10", 32, 3)
+    return taking_w(make_preset("cifar10-mini", data, 4, 4, F, G, *trains, num_samples=10_000))
 
 # %% ../nbs/config.ipynb #25229745
-LARGE = TrainConfig(
-    steps=800_000,
-    batch_size=256,
-    lr=1e-4,
-    ema=0.9999,
-    precision="bf16",
-    log_every=100,
-    sample_every=10_000,
-    checkpoint_every=5000,
-    pieces=8,
-)
+LARGE = TrainConfig(steps=800_000, batch_size=256, lr=1e-4, ema=0.9999, precision="bf16", pieces=8)
+LARGE = replace(LARGE, log_every=100, sample_every=10_000, checkpoint_every=5000)
 
 
 def imagenet64() -> Preset:
-    "ImageNet at 64×64 pixels, 256 tokens of 48 values, F of about 818M parameters (TARFlow, arXiv 2412.06329): many GPUs."
-    wide = dict(width=1024, head_dim=64)
-    return make_preset(
-        "imagenet64",
-        DataConfig("image-folder", 64, 3, 1000),
-        4,
-        8,
-        TransformerConfig(**wide, num_layers=8),
-        TransformerConfig(**wide, num_layers=2, **MODERN),
-        LARGE,
-        LARGE,
-        noise_std=0.05,
-        num_samples=50_000,
-    )
+    "ImageNet at 64×64, 256 tokens of 48 values, F of about 818M parameters (arXiv 2412.06329)."
+    wide = {"width": 1024, "head_dim": 64}
+    F = TransformerConfig(**wide, num_layers=8)
+    G = TransformerConfig(**wide, num_layers=2, **MODERN)
+    data, rest = DataConfig("image-folder", 64, 3, 1000), {"noise_std": 0.05, "num_samples": 50_000}
+    return make_preset("imagenet64", data, 4, 8, F, G, LARGE, LARGE, **rest)
 
 # %% ../nbs/config.ipynb #f6c1d25a
 LATENT = {"b2": (768, 2), "l2": (1024, 3), "xl2": (1536, 3)}  # width, layers a block
 
 
 def imagenet256(size: str) -> Preset:
-    "ImageNet at 256×256 in SD-VAE latents 32×32×4, 256 tokens of 16 values (BiFlow, arXiv 2512.10953): 8 blocks, G one more for the noise."
+    "ImageNet at 256×256 as SD-VAE latents 32×32×4, 256 tokens of 16 values (arXiv 2512.10953)."
     width, layers = LATENT[size]
     t = TransformerConfig(width, layers, **MODERN)
-    preset = make_preset(
-        f"imagenet256-{size}",
-        DataConfig("imagenet-latents", 32, 4, 1000),
-        2,
-        8,
-        t,
-        t,
-        LARGE,
-        LARGE,
-        noise_std=0.1,
-        num_samples=50_000,
-    )
+    data, name = DataConfig("imagenet-latents", 32, 4, 1000), f"imagenet256-{size}"
+    preset = make_preset(name, data, 2, 8, t, t, LARGE, LARGE, num_samples=50_000)
     return replace(preset, forward=improved(preset.forward))
 
 # %% ../nbs/config.ipynb #c383b487
-PUBLISHED = {
-    "imagenet256-b2": {"F": 120e6, "G": 133e6},
-    "imagenet256-xl2": {"F": 690e6},
-}  # parameters (arXiv 2512.10953)
-BOTH = (
-    "forward.transformer",
-    "forward.num_blocks",
-    "forward.clip",
-    "forward.noise_std",
-    "reverse.transformer",
-    "train_forward",
-    "train_reverse",
+# parameters (arXiv 2512.10953)
+PUBLISHED = {"imagenet256-b2": {"F": 120e6, "G": 133e6}, "imagenet256-xl2": {"F": 690e6}}
+BOTH = ("forward.transformer", "forward.num_blocks", "forward.clip", "forward.noise_std")
+BOTH += ("reverse.transformer", "train_forward", "train_reverse")
+INFERRED = {f"imagenet256-{size}": BOTH for size in LATENT}
+INFERRED["imagenet64"] = tuple(
+    "forward.patch_size forward.num_blocks forward.transformer.width "
+    "forward.transformer.num_layers reverse train_forward.steps train_forward.batch_size "
+    "train_forward.ema train_reverse".split()
 )
-INFERRED = {
-    "imagenet64": (
-        "forward.patch_size",
-        "forward.num_blocks",
-        "forward.transformer.width",
-        "forward.transformer.num_layers",
-        "reverse",
-        "train_forward.steps",
-        "train_forward.batch_size",
-        "train_forward.ema",
-        "train_reverse",
-    ),
-    **{f"imagenet256-{size}": BOTH for size in LATENT},
-}
 
 
 def inferred(name: str) -> tuple[str, ...]:
-    "The fields of a preset, or of its smoke twin, that stand in no source: this project chose them."
+    "The fields of a preset, or of its smoke twin, that no source gives: this project chose them."
     return INFERRED.get(name.removesuffix("-smoke"), ())
 
 # %% ../nbs/config.ipynb #33490814
@@ -286,91 +194,65 @@ def flow_alone(
     name: str, forward, steps: int, lr: float, train: TrainConfig = LIKELIHOOD, data: str = "mnist"
 ) -> Preset:
     "A flow trained for its likelihood, on digits of its own size."
-    return Preset(
-        name,
-        DataConfig(data, forward.image_size),
-        forward,
-        None,
-        replace(train, steps=steps, lr=lr),
-        None,
-        None,
-    )
+    digits, train = DataConfig(data, forward.image_size), replace(train, steps=steps, lr=lr)
+    return Preset(name, digits, forward, None, train, None, None)
 
 # %% ../nbs/config.ipynb #587c45c1
+NARROW = TransformerConfig(width=112, head_dim=28, num_layers=1)
+MNIST_TARFLOW = TARFlowConfig(image_size=28, noise_std=0.0, logit_alpha=1e-5, transformer=NARROW)
 ALONE = {  # shape of the flow, steps, learning rate
     "mnist-nice": (CouplingConfig("nice", levels=1, steps=4, width=97, alpha=1e-5), 100_000, 2e-3),
     "mnist-realnvp": (CouplingConfig("realnvp", steps=4, width=152, alpha=1e-5), 1650, 5e-3),
     "mnist-glow": (CouplingConfig("glow", steps=8, width=160, alpha=1e-5), 3750, 5e-3),
-    "mnist-tarflow": (
-        TARFlowConfig(
-            image_size=28,
-            noise_std=0.0,
-            logit_alpha=1e-5,
-            transformer=TransformerConfig(width=112, head_dim=28, num_layers=1),
-        ),
-        10_000,
-        4e-3,
-    ),
+    "mnist-tarflow": (MNIST_TARFLOW, 10_000, 4e-3),
 }
 
 # %% ../nbs/config.ipynb #ce4b36bc
 PAIRS = {
     "mnist-mini": mnist_mini,
-    "mnist": lambda: mnist_like("mnist"),
-    "fashion-mnist": lambda: mnist_like("fashion-mnist"),
-    "cifar10": lambda: colour("cifar10"),
+    "mnist": partial(mnist_like, "mnist"),
+    "fashion-mnist": partial(mnist_like, "fashion-mnist"),
+    "cifar10": partial(colour, "cifar10"),
     "cifar10-mini": cifar10_mini,
-    "image-folder": lambda: colour("image-folder"),
+    "image-folder": partial(colour, "image-folder"),
     "imagenet64": imagenet64,
-    **{f"imagenet256-{size}": partial(imagenet256, size) for size in LATENT},
 }
-SMALL = {
-    "imagenet64": dict(image_size=16, num_classes=2),
-    **{f"imagenet256-{size}": dict(image_size=8, num_classes=2) for size in LATENT},
-}
+PAIRS.update({f"imagenet256-{size}": partial(imagenet256, size) for size in LATENT})
+SMALL = {f"imagenet256-{size}": {"image_size": 8, "num_classes": 2} for size in LATENT}
+SMALL["imagenet64"] = {"image_size": 16, "num_classes": 2}
 
-
+# %% ../nbs/config.ipynb #4a9e61b3
 def smoke_twin(name: str) -> Preset:
     "The twin of a pair's preset: the same kinds of parts, tiny."
     p, small = PAIRS[name](), SMALL.get(name, {})
-    tiny = lambda model: replace(
-        model,
-        **small,
-        num_blocks=2,
-        transformer=replace(
-            model.transformer, width=TINY.width, head_dim=TINY.head_dim, num_layers=TINY.num_layers
-        ),
-    )
-    brief = lambda train: replace(SECONDS, precision=train.precision, pieces=min(train.pieces, 4))
-    return Preset(
-        f"{name}-smoke",
-        replace(p.data, **small),
-        tiny(p.forward),
-        tiny(p.reverse),
-        brief(p.train_forward),
-        brief(p.train_reverse),
-        p.objective,
-        num_samples=100,
-    )
+    tiny = {"width": TINY.width, "head_dim": TINY.head_dim, "num_layers": TINY.num_layers}
+    changed = {"data": replace(p.data, **small)}
+    for part in ("forward", "reverse"):
+        model = getattr(p, part)
+        transformer = replace(model.transformer, **tiny)
+        changed[part] = replace(model, **small, num_blocks=2, transformer=transformer)
+    for part in ("train_forward", "train_reverse"):
+        train = getattr(p, part)
+        pieces = min(train.pieces, 4)
+        changed[part] = replace(SECONDS, precision=train.precision, pieces=pieces)
+    return replace(p, name=f"{name}-smoke", num_samples=100, **changed)
 
 # %% ../nbs/config.ipynb #592c6df3
-PRESETS = {
-    **{
-        preset: make
-        for name, pair in PAIRS.items()
-        for preset, make in ((name, pair), (f"{name}-smoke", partial(smoke_twin, name)))
-    },
-    **{name: partial(flow_alone, name, *parts) for name, parts in ALONE.items()},
-    "mnist-glow-smoke": partial(
-        flow_alone,
-        "mnist-glow-smoke",
-        CouplingConfig("glow", 16, steps=2, width=16),
-        30,
-        2e-3,
-        replace(SECONDS, label_dropout=1.0),
-        "mnist-mini",
-    ),
-}
+def all_presets() -> dict:
+    "Name → what makes the preset of that name: pairs and their twins, then flows alone."
+    found = {}
+    for name, make in PAIRS.items():
+        found[name] = make
+        found[f"{name}-smoke"] = partial(smoke_twin, name)
+    for name, parts in ALONE.items():
+        found[name] = partial(flow_alone, name, *parts)
+    glow, brief = CouplingConfig("glow", 16, steps=2, width=16), replace(SECONDS, label_dropout=1.0)
+    name = "mnist-glow-smoke"
+    found[name] = partial(flow_alone, name, glow, 30, 2e-3, brief, "mnist-mini")
+    return found
+
+
+PRESETS = all_presets()
 
 # %% ../nbs/config.ipynb #06122efb
 def nearest(name: str, names, cutoff: float = 0.6) -> str:
@@ -380,22 +262,22 @@ def nearest(name: str, names, cutoff: float = 0.6) -> str:
 
 
 def nearest_field(name: str, known) -> str:
-    "The same for a dotted name: its last part counts first, so that `forward.widht` finds `forward.transformer.width`."
-    leaf = lambda dotted: dotted.rpartition(".")[2]
+    "For a dotted name: its last part counts first, so `forward.widht` finds a `width`."
+
+    def leaf(dotted):
+        return dotted.rpartition(".")[2]
+
     near = difflib.get_close_matches(leaf(name), {leaf(k) for k in known}, n=1)
-    return (
-        nearest(name, [k for k in known if leaf(k) in near], cutoff=0.0)
-        if near
-        else nearest(name, known)
-    )
+    if near:
+        return nearest(name, [k for k in known if leaf(k) in near], cutoff=0.0)
+    return nearest(name, known)
 
 # %% ../nbs/config.ipynb #a0668506
 def find_preset(name: str) -> Preset:
     "The preset of that name. Raises `BitflowError` with the nearest name for another."
     if name not in PRESETS:
-        raise BitflowError(
-            f"unknown preset {name!r}; {nearest(name, PRESETS)}presets: {', '.join(PRESETS)}"
-        )
+        known = f"{nearest(name, PRESETS)}presets: {', '.join(PRESETS)}"
+        raise BitflowError(f"unknown preset {name!r}; {known}")
     return PRESETS[name]()
 
 # %% ../nbs/config.ipynb #5f002ceb
@@ -404,7 +286,8 @@ def check_pair_preset(preset: Preset):
     if preset.reverse is None:
         pairs = ", ".join(name for name, make in PRESETS.items() if make().reverse is not None)
         raise BitflowError(
-            f"preset {preset.name} describes a flow alone, trained for its likelihood; a pair of F and G is needed here: {pairs}"
+            f"preset {preset.name} describes a flow alone, trained for its likelihood; "
+            f"a pair of F and G is needed here: {pairs}"
         )
 
 # %% ../nbs/config.ipynb #d2ccead3
@@ -412,28 +295,21 @@ def with_strategy(preset: Preset, strategy: str) -> Preset:
     "The same preset with another strategy, and the G that it needs."
     check_pair_preset(preset)
     objective = replace(preset.objective, strategy=strategy)
-    return replace(
-        preset,
-        objective=objective,
-        reverse=replace(preset.reverse, token_states=needs_token_states(strategy)),
-    )
+    reverse = replace(preset.reverse, token_states=needs_token_states(strategy))
+    return replace(preset, objective=objective, reverse=reverse)
 
 # %% ../nbs/config.ipynb #7f34623e
 def check_same(a: str, b: str, names: tuple, preset: Preset):
     "Refuse two parts of a preset that disagree about a field."
     for name in names:
-        values = [getattr(getattr(preset, part), name) for part in (a, b)]
-        if values[0] != values[1]:
-            raise BitflowError(
-                f"{a}.{name} is {values[0]} but {b}.{name} is {values[1]}; they must agree: change both"
-            )
+        one, other = (getattr(getattr(preset, part), name) for part in (a, b))
+        if one != other:
+            what = f"{a}.{name} is {one} but {b}.{name} is {other}"
+            raise BitflowError(f"{what}; they must agree: change both")
 
 # %% ../nbs/config.ipynb #68eb1070
-PARTS = {
-    "reverse": ReverseConfig,
-    "train_reverse": TrainConfig,
-    "objective": ObjectiveConfig,
-}  # what a flow alone lacks
+# what a flow alone lacks
+PARTS = {"reverse": ReverseConfig, "train_reverse": TrainConfig, "objective": ObjectiveConfig}
 
 
 def check_preset(preset: Preset) -> Preset:
@@ -441,35 +317,30 @@ def check_preset(preset: Preset) -> Preset:
     shape = ("image_size", "channels", "num_classes")
     check_same("data", "forward", shape, preset)
     missing = [name for name in PARTS if getattr(preset, name) is None]
-    if missing and len(missing) < len(PARTS):
-        raise BitflowError(
-            f"{', '.join(missing)} is null but {', '.join(sorted(set(PARTS) - set(missing)))} is not; a pair needs all of them, a flow alone none"
-        )
-    if not missing:
-        if not isinstance(preset.forward, TARFlowConfig):
-            raise BitflowError(
-                "only a TARFlow has an inverse G to learn; set reverse, train_reverse and objective to null, or give a TARFlow"
-            )
-        check_same("forward", "reverse", (*shape, "patch_size", "num_blocks"), preset)
-        check_objective(preset)
+    if len(missing) == len(PARTS):
+        return preset
+    if missing:
+        rule = "a pair needs all of them, a flow alone none"
+        given = ", ".join(sorted(set(PARTS) - set(missing)))
+        raise BitflowError(f"{', '.join(missing)} is null but {given} is not; {rule}")
+    if not isinstance(preset.forward, TARFlowConfig):
+        way_out = "set reverse, train_reverse and objective to null, or give a TARFlow"
+        raise BitflowError(f"only a TARFlow has an inverse G to learn; {way_out}")
+    check_same("forward", "reverse", (*shape, "patch_size", "num_blocks"), preset)
+    check_objective(preset)
     return preset
 
 # %% ../nbs/config.ipynb #315cb832
 def check_objective(preset: Preset):
     "Refuse a G, or weights, that do not suit what G is asked to match."
-    strategy, weights, B = (
-        preset.objective.strategy,
-        preset.objective.depth_weights,
-        preset.forward.num_blocks,
-    )
-    if preset.reverse.token_states != needs_token_states(strategy):
-        raise BitflowError(
-            f"reverse.token_states is {preset.reverse.token_states}, but objective.strategy {strategy} needs {needs_token_states(strategy)}; change one of them"
-        )
-    if weights and len(weights) != B:
-        raise BitflowError(
-            f"objective.depth_weights has {len(weights)} values for forward.num_blocks {B}; give one for each block"
-        )
+    strategy, has = preset.objective.strategy, preset.reverse.token_states
+    if has != (needed := needs_token_states(strategy)):
+        what = f"reverse.token_states is {has}, but objective.strategy {strategy} needs {needed}"
+        raise BitflowError(f"{what}; change one of them")
+    n, B = len(preset.objective.depth_weights), preset.forward.num_blocks
+    if n not in (0, B):
+        what = f"objective.depth_weights has {n} values for forward.num_blocks {B}"
+        raise BitflowError(f"{what}; give one for each block")
 
 # %% ../nbs/config.ipynb #e1e0f614
 def as_tree(preset: Preset) -> dict:
@@ -478,20 +349,19 @@ def as_tree(preset: Preset) -> dict:
 
 
 def to_words(tree: dict, prefix: str = "") -> dict:
-    "Dotted name → words, of a tree: `{'data': {'image_size': 8}}` gives `{'data.image_size': ['8']}`."
+    "Dotted name → words: `{'data': {'image_size': 8}}` gives `{'data.image_size': ['8']}`."
     found = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             found |= to_words(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = (
-                [str(v) for v in value] if isinstance(value, list) else [str(value)]
-            )
+            values = value if isinstance(value, list) else [value]
+            found[f"{prefix}{key}"] = [str(v) for v in values]
     return found
 
 # %% ../nbs/config.ipynb #5b20bbde
 def one_line(message: str) -> str:
-    "What a parser says in a box (drawn, or of dashes where the terminal knows no others), as one sentence."
+    "What a parser says in a box, drawn or of dashes, as one sentence."
     lines = [line.strip(" │") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
     if "╭" not in message:  # a plain box begins with its title and a rule
         lines = lines[2:]
@@ -500,37 +370,27 @@ def one_line(message: str) -> str:
 
 
 def read_fields(preset: Preset, argv: list[str]) -> Preset:
-    "What tyro makes of a preset and words such as `--data.image-size 8`. Raises `SystemExit`: 0 after --help, else with a box on stderr."
+    "A preset changed by words like `--data.image-size 8`; `SystemExit` for --help (0) or mistakes."
     import tyro
 
-    return tyro.cli(
-        Preset,
-        default=preset,
-        args=argv,
-        prog="bitflow …",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
+    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    return tyro.cli(Preset, default=preset, args=argv, prog="bitflow …", config=options)
 
 # %% ../nbs/config.ipynb #50b30004
 def with_words(preset: Preset, given: dict, where: str = "") -> Preset:
-    "The preset with some fields changed, dotted name → words. Raises `BitflowError` for unknown fields, wrong types, and what contradicts itself."
-    known, said = to_words(as_tree(preset)), io.StringIO()
-    if unknown := next((name for name in given if name not in known), None):
-        raise BitflowError(
-            f"{where}unknown field {unknown!r}; {nearest_field(unknown, known)}bitflow info --preset {preset.name} --fields lists them all"
-        )
+    "The preset with fields changed, dotted name → words. Raises `BitflowError` for what is wrong."
+    known, said, argv = to_words(as_tree(preset)), io.StringIO(), []
+    for name, words in given.items():
+        if name not in known:
+            hint = f"{nearest_field(name, known)}bitflow info --preset {preset.name} --fields"
+            raise BitflowError(f"{where}unknown field {name!r}; {hint} lists them all")
+        argv += [f"--{name.replace('_', '-')}", *words]
     try:
         with contextlib.redirect_stderr(said):
-            argv = [
-                word
-                for name, words in given.items()
-                for word in (f"--{name.replace('_', '-')}", *words)
-            ]
             return check_preset(read_fields(preset, argv) if argv else preset)
     except SystemExit:
-        raise BitflowError(
-            f"{where}{one_line(said.getvalue())}; bitflow info --fields says what each field takes"
-        ) from None
+        hint = "bitflow info --fields says what each field takes"
+        raise BitflowError(f"{where}{one_line(said.getvalue())}; {hint}") from None
 
 # %% ../nbs/config.ipynb #e3775f32
 def split_fields(argv) -> tuple:
@@ -556,14 +416,14 @@ def to_yaml(preset: Preset) -> str:
 
 
 def write_preset(preset: Preset, path: Path):
-    "Write the whole preset to a YAML file, and make its folder. Raises `BitflowError` where it cannot."
+    "Write the whole preset to a YAML file, and make its folder, or raise `BitflowError`."
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, to_yaml(preset))
 
 # %% ../nbs/config.ipynb #188f2e63
 class UniqueKeys(yaml.SafeLoader):
-    "YAML that says nothing twice: of two values for a field, the standard loader silently takes the last."
+    "YAML that says nothing twice: the standard loader silently takes the last of two values."
 
     def construct_mapping(self, node, deep=False):
         "A mapping; a key that comes twice is an error."
@@ -578,42 +438,39 @@ def read_tree(path: Path) -> dict:
     try:
         tree = yaml.load(path.read_text(), UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise BitflowError(
-            f"{path} is no YAML file that can be read ({' '.join(str(e).split())}); bitflow info --yaml writes one"
-        ) from e
+        why, hint = " ".join(str(e).split()), "bitflow info --yaml writes one"
+        raise BitflowError(f"{path} is no YAML file that can be read ({why}); {hint}") from e
     if not isinstance(tree, dict):
-        raise BitflowError(
-            f"{path} holds no fields such as num_samples: 100; bitflow info --yaml writes a file that does"
-        )
+        hint = "bitflow info --yaml writes a file that does"
+        raise BitflowError(f"{path} holds no fields such as num_samples: 100; {hint}")
     return tree
+
+# %% ../nbs/config.ipynb #0d8c7f52
+def kind_of_flow(own: type, given) -> type:
+    "The kind of flow, `own` first, that has all fields a file gives; `own` where none has."
+    if isinstance(given, dict):
+        for kind in (own, TARFlowConfig, CouplingConfig):
+            if set(given) <= {f.name for f in dataclasses.fields(kind)}:
+                return kind
+    return own
 
 # %% ../nbs/config.ipynb #eddb701f
 def with_parts_of(preset: Preset, tree: dict) -> Preset:
-    "The preset with the parts that a file has: a G or none, and a flow of the kind whose fields it gives."
-    changed = {name: None for name in PARTS if name in tree and tree[name] is None}
-    changed |= {
-        name: kind()
-        for name, kind in PARTS.items()
-        if isinstance(tree.get(name), dict) and getattr(preset, name) is None
-    }
-    given, kinds = tree.get("forward"), (type(preset.forward), TARFlowConfig, CouplingConfig)
-    fits = lambda kind: (
-        not isinstance(given, dict) or set(given) <= {f.name for f in dataclasses.fields(kind)}
-    )
-    kind = next((kind for kind in kinds if fits(kind)), kinds[0])
-    return (
-        replace(preset, **changed)
-        if kind is kinds[0]
-        else replace(preset, forward=kind(), **changed)
-    )
+    "The preset with the parts a file has: a G or none, the kind of flow whose fields it gives."
+    changed, own = {}, type(preset.forward)
+    for name, kind in PARTS.items():
+        if name in tree and tree[name] is None:
+            changed[name] = None
+        elif isinstance(tree.get(name), dict) and getattr(preset, name) is None:
+            changed[name] = kind()
+    kind = kind_of_flow(own, tree.get("forward"))
+    if kind is not own:
+        changed["forward"] = kind()
+    return replace(preset, **changed)
 
 
 def read_preset(path: Path, base: Preset) -> Preset:
     "The preset in a YAML file; the fields it leaves out are those of `base`."
     tree = read_tree(path)
-    absent = {name for name in PARTS if name in tree and tree[name] is None}
-    return with_words(
-        with_parts_of(base, tree),
-        to_words({k: v for k, v in tree.items() if k not in absent}),
-        f"{path}: ",
-    )
+    given = {k: v for k, v in tree.items() if k not in PARTS or v is not None}
+    return with_words(with_parts_of(base, tree), to_words(given), f"{path}: ")

@@ -2,35 +2,38 @@
 
 # %% ../nbs/02_affine_coupling.ipynb #b4dd1d95
 from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 from torch import Tensor
+
 from .bijections import Affine, Bijection, Compose, StandardNormal, safe_exp
 from .data import BitflowError, Images, dequantize
 
 # %% auto #0
 __all__ = ['KINDS', 'mlp', 'every_other', 'AdditiveCoupling', 'bounded', 'advice', 'AffineCoupling', 'realnvp_points', 'conv_net',
-           'check_image', 'Squeeze', 'check_even', 'half_of', 'ChannelAffine', 'standardise', 'ActNorm', 'LUMatrix',
+           'check_image', 'Squeeze', 'check_even', 'half_of', 'ChannelAffine', 'standardise', 'ActNorm',
            'Invertible1x1', 'HalfCoupling', 'Flatten', 'Split', 'to_bits', 'check_range', 'Logit', 'nice_layers',
-           'realnvp_level', 'glow_level', 'multi_scale', 'ImageShape', 'check_coupling', 'CouplingConfig',
-           'CouplingLayers', 'CouplingFlow', 'uniform_noise_loss', 'batch_bits', 'bits_per_dim']
+           'realnvp_level', 'glow_level', 'multi_scale', 'realnvp_layers', 'glow_layers', 'ImageShape',
+           'check_coupling', 'CouplingConfig', 'CouplingFlow', 'uniform_noise_loss', 'batch_bits', 'bits_per_dim']
 
 # %% ../nbs/02_affine_coupling.ipynb #4ae2d738
 def mlp(
-    inputs: int,
-    outputs: int,  # sizes of first and last layer
-    width: int = 64,
-    depth: int = 2,  # of the hidden layers
+    inputs: int,  # size of the first layer
+    outputs: int,  # size of the last
+    width: int = 64,  # of the hidden layers
+    depth: int = 2,  # hidden layers
 ) -> nn.Sequential:
     "Linear layers with SiLU between; the last starts at zero, so that a new coupling does nothing."
-    sizes = [inputs, *[width] * depth]
-    layers = [
-        piece for a, b in zip(sizes[:-1], sizes[1:]) for piece in (nn.Linear(a, b), nn.SiLU())
-    ]
+    layers, sizes = [], [inputs, *[width] * depth]
+    for a, b in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(a, b), nn.SiLU()]
     last = nn.Linear(sizes[-1], outputs)
-    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
     return nn.Sequential(*layers, last)
 
 # %% ../nbs/02_affine_coupling.ipynb #acf8bb85
@@ -38,7 +41,7 @@ def every_other(
     *shape: int,  # of one input
     parity: int = 0,  # 0: the first value is 1
 ) -> Tensor:  # ones and zeros, `shape`
-    "A mask that alternates along every axis: every other dimension of a vector, a checkerboard over an image `(1, H, W)`."
+    "A mask that alternates along every axis; over an image `(1, H, W)`, a checkerboard."
     index = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")).sum(dim=0)
     return ((index + parity) % 2 == 0).float()
 
@@ -49,9 +52,7 @@ class AdditiveCoupling(Bijection):
     def __init__(self, mask: Tensor, net: nn.Module):
         super().__init__()
         self.net = net
-        self.register_buffer(
-            "mask", mask
-        )  # 1 where x passes through (x_a), 0 where it is changed (x_b)
+        self.register_buffer("mask", mask)  # 1: x passes (x_a), 0: x is changed (x_b)
 
     def shift(self, x):
         "t, zero where the mask lets x pass."
@@ -62,7 +63,7 @@ class AdditiveCoupling(Bijection):
         return x + self.shift(x), x.new_zeros(len(x))
 
     def inverse(self, y):
-        "y to x: the passed part is the same on both sides, so the network gives the same advice."
+        "y to x: the passed part is the same on both sides, so the network gives the same t."
         return y - self.shift(y)
 
 # %% ../nbs/02_affine_coupling.ipynb #b99db9dc
@@ -109,49 +110,44 @@ def realnvp_points(
     width: int = 64,  # of their networks
 ) -> Compose:
     "RealNVP for points: affine couplings that pass every other dimension in turn."
-    return Compose(
-        *(
-            AffineCoupling(every_other(dims, parity=i % 2), mlp(dims, 2 * dims, width))
-            for i in range(layers)
-        )
-    )
+    couplings = []
+    for i in range(layers):
+        mask = every_other(dims, parity=i % 2)
+        couplings.append(AffineCoupling(mask, mlp(dims, 2 * dims, width)))
+    return Compose(*couplings)
 
 # %% ../nbs/02_affine_coupling.ipynb #468bc74f
 def conv_net(
-    inputs: int,
-    outputs: int,  # channels
+    inputs: int,  # channels of the input
+    outputs: int,  # channels of the output
     width: int = 64,  # channels between
 ) -> nn.Sequential:
     "3×3, 1×1, 3×3 convolutions as in Glow (arXiv 1807.03039); the last starts at zero."
     last = nn.Conv2d(width, outputs, 3, padding=1)
-    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-    return nn.Sequential(
-        nn.Conv2d(inputs, width, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 1),
-        nn.ReLU(),
-        last,
-    )
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    first, middle = nn.Conv2d(inputs, width, 3, padding=1), nn.Conv2d(width, width, 1)
+    return nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), last)
 
 # %% ../nbs/02_affine_coupling.ipynb #32551443
 def check_image(
     x: Tensor,  # images or feature maps
     divisor: int = 1,  # of height and width
 ):
-    "Refuse what is no batch of images `(N, C, H, W)`, or has a height or width that `divisor` does not divide."
+    "Refuse what is not images `(N, C, H, W)`, or has a side that `divisor` does not divide."
+    shape = tuple(x.shape)
     if x.ndim != 4:
+        problem = f"this layer works on images (N, C, H, W), not on {shape}"
+        raise BitflowError(f"{problem}; add the missing axes")
+    if shape[2] % divisor or shape[3] % divisor:
         raise BitflowError(
-            f"this layer works on images (N, C, H, W), not on {tuple(x.shape)}; add the missing axes"
-        )
-    if x.shape[2] % divisor or x.shape[3] % divisor:
-        raise BitflowError(
-            f"an image of {x.shape[2]}x{x.shape[3]} cannot be squeezed: height and width must be divisible by {divisor}; "
-            "pad or resize the images, or use fewer levels"
+            f"an image of {shape[2]}x{shape[3]} cannot be squeezed: height and width must be "
+            f"divisible by {divisor}; pad or resize the images, or use fewer levels"
         )
 
 # %% ../nbs/02_affine_coupling.ipynb #b64160b3
 class Squeeze(Bijection):
-    "`(N, C, H, W)` to `(N, 4C, H/2, W/2)`: every 2×2 square becomes four channels. Nothing is computed, log|det| = 0."
+    "`(N, C, H, W)` to `(N, 4C, H/2, W/2)`: every 2×2 square becomes four channels; log|det| = 0."
 
     def forward(self, x):
         "Raises `BitflowError` for an odd height or width."
@@ -159,12 +155,11 @@ class Squeeze(Bijection):
         return nn.functional.pixel_unshuffle(x, 2), x.new_zeros(len(x))
 
     def inverse(self, z):
-        "`(N, 4C, H, W)` to `(N, C, 2H, 2W)`. Raises `BitflowError` where the channels are no multiple of 4."
+        "`(N, 4C, H, W)` to `(N, C, 2H, 2W)`. Raises `BitflowError` unless 4 divides the channels."
         check_image(z)
         if z.shape[1] % 4:
-            raise BitflowError(
-                f"{z.shape[1]} channels cannot be unsqueezed: the number must be divisible by 4"
-            )
+            problem = f"{z.shape[1]} channels cannot be unsqueezed"
+            raise BitflowError(f"{problem}: the number must be divisible by 4")
         return nn.functional.pixel_shuffle(z, 2)
 
 # %% ../nbs/02_affine_coupling.ipynb #520a2cab
@@ -172,7 +167,8 @@ def check_even(channels: int) -> int:  # half of them
     "Halve a number of channels. Raises `BitflowError` for one that has no halves."
     if channels < 2 or channels % 2:
         raise BitflowError(
-            f"{channels} channels cannot be split into two halves; squeeze first (it makes four channels of one), or choose an even number"
+            f"{channels} channels cannot be split into two halves; squeeze first (it makes four "
+            "channels of one), or choose an even number"
         )
     return channels // 2
 
@@ -191,10 +187,8 @@ class ChannelAffine(Bijection):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.log_scale, self.shift = (
-            nn.Parameter(torch.zeros(channels)),
-            nn.Parameter(torch.zeros(channels)),
-        )
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
 
     def shaped(self, parameter, x):
         "A number a channel, laid out to fit `(N, C, …)`."
@@ -215,7 +209,7 @@ def standardise(
     layer: ChannelAffine,  # changed in place
     x: Tensor,  # a batch `(N, C, …)`
 ):
-    "Set a layer so that this batch comes out with mean 0 and variance 1; a channel that never changes keeps its scale."
+    "Set a layer so that this batch gets mean 0 and variance 1; a constant channel keeps its scale."
     values = x.transpose(0, 1).flatten(1).float()
     std = values.std(dim=1, correction=0)
     layer.shift.copy_(-values.mean(dim=1))
@@ -223,29 +217,33 @@ def standardise(
 
 # %% ../nbs/02_affine_coupling.ipynb #a5b63767
 class ActNorm(ChannelAffine):
-    "Glow's ActNorm (arXiv 1807.03039, §3.1): a scale and shift for each channel that start from the first batch seen in training."
+    """Glow's ActNorm (arXiv 1807.03039, §3.1): a scale and shift for each channel that start
+    from the first batch seen in training."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
         self.register_buffer("ready", torch.tensor(False))
 
     def forward(self, x):
-        "x `(N, C, …)` to z of the same shape, and log|det| `(N,)`. In training mode the first batch initialises."
+        "x `(N, C, …)` to z and log|det| `(N,)`. In training mode the first batch initialises."
         if not self.ready and self.training:
-            standardise(self, x), self.ready.fill_(True)
+            standardise(self, x)
+            self.ready.fill_(True)
         return super().forward(x)
 
     def inverse(self, z):
         "z to x. Raises `BitflowError` before the first batch was seen."
         if not self.ready:
             raise BitflowError(
-                "this ActNorm has seen no data yet, so its scale means nothing; train the flow, or call it once in training mode, before sampling"
+                "this ActNorm has seen no data yet, so its scale means nothing; train the flow, "
+                "or call it once in training mode, before sampling"
             )
         return super().inverse(z)
 
 # %% ../nbs/02_affine_coupling.ipynb #3105aa72
-class LUMatrix(nn.Module):
-    "An invertible matrix as P L (U + diag(sign·exp(log_s))); it starts as a random rotation."
+class Invertible1x1(Bijection):
+    """Glow's invertible 1×1 convolution (arXiv 1807.03039, eq. 10–11): W = P L (U + diag(sign·
+    exp(log_s))), so log|det| is a sum; W starts as a random rotation."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -258,16 +256,11 @@ class LUMatrix(nn.Module):
     def factors(self):
         "L with ones, and U with ±exp(log_s), on the diagonal: both `(C, C)`."
         eye = torch.eye(len(self.log_s), dtype=self.log_s.dtype, device=self.log_s.device)
-        return self.lower.tril(-1) + eye, self.upper.triu(1) + torch.diag(
-            self.sign * safe_exp(self.log_s)
-        )
-
-# %% ../nbs/02_affine_coupling.ipynb #11311206
-class Invertible1x1(LUMatrix, Bijection):
-    "Glow's invertible 1×1 convolution: log|det| is a sum (arXiv 1807.03039, eq. 10–11)."
+        diagonal = torch.diag(self.sign * safe_exp(self.log_s))
+        return self.lower.tril(-1) + eye, self.upper.triu(1) + diagonal
 
     def forward(self, x):
-        "x `(N, C, …)` to W x, and log|det| = H·W·Σ log_s `(N,)`; in full precision, also under autocast."
+        "x `(N, C, …)` to W x, and log|det| = H·W·Σ log_s `(N,)`."
         with torch.autocast(x.device.type, enabled=False):
             L, U = self.factors()
             z = torch.einsum("ij,nj...->ni...", self.P @ L @ U, x)
@@ -276,17 +269,14 @@ class Invertible1x1(LUMatrix, Bijection):
     def inverse(self, z):
         "z `(N, C, …)` to x: a permutation and two triangular systems."
         L, U = self.factors()
-        columns = self.P.T @ z.transpose(0, 1).flatten(1)
-        x = torch.linalg.solve_triangular(
-            U,
-            torch.linalg.solve_triangular(L, columns, upper=False, unitriangular=True),
-            upper=True,
-        )
+        y = self.P.T @ z.transpose(0, 1).flatten(1)
+        y = torch.linalg.solve_triangular(L, y, upper=False, unitriangular=True)
+        x = torch.linalg.solve_triangular(U, y, upper=True)
         return x.unflatten(1, (len(z), *z.shape[2:])).transpose(0, 1)
 
 # %% ../nbs/02_affine_coupling.ipynb #f906fe68
 class HalfCoupling(Bijection):
-    "An affine coupling between two halves of the channels, cut apart instead of masked: no work on zeros (Glow)."
+    "An affine coupling between two halves of the channels, cut apart instead of masked (Glow)."
 
     def __init__(self, channels: int, width: int = 64, bound: float | None = 2.0):
         super().__init__()
@@ -322,15 +312,13 @@ class Flatten(Bijection):
 
 # %% ../nbs/02_affine_coupling.ipynb #05ecafab
 class Split(Bijection):
-    "Multi-scale: one half of the channels goes on into `inner`, the other is done, and normalised by what the first says of it."
+    """Multi-scale: one half of the channels goes on into `inner`; the other leaves here,
+    normalised with what a network sees in the first."""
 
     def __init__(self, inner: Bijection, channels: int, side: int, width: int = 64):
         super().__init__()
-        self.inner, self.prior, self.shape = (
-            inner,
-            HalfCoupling(channels, width),
-            (check_even(channels), side, side),
-        )
+        self.inner, self.prior = inner, HalfCoupling(channels, width)
+        self.shape = (check_even(channels), side, side)
 
     def forward(self, x):
         "x `(N, C, H, W)` to z `(N, C·H·W)`: first the inner flow's, then the half that left here."
@@ -342,16 +330,15 @@ class Split(Bijection):
     def inverse(self, z):
         "z `(N, C·H·W)` to x `(N, C, H, W)`."
         inner, left = z.tensor_split([-math.prod(self.shape)], dim=1)
-        return self.prior.inverse(
-            torch.cat([self.inner.inverse(inner), left.unflatten(1, self.shape)], dim=1)
-        )
+        a, b = self.inner.inverse(inner), left.unflatten(1, self.shape)
+        return self.prior.inverse(torch.cat([a, b], dim=1))
 
 # %% ../nbs/02_affine_coupling.ipynb #4d2cfbbb
 def to_bits(
     log_prob: Tensor,  # nats `(N,)`, of images scaled to [-1, 1]
-    dims: int,  # values an image
+    dims: int,  # values per image
 ) -> Tensor:  # `(N,)`
-    "Bits a dimension of 8-bit images: −log p/(dims·ln 2) + 7, where 7 = log₂ 128 undoes the scaling of a bin to width 1/128."
+    "Bits/dim of 8-bit images: −log p/(dims·ln 2) + 7, where 7 = log₂ 128 for bins 1/128 wide."
     return -log_prob / (dims * math.log(2)) + 7
 
 # %% ../nbs/02_affine_coupling.ipynb #f546f767
@@ -361,13 +348,12 @@ def check_range(
     "Refuse pixel values outside [-1, 1], and NaN."
     low, high = x.min().item(), x.max().item()
     if not (low >= -1 and high <= 1):
-        raise BitflowError(
-            f"pixel values run from {low:.4g} to {high:.4g}, but must lie in [-1, 1]; scale the images (load_data does)"
-        )
+        problem = f"pixel values run from {low:.4g} to {high:.4g}, but must lie in [-1, 1]"
+        raise BitflowError(f"{problem}; scale the images (load_data does)")
 
 # %% ../nbs/02_affine_coupling.ipynb #93f361b3
 class Logit(Bijection):
-    "Pixels in [-1, 1] to the whole line: logit(α + (1 − 2α)·(x + 1)/2) (RealNVP §4.1; α = 0.05 there)."
+    "Pixels in [-1, 1] to the line: logit(α + (1 − 2α)·(x + 1)/2) (RealNVP §4.1; α = 0.05 there)."
 
     def __init__(self, alpha: float = 0.05):
         super().__init__()
@@ -386,73 +372,69 @@ class Logit(Bijection):
 
 # %% ../nbs/02_affine_coupling.ipynb #0adfef21
 def nice_layers(cfg) -> Bijection:
-    "Additive couplings on the flat image, every other pixel in turn, then a learned scale a pixel (NICE)."
-    couplings = [
-        AdditiveCoupling(every_other(cfg.dims, parity=i % 2), mlp(cfg.dims, cfg.dims, cfg.width))
-        for i in range(cfg.steps)
-    ]
-    return Compose(Flatten(*cfg.shape), *couplings, Affine(cfg.dims))
+    "Additive couplings on the flat image, every other pixel in turn, then a learned scale (NICE)."
+    dims, couplings = cfg.dims, []
+    for i in range(cfg.steps):
+        mask = every_other(dims, parity=i % 2)
+        couplings.append(AdditiveCoupling(mask, mlp(dims, dims, cfg.width)))
+    return Compose(Flatten(*cfg.shape), *couplings, Affine(dims))
 
 # %% ../nbs/02_affine_coupling.ipynb #099a1f94
 def realnvp_level(channels, side, cfg) -> list:
-    "Checkerboard couplings, a squeeze, channel couplings; ActNorm stands where the paper has batch norm."
+    "Checkerboard couplings, a squeeze, channel couplings; ActNorm in place of batch norm."
     layers = []
     for i in range(cfg.steps):
-        layers += [
-            AffineCoupling(
-                every_other(1, side, side, parity=i % 2),
-                conv_net(channels, 2 * channels, cfg.width),
-            ),
-            ActNorm(channels),
-        ]
+        net = conv_net(channels, 2 * channels, cfg.width)
+        layers.append(AffineCoupling(every_other(1, side, side, parity=i % 2), net))
+        layers.append(ActNorm(channels))
     layers.append(Squeeze())
+    channels = 4 * channels
     for i in range(cfg.steps):
-        layers += [
-            AffineCoupling(
-                half_of(4 * channels, parity=i % 2), conv_net(4 * channels, 8 * channels, cfg.width)
-            ),
-            ActNorm(4 * channels),
-        ]
+        net = conv_net(channels, 2 * channels, cfg.width)
+        layers.append(AffineCoupling(half_of(channels, parity=i % 2), net))
+        layers.append(ActNorm(channels))
     return layers
 
 # %% ../nbs/02_affine_coupling.ipynb #8cc96375
 def glow_level(channels, side, cfg) -> list:
     "A squeeze, then steps of ActNorm, 1×1 convolution and coupling (Glow)."
-    steps = [
-        (ActNorm(4 * channels), Invertible1x1(4 * channels), HalfCoupling(4 * channels, cfg.width))
-        for _ in range(cfg.steps)
-    ]
-    return [Squeeze(), *(layer for step in steps for layer in step)]
+    layers, channels = [Squeeze()], 4 * channels
+    for _ in range(cfg.steps):
+        layers += [ActNorm(channels), Invertible1x1(channels), HalfCoupling(channels, cfg.width)]
+    return layers
 
 # %% ../nbs/02_affine_coupling.ipynb #c5e1416d
 def multi_scale(
     level,  # (channels, side, cfg) → layers, which squeeze once
     cfg,  # a `CouplingConfig`
-    channels: int,
-    side: int,
-    levels: int,  # what comes in, and how many levels are left
+    channels: int,  # of what comes in
+    side: int,  # of what comes in
+    levels: int,  # that are left
 ) -> Bijection:  # images to flat noise
     "Level by level: half of the channels leaves after each but the last."
     if side % 2:
         raise BitflowError(
-            f"an image side of {cfg.image_size} cannot be halved {cfg.levels} times; use fewer levels, or another size"
+            f"an image side of {cfg.image_size} cannot be halved {cfg.levels} times; "
+            "use fewer levels, or another size"
         )
     layers, channels, side = level(channels, side, cfg), 4 * channels, side // 2
     if levels == 1:
         return Compose(*layers, Flatten(channels, side, side))
-    return Compose(
-        *layers,
-        Split(multi_scale(level, cfg, channels // 2, side, levels - 1), channels, side, cfg.width),
-    )
+    inner = multi_scale(level, cfg, channels // 2, side, levels - 1)
+    return Compose(*layers, Split(inner, channels, side, cfg.width))
 
 # %% ../nbs/02_affine_coupling.ipynb #f276fd36
-KINDS = {
-    "nice": nice_layers,
-    "realnvp": lambda cfg: multi_scale(
-        realnvp_level, cfg, cfg.channels, cfg.image_size, cfg.levels
-    ),
-    "glow": lambda cfg: multi_scale(glow_level, cfg, cfg.channels, cfg.image_size, cfg.levels),
-}
+def realnvp_layers(cfg) -> Bijection:
+    "RealNVP's levels."
+    return multi_scale(realnvp_level, cfg, cfg.channels, cfg.image_size, cfg.levels)
+
+
+def glow_layers(cfg) -> Bijection:
+    "Glow's levels."
+    return multi_scale(glow_level, cfg, cfg.channels, cfg.image_size, cfg.levels)
+
+
+KINDS = {"nice": nice_layers, "realnvp": realnvp_layers, "glow": glow_layers}
 
 # %% ../nbs/02_affine_coupling.ipynb #cfb8e259
 class ImageShape:
@@ -496,9 +478,9 @@ class CouplingConfig(ImageShape):
     def __post_init__(self):
         check_coupling(self)
 
-# %% ../nbs/02_affine_coupling.ipynb #7995efae
-class CouplingLayers(nn.Module):
-    "What a coupling flow is made of: the logit, the layers of its kind, and the noise's density."
+# %% ../nbs/02_affine_coupling.ipynb #617845a9
+class CouplingFlow(Bijection):
+    "NICE, RealNVP or Glow: images in [-1, 1] to flat noise, and their density."
 
     Config = CouplingConfig
 
@@ -509,16 +491,14 @@ class CouplingLayers(nn.Module):
         self.to(memory_format=torch.channels_last)  # convolutions on a CPU are a third faster so
 
     def check_input(self, x):
-        "x itself. Raises `BitflowError` for images `(N, C, H, W)` of another size than the config's."
+        "x itself. Raises `BitflowError` for images of another size than the config's."
         if x.shape[1:] != self.cfg.shape:
+            built_for = ", ".join(map(str, self.cfg.shape))
             raise BitflowError(
-                f"this flow was built for images (N, {', '.join(map(str, self.cfg.shape))}) and got {tuple(x.shape)}; resize the images"
+                f"this flow was built for images (N, {built_for}) and got {tuple(x.shape)}; "
+                "resize the images"
             )
         return x
-
-# %% ../nbs/02_affine_coupling.ipynb #617845a9
-class CouplingFlow(CouplingLayers, Bijection):
-    "NICE, RealNVP or Glow: images in [-1, 1] to flat noise, and their density."
 
     def forward(self, x):
         "Images `(N, C, H, W)` to z `(N, C·H·W)` and log|det| `(N,)`."
@@ -538,7 +518,7 @@ class CouplingFlow(CouplingLayers, Bijection):
 
 # %% ../nbs/02_affine_coupling.ipynb #b5d4177b
 def uniform_noise_loss(model, x, c, generator):
-    "Maximum likelihood under uniform dequantisation, in bits/dim; a loss for `train`. x holds the middles of the bins."
+    "−log p under uniform dequantisation, bits/dim: a loss for `train`. x holds middles of bins."
     u = torch.rand(x.shape, generator=generator, device=x.device) * (1 - 2**-16) - 0.5
     return to_bits(model.log_prob(x + u / 128, c), x[0].numel()).mean(), {}
 
@@ -548,18 +528,16 @@ def batch_bits(
     model,  # has `log_prob(x, c)`
     pixels: Tensor,  # uint8 `(N, C, H, W)`
     c: Tensor,  # labels `(N,)`, −1: none
-    draws: int,
-    generator: torch.Generator,  # how many draws of noise an image, and where they come from
+    draws: int,  # of noise, per image
+    generator: torch.Generator,  # source of the noise
 ) -> Tensor:  # bits/dim `(N,)`
-    "Bits/dim of a batch of 8-bit images: −log of the mean density over `draws` points of each image's bin."
-    device = next(model.parameters()).device
-    nats = torch.stack(
-        [
-            model.log_prob(dequantize(pixels, generator).to(device), c.to(device)).cpu()
-            for _ in range(draws)
-        ]
-    )
-    return to_bits(nats.logsumexp(dim=0) - math.log(draws), pixels[0].numel())
+    "Bits/dim of 8-bit images: −log of the mean density over `draws` points of each image's bin."
+    device, nats = next(model.parameters()).device, []
+    for _ in range(draws):
+        x = dequantize(pixels, generator).to(device)
+        nats.append(model.log_prob(x, c.to(device)).cpu())
+    mean = torch.stack(nats).logsumexp(dim=0) - math.log(draws)
+    return to_bits(mean, pixels[0].numel())
 
 # %% ../nbs/02_affine_coupling.ipynb #99b1823e
 def bits_per_dim(
@@ -568,14 +546,14 @@ def bits_per_dim(
     seed: int = 0,  # of the dequantisation noise
     batch_size: int = 250,  # images at a time
     conditional: bool = True,  # give the labels to the model
-    draws: int = 1,  # of noise, an image; more make the bound on the discrete likelihood tighter
-) -> Tensor:  # bits a dimension of every image, `(N,)`
-    "Bits/dim of 8-bit images under uniform dequantisation: an upper bound, −log of the mean density over `draws` points of each bin."
+    draws: int = 1,  # of noise, per image; more make the bound on the discrete likelihood tighter
+) -> Tensor:  # bits/dim of every image, `(N,)`
+    """Bits/dim of 8-bit images under uniform dequantisation: an upper bound,
+    −log of the mean density over `draws` points of each bin."""
     if draws < 1:
         raise BitflowError(f"draws is {draws}; at least one draw of noise is needed")
-    generator = torch.Generator().manual_seed(seed)
+    generator, found = torch.Generator().manual_seed(seed), []
     c = data.labels if conditional else -torch.ones_like(data.labels)
-    batches = zip(data.pixels.split(batch_size), c.split(batch_size))
-    return torch.cat(
-        [batch_bits(model, pixels, part, draws, generator) for pixels, part in batches]
-    )
+    for pixels, part in zip(data.pixels.split(batch_size), c.split(batch_size)):
+        found.append(batch_bits(model, pixels, part, draws, generator))
+    return torch.cat(found)

@@ -2,12 +2,14 @@
 
 # %% ../nbs/00_data.ipynb #07a742bc
 from __future__ import annotations
+
 import io
 import os
 import zipfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as nnf
@@ -17,9 +19,10 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['TORCHVISION', 'IMAGE_SUFFIXES', 'CHANNELS', 'LOADERS', 'BitflowError', 'asset', 'to_model_range', 'to_pixels',
            'Images', 'DataConfig', 'data_root', 'first_sentence', 'read_arrays', 'load_mnist_mini', 'load_torchvision',
-           'load_cifar10', 'class_folders', 'folder_classes', 'image_files', 'read_square', 'load_image_folder',
-           'resize', 'load_latents', 'check_labels', 'check_arrays', 'check_images', 'as_images', 'read_split',
-           'load_data', 'described', 'dequantize', 'add_noise', 'patchify', 'unpatchify']
+           'load_cifar10', 'is_image', 'class_folders', 'folder_classes', 'image_files', 'read_square',
+           'load_image_folder', 'resize', 'load_latents', 'load_sized_folder', 'ignoring_config', 'check_labels',
+           'check_arrays', 'check_images', 'as_images', 'read_split', 'load_data', 'described', 'dequantize',
+           'add_noise', 'patchify', 'unpatchify']
 
 # %% ../nbs/00_data.ipynb #b99c3d85
 class BitflowError(ValueError):
@@ -29,7 +32,7 @@ class BitflowError(ValueError):
 def asset(
     name: str,  # a file or folder below `data/`, e.g. "mnist-mini.npz"
 ) -> Path:
-    "Where a file that comes with the course lies: in the installed package, or in the repository's `data/`."
+    "A file of the course, in the installed package or in the repository's `data/`."
     here = Path(str(files("bitflow_edu")))
     for folder in (here / "assets", here.parent / "data"):
         if (folder / name).exists():
@@ -86,14 +89,12 @@ class DataConfig:
     def __post_init__(self):
         if self.name not in LOADERS:
             raise BitflowError(f"unknown dataset {self.name!r}; choose one of {', '.join(LOADERS)}")
-        if (
-            self.image_size < 1
-            or self.channels not in CHANNELS.get(self.name, (1, 3))
-            or self.num_classes < 1
-        ):
+        known = self.channels in CHANNELS.get(self.name, (1, 3))
+        if self.image_size < 1 or not known or self.num_classes < 1:
             raise BitflowError(
                 f"no images are {self.image_size} pixels wide with {self.channels} channels and "
-                f"{self.num_classes} classes: give a positive size, 1 or 3 channels, at least 1 class"
+                f"{self.num_classes} classes: give a positive size, 1 or 3 channels, "
+                "at least 1 class"
             )
 
 # %% ../nbs/00_data.ipynb #cd79c460
@@ -111,8 +112,9 @@ def data_root(
 
 # %% ../nbs/00_data.ipynb #2be62919
 def first_sentence(error: Exception) -> str:
-    "An exception's type and the first sentence of its text, short enough to quote."
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no details'])[0].split('. ')[0][:200]}"
+    "An exception's type and the first sentence of its text, at most 200 characters."
+    lines = str(error).splitlines() or ["no details"]
+    return f"{type(error).__name__}: {lines[0].split('. ')[0][:200]}"
 
 
 def read_arrays(
@@ -126,9 +128,9 @@ def read_arrays(
         with np.load(path, allow_pickle=False) as archive:
             return [archive[name] for name in names]
     except Exception as e:
-        raise BitflowError(
-            f"{path} is damaged or no dataset with {', '.join(names)}; replace the file ({first_sentence(e)})"
-        ) from e
+        wanted, why = ", ".join(names), first_sentence(e)
+        problem = f"{path} is damaged or no dataset with {wanted}"
+        raise BitflowError(f"{problem}; replace the file ({why})") from e
 
 # %% ../nbs/00_data.ipynb #78bee295
 def load_mnist_mini(root, split):
@@ -147,7 +149,7 @@ TORCHVISION = {  # torchvision's class, and the folder below the root where it k
 
 # %% ../nbs/00_data.ipynb #36047f25
 def load_torchvision(name, root, split):
-    "MNIST, Fashion-MNIST or CIFAR-10 in torchvision's layout; downloaded only where no folder was named."
+    "MNIST, Fashion-MNIST or CIFAR-10 from torchvision's files; without a root, downloaded."
     from torchvision import datasets
 
     kind, place = TORCHVISION[name]
@@ -164,21 +166,25 @@ def load_torchvision(name, root, split):
 
 # %% ../nbs/00_data.ipynb #4e8bf608
 def load_cifar10(root, split):
-    "CIFAR-10, from `cifar10_jpeg.npz` (the JPEG copy) where `root` holds one, else the official files."
+    "CIFAR-10 from `cifar10_jpeg.npz` (the JPEG copy) if `root` holds one, else the official files."
     path = root and root / "cifar10_jpeg.npz"
     if not (path and path.exists()):
         return load_torchvision("cifar10", root, split)
-    blob, ends, labels, classes = read_arrays(
-        path, f"{split}_jpeg", f"{split}_offsets", f"{split}_labels", "classes"
-    )
-    images = [
-        np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB"))
-        for a, b in zip(ends[:-1], ends[1:])
-    ]
+    names = (f"{split}_jpeg", f"{split}_offsets", f"{split}_labels", "classes")
+    blob, ends, labels, classes = read_arrays(path, *names)
+    images = []
+    for a, b in zip(ends[:-1], ends[1:]):
+        image = Image.open(io.BytesIO(blob[a:b].tobytes()))
+        images.append(np.asarray(image.convert("RGB")))
     return np.stack(images).transpose(0, 3, 1, 2), labels, tuple(str(c) for c in classes)
 
 # %% ../nbs/00_data.ipynb #573d5553
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def is_image(path):
+    "A file with a known suffix."
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def class_folders(
@@ -189,25 +195,23 @@ def class_folders(
 
 # %% ../nbs/00_data.ipynb #de3ba441
 def folder_classes(root, split):
-    "The class names of an image folder: `train/` decides where there is one, so that both splits number them alike."
+    "The class names of an image folder: those of `train/` if there is one, for both splits."
     if root is None:
         raise BitflowError(
             "image-folder has no place to look: name the folder with --data-root or BITFLOW_DATA"
         )
-    if not (root / split).is_dir():
-        raise BitflowError(
-            f"an image folder needs {split}/<class>/<image> below --data-root; {root} has no {split}/"
-        )
-    here = class_folders(root / split)
-    classes = class_folders(root / "train") if (root / "train").is_dir() else here
-    if not here:
-        raise BitflowError(
-            f"{root / split} holds no class folders; lay the images out as {split}/<class>/<image>"
-        )
-    if extra := sorted(set(here) - set(classes)):
-        raise BitflowError(
-            f"{root / split} has a class {extra[0]!r} that train/ lacks; rename or remove that folder"
-        )
+    here = root / split
+    if not here.is_dir():
+        layout = f"{split}/<class>/<image> below --data-root"
+        raise BitflowError(f"an image folder needs {layout}; {root} has no {split}/")
+    found = class_folders(here)
+    classes = class_folders(root / "train") if (root / "train").is_dir() else found
+    if not found:
+        layout = f"{split}/<class>/<image>"
+        raise BitflowError(f"{here} holds no class folders; lay the images out as {layout}")
+    if extra := sorted(set(found) - set(classes)):
+        problem = f"{here} has a class {extra[0]!r} that train/ lacks"
+        raise BitflowError(f"{problem}; rename or remove that folder")
     return tuple(classes)
 
 # %% ../nbs/00_data.ipynb #370a386a
@@ -216,27 +220,23 @@ def image_files(root, split, classes):
     paths, labels = [], []
     for label, name in enumerate(classes):
         folder = root / split / name
-        found = sorted(
-            f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
-        )
+        found = sorted(f for f in folder.rglob("*") if is_image(f))
         if folder.is_dir() and not found:
-            raise BitflowError(
-                f"class folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill it or remove it"
-            )
+            problem = f"class folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+            raise BitflowError(f"{problem}; fill it or remove it")
         paths += found
         labels += [label] * len(found)
     return paths, np.array(labels, dtype=np.int64)
 
 # %% ../nbs/00_data.ipynb #ce7752bd
 def read_square(path, size, channels):
-    "An image file as uint8 `(channels, size, size)`: the largest centred square, resized with antialiasing."
+    "The largest centred square of an image file, resized: uint8 `(channels, size, size)`."
     try:
         with Image.open(path) as image:
             image = image.convert("L" if channels == 1 else "RGB")
     except Exception as e:
-        raise BitflowError(
-            f"{path} is no readable image; replace or remove the file ({first_sentence(e)})"
-        ) from e
+        problem = f"{path} is no readable image"
+        raise BitflowError(f"{problem}; replace or remove the file ({first_sentence(e)})") from e
     pixels = np.asarray(ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -263,21 +263,33 @@ CHANNELS = {"imagenet-latents": (4,)}  # of data that are no 8-bit images
 
 
 def load_latents(root, split, cfg):
-    "Encoded images stay on disk, as `latents.Latents`; they are the one kind of data that is no `Images`."
+    "Encoded images stay on disk, as `latents.Latents`."
     from bitflow_edu.latents import read_latents
 
     return read_latents(root, split, cfg)
 
 
-LOADERS = {
+def load_sized_folder(root, split, cfg):
+    "An image folder at the size and with the channels of the config."
+    return load_image_folder(root, split, cfg.image_size, cfg.channels)
+
+
+def ignoring_config(load, *first):
+    "A function of (root, split, cfg) that calls load(*first, root, split)."
+
+    def call(root, split, cfg):
+        return load(*first, root, split)
+
+    return call
+
+# %% ../nbs/00_data.ipynb #d40b6e19
+LOADERS = {  # functions of (root, split, cfg)
     "imagenet-latents": load_latents,
-    "mnist-mini": lambda root, split, cfg: load_mnist_mini(root, split),
-    "mnist": lambda root, split, cfg: load_torchvision("mnist", root, split),
-    "fashion-mnist": lambda root, split, cfg: load_torchvision("fashion-mnist", root, split),
-    "cifar10": lambda root, split, cfg: load_cifar10(root, split),
-    "image-folder": lambda root, split, cfg: load_image_folder(
-        root, split, cfg.image_size, cfg.channels
-    ),
+    "mnist-mini": ignoring_config(load_mnist_mini),
+    "mnist": ignoring_config(load_torchvision, "mnist"),
+    "fashion-mnist": ignoring_config(load_torchvision, "fashion-mnist"),
+    "cifar10": ignoring_config(load_cifar10),
+    "image-folder": load_sized_folder,
 }
 
 # %% ../nbs/00_data.ipynb #4602151a
@@ -288,9 +300,8 @@ def check_labels(
     "Refuse labels out of range, naming the first bad one."
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
-        raise BitflowError(
-            f"label {int(bad[0])} is out of range: the model knows 0 to {num_classes - 1}; choose one of these"
-        )
+        known = f"the model knows 0 to {num_classes - 1}"
+        raise BitflowError(f"label {int(bad[0])} is out of range: {known}; choose one of these")
 
 # %% ../nbs/00_data.ipynb #e2824232
 def check_arrays(
@@ -299,15 +310,12 @@ def check_arrays(
     name: str,  # of the dataset
 ):
     "Refuse arrays that are not 8-bit images with a whole number for each."
-    if (
-        pixels.dtype != np.uint8
-        or pixels.ndim != 4
-        or labels.dtype.kind not in "iu"
-        or labels.shape != pixels.shape[:1]
-    ):
+    images = pixels.dtype == np.uint8 and pixels.ndim == 4
+    if not images or labels.dtype.kind not in "iu" or labels.shape != pixels.shape[:1]:
         raise BitflowError(
-            f"{name}: pixels {pixels.dtype} {pixels.shape} and labels {labels.dtype} {labels.shape} are not "
-            "uint8 (N, C, H, W) with one integer label an image; replace the files"
+            f"{name}: pixels {pixels.dtype} {pixels.shape} and labels {labels.dtype} "
+            f"{labels.shape} are not uint8 (N, C, H, W) with one integer label an image; "
+            "replace the files"
         )
     if pixels.size == 0:
         raise BitflowError(f"{name} holds no images: pixels {pixels.shape}; check the files")
@@ -315,21 +323,17 @@ def check_arrays(
 # %% ../nbs/00_data.ipynb #586419d4
 def check_images(images, cfg):
     "Refuse images that `cfg` does not describe, then resize them."
-    if images.pixels.shape[1] != cfg.channels:
-        raise BitflowError(
-            f"{cfg.name} has {images.pixels.shape[1]} channels but the config says {cfg.channels}; "
-            f"set channels to {images.pixels.shape[1]}"
-        )
-    if (top := int(images.labels.max())) >= cfg.num_classes:
-        named = len(images.classes)
-        way_out = (
-            f"set num_classes to {named}"
-            if top < named
-            else f"there are names for {named} only: replace the files"
-        )
-        raise BitflowError(
-            f"{cfg.name} has label {top}, which is out of range for {cfg.num_classes} classes; {way_out}"
-        )
+    channels = images.pixels.shape[1]
+    if channels != cfg.channels:
+        problem = f"{cfg.name} has {channels} channels but the config says {cfg.channels}"
+        raise BitflowError(f"{problem}; set channels to {channels}")
+    top, named = int(images.labels.max()), len(images.classes)
+    if top >= cfg.num_classes:
+        way_out = f"there are names for {named} only: replace the files"
+        if top < named:
+            way_out = f"set num_classes to {named}"
+        problem = f"label {top}, which is out of range for {cfg.num_classes} classes"
+        raise BitflowError(f"{cfg.name} has {problem}; {way_out}")
     check_labels(images.labels, cfg.num_classes)
     return Images(resize(images.pixels, cfg.image_size), images.labels, images.classes)
 
@@ -337,12 +341,9 @@ def check_images(images, cfg):
 def as_images(pixels, labels, classes, cfg):
     "Arrays that a loader returned as `Images` that `cfg` describes."
     check_arrays(pixels, labels, cfg.name)
-    images = Images(
-        torch.from_numpy(np.ascontiguousarray(pixels)),
-        torch.from_numpy(labels.astype(np.int64)),
-        classes,
-    )
-    return check_images(images, cfg)
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return check_images(Images(pixels, labels, classes), cfg)
 
 
 def read_split(cfg, split, root):
@@ -352,15 +353,13 @@ def read_split(cfg, split, root):
     except BitflowError:
         raise
     except Exception as e:
-        what = (
-            f"could not read {cfg.name} ({split}) in {root}: missing or damaged files"
-            if root
-            else f"could not download or read {cfg.name} ({split})"
-        )
-        way_out = "replace them, or name another folder" if root else "name a folder that holds it"
-        raise BitflowError(
-            f"{what} ({first_sentence(e)});\n{way_out} with --data-root or BITFLOW_DATA"
-        ) from e
+        what = f"could not download or read {cfg.name} ({split})"
+        way_out = "name a folder that holds it"
+        if root:
+            what = f"could not read {cfg.name} ({split}) in {root}: missing or damaged files"
+            way_out = "replace them, or name another folder"
+        way_out += " with --data-root or BITFLOW_DATA"
+        raise BitflowError(f"{what} ({first_sentence(e)});\n{way_out}") from e
 
 # %% ../nbs/00_data.ipynb #d2889291
 def load_data(
@@ -368,7 +367,8 @@ def load_data(
     split: str = "train",  # "train" or "test"
     root: str | Path | None = None,  # folder of the datasets; default `BITFLOW_DATA`
 ) -> Images:
-    "Load a split into memory (latents stay on disk). Raises `BitflowError` when files are missing or corrupt, or do not fit `cfg`."
+    """Load a split into memory (latents stay on disk).
+    Raises `BitflowError` when files are missing or corrupt, or do not fit `cfg`."""
     if split not in ("train", "test"):
         raise BitflowError(f"unknown split {split!r}; choose train or test")
     found = read_split(cfg, split, data_root(root))
@@ -379,7 +379,7 @@ def described(
     cfg: DataConfig,
     root: str | Path | None = None,  # as for `load_data`
 ) -> str:
-    "Which dataset was read, in words for a results file: a copy that has lost something says so."
+    "The name of the dataset that was read, for a results file; a lossy copy says so."
     root = data_root(root)
     lossy = cfg.name == "cifar10" and root and (root / "cifar10_jpeg.npz").exists()
     return f"{cfg.name}, JPEG copy" if lossy else cfg.name
@@ -389,11 +389,9 @@ def dequantize(
     pixels: Tensor,  # uint8 `(N, C, H, W)`
     generator: torch.Generator = None,  # source of the noise
 ) -> Tensor:  # float32 `(N, C, H, W)` in [-1, 1)
-    "Spread each 8-bit value evenly over its bin: uniform dequantisation, which makes bits/dim meaningful."
+    "Uniform dequantisation: spread each 8-bit value evenly over its bin, as bits/dim need it."
     u = torch.rand(pixels.shape, generator=generator, device=pixels.device)
-    u = u.clamp(
-        max=1 - 2**-16
-    )  # float32 would round 255 + u up to 256, into the next bin, for larger u
+    u = u.clamp(max=1 - 2**-16)  # for larger u, float32 would round 255 + u up to 256
     return (pixels.float() + u) / 128 - 1
 
 # %% ../nbs/00_data.ipynb #c05c6f6f
@@ -412,20 +410,17 @@ def patchify(
 ) -> Tensor:  # tokens `(N, T, D)`: T = HW/p² in raster order, D = C·p²
     "Cut images into tokens."
     if x.ndim != 4:
+        shape = tuple(x.shape)
         raise BitflowError(
-            f"images must have the shape (N, C, H, W), not {tuple(x.shape)}; add the missing axes"
+            f"images must have the shape (N, C, H, W), not {shape}; add the missing axes"
         )
     N, C, H, W = x.shape
     p = patch_size
     if p < 1 or H % p or W % p:
-        raise BitflowError(
-            f"patch size {p} does not divide an image of {H}x{W} pixels; choose a common divisor"
-        )
-    return (
-        x.reshape(N, C, H // p, p, W // p, p)
-        .permute(0, 2, 4, 1, 3, 5)
-        .reshape(N, (H // p) * (W // p), C * p * p)
-    )
+        problem = f"patch size {p} does not divide an image of {H}x{W} pixels"
+        raise BitflowError(f"{problem}; choose a common divisor")
+    patches = x.reshape(N, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(N, (H // p) * (W // p), C * p * p)
 
 # %% ../nbs/00_data.ipynb #519cd078
 def unpatchify(
@@ -435,18 +430,16 @@ def unpatchify(
 ) -> Tensor:  # square images `(N, C, H, H)` with H = p·√T
     "Put tokens back where `patchify` took them from."
     if tokens.ndim != 3:
+        shape = tuple(tokens.shape)
         raise BitflowError(
-            f"tokens must have the shape (N, T, D), not {tuple(tokens.shape)}; add the missing axes"
+            f"tokens must have the shape (N, T, D), not {shape}; add the missing axes"
         )
     N, T, D = tokens.shape
     p, side = patch_size, round(T**0.5)
     if side * side != T or D != channels * p * p:
         raise BitflowError(
-            f"{T} tokens of {D} values are no square image with {channels} channels and patches of {p}x{p}; "
-            "give the patch size and channels that patchify was given"
+            f"{T} tokens of {D} values are no square image with {channels} channels and patches "
+            f"of {p}x{p}; give the patch size and channels that patchify was given"
         )
-    return (
-        tokens.reshape(N, side, side, channels, p, p)
-        .permute(0, 3, 1, 4, 2, 5)
-        .reshape(N, channels, side * p, side * p)
-    )
+    patches = tokens.reshape(N, side, side, channels, p, p).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(N, channels, side * p, side * p)

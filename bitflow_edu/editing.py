@@ -2,12 +2,16 @@
 
 # %% ../nbs/15_editing.ipynb #52083592
 from __future__ import annotations
+
 import io
 import math
+from functools import partial
+
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
 from torch import Tensor
+
 from .data import BitflowError, Images, check_labels, patchify
 from .guidance import guided_pass
 from .inverse_strategies import check_pair
@@ -18,16 +22,17 @@ from .tarflow import TARFlow, check_input, log_prob
 # %% auto #0
 __all__ = ['check_edit', 'encode', 'decode', 'edit_class', 'reconstruct', 'lerp', 'slerp', 'interpolate', 'check_mask',
            'token_mask', 'paste', 'hide', 'inpaint', 'keep_known', 'fill_hole', 'refine', 'influence', 'drift',
-           'strangeness', 'roc_curve', 'auc', 'Canvas', 'Editor', 'as_png', 'editor_png', 'widgets_library',
-           'cell_colors', 'cell_buttons', 'controls', 'editor', 'connect', 'listen']
+           'strangeness', 'roc_curve', 'auc', 'Editor', 'as_png', 'editor_png', 'widgets_library', 'cell_colors',
+           'cell_buttons', 'controls', 'editor', 'connect', 'listen']
 
 # %% ../nbs/15_editing.ipynb #6e63cdb5
 def check_edit(forward: TARFlow, x: Tensor, c: Tensor):
-    "Refuse images of another size, a number of labels that is not the number of images, and labels out of range, with a `BitflowError`."
+    "Check images against F's size, and labels `(N,)`, −1: none. Raises `BitflowError`."
     check_input(x, forward.cfg)
     if c.shape != x.shape[:1]:
         raise BitflowError(
-            f"labels of shape {tuple(c.shape)} for {len(x)} images; give one label for each image, ({len(x)},)"
+            f"labels of shape {tuple(c.shape)} for {len(x)} images; "
+            f"give one label for each image, ({len(x)},)"
         )
     check_labels(c[c != -1], forward.cfg.num_classes)
 
@@ -49,18 +54,17 @@ def decode(
     c: Tensor,  # labels `(N,)`, −1: none
     w=None,  # guidance scale, as in `one_pass` or `guided_pass`; None: no guidance
 ) -> Tensor:  # images `(N, C, H, W)`
-    "Noise to images: one pass of G, guided on request. `BitflowError` where a plain function is asked for guidance."
-    if not isinstance(reverse, ReverseModel):
-        if w is not None:
-            raise BitflowError(
-                f"guidance w = {w} needs a ReverseModel, not {type(reverse).__name__}; leave w out, or build the guidance into the function"
-            )
-        return reverse(z, c)
-    return (
-        one_pass(reverse, z, c, w)
-        if w is None or reverse.cfg.max_guidance
-        else guided_pass(reverse, z, c, w)
-    )
+    "Noise to images: one pass of G, guided if asked. `BitflowError` for w with a plain function."
+    if isinstance(reverse, ReverseModel):
+        if w is None or reverse.cfg.max_guidance:
+            return one_pass(reverse, z, c, w)
+        return guided_pass(reverse, z, c, w)
+    if w is not None:
+        raise BitflowError(
+            f"guidance w = {w} needs a ReverseModel, not {type(reverse).__name__}; "
+            "leave w out, or build the guidance into the function"
+        )
+    return reverse(z, c)
 
 # %% ../nbs/15_editing.ipynb #b4a40325
 def edit_class(
@@ -87,15 +91,13 @@ def lerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    "The arc from a to b, `(N, …)`: the direction turns evenly, the length changes evenly. Parallel ends: the straight line."
+    "The arc from a to b, `(N, …)`: direction and length change evenly. Parallel ends: the line."
     u, v = a.flatten(1), b.flatten(1)
-    length = [s.norm(dim=1, keepdim=True).clamp(min=1e-12) for s in (u, v)]
-    cos = (u / length[0] * v / length[1]).sum(dim=1, keepdim=True).clamp(-1, 1)
+    length_u, length_v = (s.norm(dim=1, keepdim=True).clamp(min=1e-12) for s in (u, v))
+    cos = (u / length_u * v / length_v).sum(dim=1, keepdim=True).clamp(-1, 1)
     angle = cos.acos()
-    arc = (
-        ((1 - t) * angle).sin() * u / length[0] + (t * angle).sin() * v / length[1]
-    ) / angle.sin().clamp(min=1e-12)
-    arc = arc * lerp(*length, t)
+    arc = ((1 - t) * angle).sin() * u / length_u + (t * angle).sin() * v / length_v
+    arc = arc / angle.sin().clamp(min=1e-12) * lerp(length_u, length_v, t)
     return torch.where(angle.sin() < 1e-4, lerp(u, v, t), arc).reshape(a.shape)
 
 # %% ../nbs/15_editing.ipynb #3f97feea
@@ -109,25 +111,26 @@ def interpolate(
     w=None,  # guidance scale, as in `decode`
     path=slerp,  # (a, b, t) → noise
 ) -> Tensor:  # `(steps, N, C, H, W)`
-    "Images between images, along a path between their noises. `BitflowError` for fewer than two steps."
+    "Images along a path between two noises. `BitflowError` for fewer than two steps."
     if steps < 2:
         raise BitflowError(f"a walk of {steps} steps has no two ends; give at least 2")
     start, end = encode(forward, a, c), encode(forward, b, c)
-    return torch.stack(
-        [decode(reverse, path(start, end, i / (steps - 1)), c, w) for i in range(steps)]
-    )
+    between = [path(start, end, i / (steps - 1)) for i in range(steps)]
+    return torch.stack([decode(reverse, z, c, w) for z in between])
 
 # %% ../nbs/15_editing.ipynb #39e9cf5c
 def check_mask(mask: Tensor, x: Tensor):
-    "Refuse a mask that is not boolean, or not `(H, W)` or `(N, H, W)` of the images, with a `BitflowError`."
+    "Check a mask: bool `(H, W)` or `(N, H, W)` of the images. Raises `BitflowError`."
     if mask.dtype != torch.bool:
         raise BitflowError(
-            f"the mask holds {mask.dtype}, not torch.bool; compare it with something, e.g. mask > 0.5 (True: known)"
+            f"the mask holds {mask.dtype}, not torch.bool; "
+            "compare it with something, e.g. mask > 0.5 (True: known)"
         )
-    if mask.shape not in (x.shape[-2:], (len(x), *x.shape[-2:])):
-        wanted = tuple(x.shape[-2:])
+    one, each = tuple(x.shape[-2:]), (len(x), *x.shape[-2:])
+    if mask.shape not in (one, each):
         raise BitflowError(
-            f"a mask of shape {tuple(mask.shape)} does not fit images of {wanted[0]}x{wanted[1]} pixels; give {wanted} or {(len(x), *wanted)}"
+            f"a mask of shape {tuple(mask.shape)} does not fit images of {one[0]}x{one[1]} pixels; "
+            f"give {one} or {each}"
         )
 
 
@@ -136,7 +139,8 @@ def token_mask(
     patch_size: int,  # p
 ) -> Tensor:  # bool `(1 or N, T)`, True: every pixel of the token is known
     "From pixels to tokens: any hidden pixel hides its token."
-    return patchify(mask.reshape(-1, 1, *mask.shape[-2:]).float(), patch_size).bool().all(dim=2)
+    pixels = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    return patchify(pixels, patch_size).bool().all(dim=2)
 
 # %% ../nbs/15_editing.ipynb #ce50dd88
 def paste(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
@@ -167,10 +171,11 @@ def inpaint(
     repeats: int = 1,  # encode this often, each time with the last result in the hole
     steps: int = 0,  # of `refine` behind it
 ) -> Tensor:  # images `(N, C, H, W)`, nothing pasted
-    "Decode z' = M⊙z + (1 − M)⊙ε (PAPER: inpainting). More repeats: encode again with the result in the hole, keep ε."
+    "Decode z' = M⊙z + (1 − M)⊙ε (PAPER: inpainting). Every repeat keeps ε."
     if repeats < 1 or steps < 0:
         raise BitflowError(
-            f"repeats is {repeats} and steps {steps}; the hole is filled by at least 1 repeat and 0 steps"
+            f"repeats is {repeats} and steps {steps}; "
+            "the hole is filled by at least 1 repeat and 0 steps"
         )
     to = c if to is None else to
     z, y = fill_hole(forward, reverse, x, hide(x, mask, fill), mask, (c, to), w, eps, repeats)
@@ -183,17 +188,27 @@ def keep_known(z: Tensor, eps: Tensor, known: Tensor) -> Tensor:
 
 
 def fill_hole(forward, reverse, x, guess, mask, labels, w, eps, repeats):
-    "The loop of `inpaint`, from a first guess of the whole image; labels to encode and to decode with. The last z' and what it decodes to."
+    "The loop of `inpaint` from a first guess; labels: to encode, to decode. The last z' and image."
     check_edit(forward, x, labels[1])
     known = token_mask(mask, forward.cfg.patch_size)
-    eps = forward.noise(sample_noise(forward.cfg, len(x), device=x.device) if eps is None else eps)
+    if eps is None:
+        eps = sample_noise(forward.cfg, len(x), device=x.device)
     for _ in range(repeats):
         z = keep_known(encode(forward, guess, labels[0]), eps, known)
         y = decode(reverse, z, labels[1], w)
         guess = paste(x, y, mask)
     return z, y
 
+# %% ../nbs/15_editing.ipynb #e7f11091
+def check_one_pass(reverse, w):
+    "Raise `BitflowError` for an inverse that takes more than one pass."
+    if not isinstance(reverse, ReverseModel) or (w is not None and not reverse.cfg.max_guidance):
+        raise BitflowError(
+            f"refining needs one pass of a ReverseModel, not {type(reverse).__name__} "
+            f"with w = {w}; leave the steps out, or guide with a G that takes w"
+        )
 
+# %% ../nbs/15_editing.ipynb #cebc3dc5
 def refine(
     reverse: ReverseModel,
     z: Tensor,  # noise tokens `(N, T, D)` to start from
@@ -204,11 +219,8 @@ def refine(
     steps: int = 20,  # of Adam
     lr: float = 0.1,  # their size, in units of z
 ) -> Tensor:  # noise tokens `(N, T, D)`
-    "z moved by gradient until G's known pixels are those given. `BitflowError` for an inverse that takes more than one pass."
-    if not isinstance(reverse, ReverseModel) or (w is not None and not reverse.cfg.max_guidance):
-        raise BitflowError(
-            f"refining needs one pass of a ReverseModel, not {type(reverse).__name__} with w = {w}; leave the steps out, or guide with a G that takes w"
-        )
+    "Move z by gradient until G gives the known pixels. `BitflowError` unless one pass decodes."
+    check_one_pass(reverse, w)
     z = z.detach().clone().requires_grad_(True)
     adam = torch.optim.Adam([z], lr)
     with torch.enable_grad():
@@ -226,7 +238,6 @@ def influence(
     "Frobenius norm of ∂fn(tokens)_t/∂tokens_s, averaged over the samples."
 
     def at(sample):
-        "The map at one sample `(T, D)`."
         J = torch.autograd.functional.jacobian(lambda v: fn(v[None])[0], sample, vectorize=True)
         return J.square().sum(dim=(1, 3)).sqrt()
 
@@ -261,43 +272,46 @@ def strangeness(
     trajectory = forward(x, c)
     back = decode(reverse, trajectory.z, c)
     bits = -log_prob(trajectory) / (x[0].numel() * math.log(2)) + 7
-    return {
-        "bits/dim": bits,
-        "round trip": (x - back).flatten(1).norm(dim=1),
-        "features": distance(back, x),
-    }
+    off = (x - back).flatten(1).norm(dim=1)
+    return {"bits/dim": bits, "round trip": off, "features": distance(back, x)}
 
 # %% ../nbs/15_editing.ipynb #bc4e147d
 def roc_curve(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-    "False alarms and hits, shares for every threshold from high to low, of scores `(N,)` and `(M,)`."
+    "False alarms and hits of scores `(N,)` and `(M,)`: shares at all thresholds from high to low."
     limits = torch.cat([inside, outside]).unique().flip(0)
-    share = lambda scores: torch.cat(
-        [torch.zeros(1), (scores[None] >= limits[:, None]).float().mean(dim=1)]
-    )
+
+    def share(scores):
+        above = scores[None] >= limits[:, None]
+        return torch.cat([torch.zeros(1), above.float().mean(dim=1)])
+
     return share(inside), share(outside)
 
 
 def auc(inside: Tensor, outside: Tensor) -> float:
-    "The chance that an outsider scores higher than an insider, ties counting half: the area under `roc_curve`."
+    "The chance that an outsider scores higher than an insider, ties counting half."
     higher, tie = outside[:, None] > inside[None], outside[:, None] == inside[None]
     return (higher.float() + 0.5 * tie.float()).mean().item()
 
 # %% ../nbs/15_editing.ipynb #42deca7f
-class Canvas:
-    "A digit, and which of its cells are hidden: what a person paints."
+class Editor:
+    "The widget's logic: from a painted mask, a class and a guidance scale to a picture."
 
-    def __init__(self, images: Images, cells: int = 8):
+    def __init__(self, forward: TARFlow, reverse: ReverseModel, images: Images, cells: int = 8):
+        check_pair(forward, reverse)
         side = images.pixels.shape[-1]
         if len(images) < 1 or cells < 1 or side % cells:
             raise BitflowError(
-                f"{cells} cells a side do not divide {len(images)} images of {side} pixels; give at least one image and a divisor of its size"
+                f"{cells} cells a side do not divide {len(images)} images of {side} pixels; "
+                "give at least one image and a divisor of its size"
             )
-        self.images, self.cells, self.index, self.hidden = (
-            images,
-            cells,
-            0,
-            torch.zeros(cells, cells, dtype=torch.bool),
-        )
+        self.forward, self.reverse, self.images, self.cells = forward, reverse, images, cells
+        self.seed = 0
+        self.choose(0)
+
+    def choose(self, index: int):
+        "Take an image: its own class, no guidance, nothing hidden."
+        self.index, self.c, self.w = index, int(self.images.labels[index]), 0.0
+        self.hidden = torch.zeros(self.cells, self.cells, dtype=torch.bool)
 
     def toggle(self, row: int, column: int):
         "Hide a cell, or show it again."
@@ -309,47 +323,24 @@ class Canvas:
         size = self.images.pixels.shape[-1] // self.cells
         return ~self.hidden.repeat_interleave(size, 0).repeat_interleave(size, 1)
 
-# %% ../nbs/15_editing.ipynb #e8ca4253
-class Editor(Canvas):
-    "The widget's logic: from a painted mask, a class and a guidance scale to a picture."
-
-    def __init__(self, forward: TARFlow, reverse: ReverseModel, images: Images, cells: int = 8):
-        check_pair(forward, reverse)
-        super().__init__(images, cells)
-        self.forward, self.reverse, self.seed, self.c, self.w = (
-            forward,
-            reverse,
-            0,
-            int(images.labels[0]),
-            0.0,
-        )
-
-    def choose(self, index: int):
-        "Take another image: its own class, no guidance, nothing hidden."
-        self.index, self.c, self.w = index, int(self.images.labels[index]), 0.0
-        self.hidden = torch.zeros_like(self.hidden)
-
     def result(self):
-        "The edited image `(1, C, H, W)`: encoded with the image's class, decoded with the chosen one."
+        "The edited image `(1, C, H, W)`: encoded with its own class, decoded with the chosen one."
         own = self.images[[self.index]]
-        c, eps = torch.tensor([self.c]), sample_noise(self.forward.cfg, 1, self.seed)
-        return inpaint(
-            self.forward, self.reverse, own.x, self.mask, own.labels, self.w or None, c, eps
-        )
+        to, eps = torch.tensor([self.c]), sample_noise(self.forward.cfg, 1, self.seed)
+        w = self.w or None
+        return inpaint(self.forward, self.reverse, own.x, self.mask, own.labels, w, to, eps)
 
 # %% ../nbs/15_editing.ipynb #19d436a5
 def as_png(x: Tensor, scale: int = 10) -> bytes:
     "Images `(N, C, H, W)` in a row, every pixel `scale` pixels wide, as the bytes of a PNG file."
-    picture = Image.fromarray(image_grid(x, len(x)))
-    buffer = io.BytesIO()
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(
-        buffer, "PNG"
-    )
+    picture, buffer = Image.fromarray(image_grid(x, len(x))), io.BytesIO()
+    size = picture.width * scale, picture.height * scale
+    picture.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def editor_png(logic: Editor) -> bytes:
-    "What the widget shows: the image with its hole in grey, the result, and the result with the known pixels pasted."
+    "What the widget shows: the hole in grey, the result, and the result with known pixels pasted."
     x, y = logic.images[[logic.index]].x, logic.result()
     return as_png(torch.cat([hide(x, logic.mask, 0.0), y, paste(x, y, logic.mask)]))
 
@@ -360,7 +351,8 @@ def widgets_library():
         import ipywidgets
     except ImportError as e:
         raise BitflowError(
-            "the editor needs ipywidgets, which is missing; install it with: pip install ipywidgets, and run this in JupyterLab"
+            "the editor needs ipywidgets, which is missing; "
+            "install it with: pip install ipywidgets, and run this in JupyterLab"
         ) from e
     return ipywidgets
 
@@ -370,46 +362,32 @@ def cell_colors(logic: Editor) -> list:
     image = logic.images[[logic.index]].x.mean(dim=1, keepdim=True)
     grey = nnf.adaptive_avg_pool2d(image, logic.cells).flatten()
     shades = ((grey + 1) * 127.5).clamp(0, 255).int().tolist()
-    return [
-        "#E69F00" if hidden else f"rgb({s},{s},{s})"
-        for hidden, s in zip(logic.hidden.flatten().tolist(), shades)
-    ]
+    hidden = logic.hidden.flatten().tolist()
+    return ["#E69F00" if h else f"rgb({s},{s},{s})" for h, s in zip(hidden, shades)]
 
 # %% ../nbs/15_editing.ipynb #c660eb5b
 def cell_buttons(widgets, logic: Editor, changed) -> list:
     "A button for each cell; a click hides or shows it and calls `changed()`."
-    buttons = [
-        widgets.Button(
-            layout=widgets.Layout(width="24px", height="24px", margin="0px", padding="0px")
-        )
-        for _ in range(logic.cells**2)
-    ]
+    square = {"width": "24px", "height": "24px", "margin": "0px", "padding": "0px"}
 
-    def clicked(place):
-        "What the button of this cell does."
+    def clicked(place, _):
+        logic.toggle(*divmod(place, logic.cells))
+        changed()
 
-        def act(_):
-            "Toggle, then redraw."
-            logic.toggle(*divmod(place, logic.cells))
-            changed()
-
-        return act
-
-    for place, button in enumerate(buttons):
-        button.on_click(clicked(place))
+    buttons = []
+    for place in range(logic.cells**2):
+        buttons.append(widgets.Button(layout=widgets.Layout(**square)))
+        buttons[-1].on_click(partial(clicked, place))
     return buttons
 
 # %% ../nbs/15_editing.ipynb #dc2c5982
 def controls(widgets, logic: Editor, changed) -> dict:
     "The other inputs by name: image, class, w, and a button for new noise."
-    top = logic.reverse.cfg.max_guidance or 3.0
+    top, last = logic.reverse.cfg.max_guidance or 3.0, len(logic.images) - 1
+    classes = [(name, i) for i, name in enumerate(logic.images.classes)]
     return {
-        "index": widgets.IntSlider(0, 0, len(logic.images) - 1, description="image"),
-        "c": widgets.Dropdown(
-            options=[(name, i) for i, name in enumerate(logic.images.classes)],
-            value=logic.c,
-            description="class",
-        ),
+        "index": widgets.IntSlider(0, 0, last, description="image"),
+        "c": widgets.Dropdown(options=classes, value=logic.c, description="class"),
         "w": widgets.FloatSlider(0.0, min=0.0, max=top, step=top / 12, description="guidance w"),
         "seed": widgets.Button(description="new noise"),
         "clear": widgets.Button(description="clear the mask"),
@@ -417,7 +395,7 @@ def controls(widgets, logic: Editor, changed) -> dict:
 
 
 def editor(forward: TARFlow, reverse: ReverseModel, images: Images, cells: int = 8):
-    "A JupyterLab widget: click a mask onto an image, choose class and w, see the result at once. `BitflowError` without ipywidgets."
+    "A widget: hide cells, choose class and w, see the result. `BitflowError` without ipywidgets."
     widgets, logic = widgets_library(), Editor(forward, reverse, images, cells)
     return connect(widgets, logic)
 
@@ -427,7 +405,6 @@ def connect(widgets, logic: Editor):
     picture = widgets.Image(format="png", layout=widgets.Layout(width="510px"))
 
     def draw():
-        "Show what the logic knows."
         picture.value = editor_png(logic)
         for button, color in zip(buttons, cell_colors(logic)):
             button.style.button_color = color
@@ -435,30 +412,34 @@ def connect(widgets, logic: Editor):
     buttons, inputs = cell_buttons(widgets, logic, draw), controls(widgets, logic, draw)
     listen(logic, inputs, draw)
     draw()
-    grid = widgets.GridBox(
-        buttons,
-        layout=widgets.Layout(
-            grid_template_columns=f"repeat({logic.cells}, 25px)", width=f"{26 * logic.cells}px"
-        ),
-    )
+    columns, width = f"repeat({logic.cells}, 25px)", f"{26 * logic.cells}px"
+    layout = widgets.Layout(grid_template_columns=columns, width=width)
+    grid = widgets.GridBox(buttons, layout=layout)
     return widgets.VBox([widgets.HBox([grid, widgets.VBox(list(inputs.values()))]), picture])
 
 # %% ../nbs/15_editing.ipynb #c1156111
 def listen(logic: Editor, inputs: dict, draw):
     "Tell the logic what the inputs say, then draw."
 
-    def chosen(change):
-        "Another image: class, w and mask start anew."
+    def chosen(change):  # another image: class, w and mask start anew
         logic.choose(change["new"])
         inputs["c"].value, inputs["w"].value = logic.c, logic.w
         draw()
 
-    def act(fn):
-        "A callback that changes the logic and draws."
-        return lambda change: (fn(change), draw())
+    def changed(name, change):
+        setattr(logic, name, change["new"])
+        draw()
+
+    def new_noise(_):
+        logic.seed += 1
+        draw()
+
+    def clear(_):
+        logic.hidden.zero_()
+        draw()
 
     inputs["index"].observe(chosen, "value")
-    inputs["c"].observe(act(lambda change: setattr(logic, "c", change["new"])), "value")
-    inputs["w"].observe(act(lambda change: setattr(logic, "w", change["new"])), "value")
-    inputs["seed"].on_click(act(lambda _: setattr(logic, "seed", logic.seed + 1)))
-    inputs["clear"].on_click(act(lambda _: logic.hidden.zero_()))
+    inputs["c"].observe(partial(changed, "c"), "value")
+    inputs["w"].observe(partial(changed, "w"), "value")
+    inputs["seed"].on_click(new_noise)
+    inputs["clear"].on_click(clear)

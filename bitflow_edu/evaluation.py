@@ -2,15 +2,24 @@
 
 # %% ../nbs/06_evaluation.ipynb #992e5019
 from __future__ import annotations
-import inspect, json, os, platform, statistics, subprocess, time
+
+import inspect
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 from torch import Tensor
+
 from .data import BitflowError, asset, to_model_range, to_pixels
 from .training import load_model, write_atomically
 
@@ -36,14 +45,10 @@ class ClassifierConfig:
 # %% ../nbs/06_evaluation.ipynb #24378c9b
 def conv_stage(in_channels: int, out_channels: int) -> nn.Sequential:
     "Two 3×3 convolutions, the second halving height and width."
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        nn.GroupNorm(8, out_channels),
-        nn.ReLU(),
-        nn.Conv2d(out_channels, out_channels, 3, padding=1, stride=2),
-        nn.GroupNorm(8, out_channels),
-        nn.ReLU(),
-    )
+    first = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    norm = nn.GroupNorm(8, out_channels)
+    second = nn.Conv2d(out_channels, out_channels, 3, padding=1, stride=2)
+    return nn.Sequential(first, norm, nn.ReLU(), second, nn.GroupNorm(8, out_channels), nn.ReLU())
 
 # %% ../nbs/06_evaluation.ipynb #2b95edda
 def at_size(
@@ -51,11 +56,9 @@ def at_size(
     size: int,  # pixels a side
 ) -> Tensor:  # `(N, C, size, size)`, x itself where it has that size
     "Resize with antialiasing, keeping floats: what a network with a fixed input size needs."
-    return (
-        x
-        if x.shape[-2:] == (size, size)
-        else nnf.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-    )
+    if x.shape[-2:] == (size, size):
+        return x
+    return nnf.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
 
 # %% ../nbs/06_evaluation.ipynb #893b54c7
 class Classifier(nn.Module):
@@ -65,11 +68,9 @@ class Classifier(nn.Module):
 
     def __init__(self, cfg: ClassifierConfig):
         super().__init__()
-        self.cfg, side = cfg, -(-cfg.image_size // 4)
-        self.stages = nn.Sequential(
-            conv_stage(cfg.channels, cfg.width), conv_stage(cfg.width, 2 * cfg.width)
-        )
-        self.to_features = nn.Linear(2 * cfg.width * side * side, cfg.num_features)
+        self.cfg, w, side = cfg, cfg.width, -(-cfg.image_size // 4)
+        self.stages = nn.Sequential(conv_stage(cfg.channels, w), conv_stage(w, 2 * w))
+        self.to_features = nn.Linear(2 * w * side * side, cfg.num_features)
         self.head = nn.Linear(cfg.num_features, cfg.num_classes)
 
     def features(self, x):
@@ -86,22 +87,14 @@ def augment(
     generator: torch.Generator,  # source of the shifts
     coarse: int = 16,  # half of the batch goes through this many pixels a side
 ) -> Tensor:  # same shape
-    "Shift by up to two pixels, turn and stretch a little, blur half of them through a coarser grid."
+    "Shift by up to two pixels, turn and stretch a little, blur half through a coarser grid."
     N, device = len(x), x.device
     r = 2 * torch.rand(N, 4, generator=generator, device=device) - 1
-    theta = torch.eye(2, 3, device=device).expand(N, 2, 3) + torch.stack(
-        [
-            torch.stack([0.1 * r[:, 0], 0.15 * r[:, 1], 0.14 * r[:, 2]], 1),
-            torch.stack([-0.15 * r[:, 1], 0.1 * r[:, 0], 0.14 * r[:, 3]], 1),
-        ],
-        1,
-    )
-    x = (
-        nnf.grid_sample(
-            x + 1, nnf.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False
-        )
-        - 1
-    )
+    row_x = torch.stack([0.1 * r[:, 0], 0.15 * r[:, 1], 0.14 * r[:, 2]], 1)
+    row_y = torch.stack([-0.15 * r[:, 1], 0.1 * r[:, 0], 0.14 * r[:, 3]], 1)
+    theta = torch.eye(2, 3, device=device).expand(N, 2, 3) + torch.stack([row_x, row_y], 1)
+    grid = nnf.affine_grid(theta, list(x.shape), align_corners=False)
+    x = nnf.grid_sample(x + 1, grid, align_corners=False) - 1
     small = nnf.interpolate(x[: N // 2], size=(coarse, coarse), mode="bilinear", antialias=True)
     return torch.cat([nnf.interpolate(small, size=x.shape[-2:], mode="bilinear"), x[N // 2 :]])
 
@@ -127,10 +120,11 @@ def in_batches(
 def as_stored(
     x: Tensor,  # images `(N, C, H, W)`
 ) -> Tensor:  # the middles of the 8-bit bins, float32 in (-1, 1)
-    "Images rounded to 8 bits, as a file would hold them: what every metric sees, real and generated alike. Refuses NaN."
+    "Images rounded to 8 bits, as in a file: what every metric sees. Refuses NaN."
     if bad := int(x.isnan().flatten(1).any(dim=1).sum()):
         raise BitflowError(
-            f"{bad} of {len(x)} images hold NaN, which no file can store; find out where the sampler produced them"
+            f"{bad} of {len(x)} images hold NaN, which no file can store; "
+            "find out where the sampler produced them"
         )
     return to_model_range(to_pixels(x))
 
@@ -155,24 +149,27 @@ def check_features(
 ):
     "Refuse clouds that are too small, not finite, or of different widths, with a `BitflowError`."
     for cloud in clouds:
+        fault = None
         if cloud.ndim != 2 or cloud.shape[1] != clouds[0].shape[1]:
-            raise BitflowError(
-                f"features of shapes {[tuple(f.shape) for f in clouds]} cannot be compared; each must be (N, K) with one K"
+            shapes = [tuple(f.shape) for f in clouds]
+            fault = (
+                f"features of shapes {shapes} cannot be compared; each must be (N, K) with one K"
             )
-        if len(cloud) < least:
-            raise BitflowError(
-                f"{len(cloud)} feature vectors are too few, {least} are needed at least; draw more samples"
+        elif (n := len(cloud)) < least:
+            fault = (
+                f"{n} feature vectors are too few, {least} are needed at least; draw more samples"
             )
-        if bad := int((~torch.isfinite(cloud)).any(dim=1).sum()):
-            raise BitflowError(
-                f"{bad} of {len(cloud)} feature vectors are not finite (NaN or infinite); look at the images they come from"
-            )
+        elif bad := int((~torch.isfinite(cloud)).any(dim=1).sum()):
+            hint = "look at the images they come from"
+            fault = f"{bad} of {n} feature vectors are not finite (NaN or infinite); {hint}"
+        if fault:
+            raise BitflowError(fault)
 
 # %% ../nbs/06_evaluation.ipynb #1ca76429
 def moments(
     features: Tensor,  # `(N, K)`
 ) -> tuple[Tensor, Tensor]:  # mean `(K,)`, covariance `(K, K)`, float64
-    "Mean and covariance of a cloud of features. Raises `BitflowError` for fewer than 2 vectors, or NaN."
+    "Mean and covariance of features. Raises `BitflowError` for fewer than 2 vectors, or NaN."
     check_features(features)
     features = features.double()
     return features.mean(dim=0), torch.atleast_2d(features.T.cov())
@@ -190,7 +187,7 @@ def frechet_distance(
     a: Tensor,  # features `(N, K)`
     b: Tensor,  # features `(M, K)`
 ) -> float:
-    "|μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½): the distance of two Gaussians (Heusel et al., arXiv 1706.08500)."
+    "|μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½), of Gaussians (Heusel et al., arXiv 1706.08500)."
     check_features(a, b)
     return distance_of_moments(moments(a), moments(b))
 
@@ -203,11 +200,8 @@ def distance_of_moments(
     (mu_a, cov_a), (mu_b, cov_b) = a, b
     root = matrix_sqrt(cov_a)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return (
-        ((mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-        .clamp(min=0)
-        .item()
-    )
+    distance = (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return distance.clamp(min=0).item()
 
 # %% ../nbs/06_evaluation.ipynb #6ee9eabd
 def fd(
@@ -215,10 +209,9 @@ def fd(
     x: Tensor,  # generated images `(N, C, H, W)`
     real: Tensor,  # real images `(M, C, H, W)`
 ) -> float:
-    "Fréchet distance between the classifier's features of two sets of images: `FD[mnist-cnn]` with the course's own."
-    return frechet_distance(
-        *(in_batches(classifier.features, as_stored(images), 100) for images in (x, real))
-    )
+    "Fréchet distance between the classifier's features of two sets of images."
+    fake, true = (in_batches(classifier.features, as_stored(images), 100) for images in (x, real))
+    return frechet_distance(fake, true)
 
 # %% ../nbs/06_evaluation.ipynb #03f3ae14
 def covered(
@@ -226,12 +219,14 @@ def covered(
     cloud: Tensor,  # features `(N, K)`, N > k
     k: int = 3,  # each ball of the cloud reaches to the k-th nearest neighbour
 ) -> Tensor:  # bool `(M,)`
-    "Which queries lie in the territory of a cloud, the union of its nearest-neighbour balls (arXiv 1904.06991, eq. 1)."
+    "Which queries lie in a cloud's territory, the union of its balls (arXiv 1904.06991, eq. 1)."
     check_features(queries, cloud, least=k + 1)
-    distance = lambda part: torch.cdist(part, cloud, compute_mode="donot_use_mm_for_euclid_dist")
-    radius = in_batches(
-        lambda part: distance(part).kthvalue(k + 1, dim=1).values, cloud
-    )  # the nearest is the point itself
+
+    def distance(part):
+        return torch.cdist(part, cloud, compute_mode="donot_use_mm_for_euclid_dist")
+
+    # k + 1: the nearest is the point itself
+    radius = in_batches(lambda part: distance(part).kthvalue(k + 1, dim=1).values, cloud)
     return in_batches(lambda part: (distance(part) <= radius).any(dim=1), queries)
 
 # %% ../nbs/06_evaluation.ipynb #dfd5c353
@@ -240,7 +235,7 @@ def precision_recall(
     fake_features: Tensor,  # `(M, K)`
     k: int = 3,  # neighbour that sets the size of a ball
 ) -> tuple[float, float]:  # precision, recall: shares in [0, 1]
-    "Share of samples within the real territory, and of real images within the samples' (Kynkäänniemi et al., arXiv 1904.06991)."
+    "Share of samples in the real territory, and of real images in theirs (arXiv 1904.06991)."
     precision = covered(fake_features, real_features, k).float().mean().item()
     return precision, covered(real_features, fake_features, k).float().mean().item()
 
@@ -249,7 +244,7 @@ def polynomial_kernel(
     a: Tensor,  # features `(N, K)`
     b: Tensor,  # features `(M, K)`
 ) -> Tensor:  # `(N, M)`, float64
-    "How similar each pair of features is: k(u, v) = (u·v/K + 1)³ (Bińkowski et al., arXiv 1801.01401)."
+    "The similarity of each pair of features, k(u, v) = (u·v/K + 1)³ (arXiv 1801.01401)."
     return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
 
 # %% ../nbs/06_evaluation.ipynb #a3abc7b1
@@ -257,11 +252,12 @@ def kid(
     a: Tensor,  # features `(N, K)`, N ≥ 2
     b: Tensor,  # features `(M, K)`, M ≥ 2
 ) -> float:  # 0 on average for clouds from one distribution; may be slightly negative
-    "Kernel distance, the unbiased estimator of MMD² over all pairs (arXiv 1801.01401; published KIDs average it over subsets)."
+    "Unbiased MMD² over all pairs (arXiv 1801.01401; published KIDs average it over subsets)."
     check_features(a, b)
-    within = lambda m: (
-        (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
-    )  # without the pairs of a point with itself
+
+    def within(m):  # without the pairs of a point with itself
+        return (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
+
     own = within(polynomial_kernel(a, a)) + within(polynomial_kernel(b, b))
     return (own - 2 * polynomial_kernel(a, b).mean()).item()
 
@@ -269,13 +265,12 @@ def kid(
 def inception_score(
     probabilities: Tensor,  # p(c|x) of every sample `(N, C)`, rows sum to 1
 ) -> float:  # between 1 and C
-    "exp(E KL(p(c|x) ‖ p(c))): clear and varied labels (Salimans et al., arXiv 1606.03498). Name it after the classifier it comes from."
+    "exp(E KL(p(c|x) ‖ p(c))) (arXiv 1606.03498); name it after the classifier it comes from."
     check_features(probabilities)
     p = probabilities.double()
-    if p.min() < 0 or (p.sum(dim=1) - 1).abs().max() > 1e-3:
-        raise BitflowError(
-            f"rows sum to {p.sum(dim=1).min():.3g} … {p.sum(dim=1).max():.3g}; give probabilities (softmax of the logits), not logits"
-        )
+    sums, hint = p.sum(dim=1), "give probabilities (softmax of the logits), not logits"
+    if p.min() < 0 or (sums - 1).abs().max() > 1e-3:
+        raise BitflowError(f"rows sum to {sums.min():.3g} … {sums.max():.3g}; {hint}")
     marginal = p.mean(dim=0)
     return (torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1).mean().exp().item()
 
@@ -291,7 +286,7 @@ def wall_times(fn, repeats: int) -> list:
 
 
 def event_times(fn, repeats: int) -> list:
-    "Milliseconds between marks that the GPU itself passes, one after every call; waits once, at the end."
+    "Milliseconds between marks that the GPU passes, one after every call; waits once, at the end."
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -302,7 +297,7 @@ def event_times(fn, repeats: int) -> list:
 
 
 def call_times(fn, repeats: int) -> list:
-    "Milliseconds of every call: of its work on the GPU where this process uses one, else by the clock on the wall."
+    "Milliseconds of every call: on the GPU where this process uses one, else wall time."
     return event_times(fn, repeats) if torch.cuda.is_initialized() else wall_times(fn, repeats)
 
 # %% ../nbs/06_evaluation.ipynb #33be571a
@@ -311,7 +306,7 @@ def timed(
     repeats: int = 15,  # measured calls, at least 2
     warmup: int = 3,  # calls before
 ) -> dict:  # median_ms, low_ms and high_ms (quartiles), repeats
-    "Median and quartiles of a call's time, in milliseconds: of its work on the GPU where this process uses one, else by the clock on the wall."
+    "Median and quartiles of a call's time in milliseconds, as `call_times` measures it."
     for _ in range(warmup):
         fn()
     low, median, high = statistics.quantiles(call_times(fn, repeats), n=4)
@@ -322,35 +317,29 @@ def processor() -> str:
     "The processor's name."
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(l.split(":", 1)[1].strip() for l in lines if l.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 # %% ../nbs/06_evaluation.ipynb #020e9f16
 def hardware() -> dict:
     "The machine that a figure was measured on."
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        if hasattr(os, "sysconf")
-        else None
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "memory_gb": memory and round(memory, 1),
-    }
+    memory = gpu = None
+    if hasattr(os, "sysconf"):
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+    found = {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {**found, "gpu": gpu, "memory_gb": memory}
 
 # %% ../nbs/06_evaluation.ipynb #ee87e7a2
 def versions() -> dict:
     "The software that a figure was measured with."
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "bitflow_edu": version("bitflow_edu"),
-    }
+    python, own = platform.python_version(), version("bitflow_edu")
+    return {"python": python, "torch": torch.__version__, "bitflow_edu": own}
 
 # %% ../nbs/06_evaluation.ipynb #64c8e003
 def git(
@@ -366,27 +355,18 @@ def git(
 
 # %% ../nbs/06_evaluation.ipynb #8f39b10d
 def commit() -> str:
-    "The repository's commit, with `+changes` where the package differs from it; `unknown` where the package is in no repository."
+    "The repository's commit, `+changes` if the package differs; `unknown` outside a repository."
     head = git("rev-parse", "--short=12", "HEAD")
     if head is None or git("ls-files", "--error-unmatch", "data.py") is None:
         return "unknown"
-    return head + (
-        "+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else ""
-    )
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    return f"{head}+changes" if changed else head
 
 # %% ../nbs/06_evaluation.ipynb #5423c6e2
 def measurement(row, metric, value, unit="1", n=None, seed=None, batch=None, **more) -> dict:
     "One line of a results file: `row` names the method, `n` counts the samples."
-    return {
-        "row": row,
-        "metric": metric,
-        "value": value,
-        "unit": unit,
-        "n": n,
-        "seed": seed,
-        "batch": batch,
-        **more,
-    }
+    what = {"row": row, "metric": metric, "value": value, "unit": unit}
+    return {**what, "n": n, "seed": seed, "batch": batch, **more}
 
 # %% ../nbs/06_evaluation.ipynb #2447badb
 def results_text(
@@ -413,20 +393,12 @@ def save_results(
     wall_s: float,  # seconds it all took
 ) -> Path:  # the file
     "Write a results file: every figure that the project shows comes from one."
-    head = dict(
-        name=name,
-        preset=preset,
-        command=command,
-        commit=commit(),
-        date=now(),
-        wall_s=round(wall_s, 1),
-        hardware=hardware(),
-        versions=versions(),
-        config=config,
-    )
+    head = {"name": name, "preset": preset, "command": command, "commit": commit(), "date": now()}
+    head.update(wall_s=round(wall_s, 1), hardware=hardware(), versions=versions(), config=config)
+    path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{name}.json", results_text(head, measurements))
-    return folder / f"{name}.json"
+    write_atomically(path, results_text(head, measurements))
+    return path
 
 # %% ../nbs/06_evaluation.ipynb #b2f309f4
 def measured(
@@ -436,11 +408,8 @@ def measured(
     batch: int = None,  # where there are several
 ) -> list:  # of measurements, empty where there are none
     "The lines of a results file for one method and metric."
-    return [
-        m
-        for m in result["measurements"]
-        if (m["row"], m["metric"]) == (row, metric) and batch in (None, m["batch"])
-    ]
+    found = [m for m in result["measurements"] if (m["row"], m["metric"]) == (row, metric)]
+    return [m for m in found if batch in (None, m["batch"])]
 
 # %% ../nbs/06_evaluation.ipynb #6ad23bf7
 def figure(
@@ -449,18 +418,13 @@ def figure(
     metric: str,  # metric
     batch: int = None,  # where there are several
 ):  # its value
-    "Look a figure up in a results file. Raises `BitflowError` where it holds none, naming what it has."
-    found = measured(result, row, metric, batch)
-    if not found:
-        has = sorted({m["metric"] for m in result["measurements"] if m["row"] == row}) or sorted(
-            {m["row"] for m in result["measurements"]}
-        )
-        raise BitflowError(
-            f"{result['name']} has no {metric} of {row}"
-            + (f" at batch {batch}" if batch else "")
-            + f"; it has {', '.join(has)}"
-        )
-    return found[0]["value"]
+    "Look a value up in a results file. Raises `BitflowError`, naming what it has, for another."
+    if found := measured(result, row, metric, batch):
+        return found[0]["value"]
+    lines, at_batch = result["measurements"], f" at batch {batch}" if batch else ""
+    has = {m["metric"] for m in lines if m["row"] == row} or {m["row"] for m in lines}
+    missing = f"{result['name']} has no {metric} of {row}{at_batch}"
+    raise BitflowError(f"{missing}; it has {', '.join(sorted(has))}")
 
 # %% ../nbs/06_evaluation.ipynb #93d6dd28
 def load_result(
@@ -479,23 +443,14 @@ def load_result(
 def rows_of(
     result: dict,  # a table of `bitflow ablate`, loaded
     metric: str = "fd[mnist-cnn]",
-) -> (
-    dict
-):  # row → (every seed's values, their mean, the paper's figure or None), in the table's order
+) -> dict:  # row → (every seed's values, their mean, the paper's or None), in the table's order
     "A table's rows for one metric; rows without it are left out."
-    rows = {
-        name: measured(result, name, metric)
-        for name in dict.fromkeys(m["row"] for m in result["measurements"])
-    }
-    return {
-        name: (
-            [m["value"] for m in seeds],
-            figure(result, name, f"mean {metric}"),
-            seeds[0]["paper"],
-        )
-        for name, seeds in rows.items()
-        if seeds
-    }
+    rows = {}
+    for name in dict.fromkeys(m["row"] for m in result["measurements"]):
+        if seeds := measured(result, name, metric):
+            mean = figure(result, name, f"mean {metric}")
+            rows[name] = [m["value"] for m in seeds], mean, seeds[0]["paper"]
+    return rows
 
 # %% ../nbs/06_evaluation.ipynb #tabtxt01
 def table_text(
@@ -503,14 +458,12 @@ def table_text(
     *metrics: str,
 ) -> str:  # a line for each row
     "A table in letters: the mean over seeds, and in brackets every seed's value."
-    rows, columns = rows_of(result, metrics[0]), [rows_of(result, metric) for metric in metrics]
-    cell = lambda values, mean, _: f"{mean:.4g} (" + ", ".join(f"{v:.4g}" for v in values) + ")"
-    lines = [
-        ["", *metrics],
-        *([name, *(cell(*column[name]) for column in columns)] for name in rows),
-    ]
+    columns = [rows_of(result, metric) for metric in metrics]
+    lines = [["", *metrics]]
+    for name in columns[0]:
+        found = [column[name] for column in columns]
+        seeds = [", ".join(f"{v:.4g}" for v in values) for values, _, _ in found]
+        lines.append([name, *(f"{mean:.4g} ({s})" for (_, mean, _), s in zip(found, seeds))])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "   ".join(f"{text:{width}}" for text, width in zip(line, widths)).rstrip()
-        for line in lines
-    )
+    padded = [[f"{text:{width}}" for text, width in zip(line, widths)] for line in lines]
+    return "\n".join("   ".join(line).rstrip() for line in padded)

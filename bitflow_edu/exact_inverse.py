@@ -2,12 +2,16 @@
 
 # %% ../nbs/08_exact_inverse.ipynb #656a0ce0
 from __future__ import annotations
-import copy, warnings
+
+import copy
+import warnings
 from dataclasses import dataclass
 from functools import partial
+
 import torch
 import torch.nn as nn
 from torch import Tensor
+
 from .data import BitflowError, unpatchify
 from .tarflow import FlowBlock, TARFlow, log_prob
 from .transformer import KVCache
@@ -26,69 +30,59 @@ def invert_block_uncached(
     y: Tensor,  # x^{i+1} `(N, T, D)`
     c: Tensor,  # labels `(N,)`
 ) -> Tensor:  # x^i `(N, T, D)`
-    "f_i⁻¹ as the equation says it: T−1 times, run the whole block to learn one more token. For reading and testing."
+    "f_i⁻¹ as the equation says it: T − 1 passes of the whole block. For reading and testing."
     y = block.order(y)
     x = y.clone()
     for t in range(1, y.shape[1]):
         alpha, mu = block.parameters_of(x, c)
-        x = torch.cat(
-            [
-                x[:, :t],
-                y[:, t : t + 1] * alpha[:, t : t + 1].exp() + mu[:, t : t + 1],
-                y[:, t + 1 :],
-            ],
-            dim=1,
-        )
+        x_t = y[:, t : t + 1] * alpha[:, t : t + 1].exp() + mu[:, t : t + 1]
+        x = torch.cat([x[:, :t], x_t, y[:, t + 1 :]], dim=1)
     return block.order(x)
 
 # %% ../nbs/08_exact_inverse.ipynb #fe9a631e
 @dataclass(frozen=True)
 class Walk:
-    "What stays the same while a block is undone: its inputs' offsets, and how its advice is pushed."
+    "What stays the same while a block is inverted: its inputs' offsets, and the guidance."
 
     block: FlowBlock
     offset: Tensor  # position and class embeddings `(N or 2N, T, width)`, in the block's order
-    place: Tensor  # t/(T−1) of the tokens that advice is for, t = 1 … T−1, `(T−1, 1)`
+    place: Tensor  # t/(T−1) of the tokens that get α and μ, t = 1 … T−1, `(T−1, 1)`
     temperature: Tensor  # of each image's attention `(N or 2N, 1, 1, 1)`; None: 1 for all
     guidance: Guidance = None
 
     def advice(self, tokens, cache):
-        "α and μ for the S tokens that follow `tokens` `(N, S, D)`, each `(N, S, D)`, and the longer cache."
+        "α and μ of the S tokens that follow `tokens` `(N, S, D)`, like them; the longer cache."
         now = slice(cache.length, cache.length + tokens.shape[1])
-        return ask(
-            self.block,
-            self.guidance,
-            tokens,
-            self.offset[:, now],
-            self.place[now],
-            self.temperature,
-            cache,
-        )
+        offset, place = self.offset[:, now], self.place[now]
+        return ask(self.block, self.guidance, tokens, offset, place, self.temperature, cache)
 
 # %% ../nbs/08_exact_inverse.ipynb #0b91371c
 def ask(block: FlowBlock, guidance, tokens, offset, place, temperature, cache):
     "One step of a `Walk`, with the offsets and places of these tokens alone."
-    h = block.proj_in(tokens if guidance is None else torch.cat([tokens, tokens])) + offset
-    h, cache = block.transformer.step(h, cache, block.flip, temperature)
-    advice = block.read_out(h, tokens.dtype)
-    return (*advice, cache) if guidance is None else (*guidance.push(*advice, place), cache)
+    both = tokens if guidance is None else torch.cat([tokens, tokens])
+    h, cache = block.transformer.step(block.proj_in(both) + offset, cache, block.flip, temperature)
+    alpha, mu = block.read_out(h, tokens.dtype)
+    if guidance is not None:
+        alpha, mu = guidance.push(alpha, mu, place)
+    return alpha, mu, cache
 
 # %% ../nbs/08_exact_inverse.ipynb #3e2b5991
 def start_walk(
     block: FlowBlock,
     c: Tensor,  # labels `(N,)`, −1: none
-    guidance: Guidance = None,
-) -> tuple:  # the walk, and an empty cache for it
-    "Get ready to undo a block. With guidance, both branches go in one batch: first with labels, then without."
+    guidance: Guidance = None,  # puts both branches in one batch: with labels, then without
+) -> tuple:  # a `Walk`, and an empty cache for it
+    "Get ready to invert a block."
     labels = c if guidance is None else torch.cat([c, -torch.ones_like(c)])
     offset = block.order(block.pos_embed) + block.class_embed(labels)
     place = torch.arange(1, offset.shape[1], device=c.device)[:, None] / (offset.shape[1] - 1)
-    heat = None
+    temperature = None
     if guidance is not None and guidance.temperature != 1:
-        heat = torch.where(
-            torch.arange(len(labels), device=c.device) < len(c), 1.0, guidance.temperature
-        ).to(offset.dtype)[:, None, None, None]
-    return Walk(block, offset, place, heat, guidance), block.transformer.empty_cache(len(labels))
+        labelled = torch.arange(len(labels), device=c.device) < len(c)
+        temperature = torch.where(labelled, 1.0, guidance.temperature).to(offset.dtype)
+        temperature = temperature[:, None, None, None]
+    walk = Walk(block, offset, place, temperature, guidance)
+    return walk, block.transformer.empty_cache(len(labels))
 
 # %% ../nbs/08_exact_inverse.ipynb #58b58df0
 @torch.no_grad()
@@ -98,7 +92,7 @@ def invert_block(
     c: Tensor,  # labels `(N,)`
     guidance: Guidance = None,
 ) -> Tensor:  # x^i `(N, T, D)`
-    "f_i⁻¹ with a KV cache: x_t = y_t·exp(α_t) + μ_t, where one new token a step is run through the transformer."
+    "f_i⁻¹ with a KV cache: x_t = y_t·exp(α_t) + μ_t, each step runs one new token."
     y = block.order(y)
     walk, cache = start_walk(block, c, guidance)
     x = [y[:, :1]]
@@ -110,14 +104,14 @@ def invert_block(
 # %% ../nbs/08_exact_inverse.ipynb #46145d05
 def check_noise(model: TARFlow, z: Tensor, c: Tensor, guidance: Guidance | None):
     "Refuse noise of another shape, and guidance where the model never saw a hidden label."
-    if z.shape[1:] != (model.cfg.num_tokens, model.cfg.token_dim):
-        raise BitflowError(
-            f"noise of shape {tuple(z.shape)} does not fit: F takes (N, {model.cfg.num_tokens}, {model.cfg.token_dim})"
-        )
+    T, D = model.cfg.num_tokens, model.cfg.token_dim
+    if z.shape[1:] != (T, D):
+        raise BitflowError(f"noise of shape {tuple(z.shape)} does not fit: F takes (N, {T}, {D})")
     if guidance is not None and not model.cfg.label_dropout and bool((c >= 0).any()):
         raise BitflowError(
-            "this F was trained without label dropout (label_dropout 0), so it does not know what an image without label looks like; "
-            "train one with label dropout, or leave the guidance out"
+            "this F was trained without label dropout (label_dropout 0), so it does not know what "
+            "an image without label looks like; train one with label dropout, or leave the "
+            "guidance out"
         )
 
 # %% ../nbs/08_exact_inverse.ipynb #2e1d8e95
@@ -125,17 +119,19 @@ def exact_trajectory(
     model: TARFlow,
     z: Tensor,  # noise tokens `(N, T, D)`
     c: Tensor,  # labels `(N,)`, −1: none
-    invert=invert_block,  # (block, y, c) → x: how one block is undone
+    invert=invert_block,  # (block, y, c) → x: how one block is inverted
     guidance: Guidance = None,  # passed on to `invert` where given
 ) -> list[Tensor]:  # x^0 … x^B, each `(N, T, D)`
-    "The whole way back: B blocks of T−1 serial steps."
+    "All states of the inverse of F: B blocks of T−1 serial steps."
     check_noise(model, z, c, guidance)
     return undo_blocks(model, z, c, invert, guidance)
 
 # %% ../nbs/08_exact_inverse.ipynb #783cf8d5
 def undo_blocks(model, z, c, invert, guidance):
-    "`exact_trajectory` without a look at its arguments."
-    invert, states = invert if guidance is None else partial(invert, guidance=guidance), [z]
+    "`exact_trajectory` without a check of its arguments."
+    if guidance is not None:
+        invert = partial(invert, guidance=guidance)
+    states = [z]
     for block in reversed(model.blocks):
         states.append(invert(block, states[-1], c))
     return states[::-1]
@@ -179,20 +175,20 @@ def score_denoise(
     x: Tensor,  # noisy images x̃ `(N, C, H, W)`
     c: Tensor,  # labels `(N,)`, −1: none
 ) -> Tensor:  # the expected clean images, same shape
-    "Tweedie's step x̃ + σ²·∇ log p(x̃): one forward and one backward pass through F (arXiv 2412.06329, §3)."
+    "Tweedie's x̃ + σ²·∇ log p(x̃): a forward and a backward pass of F (arXiv 2412.06329, §3)."
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
-        (score,) = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)
+        score = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)[0]
     return (x + model.cfg.noise_std**2 * score).detach()
 
 # %% ../nbs/08_exact_inverse.ipynb #046f97c6
 def linear(alpha, mu, alpha_u, mu_u, g):
-    "Past the advice with a label, away from that without: a + g·(a − a_u), for α and for μ (TARFlow)."
+    "a + g·(a − a_u) for α and for μ: extrapolates from no label beyond the label (TARFlow)."
     return alpha + g * (alpha - alpha_u), mu + g * (mu - mu_u)
 
 
 def variance_aware(alpha, mu, alpha_u, mu_u, w):
-    "STARFlow's rule (arXiv 2506.06276): what two Gaussians' densities make when one is divided by the other; σ = exp(α) can only shrink."
+    "STARFlow's rule (arXiv 2506.06276): p_c^(1+w) / p_u^w of Gaussians; σ = exp(α) only shrinks."
     s = (2 * (alpha - alpha_u).clamp(max=0)).exp()
     share = 1 + w - w * s
     return alpha - 0.5 * share.log(), mu + w * s / share * (mu - mu_u)
@@ -203,28 +199,25 @@ GUIDANCE = {"linear": linear, "annealed": linear, "variance-aware": variance_awa
 # %% ../nbs/08_exact_inverse.ipynb #e198b8b8
 @dataclass(frozen=True)
 class Guidance:
-    "How far α and μ are pushed away from what they would be without a label."
+    "How far α and μ are extrapolated away from what they would be without a label."
 
     scale: float = 1.0  # g, or w of the variance-aware rule; 0 changes nothing
     kind: str = "linear"  # "linear", "annealed" (g·t/(T−1) at token t) or "variance-aware"
-    temperature: float = 1.0  # divides the attention scores of the branch without label; where there are no labels, this alone makes the difference
+    temperature: float = 1.0  # of the attention without label; acts even where there are no labels
 
     def __post_init__(self):
         if self.kind not in GUIDANCE:
-            raise BitflowError(
-                f"unknown kind of guidance {self.kind!r}; choose {', '.join(GUIDANCE)}"
-            )
-        if not (0 <= self.scale < float("inf") and 0 < self.temperature < float("inf")):
-            raise BitflowError(
-                f"guidance scale {self.scale} must be at least 0, temperature {self.temperature} above 0"
-            )
+            choices = ", ".join(GUIDANCE)
+            raise BitflowError(f"unknown kind of guidance {self.kind!r}; choose {choices}")
+        g, t = self.scale, self.temperature
+        if not (0 <= g < float("inf") and 0 < t < float("inf")):
+            raise BitflowError(f"guidance scale {g} must be at least 0, temperature {t} above 0")
 
     def push(self, alpha, mu, place):
-        "α and μ of both branches, each `(2N, S, D)`, and how far along the tokens are `(S, 1)`, to the pushed α and μ `(N, S, D)`."
+        "α, μ `(2N, S, D)` of both branches, places t/(T−1) `(S, 1)`, to guided α, μ `(N, S, D)`."
         (a, a_u), (m, m_u) = alpha.chunk(2), mu.chunk(2)
-        return GUIDANCE[self.kind](
-            a, m, a_u, m_u, self.scale * place if self.kind == "annealed" else self.scale
-        )
+        scale = self.scale * place if self.kind == "annealed" else self.scale
+        return GUIDANCE[self.kind](a, m, a_u, m_u, scale)
 
 # %% ../nbs/08_exact_inverse.ipynb #d5754506
 @dataclass(frozen=True)
@@ -233,163 +226,143 @@ class Convergence:
 
     iterations: tuple[int, ...]  # passes that each segment took
     change: float  # largest change in a segment's last pass, in units of x
-    fell_back: bool = False  # it did not get there, and the block was undone token by token
+    fell_back: bool = False  # it did not converge, and the block was decoded token by token
 
 
 def check_iteration(tolerance, segments, max_iterations, T):
     "Refuse what no iteration can use."
     if not 0 <= tolerance < float("inf"):
-        raise BitflowError(
-            f"tolerance is {tolerance}; it must not be negative (units of x; 0 goes on until nothing changes)"
-        )
+        what = f"tolerance is {tolerance}; it must not be negative"
+        raise BitflowError(f"{what} (units of x; 0 goes on until nothing changes)")
     if not 1 <= segments <= max(T - 1, 1):
-        raise BitflowError(
-            f"{segments} segments do not fit {T} tokens; choose 1 (Jacobi) to {max(T - 1, 1)} (token by token)"
-        )
+        choices = f"1 (Jacobi) to {max(T - 1, 1)} (token by token)"
+        raise BitflowError(f"{segments} segments do not fit {T} tokens; choose {choices}")
     if max_iterations is not None and max_iterations < 1:
         raise BitflowError(f"max_iterations is {max_iterations}; at least one pass is needed")
 
 # %% ../nbs/08_exact_inverse.ipynb #17728643
 def solve_segment(
     walk: Walk,
-    cache,  # how to ask for α and μ; all tokens before the segment's are in the cache, but the last
+    cache,  # of all tokens before the segment but the last
     before: Tensor,  # the last known token `(N, 1, D)`
-    y: Tensor,
-    guess: Tensor,  # the segment's tokens of x^{i+1}, and a first guess of x^i, each `(N, S, D)`
+    y: Tensor,  # the segment's tokens of x^{i+1} `(N, S, D)`
+    guess: Tensor,  # a first guess of x^i, like y
     tolerance: float,  # largest change of a pass that counts as none
     max_iterations: int,  # S passes are always enough
 ) -> tuple:  # x^i `(N, S, D)`, the longer cache, passes, last change
-    "Jacobi: ask for all α and μ of the segment at the present guess, take what they give as the next guess, until it stays."
+    "Jacobi: all α and μ of the segment at the present guess give the next, until it stays."
     for i in range(1, max_iterations + 1):
         alpha, mu, after = walk.advice(torch.cat([before, guess[:, :-1]], dim=1), cache)
         new = y * alpha.exp() + mu
         change, guess = (new - guess).abs().max().item(), new
-        if change <= tolerance or change != change:
-            break
-    return guess, after, i, change
+        if change <= tolerance or change != change or i == max_iterations:  # != itself: NaN
+            return guess, after, i, change
 
 # %% ../nbs/08_exact_inverse.ipynb #27e3be6d
 def solve_in_segments(walk, cache, y, guess, tolerance, segments, max_iterations):
-    "One segment after the other, in the block's order: x^i `(N, T, D)` and its `Convergence`, or what is left where a segment did not converge."
+    "One segment after the other: x^i `(N, T, D)`, short where one failed, and its `Convergence`."
     T = y.shape[1]
-    x, passes, changes, edges = (
-        [y[:, :1]],
-        [],
-        [0.0],
-        [1 + (T - 1) * s // segments for s in range(segments + 1)],
-    )
-    for a, b in zip(edges[:-1], edges[1:]) if T > 1 else ():
+    edges = [1 + (T - 1) * s // segments for s in range(segments + 1)] if T > 1 else []
+    x, passes, changes = [y[:, :1]], [], [0.0]
+    for a, b in zip(edges[:-1], edges[1:]):
+        given = x[-1][:, -1:], y[:, a:b], guess[:, a:b]
         limit = b - a if max_iterations is None else min(max_iterations, b - a)
-        part, cache, i, change = solve_segment(
-            walk, cache, x[-1][:, -1:], y[:, a:b], guess[:, a:b], tolerance, limit
-        )
-        x, passes, changes = [*x, part], [*passes, i], [*changes, change]
-        if not change <= tolerance and limit < b - a or change != change:
+        part, cache, i, change = solve_segment(walk, cache, *given, tolerance, limit)
+        x.append(part)
+        passes.append(i)
+        changes.append(change)
+        if change != change or (change > tolerance and limit < b - a):  # not a number, or too slow
             return torch.cat(x, dim=1), Convergence(tuple(passes), change, fell_back=True)
     return torch.cat(x, dim=1), Convergence(tuple(passes), max(changes))
 
 # %% ../nbs/08_exact_inverse.ipynb #a687d967
 def fall_back(block, y, c, guidance, tolerance, how):
-    "Say that the iteration did not converge, then undo the block token by token: x^i `(N, T, D)`."
+    "Warn that the iteration did not converge, and invert token by token: x^i `(N, T, D)`."
     warnings.warn(
-        f"Jacobi did not converge (change {how.change:.3g} after {how.iterations[-1]} passes, tolerance {tolerance:g}); "
-        "undoing the block token by token",
-        stacklevel=4,
-    )  # the caller's caller, behind no_grad's wrapper
+        f"Jacobi did not converge (change {how.change:.3g} after {how.iterations[-1]} passes, "
+        f"tolerance {tolerance:g}); undoing the block token by token",
+        stacklevel=4,  # the caller's caller, behind no_grad's wrapper
+    )
     return invert_block(block, y, c, guidance)
 
 # %% ../nbs/08_exact_inverse.ipynb #6317f1c1
 @torch.no_grad()
 def invert_block_jacobi(
     block: FlowBlock,
-    y: Tensor,
-    c: Tensor,  # as in `invert_block`
+    y: Tensor,  # x^{i+1} `(N, T, D)`
+    c: Tensor,  # labels `(N,)`
     tolerance: float = 1e-4,  # largest change of a pass that counts as none, in units of x
-    segments: int = 1,  # 1: Jacobi; more: Gauss–Seidel–Jacobi, one segment after the other; T − 1: token by token
-    max_iterations: int = None,  # passes a segment may take; default as many as it has tokens, which is always enough
+    segments: int = 1,  # 1: Jacobi; more: Gauss–Seidel–Jacobi; T − 1: token by token
+    max_iterations: int = None,  # passes per segment; default its number of tokens: always enough
     start: Tensor = None,  # first guess of x^i `(N, T, D)`; default y
     guidance: Guidance = None,
 ) -> tuple:  # x^i `(N, T, D)`, and its `Convergence`
-    "f_i⁻¹ as a fixed point of x = y·exp(α(x)) + μ(x) (arXiv 2505.12849). Falls back to the exact walk, with a warning, where it does not converge."
+    """f_i⁻¹ as a fixed point of x = y·exp(α(x)) + μ(x) (arXiv 2505.12849).
+    Where that does not converge, it warns and decodes token by token."""
     check_iteration(tolerance, segments, max_iterations, y.shape[1])
     if segments == y.shape[1] - 1:  # nothing is left to iterate
         return invert_block(block, y, c, guidance), Convergence((1,) * segments, 0.0)
-    guess = block.order(y if start is None else start)
-    x, how = solve_in_segments(
-        *start_walk(block, c, guidance), block.order(y), guess, tolerance, segments, max_iterations
-    )
-    return (
-        fall_back(block, y, c, guidance, tolerance, how) if how.fell_back else block.order(x)
-    ), how
+    given = block.order(y), block.order(y if start is None else start)
+    walk = start_walk(block, c, guidance)
+    x, how = solve_in_segments(*walk, *given, tolerance, segments, max_iterations)
+    if how.fell_back:
+        return fall_back(block, y, c, guidance, tolerance, how), how
+    return block.order(x), how
 
 # %% ../nbs/08_exact_inverse.ipynb #849e663e
 def segment_counts(model: TARFlow, segments) -> list:
     "Segments of each block, near the data first, from one number or one for each."
-    counts = [segments] * model.cfg.num_blocks if isinstance(segments, int) else list(segments)
-    if len(counts) != model.cfg.num_blocks:
-        raise BitflowError(
-            f"{len(counts)} numbers of segments for {model.cfg.num_blocks} blocks; give one number, or one for each block"
-        )
+    B = model.cfg.num_blocks
+    counts = [segments] * B if isinstance(segments, int) else list(segments)
+    if len(counts) != B:
+        what = f"{len(counts)} numbers of segments for {B} blocks"
+        raise BitflowError(f"{what}; give one number, or one for each block")
     return counts
 
 # %% ../nbs/08_exact_inverse.ipynb #8eeff922
 def jacobi_trajectory(
     model: TARFlow,
-    z: Tensor,
-    c: Tensor,  # as in `exact_trajectory`
+    z: Tensor,  # noise tokens `(N, T, D)`
+    c: Tensor,  # labels `(N,)`, −1: none
     tolerance: float = 1e-4,  # as in `invert_block_jacobi`
-    segments=1,  # for every block, or one number a block, near the data first
+    segments=1,  # for every block, or one number per block, near the data first
     starts: list = None,  # guesses of x^0 … x^{B−1}: a warm start
     guidance: Guidance = None,
 ) -> tuple:  # x^0 … x^B, each `(N, T, D)`, and a `Convergence` for each block
-    "The whole way back by fixed-point iteration."
+    "All states of the inverse of F by fixed-point iteration."
     check_noise(model, z, c, guidance)
     states, found, counts = [z], [], segment_counts(model, segments)
     for i in reversed(range(model.cfg.num_blocks)):
-        x, how = invert_block_jacobi(
-            model.blocks[i],
-            states[-1],
-            c,
-            tolerance,
-            counts[i],
-            start=starts and starts[i],
-            guidance=guidance,
-        )
-        states, found = [*states, x], [how, *found]
-    return states[::-1], found
+        given = model.blocks[i], states[-1], c, tolerance, counts[i]
+        start = None if starts is None else starts[i]
+        x, how = invert_block_jacobi(*given, start=start, guidance=guidance)
+        states.append(x)
+        found.append(how)
+    return states[::-1], found[::-1]
 
 # %% ../nbs/08_exact_inverse.ipynb #7575f79e
 def jacobi_inverse(
-    model: TARFlow,
-    z: Tensor,
-    c: Tensor,
-    tolerance: float = 1e-4,
-    segments=1,
-    guidance: Guidance = None,
+    model: TARFlow, z: Tensor, c: Tensor, tolerance=1e-4, segments=1, guidance: Guidance = None
 ) -> Tensor:
-    "F⁻¹(z) `(N, C, H, W)` by fixed-point iteration, to a tolerance a block."
-    return to_images(
-        model, jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)[0][0]
-    )
+    "F⁻¹(z) `(N, C, H, W)` by fixed-point iteration; arguments as in `jacobi_trajectory`."
+    states, _ = jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)
+    return to_images(model, states[0])
 
 # %% ../nbs/08_exact_inverse.ipynb #5291353d
 class FixedCache(KVCache):
-    "A cache for one token a step whose shapes never change: `length` is a tensor `(1,)`, and empty slots are masked. What a compiled step needs."
+    "A cache for compiled steps of one token: `length` is a tensor `(1,)`, empty slots are masked."
 
     def __init__(self, k, v, length):
         vars(self).update(k=k, v=v, length=length)
 
     def attend(self, layer, q, k, v, causal):
-        "Take in the token's k and v, and look at all slots that are filled."
-        keys, values = (
-            self.k[layer].index_copy_(2, self.length, k),
-            self.v[layer].index_copy_(2, self.length, v),
-        )
+        "Take in the token's k and v, and attend to all slots that are filled."
+        keys = self.k[layer].index_copy_(2, self.length, k)
+        values = self.v[layer].index_copy_(2, self.length, v)
         filled = torch.arange(keys.shape[2], device=k.device)[None] <= self.length
         scores = ((keys * q).sum(-1) * q.shape[-1] ** -0.5).masked_fill(~filled, float("-inf"))
-        return (scores.softmax(-1)[..., None] * values).sum(
-            2, keepdim=True
-        )  # sums, not products of matrices: compiled, they are one loop
+        # sums, not products of matrices: compiled, they are one loop
+        return (scores.softmax(-1)[..., None] * values).sum(2, keepdim=True)
 
     def own(self, table, S, flip):
         "The row of a table `(T, …)` that belongs to the token."
@@ -401,72 +374,52 @@ class FixedCache(KVCache):
 
 # %% ../nbs/08_exact_inverse.ipynb #5491ec8a
 def next_token(block: FlowBlock, guidance, token, y, offset, place, temperature, k, v, length):
-    "x_t `(N, 1, D)` from x_{t−1} and y_t, both `(N, 1, D)`: all that a step does, in tensors of fixed shapes."
-    alpha, mu, _ = ask(block, guidance, token, offset, place, temperature, FixedCache(k, v, length))
+    "x_t from x_{t−1} and y_t, each `(N, 1, D)`: a whole step in tensors of fixed shapes."
+    cache = FixedCache(k, v, length)
+    alpha, mu, _ = ask(block, guidance, token, offset, place, temperature, cache)
     return y * alpha.exp() + mu
 
 # %% ../nbs/08_exact_inverse.ipynb #8e50dd31
 def compile_blocks(model: TARFlow):
-    "A compiled `invert` for `exact_trajectory`, best for few images. Needs a C++ compiler; the first call, and each new batch size or guidance, takes seconds."
-    steps = {
-        block: torch.compile(partial(next_token, block), dynamic=False) for block in model.blocks
-    }
+    """A compiled `invert` for `exact_trajectory`, best for few images. Needs a C++ compiler;
+    the first call, and each new batch size or guidance, takes seconds."""
+    compiled = partial(torch.compile, dynamic=False)
+    steps = {block: compiled(partial(next_token, block)) for block in model.blocks}
+
+    def by_token(v):  # token t's values are one piece of memory
+        return v.transpose(0, 1).unsqueeze(2).contiguous()
 
     @torch.no_grad()
     def invert(block, y, c, guidance=None):
-        "As `invert_block`."
         walk, cache = start_walk(block, c, guidance)
-        by_token = lambda v: (
-            v.transpose(0, 1).unsqueeze(2).contiguous()
-        )  # token t's values are one piece of memory
-        y, offset, at = (
-            by_token(block.order(y)),
-            by_token(walk.offset),
-            torch.arange(y.shape[1], device=y.device)[:, None],
-        )
-        x = [y[0]]
+        y, offset, place = by_token(block.order(y)), by_token(walk.offset), walk.place
+        at, x = torch.arange(len(y), device=y.device)[:, None], [y[0]]
+        fixed = walk.temperature, cache.k, cache.v
         for t in range(1, len(y)):
-            x.append(
-                steps[block](
-                    guidance,
-                    x[-1],
-                    y[t],
-                    offset[t - 1],
-                    walk.place[t - 1],
-                    walk.temperature,
-                    cache.k,
-                    cache.v,
-                    at[t - 1],
-                )
-            )
+            given = x[-1], y[t], offset[t - 1], place[t - 1]
+            x.append(steps[block](guidance, *given, *fixed, at[t - 1]))
         return block.order(torch.cat(x, dim=1))
 
     return invert
 
 # %% ../nbs/08_exact_inverse.ipynb #5e6dfa46
 def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, labelled: bool = True):
-    "The exact inverse of `batch` images as one CUDA graph: (z, c) → x^0 `(N, T, D)`, `labelled` if any c is. `BitflowError` where the model is not on a GPU."
-    device = model.blocks[0].pos_embed.device
-    if device.type != "cuda":
-        raise BitflowError(
-            f"a CUDA graph needs a model on a GPU; this one is on {device}: `compile_blocks` and `pack` are for processors"
-        )
-    z = torch.zeros(
-        batch,
-        model.cfg.num_tokens,
-        model.cfg.token_dim,
-        device=device,
-        dtype=model.blocks[0].pos_embed.dtype,
-    )
-    c = torch.full((batch,), 0 if labelled else -1, device=device)
+    """The exact inverse of `batch` images as one CUDA graph: a function (z, c) → x^0 `(N, T, D)`.
+    `labelled`: whether any label is not −1. `BitflowError` where the model is not on a GPU."""
+    like, T, D = model.blocks[0].pos_embed, model.cfg.num_tokens, model.cfg.token_dim
+    if like.device.type != "cuda":
+        what = f"a CUDA graph needs a model on a GPU; this one is on {like.device}"
+        raise BitflowError(f"{what}: `compile_blocks` and `pack` are for processors")
+    z = torch.zeros(batch, T, D, device=like.device, dtype=like.dtype)
+    c = torch.full((batch,), 0 if labelled else -1, device=like.device)
     exact_trajectory(model, z, c, guidance=guidance)  # checks, and warms up
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         x = undo_blocks(model, z, c, invert_block, guidance)[0]
 
     def replay(noise, labels):
-        "x^0 for noise and labels of the captured shapes."
-        z.copy_(noise), c.copy_(labels)
+        z.copy_(noise)
+        c.copy_(labels)
         graph.replay()
         return x.clone()
 
@@ -478,10 +431,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rows: int):
         super().__init__()
-        self.weight, self.bias = (
-            torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows),
-            linear.bias,
-        )
+        weight = linear.weight.detach()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self.bias = linear.bias
 
     def forward(self, x):
         "`(…, in)` to `(…, out)`."
@@ -489,31 +441,26 @@ class PackedLinear(nn.Module):
 
 # %% ../nbs/08_exact_inverse.ipynb #ab296330
 def lay_out(part: nn.Module, rows: int):
-    "Lay a module's linear layers out, in place, for products with so many rows."
+    "Rearrange the weights of a module's linear layers, in place, for products with so many rows."
     for module in list(part.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and rows >= 32:
                 setattr(module, name, PackedLinear(child, rows))
             elif isinstance(child, nn.Linear):
-                child.weight.data = (
-                    child.weight.data.t().contiguous().t()
-                )  # column by column, which suits a few rows
+                # column by column, which suits a few rows
+                child.weight.data = child.weight.data.t().contiguous().t()
 
 # %% ../nbs/08_exact_inverse.ipynb #7f763197
 def pack(model: nn.Module, rows) -> nn.Module:
-    "A copy for inference on a CPU in float32, for products with `rows` rows (images × tokens at once; one number, or one for each of `model.blocks`). `BitflowError` elsewhere."
+    """A copy for inference on a CPU in float32; `BitflowError` for another model.
+    `rows`: images × tokens of a product, one number or one for each of `model.blocks`."""
     weight = next(model.parameters())
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.float32
-        or not torch.backends.mkldnn.is_available()
-    ):
-        raise BitflowError(
-            f"only float32 models on a CPU, with oneDNN, can be packed; this one is {weight.dtype} on {weight.device}"
-        )
+    suits = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not suits or not torch.backends.mkldnn.is_available():
+        this = f"this one is {weight.dtype} on {weight.device}"
+        raise BitflowError(f"only float32 models on a CPU, with oneDNN, can be packed; {this}")
     packed = copy.deepcopy(model).requires_grad_(False).eval()
-    for part, n in (
-        [(packed, rows)] if isinstance(rows, int) else zip(packed.blocks, rows, strict=True)
-    ):
+    parts = [(packed, rows)] if isinstance(rows, int) else zip(packed.blocks, rows, strict=True)
+    for part, n in parts:
         lay_out(part, n)
     return packed

@@ -2,52 +2,49 @@
 
 # %% ../nbs/fid.ipynb #212db233
 from __future__ import annotations
-import dataclasses, importlib, json, math, os, shutil, zipfile, zlib
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
-from typing import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from tqdm import tqdm
-from .coupling import CouplingConfig
-from bitflow_edu.data import (
-    BitflowError,
-    Images,
-    first_sentence,
-    folder_classes,
-    image_files,
-    read_arrays,
-    to_model_range,
-    to_pixels,
-)
+
+# %% auto #0
+__all__ = ['INCEPTION_FILE', 'FEATURES', 'FeatureNetwork', 'mnist_cnn', 'effnet_lite0', 'own_network', 'fidelity_package',
+           'fetched_weights', 'safe_weights', 'inception', 'find_features', 'in_double', 'Moments', 'LabelSums',
+           'ScaleConfig', 'chosen', 'Tally', 'indexed_noise', 'sampler_of', 'nfe', 'source_of', 'seen_through',
+           'tally_batch', 'parts_of', 'save_arrays', 'save_tally', 'read_tally', 'names_in', 'collect', 'Reference',
+           'check_gaussian', 'read_reference', 'save_reference', 'open_parts', 'check_same_settings', 'read_settings',
+           'reference_path', 'make_reference', 'check_made_from', 'FolderImages', 'reading_images', 'StoredImages',
+           'import_reference', 'gaussian_distance', 'kid_over_subsets', 'compared_one_by_one', 'figures',
+           'evaluate_at_scale', 'costs', 'close_evaluation']
+
+# %% ../nbs/fid.ipynb #6d0b91fe
+from .data import BitflowError, first_sentence, to_pixels
 from .distances import as_photos, effnet_features, imagenet_units
-from bitflow_edu.evaluation import (
-    as_stored,
-    check_features,
-    distance_of_moments,
-    kid,
-    load_classifier,
-    measurement,
-    precision_recall,
-    timed,
-)
+from .evaluation import as_stored, check_features, kid, load_classifier
+
+# %% ../nbs/fid.ipynb #93c7e2a8
+from .coupling import CouplingConfig
+from .data import Images, folder_classes, image_files, read_arrays, to_model_range
+from .evaluation import distance_of_moments, measurement, precision_recall, timed
 from .latents import square
 from .pipeline import draw, time_per_image
 from .training import ALONE, first_difference, to_disk, write_atomically, writing
-
-# %% auto #0
-__all__ = ['FEATURES', 'FeatureNetwork', 'mnist_cnn', 'effnet_lite0', 'own_network', 'fidelity_package', 'fetched_weights',
-           'safe_weights', 'inception', 'find_features', 'in_double', 'Moments', 'LabelSums', 'ScaleConfig', 'chosen',
-           'Tally', 'indexed_noise', 'sampler_of', 'nfe', 'source_of', 'seen_through', 'tally_batch', 'parts_of',
-           'save_arrays', 'save_tally', 'read_tally', 'names_in', 'collect', 'Reference', 'check_gaussian',
-           'read_reference', 'save_reference', 'open_parts', 'check_same_settings', 'read_settings', 'reference_path',
-           'make_reference', 'check_made_from', 'FolderImages', 'reading_images', 'StoredImages', 'import_reference',
-           'gaussian_distance', 'kid_over_subsets', 'compared_one_by_one', 'figures', 'evaluate_at_scale', 'costs',
-           'close_evaluation']
 
 # %% ../nbs/fid.ipynb #b6ac047c
 @dataclass(frozen=True, eq=False)
@@ -55,7 +52,7 @@ class FeatureNetwork:
     "A frozen network that images are compared through."
 
     name: str  # figures are named after it
-    look: Callable  # images in [-1, 1] `(N, C, H, W)` → features `(N, K)`, logits `(N, classes)` or None
+    look: Callable  # images `(N, C, H, W)` → features `(N, K)`, logits `(N, classes)` or None
     device: str = "cpu"  # where it computes, and where features are compared
 
     def features(self, x):
@@ -67,8 +64,10 @@ class FeatureNetwork:
         return self.look(x)[1]
 
     def metric(self, kind):
-        'What a figure is called: "fd" is `fid` with Inception and `fd[<name>]` with another network, "kid" is `kid` or `kid[<name>]`, and so on.'
-        return {"fd": "fid"}.get(kind, kind) if self.name == "inception" else f"{kind}[{self.name}]"
+        'What a figure is called: "fd" is `fid` with Inception, `fd[<name>]` with other networks.'
+        if self.name != "inception":
+            return f"{kind}[{self.name}]"
+        return "fid" if kind == "fd" else kind
 
 # %% ../nbs/fid.ipynb #fd396b0a
 def mnist_cnn(device: str = "cpu") -> FeatureNetwork:
@@ -76,7 +75,6 @@ def mnist_cnn(device: str = "cpu") -> FeatureNetwork:
     net = load_classifier(device)
 
     def look(x):
-        "Features, and logits where there are any."
         features = net.features(x.to(device))
         return features, net.head(features)
 
@@ -84,11 +82,10 @@ def mnist_cnn(device: str = "cpu") -> FeatureNetwork:
 
 # %% ../nbs/fid.ipynb #c23bb541
 def effnet_lite0(device: str = "cpu") -> FeatureNetwork:
-    "EfficientNet-Lite0 (ImageNet), from a package that brings the weights: 1,280 features, 1,000 classes."
+    "EfficientNet-Lite0 (ImageNet), from a package with weights: 1,280 features, 1,000 classes."
     net = effnet_features(device).net
 
     def look(x):
-        "Features, and logits where there are any."
         features = net.extract_features(imagenet_units(as_photos(x.to(device)))).mean(dim=(2, 3))
         return features, net._fc(features)
 
@@ -96,11 +93,10 @@ def effnet_lite0(device: str = "cpu") -> FeatureNetwork:
 
 # %% ../nbs/fid.ipynb #360c3e37
 def own_network(module: nn.Module, name: str, device: str = "cpu") -> FeatureNetwork:
-    "Any module that turns images in [-1, 1] `(N, C, H, W)` into features `(N, …)`, or into a pair of features and logits."
+    "Any module from images `(N, C, H, W)` in [-1, 1] to features `(N, …)`, or features and logits."
     net = module.to(device).eval()
 
     def look(x):
-        "Features, and logits where there are any."
         out = net(x.to(device))
         features, logits = out if isinstance(out, tuple) else (out, None)
         return features.flatten(1), logits
@@ -108,28 +104,32 @@ def own_network(module: nn.Module, name: str, device: str = "cpu") -> FeatureNet
     return FeatureNetwork(name, look, device)
 
 # %% ../nbs/fid.ipynb #428d2747
+INCEPTION_FILE = "torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+
+
 def fidelity_package():
     "torch-fidelity's Inception. `BitflowError` names what to install."
     try:
         return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except ImportError as e:
         raise BitflowError(
-            "FID means Inception, which the package torch-fidelity holds; install it with: pip install torchmetrics torch-fidelity, "
+            "FID means Inception, which the package torch-fidelity holds; install it with: "
+            "pip install torchmetrics torch-fidelity, "
             "or choose features that need no download: mnist-cnn, effnet-lite0"
         ) from e
 
 # %% ../nbs/fid.ipynb #1c9ee29d
 def fetched_weights(url: str) -> Path:
-    "Inception's weights in torch's folder of downloads, fetched if need be. `BitflowError` says where they belong."
+    "Inception's weights in torch's folder of downloads. `BitflowError` says where they belong."
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    safely = dict(map_location="cpu", progress=False, check_hash=True, weights_only=True)
     try:
-        torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
+        torch.hub.load_state_dict_from_url(url, **safely)
     except Exception as e:
         raise BitflowError(
-            f"Inception's weights are not in {path.parent} and cannot be fetched ({first_sentence(e)}); "
-            f"download {url} elsewhere and put the file there, or name it as the weights' file"
+            f"Inception's weights are not in {path.parent} and cannot be fetched "
+            f"({first_sentence(e)}); download {url} elsewhere and put the file there, "
+            "or name it as the weights' file"
         ) from e
     return path
 
@@ -140,30 +140,28 @@ def safe_weights(path: Path) -> Path:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise BitflowError(
-            f"{path} holds no weights of Inception that can be read safely ({first_sentence(e)}); name torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+            f"{path} holds no weights of Inception that can be read safely ({first_sentence(e)}); "
+            f"name {INCEPTION_FILE}"
         ) from e
     return path
 
 # %% ../nbs/fid.ipynb #5ad86092
 def inception(
     device: str = "cpu",
-    weights: str
-    | Path = None,  # torch-fidelity's weights file; default: torch's folder of downloads, fetched if need be
+    weights: str | Path = None,  # torch-fidelity's file; default: fetched by torch if need be
 ) -> FeatureNetwork:
-    "Inception of 2015, as FID is defined by: 2,048 features, and 1,008 logits without bias for the Inception score."
+    "The Inception of FID: 2,048 features; 1,008 logits without bias for the Inception score."
     make = fidelity_package()
     path = safe_weights(Path(weights)) if weights else fetched_weights(make.URL_INCEPTION_V3)
+    outputs = ["2048", "logits_unbiased"]
     try:
-        net = make.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
-        ).to(device)
+        net = make.FeatureExtractorInceptionV3("inception-v3-compat", outputs, str(path)).to(device)
     except (RuntimeError, TypeError, AttributeError) as e:
         raise BitflowError(
-            f"{path} holds weights of another network ({first_sentence(e)}); name torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+            f"{path} holds weights of another network ({first_sentence(e)}); name {INCEPTION_FILE}"
         ) from e
 
     def look(x):
-        "Features, and logits where there are any."
         return net(to_pixels(x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)).to(device))
 
     return FeatureNetwork("inception", look, device)
@@ -173,7 +171,7 @@ FEATURES = {"inception": inception, "mnist-cnn": mnist_cnn, "effnet-lite0": effn
 
 
 def find_features(name: str, device: str = "cpu", weights: str | Path = None) -> FeatureNetwork:
-    "The feature network of that name. `BitflowError` for an unknown name, or for weights that are missing."
+    "The feature network of that name. `BitflowError` for an unknown name or missing weights."
     if name not in FEATURES:
         raise BitflowError(f"unknown features {name!r}; choose one of {', '.join(FEATURES)}")
     if weights and name != "inception":
@@ -225,7 +223,7 @@ class LabelSums:
 
     @classmethod
     def of(cls, logits, split, splits):
-        "The sums over logits `(N, classes)`, where split `(N,)` says which of the splits each belongs to."
+        "The sums over logits `(N, classes)` that belong to the splits of these numbers `(N,)`."
         logp = in_double(logits).log_softmax(dim=1)
         member = nnf.one_hot(split.to(logp.device), splits).to(logp).T
         return cls(member.sum(dim=1), member @ (logp.exp() * logp).sum(dim=1), member @ logp.exp())
@@ -256,14 +254,14 @@ class ScaleConfig:
 
     def __post_init__(self):
         least = {"n": 2, "seed": 0, "subset_size": 2, "keep": self.neighbours + 1}
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < least.get(field.name, 1):
-                raise BitflowError(
-                    f"{field.name} is {getattr(self, field.name)}; it must be {least.get(field.name, 1)} at least"
-                )
+        for name, value in vars(self).items():
+            lowest = least.get(name, 1)
+            if value < lowest:
+                raise BitflowError(f"{name} is {value}; it must be {lowest} at least")
         if self.n < self.splits:
             raise BitflowError(
-                f"{self.n} samples cannot be split into {self.splits} for the Inception score; draw more, or set splits to 1"
+                f"{self.n} samples cannot be split into {self.splits} for the Inception score; "
+                "draw more, or set splits to 1"
             )
 
 # %% ../nbs/fid.ipynb #eb33f7d7
@@ -288,12 +286,10 @@ class Tally:
 
 # %% ../nbs/fid.ipynb #7a911018
 def indexed_noise(cfg, index: Tensor, seed: int) -> Tensor:
-    "Noise for the images of these numbers, `(n, T, D)`, or `(n, C·H·W)` for a coupling flow: a function of seed and number alone."
+    "A model's noise `(n, …)` for the images of these numbers, from seed and number alone."
     shape = (cfg.dims,) if isinstance(cfg, CouplingConfig) else (cfg.num_tokens, cfg.token_dim)
-    rows = [
-        np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32)
-        for i in index.tolist()
-    ]
+    generators = [np.random.default_rng((seed, i)) for i in index.tolist()]
+    rows = [generator.standard_normal(shape, dtype=np.float32) for generator in generators]
     return torch.from_numpy(np.stack(rows))
 
 # %% ../nbs/fid.ipynb #21b008ca
@@ -303,7 +299,7 @@ def sampler_of(
     reverse,  # F and G; the one that the method does not need may be None
     seed: int = 0,  # of the noise
     w: float = 0.0,  # guidance scale
-    decoder: Callable = None,  # latents `(n, C, H, W)` → images in [-1, 1], where F and G see latents
+    decoder: Callable = None,  # latents `(n, C, H, W)` → images in [-1, 1], for F and G of latents
 ) -> Callable:  # image numbers, int64 `(n,)` → images `(n, C, H, W)`
     "Samples by number: the labels take the classes in turn, the noise is `indexed_noise`."
     model = forward if row.startswith("exact") else reverse
@@ -318,7 +314,7 @@ def sampler_of(
 
 # %% ../nbs/fid.ipynb #a750863e
 def nfe(row: str, forward, w: float = 0.0) -> int:
-    "Passes through a network for an image, as published: 1 or 2 for G; for the exact inverse one for each token, twice that with guidance; 2 for the score step."
+    "Passes through a network for an image: of G 1 or 2, of F one a token; 2 for the score step."
     name, _, step = row.partition("+")
     passes = {"one-pass": 1, "guided": 2}.get(name) or (
         getattr(forward.cfg, "num_tokens", 1) * (2 if w else 1)
@@ -334,18 +330,16 @@ def source_of(data) -> Callable:
 
 # %% ../nbs/fid.ipynb #5b93bc04
 def seen_through(network: FeatureNetwork, x: Tensor, width: int = None) -> tuple:
-    "Features and logits of images as a file would hold them, in full float32. `BitflowError` for NaN, and for features that are not `(n, width)`."
-    with (
-        torch.no_grad(),
-        torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-        ),
-    ):
+    "Features `(N, width)` and logits of images as files hold them. `BitflowError` for others, NaN."
+    exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.no_grad(), torch.backends.cudnn.flags(**exact):
         features, logits = network.look(as_stored(x))
     check_features(features, least=1)
-    if features.shape[1] != (width or features.shape[1]):
+    found = features.shape[1]
+    if found != (width or found):
         raise BitflowError(
-            f"{network.name} gives {features.shape[1]} features, the reference has {width}; take the reference made with {network.name}, or the features that it was made with"
+            f"{network.name} gives {found} features, the reference has {width}; take the reference "
+            f"made with {network.name}, or the features that it was made with"
         )
     return features.float(), logits
 
@@ -354,21 +348,22 @@ def tally_batch(
     source: Callable,
     network: FeatureNetwork,
     cfg: ScaleConfig,
-    batch: range,
-    keep: Tensor,
-    width: int = None,
+    batch: range,  # numbers of the images
+    keep: Tensor,  # of `chosen`
+    width: int = None,  # features that the reference has
 ) -> Tally:
     "Look at the images of one batch of numbers, and sum up."
     index = torch.arange(batch.start, batch.stop)
     images = source(index)
     if len(images) != len(index):
         raise BitflowError(
-            f"asked for {len(index)} images ({batch.start} to {batch.stop - 1}) and got {len(images)}; a source must give one for each number"
+            f"asked for {len(index)} images ({batch.start} to {batch.stop - 1}) "
+            f"and got {len(images)}; a source must give one for each number"
         )
     features, logits = seen_through(network, images, width)
-    labels = (
-        None if logits is None else LabelSums.of(logits, index * cfg.splits // cfg.n, cfg.splits)
-    )
+    labels = None
+    if logits is not None:
+        labels = LabelSums.of(logits, index * cfg.splits // cfg.n, cfg.splits)
     return Tally(Moments.of(features), labels, features[keep[index].to(features.device)].cpu())
 
 # %% ../nbs/fid.ipynb #dd81417e
@@ -380,18 +375,13 @@ def parts_of(cfg: ScaleConfig) -> list:
 
 # %% ../nbs/fid.ipynb #5103e98d
 def save_arrays(arrays: dict, path: Path):
-    "Write named arrays as an .npz file, so that a reader finds a whole one or none. Raises `BitflowError` where it cannot."
+    "Write named arrays as an .npz file: whole, or not at all and a `BitflowError`."
     part = path.with_name(f"{path.name}.part")
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            np.savez(
-                file,
-                **{
-                    name: t.cpu().numpy() if isinstance(t, Tensor) else np.asarray(t)
-                    for name, t in arrays.items()
-                },
-            )
+            on_cpu = {k: t.cpu() if isinstance(t, Tensor) else t for k, t in arrays.items()}
+            np.savez(file, **{name: np.asarray(array) for name, array in on_cpu.items()})
         to_disk(part)
         os.replace(part, path)
 
@@ -404,11 +394,10 @@ def save_tally(tally: Tally, path: Path):
 
 def read_tally(path: Path) -> Tally:
     "What `save_tally` wrote. Raises `BitflowError` for a damaged file."
-    names = [f.name for kind in (Moments, LabelSums) for f in dataclasses.fields(kind)]
-    n, total, outer, *labels, kept = map(
-        torch.from_numpy,
-        read_arrays(path, *(names if "count" in names_in(path) else names[:3]), "kept"),
-    )
+    names = [f.name for f in dataclasses.fields(Moments)]
+    if "count" in names_in(path):
+        names += [f.name for f in dataclasses.fields(LabelSums)]
+    n, total, outer, *labels, kept = map(torch.from_numpy, read_arrays(path, *names, "kept"))
     return Tally(Moments(int(n), total, outer), LabelSums(*labels) if labels else None, kept)
 
 # %% ../nbs/fid.ipynb #5980684f
@@ -419,11 +408,13 @@ def names_in(path: Path) -> tuple:
             return tuple(name.removesuffix(".npy") for name in archive.namelist())
     except FileNotFoundError:
         raise BitflowError(
-            f"{path} is missing; correct the path (processes on several machines need a folder that all of them see)"
+            f"{path} is missing; correct the path "
+            "(processes on several machines need a folder that all of them see)"
         ) from None
     except (OSError, zipfile.BadZipFile) as e:
         raise BitflowError(
-            f"{path} is no intact .npz file ({first_sentence(e)}); replace it, or delete it to make it anew"
+            f"{path} is no intact .npz file ({first_sentence(e)}); "
+            "replace it, or delete it to make it anew"
         ) from e
 
 # %% ../nbs/fid.ipynb #af61ee6c
@@ -438,21 +429,11 @@ def collect(
     "Look at images 0 … n − 1, spread over processes, saving part by part, and add the parts up."
     parts, keep = parts_of(cfg), chosen(cfg.n, cfg.keep, cfg.seed)
     paths = [folder / f"part-{i:04d}.npz" for i in range(len(parts))]
-    for i in tqdm(
-        ranks.share(len(parts)),
-        desc="looking at images",
-        unit="part",
-        leave=False,
-        disable=None if ranks.main else True,
-    ):
+    bar = dict(desc="looking at images", unit="part", leave=False)
+    for i in tqdm(ranks.share(len(parts)), **bar, disable=None if ranks.main else True):
         if not paths[i].exists():
-            save_tally(
-                reduce(
-                    Tally.__add__,
-                    (tally_batch(source, network, cfg, batch, keep, width) for batch in parts[i]),
-                ),
-                paths[i],
-            )
+            tallies = (tally_batch(source, network, cfg, batch, keep, width) for batch in parts[i])
+            save_tally(reduce(Tally.__add__, tallies), paths[i])
     ranks.barrier()
     return ranks.on_main(lambda: reduce(Tally.__add__, map(read_tally, paths)))
 
@@ -471,27 +452,29 @@ def check_gaussian(mu: np.ndarray, sigma: np.ndarray, path: Path):
     "Refuse a mean and a covariance that no features can have."
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise BitflowError(
-            f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance, (K,) and (K, K); make the file anew"
+            f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance, "
+            "(K,) and (K, K); make the file anew"
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise BitflowError(
             f"{path}: mu or sigma are not finite; make the file anew, from images without NaN"
         )
-    if (
-        not np.allclose(sigma, sigma.T, atol=1e-6 * max(1.0, np.abs(sigma).max()))
-        or (sigma.diagonal() < 0).any()
-    ):
+    symmetric = np.allclose(sigma, sigma.T, atol=1e-6 * max(1.0, np.abs(sigma).max()))
+    if not symmetric or (sigma.diagonal() < 0).any():
         raise BitflowError(
-            f"{path}: sigma is no covariance, which is symmetric with no negative variance; make the file anew"
+            f"{path}: sigma is no covariance, which is symmetric with no negative variance; "
+            "make the file anew"
         )
 
 # %% ../nbs/fid.ipynb #f5bc0c2e
 def read_reference(path: str | Path) -> Reference:
-    "A statistics file: `mu` and `sigma`, and `features` where it has them; other arrays are passed over. Raises `BitflowError` for a bad one."
+    "A file with `mu`, `sigma`, perhaps `features`. Raises `BitflowError` for a bad one."
     path, names = Path(path), names_in(path)
-    if missing := [name for name in ("mu", "sigma") if name not in names]:
+    missing = [name for name in ("mu", "sigma") if name not in names]
+    if missing:
         raise BitflowError(
-            f"{path} has no {missing[0]}; it holds {', '.join(names)}: a statistics file needs mu and sigma"
+            f"{path} has no {missing[0]}; it holds {', '.join(names)}: "
+            "a statistics file needs mu and sigma"
         )
     mu, sigma = (a.astype(np.float64) for a in read_arrays(path, "mu", "sigma"))
     check_gaussian(mu, sigma, path)
@@ -502,11 +485,10 @@ def read_reference(path: str | Path) -> Reference:
 
 # %% ../nbs/fid.ipynb #5e53b037
 def save_reference(tally: Tally, path: Path, about: dict):
-    "Write what was seen as a statistics file in the common form, with the kept features and what it was made from."
+    "Write a statistics file in the common form, with kept features and what it was made from."
     mu, sigma = tally.moments.gaussian()
-    save_arrays(
-        {"mu": mu, "sigma": sigma, "features": tally.kept, "about": json.dumps(about)}, path
-    )
+    arrays = {"mu": mu, "sigma": sigma, "features": tally.kept, "about": json.dumps(about)}
+    save_arrays(arrays, path)
 
 # %% ../nbs/fid.ipynb #51802c88
 def open_parts(folder: Path, about: dict, resume: bool):
@@ -518,20 +500,26 @@ def open_parts(folder: Path, about: dict, resume: bool):
 
 # %% ../nbs/fid.ipynb #5e9d15ad
 def check_same_settings(folder: Path, about: dict, resume: bool):
-    "Refuse a folder that holds something else, other settings, or an evaluation that nobody asked to go on with."
+    "Refuse a folder of something else or of other settings, or one to go on with unasked."
     held = [p.name for p in folder.iterdir() if p.suffix != ".part"] if folder.is_dir() else []
-    if held and "settings.json" not in held:
+    if not held:
+        return
+    if "settings.json" not in held:
         raise BitflowError(
-            f"{folder} holds {held[0]} but no settings.json: it is no evaluation; name another folder"
+            f"{folder} holds {held[0]} but no settings.json: it is no evaluation; "
+            "name another folder"
         )
-    if held and not resume:
+    if not resume:
         raise BitflowError(
-            f"{folder} holds an evaluation already; go on with it with --resume, or name another folder"
+            f"{folder} holds an evaluation already; "
+            "go on with it with --resume, or name another folder"
         )
-    if held and (old := read_settings(folder)) != about:
+    old = read_settings(folder)
+    if old != about:
         key, was, now = first_difference(old, about)
         raise BitflowError(
-            f"{folder} was begun with {key} = {was}, not {now}; use the old setting, or name another folder"
+            f"{folder} was begun with {key} = {was}, not {now}; "
+            "use the old setting, or name another folder"
         )
 
 # %% ../nbs/fid.ipynb #e5647f2e
@@ -545,9 +533,7 @@ def read_settings(folder: Path) -> dict:
         ) from e
 
 # %% ../nbs/fid.ipynb #a8418c0c
-def reference_path(
-    folder: Path, dataset: str, split: str, size: int, network: FeatureNetwork
-) -> Path:
+def reference_path(folder, dataset: str, split: str, size: int, network: FeatureNetwork) -> Path:
     "Where the statistics of a dataset are kept: one file for each split, image size and network."
     return Path(folder) / f"{dataset}-{split}-{size}-{network.name}.npz"
 
@@ -555,16 +541,13 @@ def reference_path(
 def make_reference(
     data, network: FeatureNetwork, path: Path, cfg: ScaleConfig = ScaleConfig(), ranks=ALONE
 ) -> Reference:
-    "Statistics of all images of a dataset, from the file where there is one, else computed in a stream and written there."
+    "Statistics of all images of a dataset, from the file; computed and written if there is none."
     about = {"network": network.name, "n": len(data), "keep": cfg.keep}
     if not ranks.agree(path.exists()):
         cfg = replace(cfg, n=len(data), seed=0, splits=1)
         parts = path.with_name(f"{path.stem}.parts")
-        ranks.on_main(
-            lambda: open_parts(
-                parts, {**about, "batch_size": cfg.batch_size, "parts": cfg.parts}, True
-            )
-        )
+        settings = {**about, "batch_size": cfg.batch_size, "parts": cfg.parts}
+        ranks.on_main(lambda: open_parts(parts, settings, True))
         tally = collect(source_of(data), network, cfg, parts, ranks)
         ranks.on_main(lambda: (save_reference(tally, path, about), shutil.rmtree(parts)))
     check_made_from(path, about)
@@ -577,12 +560,13 @@ def check_made_from(path: Path, about: dict):
     if old != about:
         key, was, now = first_difference(old, about)
         raise BitflowError(
-            f"{path} was made with {key} = {was}, not {now}; delete it to make it anew, or name another folder"
+            f"{path} was made with {key} = {was}, not {now}; "
+            "delete it to make it anew, or name another folder"
         )
 
 # %% ../nbs/fid.ipynb #3b1eb7ab
 class FolderImages:
-    "Pictures `root/split/<class>/<file>` in colour, read when their number comes up; as a dataset with `draw`."
+    "A dataset with `draw`: colour images of the files `root/split/<class>/<file>`."
 
     def __init__(self, root: str | Path, split: str, size: int):
         self.paths, _ = image_files(Path(root), split, folder_classes(Path(root), split))
@@ -592,7 +576,7 @@ class FolderImages:
         return len(self.paths)
 
     def draw(self, index, generator=None):
-        "Images in [-1, 1] `(n, 3, size, size)` by number. Raises `BitflowError` for a file that is no whole image."
+        "Images in [-1, 1] `(n, 3, size, size)` by number. `BitflowError` for a damaged file."
         return to_model_range(torch.stack([self.read(self.paths[i]) for i in index.tolist()]))
 
     def read(self, path):
@@ -617,19 +601,19 @@ def reading_images(path: Path):
 
 # %% ../nbs/fid.ipynb #acd1a315
 class StoredImages:
-    "The images `arr_0`, uint8 `(N, H, W, C)`, of an .npz file, read one at a time; as a dataset with `draw`."
+    "A dataset with `draw`: the images `arr_0`, uint8 `(N, H, W, C)`, of an .npz file."
 
     def __init__(self, path: Path):
         self.path = path
         with reading_images(path):
             self.file = zipfile.ZipFile(path).open("arr_0.npy")
             version = np.lib.format.read_magic(self.file)
-            self.shape, fortran, dtype = getattr(
-                np.lib.format, f"read_array_header_{version[0]}_0"
-            )(self.file)
+            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+            self.shape, fortran, dtype = read_header(self.file)
         if len(self.shape) != 4 or dtype != np.uint8 or fortran or self.shape[3] not in (1, 3):
             raise BitflowError(
-                f"{path}: arr_0 is {dtype} {self.shape}, not images, uint8 (N, H, W, C); name another file"
+                f"{path}: arr_0 is {dtype} {self.shape}, not images, uint8 (N, H, W, C); "
+                "name another file"
             )
         self.start = self.file.tell()
 
@@ -637,37 +621,31 @@ class StoredImages:
         return self.shape[0]
 
     def draw(self, index, generator=None):
-        "Images in [-1, 1] `(n, C, H, W)` by number; fastest in rising order."
-        size, shape = math.prod(self.shape[1:]), self.shape[1:]
+        "Images in [-1, 1] `(n, C, H, W)` by number, read one at a time; fastest in rising order."
+        shape, images = self.shape[1:], []
         with reading_images(self.path):
-            rows = [
-                self.file.read(size)
-                for i in index.tolist()
-                if self.file.seek(self.start + i * size)
-            ]
-            pixels = np.stack([np.frombuffer(row, np.uint8).reshape(shape) for row in rows])
-        return to_model_range(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+            for i in index.tolist():
+                self.file.seek(self.start + i * math.prod(shape))
+                pixels = self.file.read(math.prod(shape))
+                images.append(np.frombuffer(pixels, np.uint8).reshape(shape))
+            images = np.stack(images)
+        return to_model_range(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 # %% ../nbs/fid.ipynb #1bb44a92
 def import_reference(
-    path: str | Path,
+    path: str | Path,  # an .npz file with statistics, images, or both
     network: FeatureNetwork,
-    folder: Path,
+    folder: Path,  # where features of images are cached
     cfg: ScaleConfig = ScaleConfig(),
     ranks=ALONE,
 ) -> Reference:
-    "A statistics file of any of the common forms; where it holds images, their features are computed, and cached in `folder`. With other networks than Inception the images are all that counts."
+    "Any common form of a statistics file; of images and statistics, Inception takes both."
     path, names = Path(path), names_in(path)
     if "arr_0" not in names:
         return read_reference(path)
     images = StoredImages(path)
-    own = make_reference(
-        images,
-        network,
-        reference_path(folder, path.stem, "arr_0", images.shape[1], network),
-        cfg,
-        ranks,
-    )
+    cached = reference_path(folder, path.stem, "arr_0", images.shape[1], network)
+    own = make_reference(images, network, cached, cfg, ranks)
     if "mu" not in names or network.name != "inception":
         return replace(own, where=f"{path.name}, {len(images)} images")
     given = read_reference(path)
@@ -675,7 +653,7 @@ def import_reference(
 
 # %% ../nbs/fid.ipynb #eea47b21
 def gaussian_distance(a: Reference, b: Reference) -> float:
-    "|μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½), the Fréchet distance from statistics alone (arXiv 1706.08500)."
+    "Fréchet distance |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½) of statistics (arXiv 1706.08500)."
     return distance_of_moments((a.mu, a.sigma), (b.mu, b.sigma))
 
 # %% ../nbs/fid.ipynb #46c3666c
@@ -689,10 +667,12 @@ def kid_over_subsets(
     "Kernel distance as published: the mean over random subsets (arXiv 1801.01401)."
     generator = torch.Generator().manual_seed(seed)
     size = min(size, len(real), len(fake))
-    pick = lambda features: features[torch.randperm(len(features), generator=generator)[:size]]
-    values = torch.tensor(
-        [kid(pick(real), pick(fake)) for _ in range(subsets)], dtype=torch.float64
-    )
+
+    def pick(features):
+        return features[torch.randperm(len(features), generator=generator)[:size]]
+
+    values = [kid(pick(real), pick(fake)) for _ in range(subsets)]
+    values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), values.std(correction=0).item()
 
 # %% ../nbs/fid.ipynb #5d442d02
@@ -701,47 +681,34 @@ def compared_one_by_one(
 ) -> list:
     "KID, precision and recall, from the kept features."
     mean, spread = kid_over_subsets(real, fake, cfg.subsets, cfg.subset_size, cfg.seed)
-    pair = dict(kept=len(fake), kept_real=len(real))
-    found = [
-        say(
-            network.metric("kid"),
-            mean,
-            spread=spread,
-            subsets=cfg.subsets,
-            subset_size=min(cfg.subset_size, len(real), len(fake)),
-            **pair,
-        )
-    ]
+    pair, size = dict(kept=len(fake), kept_real=len(real)), min(len(real), len(fake))
+    how = dict(spread=spread, subsets=cfg.subsets, subset_size=min(cfg.subset_size, size))
+    found = [say(network.metric("kid"), mean, **how, **pair)]
     shares = zip(("precision", "recall"), precision_recall(real, fake, cfg.neighbours))
-    return found + [
-        say(network.metric(kind), value, neighbours=cfg.neighbours, **pair)
-        for kind, value in shares
-    ]
+    for kind, value in shares:
+        found.append(say(network.metric(kind), value, neighbours=cfg.neighbours, **pair))
+    return found
 
 # %% ../nbs/fid.ipynb #bd019db5
 def figures(
     tally: Tally, reference: Reference, network: FeatureNetwork, cfg: ScaleConfig, row: str
 ) -> list:
-    "FID or FD, Inception score where the network is a classifier, and KID, precision and recall where the reference has features."
+    "FD; the Inception score if there are logits; KID, precision and recall if there are features."
     say = partial(measurement, row, n=tally.moments.n, seed=cfg.seed, reference=reference.where)
-    found = [
-        say(
-            network.metric("fd"), gaussian_distance(Reference(*tally.moments.gaussian()), reference)
-        )
-    ]
+    samples = Reference(*tally.moments.gaussian())
+    found = [say(network.metric("fd"), gaussian_distance(samples, reference))]
     if tally.labels:
         mean, spread = tally.labels.score()
         found.append(say(network.metric("inception_score"), mean, spread=spread, splits=cfg.splits))
     if reference.features is not None:
         device = "cpu" if network.device == "mps" else network.device  # no float64 there
-        found += compared_one_by_one(
-            reference.features.to(device), tally.kept.to(device), network, cfg, say
-        )
+        real, kept = reference.features.to(device), tally.kept.to(device)
+        found += compared_one_by_one(real, kept, network, cfg, say)
     return found
 
 # %% ../nbs/fid.ipynb #64d6ed27
 def evaluate_at_scale(
-    sampler: Callable,  # image numbers, int64 `(n,)` → images in [-1, 1] `(n, C, H, W)`; see `sampler_of`
+    sampler: Callable,  # image numbers, int64 `(n,)` → images `(n, C, H, W)`; see `sampler_of`
     reference: Reference,
     network: FeatureNetwork,
     cfg: ScaleConfig,
@@ -749,11 +716,11 @@ def evaluate_at_scale(
     row: str = "one-pass",  # the method's name in the results
     ranks=ALONE,
     resume: bool = False,  # go on with what the folder holds
-    about: dict = None,  # what else the samples depend on (checkpoint, w): noted, and compared when it goes on
+    about: dict = None,  # what else the samples depend on: noted, and compared when it goes on
     passes: int = None,  # of a network for an image, see `nfe`
     repeats: int = 5,  # timed batches; 0: no timing
 ) -> list:  # of `measurement`
-    "All figures of a method from n samples, in one pass, spread over processes, resumable. Raises `BitflowError` for NaN."
+    "All figures of a method from n samples, resumable. Raises `BitflowError` for NaN."
     folder, done = Path(folder), Path(folder) / "measurements.json"
     settings = {
         "row": row,
@@ -765,24 +732,23 @@ def evaluate_at_scale(
     ranks.on_main(lambda: open_parts(folder, settings, resume))
     if not ranks.agree(done.exists()):
         tally = collect(sampler, network, cfg, folder, ranks, len(reference.mu))
-        measure = lambda: (
-            figures(tally, reference, network, cfg, row) + costs(sampler, cfg, row, passes, repeats)
-        )
+
+        def measure():
+            found = figures(tally, reference, network, cfg, row)
+            return found + costs(sampler, cfg, row, passes, repeats)
+
         ranks.on_main(lambda: close_evaluation(folder, tally, settings, measure()))
     return ranks.agree(ranks.on_main(lambda: json.loads(done.read_text())))
 
 # %% ../nbs/fid.ipynb #96e8f63f
-def costs(
-    sampler: Callable, cfg: ScaleConfig, row: str, passes: int = None, repeats: int = 5
-) -> list:
-    "Passes through a network, and milliseconds an image in batches as they are drawn; each where it is asked for."
-    size = min(cfg.batch_size, cfg.n)
+def costs(sampler: Callable, cfg: ScaleConfig, row: str, passes: int = None, repeats=5) -> list:
+    "Passes through a network, where known; if repeats, milliseconds per image in whole batches."
     found = [measurement(row, "nfe", passes)] if passes else []
-    return found + (
-        [time_per_image(row, timed(partial(sampler, torch.arange(size)), repeats, warmup=1), size)]
-        if repeats
-        else []
-    )
+    if repeats:
+        size = min(cfg.batch_size, cfg.n)
+        times = timed(partial(sampler, torch.arange(size)), repeats, warmup=1)
+        found.append(time_per_image(row, times, size))
+    return found
 
 # %% ../nbs/fid.ipynb #3b694e2e
 def close_evaluation(folder: Path, tally: Tally, settings: dict, found: list):

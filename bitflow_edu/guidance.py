@@ -2,8 +2,10 @@
 
 # %% ../nbs/14_guidance.ipynb #2d8c25ba
 from __future__ import annotations
+
 import torch
 from torch import Tensor
+
 from .data import BitflowError
 from .reverse_model import ReverseModel, ReverseOutput, per_block
 
@@ -12,12 +14,12 @@ __all__ = ['push', 'unpush', 'both_branches', 'guided_pass', 'draw_scales', 'gui
 
 # %% ../nbs/14_guidance.ipynb #fdb02346
 def push(with_label, without, w):
-    "Past the state with a label, away from that without: (1 + w)·a − w·b (PAPER: guidance at inference)."
+    "Past the state with a label, away from that without: (1 + w)·a − w·b (PAPER: at inference)."
     return (1 + w) * with_label - w * without
 
 
 def unpush(with_label, without, w):
-    "The state that was pushed: (a + w·b)/(1 + w) (PAPER: guidance in training); `push(unpush(a, b, w), b, w)` is a."
+    "The inverse of `push`: a = (p + w·b)/(1 + w) from p = push(a, b, w) (PAPER: in training)."
     return (with_label + w * without) / (1 + w)
 
 # %% ../nbs/14_guidance.ipynb #edffe098
@@ -31,7 +33,6 @@ def both_branches(
     twice = torch.cat([c, -torch.ones_like(c)])
 
     def run(block, h, i):
-        "h `(N, T, width)` to the combined state of the same shape."
         own = w[:, i]
         a, b = block(torch.cat([h, h]), twice, torch.cat([own, own])).chunk(2)
         return combine(a, b, own[:, None, None])
@@ -46,14 +47,14 @@ def guided_pass(
     c: Tensor,  # labels `(N,)`
     w,  # guidance scale: a number, `(N,)`, or `(N, B + 1)` with the denoising block last
 ) -> Tensor:  # images `(N, C, H, W)`
-    "Guidance at inference, 2-NFE: each block is applied with and without labels, and the difference is pushed (PAPER). w = 0 is `one_pass`."
+    "Guidance at inference, 2-NFE: `push` in every block (PAPER). w = 0 is `one_pass`."
     if model.cfg.max_guidance:
         raise BitflowError(
-            "this G takes w as an input, so one pass is guided already; use one_pass(model, z, c, w)"
+            "this G takes w as an input, so one pass is guided already; "
+            "use one_pass(model, z, c, w)"
         )
-    return model.walk(
-        z, both_branches(model, c, per_block(w, len(z), model.cfg.num_blocks, z), push)
-    ).image
+    scales = per_block(w, len(z), model.cfg.num_blocks, z)
+    return model.walk(z, both_branches(model, c, scales, push)).image
 
 # %% ../nbs/14_guidance.ipynb #decf5397
 def draw_scales(
@@ -63,10 +64,11 @@ def draw_scales(
     generator: torch.Generator = None,  # on the same device
     device="cpu",
 ) -> Tensor:  # `(n, B + 1)`, the denoising block last
-    "Guidance scales for a training step, uniform from 0 to cfg.max_guidance. `BitflowError` for a G that takes none."
+    "Guidance scales for a training step, uniform from 0 to max_guidance. `BitflowError` if 0."
     if not cfg.max_guidance:
         raise BitflowError(
-            "this G takes no guidance scale w (max_guidance is 0); train it with reverse_loss's ordinary run"
+            "this G takes no guidance scale w (max_guidance is 0); "
+            "train it with reverse_loss's ordinary run"
         )
     w = torch.rand(n, cfg.num_blocks + 1 if per_block else 1, generator=generator, device=device)
     return (cfg.max_guidance * w).expand(n, cfg.num_blocks + 1)
@@ -75,10 +77,9 @@ def draw_scales(
 def guided_run(
     per_block: bool = False,  # see `draw_scales`
 ):  # (model, z, c, generator) → `ReverseOutput`
-    "How G is run in training with guidance: `run` of `reverse_loss`."
+    "How G is run in training with guidance: `run` of `reverse_loss`, which compares its states."
 
     def run(model, z, c, generator) -> ReverseOutput:
-        "The states that remain when the push is taken back: these are compared with F's."
         w = draw_scales(model.cfg, len(z), per_block, generator, z.device)
         return model.walk(z, both_branches(model, c, w, unpush))
 

@@ -2,15 +2,32 @@
 
 # %% ../nbs/hub.ipynb #840e89a3
 from __future__ import annotations
-import json, math, os, re, tempfile
+
+import json
+import math
+import os
+import re
+import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
+
+# %% auto #0
+__all__ = ['MODEL_FILES', 'PARTS', 'FILES', 'DTYPES', 'RESULT_KEYS', 'MINI', 'SOURCES', 'COSTS', 'TASK', 'DRAWS', 'SNIPPET',
+           'LIMITS', 'TAGS', 'HOME', 'PAPERS', 'Pair', 'parts_of', 'check_free', 'exchange', 'all_or_nothing', 'stamp',
+           'save_pretrained', 'part_name', 'wanted_files', 'is_repo_id', 'asking_hub', 'find_folder', 'version_note',
+           'load_part', 'from_pretrained', 'pretrained_names', 'load_pretrained', 'check_result', 'DataSource',
+           'data_source', 'card_rows', 'how', 'is_quality', 'eval_results', 'in_words', 'line_of', 'results_table',
+           'how_measured', 'snippet', 'what_it_is', 'how_trained', 'limits', 'card_metadata', 'card_text', 'model_card',
+           'check_target', 'push_to_hub']
+
+# %% ../nbs/hub.ipynb #d0a8e3b5
 from . import __version__
 from .coupling import CouplingFlow
 from .data import BitflowError, asset, first_sentence
@@ -27,14 +44,6 @@ from bitflow_edu.training import (
     write_atomically,
 )
 
-# %% auto #0
-__all__ = ['MODEL_FILES', 'FILES', 'DTYPES', 'RESULT_KEYS', 'SOURCES', 'COSTS', 'DRAWS', 'TAGS', 'HOME', 'PAPERS', 'Pair',
-           'parts_of', 'check_free', 'exchange', 'all_or_nothing', 'stamp', 'save_pretrained', 'part_name',
-           'wanted_files', 'is_repo_id', 'asking_hub', 'find_folder', 'version_note', 'load_part', 'from_pretrained',
-           'pretrained_names', 'load_pretrained', 'check_result', 'DataSource', 'data_source', 'card_rows', 'how',
-           'eval_results', 'in_words', 'line_of', 'results_table', 'how_measured', 'snippet', 'what_it_is',
-           'how_trained', 'limits', 'card_metadata', 'card_text', 'model_card', 'check_target', 'push_to_hub']
-
 # %% ../nbs/hub.ipynb #aea17008
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -48,44 +57,43 @@ class Pair:
 
 # %% ../nbs/hub.ipynb #999b222b
 def parts_of(model: nn.Module | Pair) -> dict:
-    'What is to be saved, by stage: F is "forward", G is "reverse". Raises `BitflowError` for anything else.'
+    'What is to be saved: F as "forward", G as "reverse". Raises `BitflowError` for anything else.'
     if isinstance(model, Pair):
         return {"forward": model.forward, "reverse": model.reverse}
     if not isinstance(model, (TARFlow, CouplingFlow, ReverseModel)):
         raise BitflowError(
-            f"a {type(model).__name__} cannot be saved here; give a flow, a ReverseModel or a Pair (of a compiled model, what it was compiled from)"
+            f"a {type(model).__name__} cannot be saved here; give a flow, a ReverseModel or a Pair "
+            "(of a compiled model, what it was compiled from)"
         )
     return {"reverse" if isinstance(model, ReverseModel) else "forward": model}
 
 # %% ../nbs/hub.ipynb #437ffc3c
 MODEL_FILES = ("config.json", "model.safetensors")
-FILES = (
-    "README.md",
-    *(f"{part}{name}" for part in ("", "forward/", "reverse/") for name in MODEL_FILES),
-)
+PARTS = ("", "forward/", "reverse/")
+FILES = ("README.md", *(f"{part}{name}" for part in PARTS for name in MODEL_FILES))
 
 
 def check_free(folder: Path, overwrite: bool):
     "Refuse a folder that holds anything, or, with `overwrite`, anything but a saved model."
     if folder.exists() and not folder.is_dir():
         raise BitflowError(f"{folder} is a file; name a folder to save to")
-    found = sorted(
-        p.relative_to(folder).as_posix()
-        for p in folder.rglob("*")
-        if p.is_symlink() or not p.is_dir()
-    )
+    files = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
+    found = sorted(p.relative_to(folder).as_posix() for p in files)
     if found and not overwrite:
         raise BitflowError(
-            f"{folder} already holds {found[0]}; name another folder, or pass overwrite=True to replace a saved model"
+            f"{folder} already holds {found[0]}; name another folder, "
+            "or pass overwrite=True to replace a saved model"
         )
-    if foreign := [name for name in found if name not in FILES]:
+    foreign = [name for name in found if name not in FILES]
+    if foreign:
         raise BitflowError(
-            f"{folder} holds {foreign[0]}, which is no part of a saved model, so it is not replaced; name another folder"
+            f"{folder} holds {foreign[0]}, which is no part of a saved model, "
+            "so it is not replaced; name another folder"
         )
 
 # %% ../nbs/hub.ipynb #c1741890
 def exchange(new: Path, final: Path, aside: Path):
-    "Give a finished folder its name; what had that name goes aside, and comes back where this fails."
+    "Rename a finished folder to `final`; what was there goes `aside`, and comes back on failure."
     try:
         if final.exists():
             os.rename(final, aside)
@@ -101,12 +109,11 @@ def exchange(new: Path, final: Path, aside: Path):
 # %% ../nbs/hub.ipynb #0ccfc6d1
 @contextmanager
 def all_or_nothing(folder: Path):
-    "A new folder to fill, which becomes `folder` at the end. Raises `BitflowError`, with nothing changed, where that fails."
+    "A new folder to fill, which becomes `folder` at the end; `BitflowError` where that fails."
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
-        ) as beside:
+        place = dict(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True)
+        with tempfile.TemporaryDirectory(**place) as beside:
             new = Path(beside) / "new"
             new.mkdir()
             yield new
@@ -114,20 +121,19 @@ def all_or_nothing(folder: Path):
                 to_disk(inside)
             exchange(new, folder, Path(beside) / "old")
     except (OSError, BitflowError) as e:
-        reason = (
-            e.__cause__ or e
-        )  # `save_model` names the unfinished folder, which the user does not know
+        cause = e.__cause__ or e  # `save_model` names a folder that the user does not know
+        reason = getattr(cause, "strerror", None) or cause
         raise BitflowError(
-            f"cannot save to {folder} ({getattr(reason, 'strerror', None) or reason}); nothing was changed: make room, or name another folder"
+            f"cannot save to {folder} ({reason}); "
+            "nothing was changed: make room, or name another folder"
         ) from e
 
 # %% ../nbs/hub.ipynb #9149b037
 def stamp(folder: Path):
     "Note in a `config.json` which version of bitflow_edu wrote it."
-    config = json.loads((folder / "config.json").read_text())
-    write_atomically(
-        folder / "config.json", json.dumps({**config, "bitflow_edu": __version__}, indent=1) + "\n"
-    )
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), "bitflow_edu": __version__}
+    write_atomically(path, json.dumps(config, indent=1) + "\n")
 
 # %% ../nbs/hub.ipynb #18dd9204
 DTYPES = (torch.float32, torch.bfloat16)
@@ -136,11 +142,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 def save_pretrained(
     model: nn.Module | Pair,  # F, G, or both
     folder: str | Path,  # made; a pair goes into its forward/ and reverse/
-    dtype: torch.dtype = torch.float32,  # of the stored weights; `torch.bfloat16` takes half the room and rounds to 8 bits
+    dtype: torch.dtype = torch.float32,  # of the stored weights; bfloat16 takes half the room
     card: ModelCard = None,  # becomes README.md
     overwrite: bool = False,  # replace a saved model that is there already
 ) -> Path:  # the folder
-    "Write what `from_pretrained` and `load_model` read, all or nothing. Raises `BitflowError` where it cannot."
+    "Write what `from_pretrained` and `load_model` read, or nothing and raise `BitflowError`."
     parts, folder = parts_of(model), Path(folder).resolve()
     if dtype not in DTYPES:
         raise BitflowError(
@@ -149,8 +155,9 @@ def save_pretrained(
     check_free(folder, overwrite)
     with all_or_nothing(folder) as new:
         for name, part in parts.items():
-            save_model(part, new / name if isinstance(model, Pair) else new, dtype=dtype)
-            stamp(new / name if isinstance(model, Pair) else new)
+            inside = new / name if isinstance(model, Pair) else new
+            save_model(part, inside, dtype=dtype)
+            stamp(inside)
         if card is not None:
             write_atomically(new / "README.md", str(card))
     return folder
@@ -178,7 +185,7 @@ def is_repo_id(name) -> bool:
 
 @contextmanager
 def asking_hub(what: str, way_out: str):
-    "Say in one line what the Hub would not do, and why. Its client's errors share no base class but `Exception`."
+    "Turn any error of the Hub's client into one line: its errors share no base but `Exception`."
     try:
         yield
     except Exception as e:
@@ -186,7 +193,7 @@ def asking_hub(what: str, way_out: str):
 
 # %% ../nbs/hub.ipynb #13e189ac
 def find_folder(source: str | Path, kind: type, revision: str | None) -> Path:
-    "A folder as it is; a repository on the Hub, once what is needed of it has been fetched or found in the cache."
+    "A folder as it is, or what is needed of a repository on the Hub, fetched or from the cache."
     if Path(source).exists():
         if revision:
             raise BitflowError(
@@ -195,30 +202,27 @@ def find_folder(source: str | Path, kind: type, revision: str | None) -> Path:
         return Path(source)
     if not is_repo_id(source):
         raise BitflowError(
-            f"folder {source} does not exist; name a saved model, or a repository on the Hub as owner/name"
+            f"folder {source} does not exist; "
+            "name a saved model, or a repository on the Hub as owner/name"
         )
-    with asking_hub(
-        f"load {source}, which is no folder here, from the Hub",
-        "correct the name, or log in with `hf auth login` where it is private",
-    ):
+    what = f"load {source}, which is no folder here, from the Hub"
+    with asking_hub(what, "correct the name, or log in with `hf auth login` where it is private"):
         return Path(snapshot_download(source, revision=revision, allow_patterns=wanted_files(kind)))
 
 # %% ../nbs/hub.ipynb #f422c61d
 def version_note(folder: Path) -> str:
-    "What to say of a folder that another version wrote; nothing where it was this one, or none is noted."
+    "What to say of a folder that another version wrote; empty where none, or this one, is noted."
     try:
         writer = json.loads((folder / "config.json").read_text())["bitflow_edu"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return (
-        ""
-        if writer == __version__
-        else f"; bitflow_edu {writer} wrote it and this is {__version__}: install that version"
-    )
+    if writer == __version__:
+        return ""
+    return f"; bitflow_edu {writer} wrote it and this is {__version__}: install that version"
 
 
 def load_part(folder: Path, kind: type, device: str) -> nn.Module:
-    "`load_model`, of a pair's folder the part of this class; an error says if another version wrote the folder."
+    "`load_model` of a folder, or of the part of this class in a pair's folder."
     inside = folder / part_name(kind)
     folder = inside if inside.is_dir() and not (folder / "config.json").exists() else folder
     try:
@@ -228,13 +232,12 @@ def load_part(folder: Path, kind: type, device: str) -> nn.Module:
 
 # %% ../nbs/hub.ipynb #f153f474
 def from_pretrained(
-    source: str
-    | Path,  # a folder that `save_pretrained` or a training wrote, or a repository on the Hub: "owner/name"
+    source: str | Path,  # a folder with a model or a training, or a Hub repository "owner/name"
     kind: type,  # what is wanted: `Pair`, `ReverseModel`, `TARFlow` or `CouplingFlow`
     device: str = "cpu",
     revision: str = None,  # branch, tag or commit, for a repository
 ) -> nn.Module | Pair:  # in evaluation mode, float32
-    "Load F, G or both. Raises `BitflowError` when it is missing, damaged, of another kind, or of a version that this one cannot read."
+    "Load F, G or both. Raises `BitflowError` where that is missing, damaged or of another kind."
     if kind not in (Pair, TARFlow, ReverseModel, CouplingFlow):
         raise BitflowError(
             f"{kind!r} is nothing to load; choose Pair, ReverseModel, TARFlow or CouplingFlow"
@@ -246,46 +249,33 @@ def from_pretrained(
         raise BitflowError(
             f"{folder} holds a single model, no pair; name its class instead of Pair"
         )
-    return Pair(
-        load_part(folder / "forward", TARFlow, device),
-        load_part(folder / "reverse", ReverseModel, device),
-    )
+    forward = load_part(folder / "forward", TARFlow, device)
+    return Pair(forward, load_part(folder / "reverse", ReverseModel, device))
 
 # %% ../nbs/hub.ipynb #7bd6561e
 def pretrained_names() -> list[str]:
     "Names of the pairs that come with the course: folders below `data/` with F and G."
-    home = asset("README.md").parent
-    return sorted(
-        p.parent.name
-        for p in home.glob("*/forward")
-        if (p.parent / "reverse" / "config.json").exists()
-    )
+    folders = [p.parent for p in asset("README.md").parent.glob("*/forward")]
+    return sorted(p.name for p in folders if (p / "reverse" / "config.json").exists())
 
 
 def load_pretrained(
     name: str,  # of `pretrained_names()`, e.g. "mnist-mini"
     device: str = "cpu",
 ) -> tuple[TARFlow, ReverseModel]:  # in evaluation mode, float32
-    "F and G that come with the course, without a network. Raises `BitflowError` with the names there are."
-    if name not in pretrained_names():
+    "F and G that come with the course. Raises `BitflowError` with the names there are."
+    names = pretrained_names()
+    if name not in names:
         raise BitflowError(
-            f"no pair named {name!r} comes with this version; choose {', '.join(pretrained_names())}, or train it: bitflow reproduce"
+            f"no pair named {name!r} comes with this version; choose {', '.join(names)}, "
+            "or train it: bitflow reproduce"
         )
     pair = from_pretrained(asset(name), Pair, device)
     return pair.forward, pair.reverse
 
 # %% ../nbs/hub.ipynb #368dc367
-RESULT_KEYS = (
-    "name",
-    "preset",
-    "command",
-    "commit",
-    "date",
-    "wall_s",
-    "hardware",
-    "versions",
-    "config",
-    "measurements",
+RESULT_KEYS = tuple(
+    "name preset command commit date wall_s hardware versions config measurements".split()
 )
 
 
@@ -294,18 +284,18 @@ def check_result(result: dict, model: nn.Module | Pair):
     missing = [key for key in RESULT_KEYS if key not in result]
     if missing:
         raise BitflowError(
-            f"a results file needs {missing[0]}, and this one has {', '.join(result) or 'nothing'}; give one that a `bitflow` command wrote"
+            f"a results file needs {missing[0]}, and this one has "
+            f"{', '.join(result) or 'nothing'}; give one that a `bitflow` command wrote"
         )
     for name, part in parts_of(model).items():
-        found, shape = result["config"].get(name), {name: asdict(part.cfg)}
-        measured_on = {
-            name: found
-            and asdict(to_config(type(part).Config, found, f"{result['name']}.json, config.{name}"))
-        }
+        found, where = result["config"].get(name), f"{result['name']}.json, config.{name}"
+        measured_on = {name: found and asdict(to_config(type(part).Config, found, where))}
+        shape = {name: asdict(part.cfg)}
         if measured_on != shape:
             key, was, now = first_difference(measured_on, shape)
             raise BitflowError(
-                f"{result['name']} was measured with {key} = {was}, but this {type(part).__name__} has {now}; give the results of this model"
+                f"{result['name']} was measured with {key} = {was}, "
+                f"but this {type(part).__name__} has {now}; give the results of this model"
             )
 
 # %% ../nbs/hub.ipynb #2416820b
@@ -318,10 +308,9 @@ class DataSource:
     hub_id: str = None  # their name among the Hub's datasets
 
 
+MINI = "MNIST digits (the 10,000 that come with bitflow_edu)"
 SOURCES = {
-    "mnist-mini": DataSource(
-        "MNIST digits (the 10,000 that come with bitflow_edu)", "CC BY-SA 3.0", "ylecun/mnist"
-    ),
+    "mnist-mini": DataSource(MINI, "CC BY-SA 3.0", "ylecun/mnist"),
     "mnist": DataSource("MNIST digits", "CC BY-SA 3.0", "ylecun/mnist"),
     "fashion-mnist": DataSource("Fashion-MNIST", "MIT", "zalando-datasets/fashion_mnist"),
     "cifar10": DataSource("CIFAR-10", "none is stated by its authors", "uoft-cs/cifar10"),
@@ -335,74 +324,63 @@ def data_source(result: dict) -> DataSource:
 
 
 def card_rows(result: dict, model: nn.Module | Pair) -> dict:
-    "The methods that a model takes part in and that were measured, with their names; real images, the floor, last."
-    methods = {Pair: tuple(METHODS), ReverseModel: ("one-pass",)}.get(
-        type(model), ("exact", "exact+denoise")
-    )
+    "The measured methods that a model takes part in, with their names; real images come last."
+    own_methods = {Pair: tuple(METHODS), ReverseModel: ("one-pass",)}
+    methods = own_methods.get(type(model), ("exact", "exact+denoise"))
     found = {m["row"] for m in result["measurements"]}
     rows = {row: METHODS[row] for row in methods if row in found}
     if not rows:
+        there = ", ".join(sorted(found)) or "no measurements"
         raise BitflowError(
-            f"{result['name']} has nothing on {' or '.join(methods)}; it has {', '.join(sorted(found)) or 'no measurements'}"
+            f"{result['name']} has nothing on {' or '.join(methods)}; it has {there}"
         )
     return {**rows, "real": "real images (the floor)"} if "real" in found else rows
 
 # %% ../nbs/hub.ipynb #2ba2ab0e
-COSTS = (
-    "ms_per_image",
-    "speedup",
-    "params",
-    "serial_steps",
-    "flops",
-    "nfe",
-    "mfu",
-    "train",
-    "peak_memory",
-)
+COSTS = tuple("ms_per_image speedup params serial_steps flops nfe mfu train peak_memory".split())
 
 
 def how(m: dict) -> dict:
     "What a measurement says beside its value: the number of images, the seed, the protocol."
-    return {
-        key: v
-        for key, v in m.items()
-        if key not in ("row", "metric", "value", "unit", "low", "high") and v is not None
-    }
+    said = ("row", "metric", "value", "unit", "low", "high")
+    return {key: v for key, v in m.items() if key not in said and v is not None}
+
+
+def is_quality(m: dict) -> bool:
+    "Whether a measurement is of images rather than of costs, and finite."
+    return not m["metric"].startswith(COSTS) and math.isfinite(m["value"])
+
+# %% ../nbs/hub.ipynb #b81d55e3
+TASK = "unconditional-image-generation"  # of the Hub's tasks, the nearest: none is by class
 
 
 def eval_results(result: dict, rows: dict, source: DataSource) -> list[EvalResult]:
-    "The qualities of each method, as the Hub's metadata, which have no place for what is not finite."
-    return [
-        EvalResult(
-            task_type="unconditional-image-generation",
-            dataset_type=source.hub_id or source.title,
-            dataset_name=source.title,
-            dataset_split="test",
-            metric_type=m["metric"],
-            metric_name=f"{m['metric']}, {rows[m['row']]}",
-            metric_value=m["value"],
-            metric_args=how(m),
-        )
-        for m in result["measurements"]
-        if m["row"] in rows
-        and m["row"] != "real"
-        and not m["metric"].startswith(COSTS)
-        and math.isfinite(m["value"])
-    ]
+    "The finite qualities of each method, as the Hub's metadata."
+    found = [m for m in result["measurements"] if m["row"] in rows and m["row"] != "real"]
+    name, dataset = source.title, source.hub_id or source.title
+    about = dict(task_type=TASK, dataset_type=dataset, dataset_name=name, dataset_split="test")
+    results = []
+    for m in filter(is_quality, found):
+        title = f"{m['metric']}, {rows[m['row']]}"
+        value = dict(metric_type=m["metric"], metric_value=m["value"], metric_args=how(m))
+        results.append(EvalResult(**about, metric_name=title, **value))
+    return results
 
 # %% ../nbs/hub.ipynb #50d3dca4
 def in_words(m: dict) -> str:
     "A measured value with four digits, and its quartiles where there are any."
-    short = lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
+
+    def short(v):
+        return f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
+
     spread = f" ({short(m['low'])} to {short(m['high'])})" if "low" in m else ""
     return short(m["value"]) + spread
 
 # %% ../nbs/hub.ipynb #fb126626
 def line_of(m: dict) -> tuple:
     "The cells that head a measurement's line of the table: metric, unit, how it was measured."
-    notes = ", ".join(
-        f"{key} {v:.2g}" if isinstance(v, float) else f"{key} {v}" for key, v in how(m).items()
-    )
+    said = {key: f"{v:.2g}" if isinstance(v, float) else v for key, v in how(m).items()}
+    notes = ", ".join(f"{key} {v}" for key, v in said.items())
     return m["metric"], "" if m["unit"] == "1" else m["unit"], notes
 
 # %% ../nbs/hub.ipynb #fe48c3e2
@@ -411,28 +389,27 @@ def results_table(result: dict, rows: dict) -> str:
     found = [m for m in result["measurements"] if m["row"] in rows]
     cells = {(line_of(m), m["row"]): in_words(m) for m in found}
     head = ["metric", "unit", *rows.values(), "measured with"]
-    body = [
-        [metric, unit, *(cells.get((line, row), "–") for row in rows), notes]
-        for line in dict.fromkeys(map(line_of, found))
-        for metric, unit, notes in [line]
-    ]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-        for line in [head, ["---"] * len(head), *body]
-    )
+    table = [head, ["---"] * len(head)]
+    for line in dict.fromkeys(map(line_of, found)):
+        metric, unit, notes = line
+        table.append([metric, unit, *(cells.get((line, row), "–") for row in rows), notes])
+    table = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in table]
+    return "\n".join(f"| {line} |" for line in table)
 
 # %% ../nbs/hub.ipynb #31dc1496
 def how_measured(result: dict) -> str:
     "Machine, versions and command of the run, in Markdown."
     h = result["hardware"]
-    machine = ", ".join(
-        [f"{h['cores']} cores ({h['cpu']})", h["gpu"] or "no GPU", f"{h['memory_gb']} GB of memory"]
-    )
+    memory = f"{h['memory_gb']} GB of memory"
+    machine = f"{h['cores']} cores ({h['cpu']}), {h['gpu'] or 'no GPU'}, {memory}"
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
     return (
-        f"Measured on {machine}, with {versions}; commit `{result['commit']}`, {result['date'][:10]}. The run took {result['wall_s']:.0f} s. It is repeated by\n\n"
-        f"```\n{result['command']}\n```\n\nTimes hold for that machine only; in brackets are quartiles. A Fréchet distance `fd[…]` is named after the network that it looks through, depends on the number of images, "
-        "and is no FID. Figures of real images, where there are any, are the floor."
+        f"Measured on {machine}, with {versions}; commit `{result['commit']}`, "
+        f"{result['date'][:10]}. The run took {result['wall_s']:.0f} s. It is repeated by\n\n"
+        f"```\n{result['command']}\n```\n\nTimes hold for that machine only; in brackets are "
+        "quartiles. A Fréchet distance `fd[…]` is named after the network that it looks through, "
+        "depends on the number of images, and is no FID. "
+        "Figures of real images, where there are any, are the floor."
     )
 
 # %% ../nbs/hub.ipynb #01cfba2f
@@ -443,79 +420,84 @@ DRAWS = {  # where the class is found, its config, how it draws
     CouplingFlow: ("coupling", "model.cfg", 'draw("exact", model, None, z, c)'),
 }
 
+SNIPPET = """from bitflow_edu.{module} import {kind}
+from bitflow_edu.hub import from_pretrained
+from bitflow_edu.pipeline import draw, grid_labels, noise_for
+
+model = from_pretrained({source}, {kind})
+z, c = noise_for({cfg}, 10, seed=0), grid_labels({cfg}, 10)  # noise and labels of ten images
+images = {draw}  # (10, C, H, W), about -1 to 1
+"""
+
 
 def snippet(kind: type, source: str) -> str:
     "Python that loads a model and draws ten images."
     module, cfg, draw = DRAWS[kind]
-    return (
-        f"from bitflow_edu.{module} import {kind.__name__}\nfrom bitflow_edu.hub import from_pretrained\nfrom bitflow_edu.pipeline import draw, grid_labels, noise_for\n\n"
-        f"model = from_pretrained({json.dumps(source)}, {kind.__name__})\nz, c = noise_for({cfg}, 10, seed=0), grid_labels({cfg}, 10)  # noise and labels of ten images\n"
-        f"images = {draw}  # (10, C, H, W), about -1 to 1\n"
-    )
+    source = json.dumps(source)
+    return SNIPPET.format(module=module, kind=kind.__name__, source=source, cfg=cfg, draw=draw)
 
 # %% ../nbs/hub.ipynb #60b49245
 def what_it_is(model: nn.Module | Pair) -> str:
     "The networks in words, in Markdown."
-    text = {
-        "forward": "**F**, a normalizing flow ({kind}, {n:,} parameters), maps images to noise and knows their likelihood. Undone exactly, it draws images.",
-        "reverse": "**G** (ReverseModel, {n:,} parameters) is the learned inverse of such a flow: it draws images from noise in one pass.",
-    }
-    return "\n".join(
-        f"- {text[name].format(kind=type(part).__name__, n=num_parameters(part))}"
-        for name, part in parts_of(model).items()
-    )
+    lines = []
+    for name, part in parts_of(model).items():
+        size = f"{num_parameters(part):,} parameters"
+        if name == "forward":
+            lines.append(
+                f"- **F**, a normalizing flow ({type(part).__name__}, {size}), maps images to "
+                "noise and knows their likelihood. Undone exactly, it draws images."
+            )
+        else:
+            lines.append(
+                f"- **G** (ReverseModel, {size}) is the learned inverse of such a flow: "
+                "it draws images from noise in one pass."
+            )
+    return "\n".join(lines)
 
-
+# %% ../nbs/hub.ipynb #a7c41e02
 def how_trained(result: dict, model: nn.Module | Pair, source: DataSource) -> str:
     "Data and budget of the training, in Markdown."
-    cfg = next(iter(parts_of(model).values())).cfg
-    copy = (
-        f" (read from: {result['config']['images']})"
-        if "copy" in result["config"].get("images", "")
-        else ""
-    )
-    lines = [
-        f"Images: {source.title}{copy}, {cfg.image_size}×{cfg.image_size} pixels, {cfg.channels} channel{'s' * (cfg.channels > 1)}; licence: {source.licence}."
-    ]
-    for name in parts_of(model):
-        train = result["config"].get(f"train_{name}") or {}
-        shown = ", ".join(
-            f"{key} {train[key]}"
-            for key in (
-                "steps",
-                "minutes",
-                "batch_size",
-                "lr",
-                "ema",
-                "label_dropout",
-                "precision",
-                "seed",
-            )
-            if train.get(key) is not None
-        )
-        lines += [f"{'F' if name == 'forward' else 'G'}: {shown}."] if shown else []
-    return "\n".join(f"- {line}" for line in lines)
+    config, parts = result["config"], parts_of(model)
+    cfg = next(iter(parts.values())).cfg
+    copy = f" (read from: {config['images']})" if "copy" in config.get("images", "") else ""
+    pixels = f"{cfg.image_size}×{cfg.image_size} pixels"
+    channels = f"{cfg.channels} channel{'s' * (cfg.channels > 1)}"
+    licence = f"licence: {source.licence}"
+    lines = [f"- Images: {source.title}{copy}, {pixels}, {channels}; {licence}."]
+    keys = "steps minutes batch_size lr ema label_dropout precision seed".split()
+    for name in parts:
+        train = config.get(f"train_{name}") or {}
+        shown = ", ".join(f"{key} {train[key]}" for key in keys if train.get(key) is not None)
+        if shown:
+            lines.append(f"- {'F' if name == 'forward' else 'G'}: {shown}.")
+    return "\n".join(lines)
 
 # %% ../nbs/hub.ipynb #64d4d4ca
+LIMITS = """- For study and teaching: to draw, edit and measure images like those it was trained on.
+- It knows images of {size}×{size} pixels with the content named above, and no others; \
+of anything else its likelihoods and pictures say nothing.
+- Errors and preferences of the training images are its own. Nothing keeps it from repeating one \
+of them; that was not measured unless the table says so.
+- Its figures hold for the samples and the reference named in the table. They say nothing about \
+single images, and label accuracy is the opinion of a classifier."""
+
+# %% ../nbs/hub.ipynb #c19f6a70
 def limits(model: nn.Module | Pair) -> str:
     "What a model is not for, read off its config, in Markdown."
     parts = parts_of(model)
-    cfg = next(iter(parts.values())).cfg
-    lines = [
-        "For study and teaching: to draw, edit and measure images like those it was trained on.",
-        f"It knows images of {cfg.image_size}×{cfg.image_size} pixels with the content named above, and no others; of anything else its likelihoods and pictures say nothing.",
-        "Errors and preferences of the training images are its own. Nothing keeps it from repeating one of them; that was not measured unless the table says so.",
-        "Its figures hold for the samples and the reference named in the table. They say nothing about single images, and label accuracy is the opinion of a classifier.",
-    ]
-    if sigma := "forward" in parts and getattr(parts["forward"].cfg, "noise_std", 0):
+    lines = [LIMITS.format(size=next(iter(parts.values())).cfg.image_size)]
+    sigma = getattr(parts["forward"].cfg, "noise_std", 0) if "forward" in parts else 0
+    if sigma:
         lines.append(
-            f"F was trained on images with noise of σ = {sigma}: what it draws is noisy until it is denoised."
+            f"- F was trained on images with noise of σ = {sigma}: "
+            "what it draws is noisy until it is denoised."
         )
     if "reverse" in parts:
         lines.append(
-            "G only approximates the inverse: what it draws has no exact likelihood, and an image that goes through F and G comes back changed."
+            "- G only approximates the inverse: what it draws has no exact likelihood, "
+            "and an image that goes through F and G comes back changed."
         )
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(lines)
 
 # %% ../nbs/hub.ipynb #0bdf1945
 TAGS = {TARFlow: "tarflow", CouplingFlow: "coupling-flow", ReverseModel: "biflow"}
@@ -524,26 +506,18 @@ TAGS = {TARFlow: "tarflow", CouplingFlow: "coupling-flow", ReverseModel: "biflow
 def card_metadata(
     model: nn.Module | Pair, name: str, licence: str, source: DataSource, results: list[EvalResult]
 ) -> ModelCardData:
-    "The block on top of a card. Raises `BitflowError` for a licence that is no identifier of the Hub's, or results that are not valid."
+    "The block on top of a card. Raises `BitflowError` for a licence or results that are not valid."
     if not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", licence):
         raise BitflowError(
-            f"licence {licence!r} is no identifier of the Hub's; write it like apache-2.0, mit or cc-by-4.0"
+            f"licence {licence!r} is no identifier of the Hub's; "
+            "write it like apache-2.0, mit or cc-by-4.0"
         )
-    tags = [
-        "normalizing-flow",
-        *(TAGS[type(part)] for part in parts_of(model).values()),
-        "safetensors",
-    ]
-    try:  # of the Hub's tasks, the nearest: there is none for images drawn by class
-        return ModelCardData(
-            license=licence,
-            library_name="bitflow_edu",
-            pipeline_tag="unconditional-image-generation",
-            tags=tags,
-            model_name=name,
-            datasets=[source.hub_id] if source.hub_id else None,
-            eval_results=results or None,
-        )
+    kinds = [TAGS[type(part)] for part in parts_of(model).values()]
+    tags = ["normalizing-flow", *kinds, "safetensors"]
+    about = dict(license=licence, library_name="bitflow_edu", model_name=name, pipeline_tag=TASK)
+    datasets = [source.hub_id] if source.hub_id else None
+    try:
+        return ModelCardData(**about, tags=tags, datasets=datasets, eval_results=results or None)
     except ValueError as e:
         raise BitflowError(
             f"the card's metadata are not valid ({e}); correct the results file"
@@ -552,7 +526,8 @@ def card_metadata(
 # %% ../nbs/hub.ipynb #7405b3d0
 HOME = "https://github.com/bitflow-edu/bitflow_edu"
 PAPERS = (
-    "TARFlow: [arXiv:2412.06329](https://arxiv.org/abs/2412.06329). BiFlow: [arXiv:2512.10953](https://arxiv.org/abs/2512.10953). "
+    "TARFlow: [arXiv:2412.06329](https://arxiv.org/abs/2412.06329). "
+    "BiFlow: [arXiv:2512.10953](https://arxiv.org/abs/2512.10953). "
     "These weights come from an independent implementation for teaching, not from the authors."
 )
 
@@ -561,33 +536,33 @@ def card_text(
     result: dict, model: nn.Module | Pair, source: str, licence: str, trained_on: DataSource
 ) -> str:
     "What people read of a card, in Markdown."
+    example = f"```python\n{snippet(type(model), source)}```"
+    images = "the training images under their own licence (above)"
     sections = {
         "Results": results_table(result, card_rows(result, model)) + "\n\n" + how_measured(result),
-        "Load it and draw": f"With `bitflow_edu` {__version__} ({HOME}):\n\n```python\n{snippet(type(model), source)}```",
+        "Load it and draw": f"With `bitflow_edu` {__version__} ({HOME}):\n\n{example}",
         "Trained on": how_trained(result, model, trained_on),
         "What it is for, and what not": limits(model),
-        "Licence and sources": f"The weights are under {licence}; the training images under their own licence (above). {PAPERS}",
+        "Licence and sources": f"The weights are under {licence}; {images}. {PAPERS}",
     }
-    return f"# {result['preset']}\n\n{what_it_is(model)}\n\n" + "\n".join(
-        f"## {title}\n\n{text}\n" for title, text in sections.items()
-    )
+    texts = [f"## {title}\n\n{text}\n" for title, text in sections.items()]
+    return f"# {result['preset']}\n\n{what_it_is(model)}\n\n" + "\n".join(texts)
 
 # %% ../nbs/hub.ipynb #83d5d40e
 def model_card(
     result: dict,  # a results file of this model, loaded
     model: nn.Module | Pair,  # what the card describes
-    source: str = ".",  # where the card's example loads from: the repository's name, or the card's own folder
+    source: str = ".",  # what the card's example loads: a repository, or the card's own folder
     licence: str = "apache-2.0",  # of the weights, as the Hub writes it
     trained_on: DataSource = None,  # default: known from the run's data
 ) -> ModelCard:
-    "A card made of a run's measurements. Raises `BitflowError` where they are incomplete or belong to another shape of model."
+    "A card made of a run's measurements. Raises `BitflowError` where they do not fit the model."
     check_result(result, model)
     trained_on = trained_on or data_source(result)
     results = eval_results(result, card_rows(result, model), trained_on)
     data = card_metadata(model, result["preset"], licence, trained_on, results)
-    return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n{card_text(result, model, source, licence, trained_on)}"
-    )
+    text = card_text(result, model, source, licence, trained_on)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 # %% ../nbs/hub.ipynb #13eaf4e4
 def check_target(repo_id: str, card: ModelCard, model: nn.Module | Pair):
@@ -596,7 +571,8 @@ def check_target(repo_id: str, card: ModelCard, model: nn.Module | Pair):
         raise BitflowError(f"{repo_id!r} is no repository's name; write it as owner/name")
     if snippet(type(model), repo_id) not in str(card):
         raise BitflowError(
-            f"the card's example does not load {repo_id} as a {type(model).__name__}; make it with model_card(…, source={repo_id!r})"
+            f"the card's example does not load {repo_id} as a {type(model).__name__}; "
+            f"make it with model_card(…, source={repo_id!r})"
         )
 
 # %% ../nbs/hub.ipynb #90bfb1e7
@@ -610,18 +586,14 @@ def push_to_hub(
 ) -> str:  # the commit's address
     "Send a model with its card to the Hugging Face Hub. Raises `BitflowError` where that fails."
     check_target(repo_id, card, model)
-    way_out = (
-        "log in with `hf auth login`; where the repository is there already, pass overwrite=True"
-    )
+    login = "log in with `hf auth login`"
+    way_out = f"{login}; where the repository is there already, pass overwrite=True"
     with tempfile.TemporaryDirectory() as tmp:
         folder = save_pretrained(model, Path(tmp) / "model", dtype, card)
         with asking_hub(f"send to {repo_id}", way_out):
             api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=overwrite)
-            sent = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                delete_patterns=list(FILES),
-                commit_message=f"{type(model).__name__}, saved by bitflow_edu {__version__}",
-            )
+            message = f"{type(model).__name__}, saved by bitflow_edu {__version__}"
+            files = dict(folder_path=folder, delete_patterns=list(FILES))
+            sent = api.upload_folder(repo_id=repo_id, commit_message=message, **files)
     return sent.commit_url

@@ -2,10 +2,13 @@
 
 # %% ../nbs/17_imagenet.ipynb #e3671ac3
 from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from functools import cache
+
 import matplotlib.pyplot as plt
 import numpy as np
+
 from bitflow_edu.budget import (
     flow_step,
     inverse_flops,
@@ -30,7 +33,7 @@ __all__ = ['GPUS', 'ModelCost', 'traced', 'model_cost', 'lost_share', 'Gpu', 'Ar
 # %% ../nbs/17_imagenet.ipynb #f4e0c960
 @dataclass(frozen=True)
 class ModelCost:
-    "What F or G costs; operations and bytes are of one image, a multiplication and an addition count as two operations."
+    "The cost of F or G for one image; a multiplication and an addition are two operations."
 
     params: int  # trainable numbers
     forward: int  # operations of one pass
@@ -43,48 +46,37 @@ class ModelCost:
 
 # %% ../nbs/17_imagenet.ipynb #a11c5efb
 def traced(kind: type, cfg, blocks: int, layers: int) -> tuple:
-    "(1, blocks, layers in all) and what a model of so many costs: parameters, operations of a pass and of a step, bytes kept."
-    small = replace(cfg, num_blocks=blocks, transformer=replace(cfg.transformer, num_layers=layers))
+    "(1, blocks, all layers) and the cost of such a model: parameters, pass, step, bytes kept."
+    transformer = replace(cfg.transformer, num_layers=layers)
+    small = replace(cfg, num_blocks=blocks, transformer=transformer)
     x, z, c = meta_batch(small)
     if kind is TARFlow:
-        model, step = (
-            on_meta(kind, replace(small, logit_alpha=0.0)),
-            flow_step,
-        )  # a logit looks at values, and there are none
-        go = lambda: model(x, c)
+        # a logit looks at values, and there are none
+        model, step = on_meta(kind, replace(small, logit_alpha=0.0)), flow_step
+        forward = count_flops(lambda: model(x, c))
     else:
-        model, plain, step = (
-            on_meta(kind, small),
-            on_meta(kind, replace(small, max_guidance=0.0)),
-            reverse_step,
-        )
-        go = lambda: one_pass(plain, z, c)
+        model, step = on_meta(kind, small), reverse_step
+        plain = on_meta(kind, replace(small, max_guidance=0.0))
+        forward = count_flops(lambda: one_pass(plain, z, c))
     cost = step_cost(model, step)
-    return (1, blocks, num_layers(small)), (cost.params, count_flops(go), cost.flops, cost.kept)
+    return (1, blocks, num_layers(small)), (cost.params, forward, cost.flops, cost.kept)
 
 # %% ../nbs/17_imagenet.ipynb #11f8d23d
 @cache
 def model_cost(kind: type, cfg) -> ModelCost:
-    "The cost of an F or a G of equal blocks, from three small ones. Raises `BitflowError` for blocks that each have a depth of their own."
+    "The cost of an F or a G from three small ones. `BitflowError` for blocks of unequal depth."
     if getattr(cfg, "block_layers", ()):
         raise BitflowError(
-            f"block_layers {cfg.block_layers}: the blocks need not be alike; give transformer.num_layers for equal ones, or count the whole model with budget_of"
+            f"block_layers {cfg.block_layers}: the blocks need not be alike; give "
+            "transformer.num_layers for equal ones, or count the whole model with budget_of"
         )
-    sizes, costs = zip(*(traced(kind, cfg, *small) for small in ((1, 1), (2, 1), (1, 2))))
-    law = np.linalg.solve(np.array(sizes, dtype=float), np.array(costs, dtype=float))
-    params, forward, step, kept = (
-        round(v) for v in np.array([1, cfg.num_blocks, num_layers(cfg)]) @ law
-    )
-    return ModelCost(
-        params,
-        forward,
-        step,
-        kept,
-        num_layers(cfg),
-        round(law[2, 1]),
-        round(law[2, 3]),
-        4 * cfg.num_tokens * cfg.transformer.width,
-    )
+    small = [traced(kind, cfg, blocks, layers) for blocks, layers in ((1, 1), (2, 1), (1, 2))]
+    sizes, costs = (np.array(rows, dtype=float) for rows in zip(*small))
+    law = np.linalg.solve(sizes, costs)
+    whole = [round(v) for v in np.array([1, cfg.num_blocks, num_layers(cfg)]) @ law]
+    layer, layer_kept = round(law[2, 1]), round(law[2, 3])
+    layer_input = 4 * cfg.num_tokens * cfg.transformer.width
+    return ModelCost(*whole, num_layers(cfg), layer, layer_kept, layer_input)
 
 # %% ../nbs/17_imagenet.ipynb #440ca103
 def lost_share(
@@ -102,17 +94,13 @@ class Gpu:
     "What is rented."
 
     name: str
-    peak_tflops: (
-        float  # 10¹² operations a second in dense bfloat16 matrix products, as the maker says
-    )
+    peak_tflops: float  # 10¹² operations a second in dense bfloat16 matrix products, by the maker
     memory_gb: float  # 10⁹ bytes
     dollars_per_hour: float  # an assumption: a round number for renting one, without discount
 
 
-GPUS = {
-    gpu.name: gpu
-    for gpu in (Gpu("A100", 312, 80, 1.5), Gpu("H100", 989, 80, 3.0), Gpu("H200", 989, 141, 3.5))
-}
+_GPUS = (Gpu("A100", 312, 80, 1.5), Gpu("H100", 989, 80, 3.0), Gpu("H200", 989, 141, 3.5))
+GPUS = {gpu.name: gpu for gpu in _GPUS}
 
 # %% ../nbs/17_imagenet.ipynb #739b9952
 @dataclass(frozen=True)
@@ -138,9 +126,9 @@ class Plan:
     num_gpus: int = 8
     sharded: bool = False  # weights, gradients, moments and averages spread over the GPUs
     mfu: float = 0.35  # share of the peak that training and one pass reach; an assumption
-    scaling: float = 0.9  # share of that which is left with more than one GPU; an assumption
-    slower_serial: float = 100.0  # times that an operation of the exact inverse takes one of a pass; published times imply 68 to 130
-    overhead_s: float = 0.0  # seconds that a layer takes for a pass beside its arithmetic; counts for tiny models alone
+    scaling: float = 0.9  # share of that with more than one GPU; an assumption
+    slower_serial: float = 100.0  # exact inverse / pass, time per operation; published: 68 to 130
+    overhead_s: float = 0.0  # seconds per layer and pass beside arithmetic; for tiny models
     kept_share: float = 0.6  # bytes kept under bfloat16 against 4 a value; measured below
     around: Around = Around()
 
@@ -154,13 +142,12 @@ def kept_bytes_of(model: ModelCost, checkpointing: bool, kept_share: float) -> f
 
 # %% ../nbs/17_imagenet.ipynb #d99cc7d6
 def memory_gb(model: ModelCost, train, plan: Plan, frozen: int = 0) -> float:
-    "GB on each GPU while `model` trains beside `frozen` other parameters; pieces are taken one after the other."
+    "GB on each GPU while `model` trains beside `frozen` parameters, piece after piece."
     state = 20 * model.params / (plan.num_gpus if plan.sharded else 1)
     copies = 2 * model.params + 6 * frozen
     piece = train.batch_size // train.pieces  # images at once
-    return (
-        state + copies + piece * kept_bytes_of(model, train.checkpointing, plan.kept_share)
-    ) / 1e9
+    kept = kept_bytes_of(model, train.checkpointing, plan.kept_share)
+    return (state + copies + piece * kept) / 1e9
 
 # %% ../nbs/17_imagenet.ipynb #a7367a22
 @dataclass(frozen=True)
@@ -184,23 +171,20 @@ class Stage:
 # %% ../nbs/17_imagenet.ipynb #6f4eb9c0
 def speed_of(plan: Plan) -> float:
     "Operations that one GPU of a plan gets done in an hour."
-    return 3600e12 * plan.gpu.peak_tflops * plan.mfu * (plan.scaling if plan.num_gpus > 1 else 1.0)
+    scaling = plan.scaling if plan.num_gpus > 1 else 1.0
+    return 3600e12 * plan.gpu.peak_tflops * plan.mfu * scaling
 
 
 def caching(preset: Preset, plan: Plan) -> Stage:
-    "Encode each image and its mirror image, and store two moments of each latent value in 16 bits."
+    "Encode each image and its mirror image; store two 16-bit moments for each latent value."
     flops = 2 * plan.around.num_images * plan.around.encoder_flops
     values = preset.data.channels * preset.data.image_size**2
-    return Stage(
-        "cache latents",
-        flops,
-        flops / speed_of(plan),
-        disk_gb=plan.around.num_images * 2 * 2 * 2 * values / 1e9,
-    )
+    disk_gb = plan.around.num_images * 2 * 2 * 2 * values / 1e9
+    return Stage("cache latents", flops, flops / speed_of(plan), disk_gb=disk_gb)
 
 # %% ../nbs/17_imagenet.ipynb #88121e20
 def perceptual_flops(preset: Preset, plan: Plan) -> float:
-    "Operations of the image end in a step of stage 2, for the whole batch; 0 where it has no decoder."
+    "Operations of the image end in a step of stage 2, whole batch; 0 where it has no decoder."
     objective, train = preset.objective, preset.train_reverse
     if not (objective.feature_weight and objective.decoder):
         return 0.0
@@ -209,18 +193,15 @@ def perceptual_flops(preset: Preset, plan: Plan) -> float:
 
 
 def perceptual_gb(preset: Preset, plan: Plan) -> float:
-    "GB that the image end takes: one image in the decoder at a time, all of a piece in the networks, and 93M frozen weights."
+    "GB of the image end: an image in the decoder, a piece in the networks, 93M frozen weights."
     if not perceptual_flops(preset, plan):
         return 0.0
-    return (
-        plan.around.decoder_kept
-        + preset.objective.decoded_images * plan.around.feature_kept
-        + 4 * 93e6
-    ) / 1e9
+    features = preset.objective.decoded_images * plan.around.feature_kept
+    return (plan.around.decoder_kept + features + 4 * 93e6) / 1e9
 
 # %% ../nbs/17_imagenet.ipynb #17ca8a99
 def step_hours(model: ModelCost, train, plan: Plan, extra_flops: float, passes: int) -> float:
-    "GPU-hours of a step: `extra_flops` for the whole batch beside the model's own; `passes` of a layer in all, for the overhead."
+    "GPU-hours of a step: `extra_flops` beside the model's own, `passes` of a layer for overhead."
     again = model.layers * model.layer if train.checkpointing else 0
     flops = train.batch_size * (model.step + again) + extra_flops
     return flops / speed_of(plan) + train.pieces * passes * plan.overhead_s / 3600
@@ -229,106 +210,89 @@ def step_hours(model: ModelCost, train, plan: Plan, extra_flops: float, passes: 
 def training(
     name: str,
     model: ModelCost,
-    train,
+    train,  # a `TrainConfig`
     plan: Plan,
-    extra: tuple = (0.0, 0.0),
-    frozen: ModelCost = None,
+    extra: tuple = (0.0, 0.0),  # operations a step, and GB, beside the model's own
+    frozen: ModelCost = None,  # a model that runs beside it
 ) -> Stage:
-    "All steps of a stage, with checkpoints and failures; `extra`: operations a step, and GB, beside the model's own. Raises `BitflowError` for a budget in minutes."
+    "All steps of a stage, with checkpoints and failures. `BitflowError` for a budget in minutes."
     if train.steps is None:
         raise BitflowError(
-            f"{name} is to train for {train.minutes} minutes, which has no cost in steps; set steps instead"
+            f"{name} is to train for {train.minutes} minutes, "
+            "which has no cost in steps; set steps instead"
         )
-    passes = 3 * model.layers + (frozen.layers if frozen else 0)
-    hours = step_hours(model, train, plan, extra[0], passes)
-    write = 16 * model.params / 1e9 / plan.around.disk_gb_s / 3600
-    lost = lost_share(
-        train.checkpoint_every * hours / plan.num_gpus,
-        write,
-        plan.around.restart_h,
-        plan.around.gpu_hours_a_failure / plan.num_gpus,
-    )
+    beside, layers = (frozen.params, frozen.layers) if frozen else (0, 0)
+    hours = step_hours(model, train, plan, extra[0], 3 * model.layers + layers)
+    around, interval = plan.around, train.checkpoint_every * hours / plan.num_gpus
+    write = 16 * model.params / 1e9 / around.disk_gb_s / 3600
+    lost = lost_share(interval, write, around.restart_h, around.gpu_hours_a_failure / plan.num_gpus)
     flops = train.steps * (train.batch_size * model.step + extra[0])
-    memory = memory_gb(model, train, plan, frozen.params if frozen else 0) + extra[1]
+    memory = memory_gb(model, train, plan, beside) + extra[1]
     return Stage(name, flops, train.steps * hours * (1 + lost), memory, 3 * 16 * model.params / 1e9)
 
 # %% ../nbs/17_imagenet.ipynb #2748c571
 def evaluating(preset: Preset, F: ModelCost, G: ModelCost, plan: Plan) -> tuple:
-    "Samples for an evaluation, by one pass and by the exact inverse, and their way through the decoder where there is one."
+    "Samples by one pass and by the exact inverse, and their decoding where there is a decoder."
     n, speed = preset.num_samples, speed_of(plan)
-    walk = n * inverse_flops(preset.forward, F.forward)
-    found = (
-        Stage(f"{n:,} by one pass", n * G.forward, n * G.forward / speed),
-        Stage(f"{n:,} by exact inverse", walk, plan.slower_serial * walk / speed),
-    )
+    one, serial = n * G.forward, n * inverse_flops(preset.forward, F.forward)
+    fast = Stage(f"{n:,} by one pass", one, one / speed)
+    slow = Stage(f"{n:,} by exact inverse", serial, plan.slower_serial * serial / speed)
+    if preset.data.name != "imagenet-latents":
+        return fast, slow
     decode = n * plan.around.decoder_flops
-    return found + (
-        (Stage(f"{n:,} decoded", decode, decode / speed),)
-        if preset.data.name == "imagenet-latents"
-        else ()
-    )
+    return fast, slow, Stage(f"{n:,} decoded", decode, decode / speed)
 
 # %% ../nbs/17_imagenet.ipynb #fba0cd29
 def bill(preset: Preset, plan: Plan = Plan()) -> tuple:
-    "The stages of a preset, in the order in which they are paid. Raises `BitflowError` for a flow alone."
+    "The stages of a preset, in the order of payment. Raises `BitflowError` for a flow alone."
     check_pair_preset(preset)
     F, G = model_cost(TARFlow, preset.forward), model_cost(ReverseModel, preset.reverse)
-    extra = (
-        preset.train_reverse.batch_size * F.forward + perceptual_flops(preset, plan),
-        perceptual_gb(preset, plan),
-    )
-    first = (caching(preset, plan),) if preset.data.name == "imagenet-latents" else ()
-    return (
-        *first,
-        training("stage 1: F", F, preset.train_forward, plan),
-        training("stage 2: G", G, preset.train_reverse, plan, extra, F),
-        *evaluating(preset, F, G, plan),
-    )
+    extra_flops = preset.train_reverse.batch_size * F.forward + perceptual_flops(preset, plan)
+    extra = extra_flops, perceptual_gb(preset, plan)
+    first = training("stage 1: F", F, preset.train_forward, plan)
+    second = training("stage 2: G", G, preset.train_reverse, plan, extra, F)
+    stages = first, second, *evaluating(preset, F, G, plan)
+    if preset.data.name == "imagenet-latents":
+        return caching(preset, plan), *stages
+    return stages
 
 # %% ../nbs/17_imagenet.ipynb #08d3b421
 def bill_table(preset: Preset, plan: Plan = Plan()) -> str:
     "The bill as text, with its total."
+    gpu, stages = plan.gpu, bill(preset, plan)
     lines = [
-        f"{preset.name} on {plan.num_gpus} {plan.gpu.name}, {plan.mfu:.0%} of {plan.gpu.peak_tflops} TFLOP/s, ${plan.gpu.dollars_per_hour:g} an hour",
-        f"{'':26}{'EFLOP':>11}{'GPU-hours':>12}{'days':>9}{'dollars':>11}{'GB a GPU':>10}{'GB disk':>9}",
+        f"{preset.name} on {plan.num_gpus} {gpu.name}, {plan.mfu:.0%} of "
+        f"{gpu.peak_tflops} TFLOP/s, ${gpu.dollars_per_hour:g} an hour",
+        f"{'':26}{'EFLOP':>11}{'GPU-hours':>12}{'days':>9}{'dollars':>11}{'GB a GPU':>10}"
+        f"{'GB disk':>9}",
     ]
-    stages = bill(preset, plan)
-    total = Stage(
-        "in all",
-        sum(s.flops for s in stages),
-        sum(s.gpu_hours for s in stages),
-        max(s.memory_gb for s in stages),
-        sum(s.disk_gb for s in stages),
-    )
-    for s in (*stages, total):
-        lines.append(
-            f"{s.name:26}{s.flops / 1e18:11.3g}{s.gpu_hours:12,.4g}{s.days(plan):9.3g}{s.dollars(plan):11,.2f}{s.memory_gb:10.3g}{s.disk_gb:9.3g}"
-        )
-    if total.memory_gb > plan.gpu.memory_gb:
-        lines.append(
-            f"this does not fit into {plan.gpu.memory_gb} GB: set checkpointing, more pieces, or sharding"
-        )
+    flops, hours = sum(s.flops for s in stages), sum(s.gpu_hours for s in stages)
+    memory, disk = max(s.memory_gb for s in stages), sum(s.disk_gb for s in stages)
+    for s in (*stages, Stage("in all", flops, hours, memory, disk)):
+        compute = f"{s.flops / 1e18:11.3g}{s.gpu_hours:12,.4g}{s.days(plan):9.3g}"
+        rest = f"{s.dollars(plan):11,.2f}{s.memory_gb:10.3g}{s.disk_gb:9.3g}"
+        lines.append(f"{s.name:26}{compute}{rest}")
+    if memory > gpu.memory_gb:
+        advice = "set checkpointing, more pieces, or sharding"
+        lines.append(f"this does not fit into {gpu.memory_gb} GB: {advice}")
     return "\n".join(lines)
 
 # %% ../nbs/17_imagenet.ipynb #79c6caf8
 def plot_bill(presets: dict, plan: Plan = Plan(), ax=None):
     "Dollars of each stage, a row for each preset (name → preset), on a log scale. The axes."
     ax = ax or plt.subplots(figsize=(7.5, 3.2), layout="constrained")[1]
-    kind = lambda name: name.partition(" ")[2] if name[0].isdigit() else name
-    stages = [(i, s) for i, preset in enumerate(presets.values()) for s in bill(preset, plan)]
-    for color, mark, name in zip(PALETTE, "osD^vP", dict.fromkeys(kind(s.name) for _, s in stages)):
-        at = [(s.dollars(plan), i) for i, s in stages if kind(s.name) == name]
+    points = {}  # stage, without its number of samples → dollars and rows
+    for row, preset in enumerate(presets.values()):
+        for s in bill(preset, plan):
+            name = s.name.partition(" ")[2] if s.name[0].isdigit() else s.name
+            points.setdefault(name, []).append((s.dollars(plan), row))
+    for color, mark, (name, at) in zip(PALETTE, "osD^vP", points.items()):
         ax.plot(*zip(*at), mark, color=color, label=name)
-    ax.set(
-        xscale="log",
-        xlabel=f"dollars, at ${plan.gpu.dollars_per_hour:g} an hour (an assumption)",
-        yticks=range(len(presets)),
-        yticklabels=list(presets),
-        title=f"The bill on {plan.num_gpus} {plan.gpu.name}",
-    )
+    price = f"dollars, at ${plan.gpu.dollars_per_hour:g} an hour (an assumption)"
+    ax.set(xscale="log", xlabel=price, title=f"The bill on {plan.num_gpus} {plan.gpu.name}")
+    ax.set(yticks=range(len(presets)), yticklabels=list(presets))
     ax.invert_yaxis()
     ax.grid(alpha=0.3, axis="x")
-    ax.figure.legend(
-        *ax.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
-    )
+    legend = dict(loc="outside right center", frameon=False, fontsize=8)
+    ax.figure.legend(*ax.get_legend_handles_labels(), **legend)
     return ax

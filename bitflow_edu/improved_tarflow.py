@@ -2,9 +2,12 @@
 
 # %% ../nbs/09_improved_tarflow.ipynb #9e396493
 from __future__ import annotations
+
 from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
+
 from .data import BitflowError
 from .exact_inverse import invert_block
 from .tarflow import TARFlow, TARFlowConfig
@@ -32,20 +35,19 @@ def report_blocks(
     c: Tensor,  # labels `(N,)`
 ) -> list:  # a `BlockReport` for each block, near the data first
     "Sizes and inverse errors, block by block."
+
+    def largest(v):
+        return v.abs().max().item()
+
     states, found = model(x, c).states, []
-    back, worst, rms = (
-        states[-1],
-        (lambda v: v.abs().max().item()),
-        (lambda v: v.square().mean().sqrt().item()),
-    )
-    for block, before, after in zip(model.blocks[::-1], states[-2::-1], states[:0:-1]):
+    back = states[-1]
+    for i in reversed(range(len(model.blocks))):
+        block, before, after = model.blocks[i], states[i], states[i + 1]
         alpha, mu = block.parameters_of(block.order(before), c)
         back, alone = invert_block(block, back, c), invert_block(block, after, c)
-        found.append(
-            BlockReport(
-                worst(alpha), worst(mu), rms(after), worst(alone - before), worst(back - before)
-            )
-        )
+        errors = largest(alone - before), largest(back - before)
+        size = after.square().mean().sqrt().item()
+        found.append(BlockReport(largest(alpha), largest(mu), size, *errors))
     return found[::-1]
 
 # %% ../nbs/09_improved_tarflow.ipynb #5075869a
@@ -61,7 +63,7 @@ def improved(
     cfg: TARFlowConfig,
     clip: float = 3.0,  # c: α and μ stay in [−c, c]; e³ ≈ 20 is the most that a token is stretched
 ) -> TARFlowConfig:
-    "BiFlow's forward model: modern blocks and norm control (arXiv 2512.10953; which modern parts is inferred)."
+    "BiFlow's F: modern blocks and norm control (arXiv 2512.10953; which modern parts is inferred)."
     return replace(with_parts(cfg, **MODERN), clip=clip)
 
 # %% ../nbs/09_improved_tarflow.ipynb #4642de09
@@ -70,29 +72,26 @@ def deep_shallow(
     shallow: int = 1,  # layers of every block but the first
 ) -> TARFlowConfig:  # as many layers in all
     "STARFlow's shape (arXiv 2506.06276): one deep block near the data, shallow blocks after it."
-    total = sum(cfg.block_layers) or cfg.num_blocks * cfg.transformer.num_layers
-    deep = total - shallow * (cfg.num_blocks - 1)
+    B, total = cfg.num_blocks, sum(cfg.block_layers) or cfg.num_blocks * cfg.transformer.num_layers
+    deep = total - shallow * (B - 1)
     if shallow < 1 or deep < shallow:
-        raise BitflowError(
-            f"{total} layers in {cfg.num_blocks} blocks leave {deep} for the deep one with {shallow} in each shallow one; choose fewer"
-        )
-    return replace(cfg, block_layers=(deep, *[shallow] * (cfg.num_blocks - 1)))
+        left = f"{total} layers in {B} blocks leave {deep} for the deep one"
+        raise BitflowError(f"{left} with {shallow} in each shallow one; choose fewer")
+    return replace(cfg, block_layers=(deep, *[shallow] * (B - 1)))
 
 # %% ../nbs/09_improved_tarflow.ipynb #e6567e1f
 def variants(
     cfg: TARFlowConfig,  # the original architecture
     clip: float = 3.0,  # c
 ) -> dict:  # name → config
-    "The rows of the ablation: each part alone, all of them, and the deep–shallow shape, at nearly equal parameters."
-    parts = {
-        "RMSNorm": dict(norm="rms"),
-        "SwiGLU": dict(mlp="swiglu"),
-        "rotary": dict(rotary=True),
-        "QK-norm": dict(qk_norm=True),
-    }
-    rows = {
+    "The ablation's rows, at nearly equal parameters: each part alone, all of them, deep–shallow."
+    return {
         "original": cfg,
         "clip": replace(cfg, clip=clip),
-        **{name: with_parts(cfg, **part) for name, part in parts.items()},
+        "RMSNorm": with_parts(cfg, norm="rms"),
+        "SwiGLU": with_parts(cfg, mlp="swiglu"),
+        "rotary": with_parts(cfg, rotary=True),
+        "QK-norm": with_parts(cfg, qk_norm=True),
+        "improved": improved(cfg, clip),
+        "deep–shallow": deep_shallow(cfg),
     }
-    return {**rows, "improved": improved(cfg, clip), "deep–shallow": deep_shallow(cfg)}

@@ -2,9 +2,12 @@
 
 # %% ../nbs/11_inverse_strategies.ipynb #6d39cdbc
 from __future__ import annotations
+
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
 from .data import BitflowError, add_noise
 from .reverse_model import ReverseModel, ReverseOutput
 from .tarflow import TARFlow, Trajectory, rms, trajectory_norms
@@ -35,16 +38,13 @@ class StrategyLoss:
         return self.image + sum(self.depths)
 
     def weighed(self, weights: tuple):
-        "The same terms with a weight for each depth; () for 1 everywhere. `BitflowError` for another number of weights."
-        if weights and self.depths and len(weights) != len(self.depths):
-            raise BitflowError(
-                f"{len(weights)} depth weights for {len(self.depths)} depths; give one for each block of F"
-            )
-        return (
-            StrategyLoss(self.image, tuple(w * d for w, d in zip(weights, self.depths)))
-            if weights
-            else self
-        )
+        "The same terms with a weight for each depth; () for 1 everywhere."
+        if not weights:
+            return self
+        if self.depths and len(weights) != len(self.depths):
+            what = f"{len(weights)} depth weights for {len(self.depths)} depths"
+            raise BitflowError(f"{what}; give one for each block of F")
+        return StrategyLoss(self.image, tuple(w * d for w, d in zip(weights, self.depths)))
 
 # %% ../nbs/11_inverse_strategies.ipynb #19e3a42d
 def naive_distillation(
@@ -65,7 +65,8 @@ def hidden_alignment(
     distance=mse,  # between token states
     image_distance=mse,  # at the image end
 ) -> StrategyLoss:
-    "L = D(x, x') + Σ_i D(x^i, φ_i(h^i)): every depth counts, h stays in model width (PAPER: strategy 3)."
+    """L = D(x, x') + Σ_i D(x^i, φ_i(h^i)) (PAPER: strategy 3):
+    every depth counts, h stays in model width."""
     depths = [distance(h, s).mean() for s, h in zip(trajectory.states, out.projected)]
     if not out.denoised:  # then the image is φ_0(h^0), and the image term has compared it
         depths[0] = torch.zeros_like(depths[0])
@@ -79,7 +80,8 @@ def hidden_distillation(
     distance=mse,  # between token states
     image_distance=mse,  # at the image end
 ) -> StrategyLoss:
-    "L = D(x, x') + Σ_i D(x^i, h^i) with h^i itself in token space: alignment of a G that passes on what it projects (PAPER: strategy 2)."
+    """L = D(x, x') + Σ_i D(x^i, h^i) with h^i in token space (PAPER: strategy 2):
+    alignment of a G that passes on what it projects."""
     return hidden_alignment(trajectory, out, x, distance, image_distance)
 
 # %% ../nbs/11_inverse_strategies.ipynb #ecfa78fb
@@ -101,14 +103,12 @@ def check_pair(forward_model: TARFlow, model: ReverseModel):
     "Refuse a G that cannot be the inverse of this F."
     f, g = forward_model.cfg, model.cfg
     for name in ("image_size", "channels", "patch_size", "num_classes", "num_blocks"):
-        if getattr(f, name) != getattr(g, name):
-            raise BitflowError(
-                f"G's {name} is {getattr(g, name)} but F's is {getattr(f, name)}; they must agree"
-            )
+        of_f, of_g = getattr(f, name), getattr(g, name)
+        if of_f != of_g:
+            raise BitflowError(f"G's {name} is {of_g} but F's is {of_f}; they must agree")
     if f.logit_alpha:
-        raise BitflowError(
-            f"F works on logits of pixels (logit_alpha {f.logit_alpha}), but G is compared with pixels; train an F with logit_alpha 0"
-        )
+        what = f"F works on logits of pixels (logit_alpha {f.logit_alpha})"
+        raise BitflowError(f"{what}, but G is compared with pixels; train an F with logit_alpha 0")
 
 
 def needs_token_states(strategy: str) -> bool:
@@ -118,14 +118,13 @@ def needs_token_states(strategy: str) -> bool:
 
 def check_strategy(model: ReverseModel, strategy: str):
     "Refuse a G that does not suit the strategy."
-    if model.cfg.token_states != needs_token_states(strategy):
-        raise BitflowError(
-            f"strategy {strategy!r} needs a G with token_states={not model.cfg.token_states}"
-        )
+    needed = needs_token_states(strategy)
+    if model.cfg.token_states != needed:
+        raise BitflowError(f"strategy {strategy!r} needs a G with token_states={needed}")
 
 # %% ../nbs/11_inverse_strategies.ipynb #0065aa4a
 def reading_norms(out: ReverseOutput) -> dict:  # reading_rms_0 … reading_rms_{B−1}, scalars
-    "The size of what G reads at every depth, φ_i(h^i): to be compared with F's `trajectory_norms`."
+    "The size of what G reads at every depth, φ_i(h^i): to be compared with `trajectory_norms`."
     return {f"reading_rms_{i}": rms(tokens) for i, tokens in enumerate(out.projected)}
 
 # %% ../nbs/11_inverse_strategies.ipynb #c811a1f9
@@ -139,24 +138,18 @@ def reverse_loss(
 ):  # a loss for `train`
     "Stage 2: run F on x̃, run G from the z it gives, compare."
     forward_model = forward_model.eval().requires_grad_(False)
-    run = run or (lambda model, z, c, generator: model(z, c))
 
     def loss(model, x, c, generator):
-        "The strategy's total for a batch, and its terms to log."
         noisy = add_noise(x, forward_model.cfg.noise_std, generator)
         with torch.no_grad():
             trajectory = forward_model(noisy, c)
-        out = run(model, trajectory.z, c, generator)
-        terms = strategy(
-            trajectory, out, x if out.denoised else noisy, distance, image_distance
-        ).weighed(depth_weights)
-        of_depths = {f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}
-        return terms.total, {
-            "image": terms.image.detach(),
-            **of_depths,
-            **trajectory_norms(trajectory),
-            **reading_norms(out),
-        }
+        z = trajectory.z
+        out = run(model, z, c, generator) if run else model(z, c)
+        target = x if out.denoised else noisy
+        terms = strategy(trajectory, out, target, distance, image_distance).weighed(depth_weights)
+        logged = {"image": terms.image.detach()}
+        logged |= {f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}
+        return terms.total, {**logged, **trajectory_norms(trajectory), **reading_norms(out)}
 
     return loss
 
@@ -164,10 +157,10 @@ def reverse_loss(
 def normalised(
     distance=mse,  # between token states, `(N, T, D)`
 ):  # the same, in units of the state's own size
-    "Norm control on the reverse side: both sides are divided by the rms of F's state in the batch, so that each depth weighs the same."
+    """Norm control on the reverse side: both sides are divided by the rms of F's state in the
+    batch, so that each depth weighs the same."""
 
-    def relative(h, s):
-        "G's reading h and F's state s; gradients flow to h."
+    def relative(h, s):  # G's reading, F's state
         rms = s.square().mean().sqrt().clamp(min=1e-6)
         return distance(h / rms, s / rms)
 

@@ -2,21 +2,45 @@
 
 # %% ../nbs/latents.ipynb #2bfabed0
 from __future__ import annotations
-import dataclasses, hashlib, importlib, io, itertools, json, re, tarfile, time
+
+import dataclasses
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import re
+import tarfile
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+
+# %% auto #0
+__all__ = ['TOY_CLASSES', 'DEFAULT_VAE', 'SMALL_DECODER', 'KINDS', 'VERSION', 'synthetic_picture', 'as_jpeg', 'synthetic_images',
+           'synthetic_tar', 'import_diffusers', 'tiny_vae', 'tiny_decoder', 'quiet', 'load_decoder', 'load_vae',
+           'units', 'latent_shape', 'moments', 'decode', 'decode_all', 'preview', 'square', 'Raw', 'Pieces',
+           'list_folder', 'read_files', 'write_listing', 'FolderSource', 'braces', 'find_tars', 'expand', 'reached',
+           'Tail', 'samples', 'labelled', 'read_tar', 'TarSource', 'find_source', 'CacheConfig', 'fingerprint',
+           'settings_of', 'open_cache', 'read_json', 'sha256_of', 'check_shard', 'finished', 'ahead', 'readable',
+           'good_images', 'check_corrupt', 'encode_piece', 'write_shard', 'make_shards', 'write_index', 'report',
+           'cache_latents', 'block_order', 'map_shard', 'checked_index', 'Latents', 'read_latents', 'check_latents',
+           'images_per_core_second', 'reading_rate', 'decoding_rate', 'feeding', 'decoded']
+
+# %% ../nbs/latents.ipynb #2bfabed1
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
+
 from bitflow_edu.data import (
     IMAGE_SUFFIXES,
     BitflowError,
@@ -33,30 +57,19 @@ from bitflow_edu.training import (
     writing,
 )
 
-# %% auto #0
-__all__ = ['TOY_CLASSES', 'DEFAULT_VAE', 'SMALL_DECODER', 'KINDS', 'VERSION', 'synthetic_picture', 'as_jpeg', 'synthetic_images',
-           'synthetic_tar', 'import_diffusers', 'tiny_vae', 'tiny_decoder', 'quiet', 'load_decoder', 'load_vae',
-           'units', 'latent_shape', 'moments', 'decode', 'decode_all', 'preview', 'square', 'Raw', 'Pieces',
-           'list_folder', 'read_files', 'write_listing', 'FolderSource', 'braces', 'expand', 'reached', 'Tail',
-           'samples', 'labelled', 'read_tar', 'TarSource', 'find_source', 'CacheConfig', 'fingerprint', 'settings_of',
-           'open_cache', 'read_json', 'sha256_of', 'check_shard', 'finished', 'ahead', 'readable', 'good_images',
-           'check_corrupt', 'encode_piece', 'write_shard', 'make_shards', 'write_index', 'report', 'cache_latents',
-           'block_order', 'map_shard', 'checked_index', 'Latents', 'read_latents', 'images_per_core_second',
-           'reading_rate', 'decoding_rate', 'feeding', 'decoded']
-
 # %% ../nbs/latents.ipynb #9c2a6589
 TOY_CLASSES = ("n01440764", "n01443537")  # named like the first two of ImageNet
 
 
 def synthetic_picture(i: int, size: int = 40) -> Image.Image:
-    "Picture i of a smoke run: a disc where i is even, stripes where it is odd; colours, place and width are drawn."
+    "Picture i of a smoke run: a disc for even i, stripes for odd i, in random colours and places."
     g = np.random.default_rng(i)
     y, x = np.mgrid[:size, : size + 8] / size
-    inside = (
-        np.hypot(x - g.uniform(0.3, 0.9), y - g.uniform(0.3, 0.7)) < g.uniform(0.15, 0.35)
-        if i % 2 == 0
-        else np.sin(x * g.uniform(12, 30)) > 0
-    )
+    if i % 2 == 0:
+        away = np.hypot(x - g.uniform(0.3, 0.9), y - g.uniform(0.3, 0.7))
+        inside = away < g.uniform(0.15, 0.35)
+    else:
+        inside = np.sin(x * g.uniform(12, 30)) > 0
     front, back = g.uniform(0, 255, (2, 3))
     return Image.fromarray(np.where(inside[..., None], front, back).astype(np.uint8))
 
@@ -84,14 +97,12 @@ def synthetic_images(
 
 # %% ../nbs/latents.ipynb #e1f156d5
 def synthetic_tar(pictures, size: int = 40) -> bytes:
-    "The numbered pictures as a WebDataset shard: `<key>.jpg` and `<key>.cls` one after the other, a tar in memory."
+    "A WebDataset shard in memory with `<key>.jpg` and `<key>.cls` of the numbered pictures."
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for i in pictures:
-            for kind, data in (
-                ("jpg", as_jpeg(synthetic_picture(i, size))),
-                ("cls", str(i % 2).encode()),
-            ):
+            image, label = as_jpeg(synthetic_picture(i, size)), str(i % 2).encode()
+            for kind, data in (("jpg", image), ("cls", label)):
                 member = tarfile.TarInfo(f"{i:06d}.{kind}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -99,12 +110,13 @@ def synthetic_tar(pictures, size: int = 40) -> bytes:
 
 # %% ../nbs/latents.ipynb #fb6934a7
 def import_diffusers():
-    "The package that knows the autoencoders. Raises `BitflowError` where it is missing."
+    "The package diffusers. Raises `BitflowError` where it is missing."
     try:
         return importlib.import_module("diffusers")
     except ImportError as e:
         raise BitflowError(
-            f"package {e.name or 'diffusers'} is missing, and latents need it; install it with: pip install diffusers"
+            f"package {e.name or 'diffusers'} is missing, and latents need it; "
+            "install it with: pip install diffusers"
         ) from e
 
 # %% ../nbs/latents.ipynb #e45c7e29
@@ -113,27 +125,19 @@ def tiny_vae(
     factor: int = 2,  # pixels a side for each latent: 2, 4 or 8
     seed: int = 0,  # of the weights
 ) -> Path:  # `folder`, for `load_vae`
-    "An AutoencoderKL with random weights whose `scaling_factor` gives latents of unit variance: for smoke runs and tests."
+    "An AutoencoderKL with random weights and latents of unit variance: for smoke runs and tests."
     kind, depth = import_diffusers().AutoencoderKL, factor.bit_length()
+    down, up = ("DownEncoderBlock2D",) * depth, ("UpDecoderBlock2D",) * depth
+    shape = dict(block_out_channels=(8,) * depth, down_block_types=down, up_block_types=up)
+    sizes = dict(layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=8 * factor)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = kind(
-            block_out_channels=(8,) * depth,
-            down_block_types=("DownEncoderBlock2D",) * depth,
-            up_block_types=("UpDecoderBlock2D",) * depth,
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-            sample_size=8 * factor,
-        )
-    vae.quant_conv.weight.data[4:], vae.quant_conv.bias.data[4:] = (
-        0,
-        -6.0,
-    )  # log-variance: a trained encoder is sure of its means
-    pixels = torch.stack([square(as_jpeg(synthetic_picture(i)), 8 * factor) for i in range(16)])
-    vae.register_to_config(
-        scaling_factor=round(1 / moments(vae, pixels)[:, 0].float().std().item(), 5)
-    )
+        vae = kind(**shape, **sizes)
+    # a small log-variance: a trained encoder is sure of its means
+    vae.quant_conv.weight.data[4:], vae.quant_conv.bias.data[4:] = 0, -6.0
+    pixels = [square(as_jpeg(synthetic_picture(i)), 8 * factor) for i in range(16)]
+    std = moments(vae, torch.stack(pixels))[:, 0].float().std().item()
+    vae.register_to_config(scaling_factor=round(1 / std, 5))
     vae.save_pretrained(folder)
     return Path(folder)
 
@@ -143,14 +147,10 @@ def tiny_decoder(
     factor: int = 2,  # as of the `tiny_vae` it goes with
     seed: int = 0,  # of the weights
 ) -> Path:  # `folder`, for `load_decoder`
-    "An AutoencoderTiny with random weights, the small decoder's stand-in for smoke runs and tests."
+    "An AutoencoderTiny with random weights, the small decoder of smoke runs and tests."
     kind, depth = import_diffusers().AutoencoderTiny, factor.bit_length()
-    shape = dict(
-        encoder_block_out_channels=(8,) * depth,
-        decoder_block_out_channels=(8,) * depth,
-        num_encoder_blocks=(1,) * depth,
-        num_decoder_blocks=(1,) * depth,
-    )
+    shape = dict(encoder_block_out_channels=(8,) * depth, num_encoder_blocks=(1,) * depth)
+    shape |= dict(decoder_block_out_channels=(8,) * depth, num_decoder_blocks=(1,) * depth)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kind(**shape, latent_channels=4).save_pretrained(folder)
@@ -164,7 +164,7 @@ KINDS = ("AutoencoderKL", "AutoencoderTiny")
 
 @contextmanager
 def quiet(log):
-    "Only errors from a package that warns of what it itself has written."
+    "Show only errors of diffusers, which warns of files that it wrote itself."
     before = log.get_verbosity()
     log.set_verbosity_error()
     try:
@@ -187,19 +187,22 @@ def load_decoder(
                 return vae.to(device).eval().requires_grad_(False)
     except Exception as e:
         raise BitflowError(
-            f"no autoencoder can be read from {name} ({first_sentence(e)}); correct the name, connect to the Hugging Face hub, or name the folder of a copy"
+            f"no autoencoder can be read from {name} ({first_sentence(e)}); correct the name, "
+            "connect to the Hugging Face hub, or name the folder of a copy"
         ) from e
+    kinds = " or ".join(KINDS)
     raise BitflowError(
-        f"{name} holds a {kind}, which has no latents that fit; name one of the kind {' or '.join(KINDS)}"
+        f"{name} holds a {kind}, which has no latents that fit; name one of the kind {kinds}"
     )
 
 # %% ../nbs/latents.ipynb #0b3b1949
 def load_vae(name: str | Path = DEFAULT_VAE, device: str = "cpu") -> nn.Module:
-    "An AutoencoderKL, which `cache_latents` needs for its moments. `BitflowError` for anything else."
+    "An AutoencoderKL, which `cache_latents` needs for its moments. `BitflowError` for others."
     vae = load_decoder(name, device)
     if type(vae).__name__ != "AutoencoderKL":
         raise BitflowError(
-            f"{name} is an {type(vae).__name__}: it decodes, but has no moments to store; encode with an AutoencoderKL, e.g. {DEFAULT_VAE}"
+            f"{name} is an {type(vae).__name__}: it decodes, but has no moments to store; "
+            f"encode with an AutoencoderKL, e.g. {DEFAULT_VAE}"
         )
     return vae
 
@@ -210,11 +213,12 @@ def units(vae: nn.Module) -> tuple[float, float]:
 
 # %% ../nbs/latents.ipynb #0263c4d6
 def latent_shape(vae: nn.Module, image_size: int) -> tuple[int, int, int]:
-    "`(C, h, w)` of the latents of square images. `BitflowError` where the autoencoder cannot halve them often enough."
+    "`(C, h, w)` of the latents of square images. `BitflowError` for a size that cannot be encoded."
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if image_size < factor or image_size % factor:
         raise BitflowError(
-            f"images of {image_size} pixels cannot be encoded by an autoencoder that takes {factor}x{factor} pixels a latent; choose a multiple of {factor}"
+            f"images of {image_size} pixels cannot be encoded by an autoencoder that takes "
+            f"{factor}x{factor} pixels a latent; choose a multiple of {factor}"
         )
     return vae.config.latent_channels, image_size // factor, image_size // factor
 
@@ -224,15 +228,16 @@ def moments(
     vae: nn.Module,  # an AutoencoderKL
     pixels: Tensor,  # uint8 `(N, 3, S, S)`
     precision: str = "fp32",  # or "bf16", under autocast
-) -> Tensor:  # float16 `(N, 2, C, h, w)` on the CPU: mean and standard deviation, in the autoencoder's own units
-    "What the encoder says about images. `BitflowError` where a value does not fit into 16 bits."
+) -> Tensor:  # float16 `(N, 2, C, h, w)` on the CPU, in the autoencoder's units
+    "Mean and standard deviation of the encoder. `BitflowError` where they do not fit in 16 bits."
     device = next(vae.parameters()).device
     with autocast(precision, device.type):
         found = vae.encode(to_model_range(pixels.to(device))).latent_dist
     both = torch.stack([found.mean, found.std], dim=1).to("cpu", torch.float16)
     if not both.isfinite().all():
         raise BitflowError(
-            "the autoencoder's moments are not finite in 16 bits; encode with precision fp32, or check its weights"
+            "the autoencoder's moments are not finite in 16 bits; "
+            "encode with precision fp32, or check its weights"
         )
     return both
 
@@ -252,17 +257,16 @@ def decode_all(
     x: Tensor,  # latents `(N, C, h, w)`
     batch_size: int = 16,  # decoded at once
 ) -> Tensor:  # images `(N, 3, H, W)` in [-1, 1], on the CPU
-    "What samples look like: latents decoded a batch at a time, values outside [-1, 1] clipped."
+    "Samples as images: latents decoded a batch at a time, values outside [-1, 1] clipped."
     device = next(vae.parameters()).device
-    return torch.cat(
-        [decode(vae, part.to(device)).clamp(-1, 1).cpu() for part in x.split(batch_size)]
-    )
+    parts = [decode(vae, part.to(device)).clamp(-1, 1).cpu() for part in x.split(batch_size)]
+    return torch.cat(parts)
 
 # %% ../nbs/latents.ipynb #ff2ef81a
 def preview(
     x: Tensor,  # latents as F and G see them `(N, C, h, w)`, C ≥ 3
 ) -> Tensor:  # `(N, 3, h, w)` in [-1, 1]
-    "Latents as small pictures without a decoder: the first three channels, three standard deviations to either end."
+    "Latents as pictures without a decoder: the first three channels, clipped at ±3."
     return (x[:, :3] / 3).clamp(-1, 1)
 
 # %% ../nbs/latents.ipynb #f0024e85
@@ -270,19 +274,17 @@ def square(
     data: bytes,  # of an image file
     size: int,  # pixels a side
 ) -> Tensor:  # uint8 `(3, size, size)`
-    "The centre of an image, cut as ADM does. Raises what Pillow raises for bytes that are no whole image."
+    "The centre of an image, cut as ADM does. Raises Pillow's errors for bytes that are no image."
     with Image.open(io.BytesIO(data)) as image:
         image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(s // 2 for s in image.size), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(
-        tuple(round(s * scale) for s in image.size), resample=Image.Resampling.BICUBIC
-    )
+    shape = tuple(round(s * scale) for s in image.size)
+    image = image.resize(shape, resample=Image.Resampling.BICUBIC)
     left, top = ((s - size) // 2 for s in image.size)
-    return torch.from_numpy(
-        np.array(image)[top : top + size, left : left + size].transpose(2, 0, 1).copy()
-    )
+    cut = np.array(image)[top : top + size, left : left + size]
+    return torch.from_numpy(cut.transpose(2, 0, 1).copy())
 
 # %% ../nbs/latents.ipynb #92e58c8e
 @dataclass(frozen=True)
@@ -307,21 +309,21 @@ def list_folder(
     root: Path,  # holds `<split>/<class>/<image>`
     split: str,
 ) -> str:  # a line of JSON (classes), then `<label> TAB <class>/<file>` for each image
-    "All images of a split, in an order shuffled once and for all. Raises `BitflowError` where there are none."
+    "All images of a split, shuffled once and for all. Raises `BitflowError` where there are none."
     folder, classes = root / split, folder_classes(root, split)
-    lines = [
-        f"{label}\t{name}/{f.name}"
-        for label, name in enumerate(classes)
-        if (folder / name).is_dir()
-        for f in sorted((folder / name).iterdir())
-        if f.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    lines = []
+    for label, name in enumerate(classes):
+        files = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
+        images = [f.name for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
+        lines += [f"{label}\t{name}/{image}" for image in images]
     if not lines:
         raise BitflowError(
-            f"{folder} holds no <class>/<image> ({', '.join(IMAGE_SUFFIXES)}); lay the images out so, or name another folder"
+            f"{folder} holds no <class>/<image> ({', '.join(IMAGE_SUFFIXES)}); "
+            "lay the images out so, or name another folder"
         )
     order = np.random.default_rng(0).permutation(len(lines))
-    return "\n".join([json.dumps({"classes": classes}), *(lines[i] for i in order)]) + "\n"
+    head = json.dumps({"classes": classes})
+    return "\n".join([head, *(lines[i] for i in order)]) + "\n"
 
 # %% ../nbs/latents.ipynb #968fbaed
 def read_files(folder: Path, lines: list):
@@ -332,14 +334,16 @@ def read_files(folder: Path, lines: list):
             yield Raw(name, (folder / name).read_bytes(), int(label))
         except OSError as e:
             raise BitflowError(
-                f"{folder / name} is in the listing but cannot be read ({e.strerror}); put it back, or delete listing.tsv and all shards"
+                f"{folder / name} is in the listing but cannot be read ({e.strerror}); "
+                "put it back, or delete listing.tsv and all shards"
             ) from e
 
 
 def write_listing(path: Path, root: Path, split: str):
-    "List a folder into a file."
-    with writing(path.parent):
-        write_atomically(path, list_folder(root, split))
+    "List a folder into a file, unless there is one."
+    if not path.exists():
+        with writing(path.parent):
+            write_atomically(path, list_folder(root, split))
 
 # %% ../nbs/latents.ipynb #c16739c3
 @dataclass(frozen=True)
@@ -353,61 +357,58 @@ class FolderSource:
     def open(self, out: Path, ranks=ALONE) -> Pieces:
         "List the folder, or read the listing that `out` holds already."
         folder, path = Path(self.root) / self.split, out / "listing.tsv"
-        ranks.on_main(lambda: path.exists() or write_listing(path, Path(self.root), self.split))
+        ranks.on_main(lambda: write_listing(path, Path(self.root), self.split))
         head, *lines = path.read_text().rstrip("\n").split("\n")
-        stretches = [lines[i : i + self.per_shard] for i in range(0, len(lines), self.per_shard)]
-        return Pieces(
-            tuple(json.loads(head)["classes"]),
-            tuple(f"images from {i * self.per_shard}" for i in range(len(stretches))),
-            lambda k: read_files(folder, stretches[k]),
-        )
+        classes, starts = json.loads(head)["classes"], range(0, len(lines), self.per_shard)
+        parts = [lines[i : i + self.per_shard] for i in starts]
+        names = tuple(f"images from {i}" for i in starts)
+        return Pieces(tuple(classes), names, lambda k: read_files(folder, parts[k]))
 
 # %% ../nbs/latents.ipynb #57dc8cd3
 def braces(pattern: str) -> list:
     "The names that `a-{000..127}.tar` or `{x,y}.tar` stands for, as in a shell."
-    if not (found := re.search(r"\{([^{}]*)\}", pattern)):
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
         return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    parts = (
-        [f"{i:0{len(numbers[1])}d}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
-        if numbers
-        else found[1].split(",")
-    )
-    return [
-        name
-        for part in parts
-        for name in braces(pattern[: found.start()] + part + pattern[found.end() :])
-    ]
+    parts = found[1].split(",")
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        first, last = numbers.groups()
+        parts = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [name for part in parts for name in braces(before + part + after)]
 
 # %% ../nbs/latents.ipynb #a587b61e
-def expand(urls: str) -> list:
-    "The tars that a pattern with braces or `*` names, sorted where they were searched for. Raises `BitflowError` for none."
+def find_tars(url: str) -> list:
+    "The tars that an address with `*` names, sorted where they were searched for."
     import fsspec
 
+    fs, path = reached(url, lambda: fsspec.core.url_to_fs(url))
+    return sorted(fs.unstrip_protocol(p) for p in reached(url, lambda: fs.glob(path)))
+
+
+def expand(urls: str) -> list:
+    "The tars that a pattern with braces or `*` names. Raises `BitflowError` for none."
     found = []
     for url in braces(urls):
-        fs, path = reached(url, lambda: fsspec.core.url_to_fs(url)) if "*" in url else (None, url)
-        found += (
-            sorted(fs.unstrip_protocol(p) for p in reached(url, lambda: fs.glob(path)))
-            if fs
-            else [url]
-        )
+        found += find_tars(url) if "*" in url else [url]
     if not found:
         raise BitflowError(f"no tar is named by {urls!r}; correct the pattern")
     return found
 
 # %% ../nbs/latents.ipynb #7ad1a083
 def reached(url: str, call):
-    "`call()`, which goes to a disk or a network. Raises `BitflowError` that names the address, and a package where one is missing."
+    "`call()`, which goes to a disk or a network. Raises `BitflowError` with the address."
     try:
         return call()
     except ImportError as e:
         raise BitflowError(
-            f"{url} needs a package that is missing ({first_sentence(e)}); for s3:// it is: pip install s3fs, for https:// pip install aiohttp, for gs:// pip install gcsfs"
+            f"{url} needs a package that is missing ({first_sentence(e)}); for s3:// it is: "
+            "pip install s3fs, for https:// pip install aiohttp, for gs:// pip install gcsfs"
         ) from e
     except Exception as e:
         raise BitflowError(
-            f"{url} cannot be read ({first_sentence(e)}); correct the address, or look whether it can be reached from here"
+            f"{url} cannot be read ({first_sentence(e)}); "
+            "correct the address, or look whether it can be reached from here"
         ) from e
 
 # %% ../nbs/latents.ipynb #529db8d9
@@ -431,41 +432,44 @@ class Tail:
 
 # %% ../nbs/latents.ipynb #96849d0a
 def samples(tar: tarfile.TarFile):
-    "(key, {extension: bytes}) of a WebDataset shard: neighbours whose names agree up to the first dot."
+    "(key, {extension: bytes}) of a WebDataset shard; a key ends at the first dot of a file name."
 
     def key(member):
-        "The name without its extension."
         folder, slash, name = member.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
-    for name, members in itertools.groupby((m for m in tar if m.isfile()), key):
-        yield name, {m.name[len(name) + 1 :].lower(): tar.extractfile(m).read() for m in members}
+    files = (member for member in tar if member.isfile())
+    for name, members in itertools.groupby(files, key):
+        kinds = ((m.name[len(name) + 1 :].lower(), m) for m in members)
+        yield name, {kind: tar.extractfile(m).read() for kind, m in kinds}
 
 # %% ../nbs/latents.ipynb #18dcdd96
-def labelled(key: str, fields: dict, num_classes: int, url: str):
-    "A sample as `Raw`, None where it has no image. Raises `BitflowError` for a label that is missing or out of range."
+def labelled(key: str, fields: dict, num_classes: int, url: str) -> Raw | None:
+    "A sample, None where it has no image. `BitflowError` for a label missing or out of range."
     image = next((data for kind, data in fields.items() if f".{kind}" in IMAGE_SUFFIXES), None)
     if image is None:
         return None
     text = fields.get("cls", b"nothing").decode(errors="replace").strip()
     if not text.isdecimal() or int(text) >= num_classes:
         raise BitflowError(
-            f"{url}: {key}.cls says {text[:40]!r}, where a label from 0 to {num_classes - 1} should stand; correct the shard, or the number of classes"
+            f"{url}: {key}.cls says {text[:40]!r}, where a label from 0 to {num_classes - 1} "
+            "should stand; correct the shard, or the number of classes"
         )
     return Raw(f"{url}:{key}", image, int(text))
 
 # %% ../nbs/latents.ipynb #d0d2310b
 def read_tar(url: str, num_classes: int):
-    "The images of a shard, read as a stream. Raises `BitflowError` that names a shard that is missing, damaged or cut off."
+    "The images of a shard, read as a stream. `BitflowError` where it is missing or damaged."
     import fsspec
 
     try:
         with reached(url, lambda: fsspec.open(url, "rb", compression="infer").open()) as file:
             tail = Tail(file)
             with tarfile.open(fileobj=tail, mode="r|", bufsize=1 << 18) as tar:
-                yield from filter(
-                    None, (labelled(key, fields, num_classes, url) for key, fields in samples(tar))
-                )
+                for key, fields in samples(tar):
+                    raw = labelled(key, fields, num_classes, url)
+                    if raw is not None:
+                        yield raw
             if not tail.ends_well():
                 raise EOFError("the end mark is missing")
     except BitflowError:
@@ -486,27 +490,22 @@ class TarSource:
     def open(self, out: Path = None, ranks=ALONE) -> Pieces:
         "Find the shards' names; nothing is read yet."
         urls = expand(self.urls)
-        return Pieces(
-            tuple(str(c) for c in range(self.num_classes)),
-            tuple(urls),
-            lambda k: read_tar(urls[k], self.num_classes),
-        )
+        classes = tuple(str(c) for c in range(self.num_classes))
+        return Pieces(classes, tuple(urls), lambda k: read_tar(urls[k], self.num_classes))
 
 # %% ../nbs/latents.ipynb #e13f2ff6
 def find_source(
-    where: str | Path,  # a folder with `<split>/<class>/<image>`, or tars: an address or a pattern
+    where: str | Path,  # a folder with `<split>/<class>/<image>`, or tars: address or pattern
     split: str = "train",  # of the folder
     per_shard: int = 2048,  # images a shard, from a folder
     num_classes: int = 1000,  # in tars
-):
+) -> FolderSource | TarSource:
     "What a user named: tars where it looks like an address or a pattern, else an image folder."
     where = str(where)
-    is_tars = "://" in where or "{" in where or "*" in where or ".tar" in Path(where).suffixes
-    return (
-        TarSource(where, num_classes)
-        if is_tars
-        else FolderSource(str(Path(where).resolve()), split, per_shard)
-    )
+    is_pattern = "{" in where or "*" in where
+    if "://" in where or is_pattern or ".tar" in Path(where).suffixes:
+        return TarSource(where, num_classes)
+    return FolderSource(str(Path(where).resolve()), split, per_shard)
 
 # %% ../nbs/latents.ipynb #08c74ac6
 @dataclass(frozen=True)
@@ -520,13 +519,11 @@ class CacheConfig:
     workers: int = 4  # threads that decode image files
 
     def __post_init__(self):
-        if (
-            min(self.image_size, self.batch_size, self.workers) < 1
-            or self.max_corrupt < 0
-            or self.precision not in ("fp32", "bf16")
-        ):
+        positive = min(self.image_size, self.batch_size, self.workers) >= 1
+        if not positive or self.max_corrupt < 0 or self.precision not in ("fp32", "bf16"):
             raise BitflowError(
-                f"nothing can be encoded with {self}; sizes and workers must be positive, max_corrupt not negative, precision fp32 or bf16"
+                f"nothing can be encoded with {self}; sizes and workers must be positive, "
+                "max_corrupt not negative, precision fp32 or bf16"
             )
 
 # %% ../nbs/latents.ipynb #5c633962
@@ -537,10 +534,8 @@ def fingerprint(model: nn.Module) -> str:
     "The SHA-256 of a model's weights."
     digest = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
-        digest.update(
-            name.encode()
-            + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        numbers = t.detach().cpu().contiguous().flatten()
+        digest.update(name.encode() + numbers.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/latents.ipynb #d2693e85
@@ -548,32 +543,28 @@ def settings_of(source, vae: nn.Module, cfg: CacheConfig) -> dict:
     "All that latents depend on."
     scale, shift = units(vae)
     own = {"weights": fingerprint(vae), "scaling_factor": scale, "shift_factor": shift}
-    return {
-        "version": VERSION,
-        "source": dataclasses.asdict(source),
-        "vae": own,
-        "image_size": cfg.image_size,
-        "precision": cfg.precision,
-        "shape": list(latent_shape(vae, cfg.image_size)),
-    }
+    size, shape = cfg.image_size, list(latent_shape(vae, cfg.image_size))
+    found = {"version": VERSION, "source": dataclasses.asdict(source), "vae": own}
+    return found | {"image_size": size, "precision": cfg.precision, "shape": shape}
 
 # %% ../nbs/latents.ipynb #23c95b53
 def open_cache(out: Path, settings: dict):
-    "Make the folder, or take one up again whose settings are the same. Raises `BitflowError` for another's."
+    "Make the folder, or reopen one with the same settings. Raises `BitflowError` for others."
     path = out / "settings.json"
     with writing(out):
         (out / "shards").mkdir(parents=True, exist_ok=True)
-        if not path.exists() and any((out / "shards").iterdir()):
-            raise BitflowError(
-                f"{out} holds shards but no settings.json; name another folder with --out"
-            )
         if not path.exists():
+            if any((out / "shards").iterdir()):
+                raise BitflowError(
+                    f"{out} holds shards but no settings.json; name another folder with --out"
+                )
             write_atomically(path, json.dumps(settings, indent=1) + "\n")
     old = read_json(path)
     if old != settings:
         key, was, now = first_difference(old, settings)
         raise BitflowError(
-            f"{out} was made with {key} = {was}, not {now}; use the old setting, or name another folder with --out"
+            f"{out} was made with {key} = {was}, not {now}; "
+            "use the old setting, or name another folder with --out"
         )
 
 # %% ../nbs/latents.ipynb #138e1544
@@ -583,7 +574,8 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise BitflowError(
-            f"{path} is missing or damaged ({first_sentence(e)}); run bitflow cache-latents again, into the same folder to finish it"
+            f"{path} is missing or damaged ({first_sentence(e)}); "
+            "run bitflow cache-latents again, into the same folder to finish it"
         ) from e
 
 # %% ../nbs/latents.ipynb #4d7b9693
@@ -593,15 +585,17 @@ def sha256_of(path: Path) -> str:
 
 
 def check_shard(path: Path, note: dict, verify: bool = True):
-    "Refuse a shard that is not what its note says, by size and, with `verify`, by SHA-256. Raises `BitflowError`."
+    "Compare a shard's size, and with `verify` its SHA-256, with its note; else `BitflowError`."
     size = path.stat().st_size if path.exists() else 0
     if size != note["bytes"]:
         raise BitflowError(
-            f"shard {path} has {size} bytes, the index says {note['bytes']}: it is cut off or was changed; make it again with bitflow cache-latents"
+            f"shard {path} has {size} bytes, the index says {note['bytes']}: "
+            "it is cut off or was changed; make it again with bitflow cache-latents"
         )
     if verify and sha256_of(path) != note["sha256"]:
         raise BitflowError(
-            f"shard {path} was changed: its SHA-256 is not the index's; make it again with bitflow cache-latents"
+            f"shard {path} was changed: its SHA-256 is not the index's; "
+            "make it again with bitflow cache-latents"
         )
 
 # %% ../nbs/latents.ipynb #edbe8529
@@ -631,20 +625,17 @@ def readable(raw: Raw, size: int) -> tuple:
     "(square or None, label, what to report)."
     try:
         return square(raw.data, size), raw.label, raw.name
+    except UnidentifiedImageError:  # its own words name a place in memory
+        why = "no image that Pillow knows"
     except Exception as e:
-        why = (
-            "no image that Pillow knows"
-            if isinstance(e, UnidentifiedImageError)
-            else first_sentence(e)
-        )  # its own words name a place in memory
-        return None, raw.label, f"{raw.name} ({why})"
+        why = first_sentence(e)
+    return None, raw.label, f"{raw.name} ({why})"
 
 # %% ../nbs/latents.ipynb #81764be9
 def good_images(raws, cfg: CacheConfig, pool: ThreadPoolExecutor, corrupt: list):
-    "Squares and labels; what cannot be decoded is added to `corrupt`, until there is too much of it. Raises `BitflowError`."
-    for pixels, label, name in ahead(
-        raws, partial(readable, size=cfg.image_size), pool, 2 * cfg.batch_size
-    ):
+    "Squares and labels; names of corrupt images are added to `corrupt`. See `check_corrupt`."
+    square_of = partial(readable, size=cfg.image_size)
+    for pixels, label, name in ahead(raws, square_of, pool, 2 * cfg.batch_size):
         if pixels is not None:
             yield pixels, label
             continue
@@ -656,26 +647,23 @@ def check_corrupt(corrupt: list, cfg: CacheConfig):
     "Refuse more corrupt images than allowed. Raises `BitflowError`."
     if len(corrupt) > cfg.max_corrupt:
         raise BitflowError(
-            f"{len(corrupt)} images cannot be decoded, more than max_corrupt = {cfg.max_corrupt}, the last is {corrupt[-1]}; repair the images, or allow more"
+            f"{len(corrupt)} images cannot be decoded, more than max_corrupt = {cfg.max_corrupt}, "
+            f"the last is {corrupt[-1]}; repair the images, or allow more"
         )
 
 # %% ../nbs/latents.ipynb #c8ee0afe
 def encode_piece(
     raws, vae: nn.Module, cfg: CacheConfig, pool: ThreadPoolExecutor, corrupt: list
 ) -> dict:
-    "The tensors of a shard: moments `(n, 2, 2, C, h, w)` (image and mirror image; mean and deviation), labels `(n,)`."
-    images, found, labels = good_images(raws, cfg, pool, corrupt), [], []
+    "Moments `(n, 2, 2, C, h, w)`: image and mirror image; mean and deviation. Labels `(n,)`."
+    images, labels = good_images(raws, cfg, pool, corrupt), []
+    found = [torch.empty(0, 2, 2, *latent_shape(vae, cfg.image_size), dtype=torch.float16)]
     while batch := list(itertools.islice(images, cfg.batch_size)):
         pixels = torch.stack([image for image, _ in batch])
-        found.append(
-            torch.stack([moments(vae, p, cfg.precision) for p in (pixels, pixels.flip(-1))], dim=1)
-        )
+        both = [moments(vae, p, cfg.precision) for p in (pixels, pixels.flip(-1))]
+        found.append(torch.stack(both, dim=1))
         labels += [label for _, label in batch]
-    empty = torch.empty(0, 2, 2, *latent_shape(vae, cfg.image_size), dtype=torch.float16)
-    return {
-        "moments": torch.cat([empty, *found]),
-        "labels": torch.tensor(labels, dtype=torch.int64),
-    }
+    return {"moments": torch.cat(found), "labels": torch.tensor(labels, dtype=torch.int64)}
 
 # %% ../nbs/latents.ipynb #f102f053
 def write_shard(out: Path, k: int, tensors: dict, corrupt: list) -> dict:
@@ -683,24 +671,17 @@ def write_shard(out: Path, k: int, tensors: dict, corrupt: list) -> dict:
     path = out / "shards" / f"{k:05d}.safetensors"
     with writing(out):
         save_tensors(tensors, path)
-        note = {
-            "name": path.name,
-            "count": len(tensors["labels"]),
-            "bytes": path.stat().st_size,
-            "sha256": sha256_of(path),
-            "corrupt": corrupt,
-        }
+        note = {"name": path.name, "count": len(tensors["labels"]), "bytes": path.stat().st_size}
+        note |= {"sha256": sha256_of(path), "corrupt": corrupt}
         write_atomically(path.with_suffix(".json"), json.dumps(note, indent=1) + "\n")
     return note
 
 # %% ../nbs/latents.ipynb #7341c300
 def make_shards(pieces: Pieces, out: Path, vae: nn.Module, cfg: CacheConfig, ranks):
-    "This process's share of the shards; those that are finished are checked and left alone."
-    corrupt = []
+    "This process's share of the shards; finished ones are checked and left alone."
+    corrupt, share = [], ranks.share(len(pieces.names))
     with ThreadPoolExecutor(cfg.workers) as pool:
-        for k in tqdm(
-            ranks.share(len(pieces.names)), desc="shards", unit="shard", disable=not ranks.main
-        ):
+        for k in tqdm(share, desc="shards", unit="shard", disable=not ranks.main):
             note = finished(out, k)
             if note is None:
                 before = len(corrupt)
@@ -712,18 +693,13 @@ def make_shards(pieces: Pieces, out: Path, vae: nn.Module, cfg: CacheConfig, ran
 
 # %% ../nbs/latents.ipynb #a285ddea
 def write_index(pieces: Pieces, out: Path, settings: dict, vae_name: str, cfg: CacheConfig) -> dict:
-    "`index.json`: the settings, every shard's note, all that is corrupt. Raises `BitflowError` where a shard is missing or too much is corrupt."
+    "`index.json`: settings, shards, corrupt images. `BitflowError` as of `check_corrupt`."
     notes = [read_json(out / "shards" / f"{k:05d}.json") for k in range(len(pieces.names))]
     corrupt = [name for note in notes for name in note.pop("corrupt")]
     check_corrupt(corrupt, cfg)
-    index = {
-        **settings,
-        "vae": {"name": vae_name, **settings["vae"]},
-        "total": sum(note["count"] for note in notes),
-        "classes": list(pieces.classes),
-        "corrupt": corrupt,
-        "shards": notes,
-    }
+    index = settings | {"vae": {"name": vae_name, **settings["vae"]}}
+    index["total"] = sum(note["count"] for note in notes)
+    index |= {"classes": list(pieces.classes), "corrupt": corrupt, "shards": notes}
     with writing(out):
         write_atomically(out / "index.json", json.dumps(index, indent=1) + "\n")
     return index
@@ -732,14 +708,13 @@ def write_index(pieces: Pieces, out: Path, settings: dict, vae_name: str, cfg: C
 def report(index: dict) -> str:
     "What a finished cache holds, and what it left out by name, in a few lines."
     size, corrupt = sum(s["bytes"] for s in index["shards"]), index["corrupt"]
-    head = f"{index['total']} images of {len(index['classes'])} classes as {'x'.join(map(str, index['shape']))} latents in {len(index['shards'])} shards, {size / 1e6:,.1f} MB"
-    return "\n".join(
-        [
-            head,
-            f"{len(corrupt)} images could not be decoded and are left out" + ":" * bool(corrupt),
-            *(f"  {name}" for name in corrupt),
-        ]
-    )
+    shape = "x".join(map(str, index["shape"]))
+    lines = [
+        f"{index['total']} images of {len(index['classes'])} classes as {shape} latents "
+        f"in {len(index['shards'])} shards, {size / 1e6:,.1f} MB",
+        f"{len(corrupt)} images could not be decoded and are left out" + ":" * bool(corrupt),
+    ]
+    return "\n".join(lines + [f"  {name}" for name in corrupt])
 
 # %% ../nbs/latents.ipynb #f5970486
 def cache_latents(
@@ -749,17 +724,15 @@ def cache_latents(
     cfg: CacheConfig = CacheConfig(),
     ranks=ALONE,  # the processes that share the work
 ) -> dict:  # the index
-    "Encode images into shards of latents. A second call goes on where the first ended. Raises `BitflowError`."
+    "Encode images into shards of latents; a second call finishes the first. `BitflowError`."
     out, settings = Path(out), settings_of(source, vae, cfg)
     ranks.on_main(lambda: open_cache(out, settings))
     pieces = source.open(out, ranks)
     make_shards(pieces, out, vae, cfg, ranks)
     ranks.barrier()
-    return ranks.agree(
-        ranks.on_main(
-            lambda: write_index(pieces, out, settings, vae.config.get("_name_or_path", ""), cfg)
-        )
-    )
+    name = vae.config.get("_name_or_path", "")
+    index = ranks.on_main(lambda: write_index(pieces, out, settings, name, cfg))
+    return ranks.agree(index)
 
 # %% ../nbs/latents.ipynb #ad62d22b
 @lru_cache(maxsize=2)
@@ -772,20 +745,21 @@ def block_order(
     "Shuffled shards, `window` of them mixed at a time."
     g = torch.Generator().manual_seed(seed * 7919 + epoch)
     own = torch.arange(sum(counts)).split(counts)
-    windows = (
-        torch.cat([own[s] for s in group])
-        for group in torch.randperm(len(counts), generator=g).split(window)
-    )
-    return torch.cat([images[torch.randperm(len(images), generator=g)] for images in windows])
+    found = []
+    for group in torch.randperm(len(counts), generator=g).split(window):
+        images = torch.cat([own[s] for s in group])
+        found.append(images[torch.randperm(len(images), generator=g)])
+    return torch.cat(found)
 
 # %% ../nbs/latents.ipynb #52db335d
 def map_shard(path: Path) -> dict:
-    "The tensors of a shard, mapped from disk: bytes are read when they are touched. Raises `BitflowError`."
+    "The tensors of a shard, mapped from disk, read when they are touched. `BitflowError`."
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
         raise BitflowError(
-            f"shard {path} is missing or damaged ({first_sentence(e)}); make it again with bitflow cache-latents"
+            f"shard {path} is missing or damaged ({first_sentence(e)}); "
+            "make it again with bitflow cache-latents"
         ) from e
 
 # %% ../nbs/latents.ipynb #d8c65385
@@ -794,7 +768,8 @@ def checked_index(folder: Path, verify: bool) -> dict:
     index = read_json(folder / "index.json")
     if index.get("version") != VERSION:
         raise BitflowError(
-            f"{folder} holds latents of version {index.get('version')}, this is bitflow_edu for version {VERSION}; encode the images again"
+            f"{folder} holds latents of version {index.get('version')}, "
+            f"this is bitflow_edu for version {VERSION}; encode the images again"
         )
     for note in index["shards"]:
         check_shard(folder / "shards" / note["name"], note, verify)
@@ -805,7 +780,7 @@ class Latents:
     "Encoded images on disk, for `train`."
 
     def __init__(self, folder: str | Path, window: int = 16, verify: bool = False):
-        "Open the latents in a folder; `verify` reads every byte once and compares checksums. Raises `BitflowError`."
+        "`verify` reads every byte once and compares checksums. Raises `BitflowError`."
         self.window, self.index = window, checked_index(Path(folder), verify)
         self.paths = [Path(folder) / "shards" / s["name"] for s in self.index["shards"]]
         self.shard = lru_cache(maxsize=2 * window)(lambda s: map_shard(self.paths[s]))
@@ -823,19 +798,15 @@ class Latents:
 
     def moments(self, index: Tensor, mirrored: Tensor) -> Tensor:
         "Stored moments `(n, 2, C, h, w)`, float16, of images `(n,)`, mirrored where that is 1."
-        found, shard = (
-            torch.empty(len(index), 2, *self.shape, dtype=torch.float16),
-            torch.searchsorted(self.ends, index, right=True),
-        )
+        found = torch.empty(len(index), 2, *self.shape, dtype=torch.float16)
+        shard = torch.searchsorted(self.ends, index, right=True)
         for s in shard.unique().tolist():
-            here = shard == s
-            found[here] = self.shard(s)["moments"][
-                index[here] - (self.ends[s] - self.counts[s]), mirrored[here]
-            ]
+            here, start = shard == s, self.ends[s] - self.counts[s]
+            found[here] = self.shard(s)["moments"][index[here] - start, mirrored[here]]
         return found
 
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        "Latents `(n, C, h, w)` of images `(n,)`, float32, on the generator's device: mirrored or not, and a sample of the encoder's Gaussian."
+        "Samples `(n, C, h, w)` of the encoder's Gaussian, float32, on the generator's device."
         device, vae = generator.device, self.index["vae"]
         mirrored = torch.randint(2, (len(index),), generator=generator, device=device)
         mean, std = self.moments(index, mirrored.cpu()).to(device).float().unbind(1)
@@ -850,30 +821,38 @@ def read_latents(
 ) -> Latents:
     "The latents of a split. Raises `BitflowError` where there are none, or `cfg` describes others."
     if root is None or not (root / split / "index.json").exists():
+        where = root / split if root else "any folder, because none was named"
         raise BitflowError(
-            f"{cfg.name}: no finished latents in {root / split if root else 'any folder, because none was named'}; encode the images once with `bitflow cache-latents` "
-            f"(diffusers' AutoencoderKL, {DEFAULT_VAE}) into <folder>/{split} and name that folder with --data-root; or take the preset imagenet64, which needs an image folder alone"
+            f"{cfg.name}: no finished latents in {where}; encode the images once with "
+            f"`bitflow cache-latents` (diffusers' AutoencoderKL, {DEFAULT_VAE}) into "
+            f"<folder>/{split} and name that folder with --data-root; "
+            "or take the preset imagenet64, which needs an image folder alone"
         )
     found = Latents(root / split)
-    if found.shape != (cfg.channels, cfg.image_size, cfg.image_size):
-        C, h, w = found.shape
-        raise BitflowError(
-            f"{root / split} holds latents of {h}x{w}x{C}, the config says {cfg.image_size}x{cfg.image_size}x{cfg.channels}; set image_size to {h} and channels to {C}, or encode images of another size"
-        )
-    if not len(found) or (top := int(found.labels.max())) >= cfg.num_classes:
-        raise BitflowError(
-            f"{root / split} holds "
-            + (
-                f"label {top}, which is out of range for {cfg.num_classes} classes; set num_classes to {len(found.classes)}"
-                if len(found)
-                else "no latents; encode some images"
-            )
-        )
+    check_latents(found, root / split, cfg)
     return found
+
+# %% ../nbs/latents.ipynb #44a800b7
+def check_latents(found: Latents, folder: Path, cfg):
+    "Refuse latents that `cfg`, a `DataConfig`, does not describe. Raises `BitflowError`."
+    (C, h, w), S = found.shape, cfg.image_size
+    if found.shape != (cfg.channels, S, S):
+        raise BitflowError(
+            f"{folder} holds latents of {h}x{w}x{C}, the config says {S}x{S}x{cfg.channels}; "
+            f"set image_size to {h} and channels to {C}, or encode images of another size"
+        )
+    if not len(found):
+        raise BitflowError(f"{folder} holds no latents; encode some images")
+    top = int(found.labels.max())
+    if top >= cfg.num_classes:
+        raise BitflowError(
+            f"{folder} holds label {top}, which is out of range for {cfg.num_classes} classes; "
+            f"set num_classes to {len(found.classes)}"
+        )
 
 # %% ../nbs/latents.ipynb #1cb12b79
 def images_per_core_second(call, n: int, seconds: float = 1.0) -> float:
-    "Images that one core gets through in a second, where `call()` handles n of them; PyTorch keeps to one thread meanwhile."
+    "Images that one core handles in a second, where `call()` handles n; PyTorch takes one thread."
     threads, calls = torch.get_num_threads(), 0
     torch.set_num_threads(1)
     try:
@@ -888,23 +867,20 @@ def images_per_core_second(call, n: int, seconds: float = 1.0) -> float:
 
 # %% ../nbs/latents.ipynb #200eb9c9
 def reading_rate(data: Latents, batch_size: int = 256, seconds: float = 1.0) -> float:
-    "Images a second that one core draws from latents that are in the page cache, batch after batch of an epoch."
-    g, batches = (
-        torch.Generator().manual_seed(0),
-        itertools.cycle(data.epoch_order(0, 0).split(batch_size)),
-    )
-    return images_per_core_second(
-        lambda: data.draw(next(batches), g), min(batch_size, len(data)), seconds
-    )
+    "Images a second that one core draws from latents in the page cache, in an epoch's order."
+    g = torch.Generator().manual_seed(0)
+    batches = itertools.cycle(data.epoch_order(0, 0).split(batch_size))
+    n = min(batch_size, len(data))
+    return images_per_core_second(lambda: data.draw(next(batches), g), n, seconds)
 
-
+# %% ../nbs/latents.ipynb #200eb9ca
 def decoding_rate(files: list, size: int, seconds: float = 1.0) -> float:
     "Images a second that one core turns from the bytes of image files into squares."
     return images_per_core_second(lambda: [square(f, size) for f in files], len(files), seconds)
 
 # %% ../nbs/latents.ipynb #71cf2ddd
 def feeding(rates: dict, consumed: float) -> dict:
-    "Name → cores that keep one GPU busy, from images a second of a core by each way of reading and what the GPU consumes."
+    "Cores that keep a GPU busy, by name, from images a second: read by a core, used by the GPU."
     return {name: consumed / rate for name, rate in rates.items()}
 
 # %% ../nbs/latents.ipynb #6a2cef4d
@@ -912,20 +888,17 @@ def decoded(
     distance,  # of images: (a, b) → `(N,)`
     vae: nn.Module,  # frozen here; see `load_decoder`
     sub_batch: int = 4,  # k: images of each call that are decoded
-    checkpoint: bool = True,  # compute the decoder's activations again in the backward pass instead of keeping them
+    checkpoint: bool = True,  # recompute the decoder's activations in the backward pass
 ):  # a distance of latents `(N, C, h, w)` as F and G see them
-    "Compare what the first k latents look like: a distance whose mean over the batch is unbiased. Gradients flow to the first argument, not to the autoencoder."
+    "Compare the first k latents as images: unbiased in the batch mean, gradients to the first."
     if sub_batch < 1:
         raise BitflowError(f"a sub-batch of {sub_batch} images compares nothing; decode at least 1")
     vae = vae.eval().requires_grad_(False)
-    seen = (
-        partial(recomputed, partial(decode, vae), use_reentrant=False)
-        if checkpoint
-        else partial(decode, vae)
-    )
+    seen = partial(decode, vae)
+    if checkpoint:
+        seen = partial(recomputed, seen, use_reentrant=False)
 
     def of_latents(a, b):
-        "N/k · D(decoded a, decoded b) for the first k, zero for the rest."
         k = min(sub_batch, len(a))
         with torch.no_grad():
             target = decode(vae, b[:k])

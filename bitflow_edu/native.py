@@ -2,22 +2,29 @@
 
 # %% ../nbs/native.ipynb #c2d9c89a
 from __future__ import annotations
-import copy, ctypes, platform, subprocess, tempfile
+
+import copy
+import ctypes
+import platform
+import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+
 from .data import BitflowError, unpatchify
 from .exact_inverse import GUIDANCE, Guidance, PackedLinear, check_noise
 from .reverse_model import ReverseModel, guidance_scales
 from .tarflow import FlowBlock, TARFlow
-from .transformer import Layer, LayerStack, find_compiler
+from .transformer import Layer, Transformer, find_compiler
 
 # %% auto #0
 __all__ = ['VECTORS', 'ACCESS', 'FUNCTIONS', 'TILE', 'PRODUCT', 'NORM', 'SOFTMAX', 'SHAPES', 'ROWS', 'LAYER', 'KEEP', 'WALK',
-           'ADVISE', 'NEXT', 'UNDO', 'PASS', 'DRAW', 'SOURCE', 'POINTER', 'INT', 'FLOAT', 'CLinear', 'CLayer', 'CStack',
-           'CBlock', 'CNet', 'CPush', 'build_library', 'c_struct', 'why_not', 'Laid', 'lay_layer', 'lay_stack',
-           'lay_block', 'check_tokens', 'check_done', 'NativeInverse', 'NativePass']
+           'ADVISE', 'NEXT', 'RUN', 'SHARE', 'UNDO', 'PASS', 'THROUGH', 'DRAW', 'SOURCE', 'POINTER', 'INT', 'FLOAT',
+           'CLinear', 'CLayer', 'CStack', 'CBlock', 'CNet', 'CPush', 'build_library', 'c_struct', 'why_not', 'Laid',
+           'lay_layer', 'lay_stack', 'lay_block', 'check_tokens', 'check_done', 'NativeInverse', 'NativePass']
 
 # %% ../nbs/native.ipynb #2dfc9fa4
 VECTORS = r"""
@@ -28,7 +35,7 @@ VECTORS = r"""
 #include <thread>
 #include <vector>
 #ifdef __AVX512F__
-constexpr int L = 16, R = 6;      // lanes of a vector; rows of a tile, as many as the registers hold
+constexpr int L = 16, R = 6;   // lanes of a vector; rows of a tile, as many as registers hold
 #else
 constexpr int L = 8, R = 3;
 #endif
@@ -50,16 +57,19 @@ inline int padded(int n) { return (n + P - 1) / P * P; }
 FUNCTIONS = r"""
 inline V vexp(V x) {
     x = x < -87.f ? all(-87) : x > 88.f ? all(88) : x;
-    V n = (x * 1.44269504f + 12582912.f) - 12582912.f, r = x - n * 0.693359375f + n * 2.12194440e-4f, p = all(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+    V n = (x * 1.44269504f + 12582912.f) - 12582912.f;
+    V r = x - n * 0.693359375f + n * 2.12194440e-4f, p = all(1.9875691500e-4f);
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                    5.0000001201e-1f}) p = p * r + c;
     I bits = (__builtin_convertvector(n, I) + 127) << 23;
     V power; std::memcpy(&power, &bits, sizeof power);
     return (p * r * r + r + 1.f) * power;
 }
 inline V silu(V x) { return x / (1.f + vexp(-x)); }
-inline V gelu(V x) {
-    V u = x * 0.70710678f, a = u < 0.f ? -u : u, t = 1.f / (1.f + 0.3275911f * a), p = all(1.061405429f);
-    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = p * t + c;   // Abramowitz and Stegun, 7.1.26
+inline V gelu(V x) {   // erf after Abramowitz and Stegun, 7.1.26
+    V u = x * 0.70710678f, a = u < 0.f ? -u : u;
+    V t = 1.f / (1.f + 0.3275911f * a), p = all(1.061405429f);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = p * t + c;
     V erf = 1.f - p * t * vexp(-a * a);
     return 0.5f * x * (1.f + (u < 0.f ? -erf : erf));
 }
@@ -67,13 +77,16 @@ inline V gelu(V x) {
 
 # %% ../nbs/native.ipynb #856024c2
 TILE = r"""
-struct Linear { const float *w, *b; int in, out, stride; };   // w: out/P panels of `stride` rows of P columns; the first `in` rows count
+// w: out/P panels of `stride` rows of P columns; the first `in` rows count
+struct Linear { const float *w, *b; int in, out, stride; };
 
-template <int rows> void tile(const float* x, int ldx, const float* w, const float* b, int K, float* y, int ldy, bool add) {
+template <int rows> void tile(const float* x, int ldx, const float* w, const float* b, int K,
+                              float* y, int ldy, bool add) {
     V sum[rows][C];
     for (auto& row : sum) for (int c = 0; c < C; c++) row[c] = b ? load(b + c * L) : V{};
     for (int k = 0; k < K; k++)
-        for (int r = 0; r < rows; r++) for (int c = 0; c < C; c++) sum[r][c] += x[r * ldx + k] * load(w + k * P + c * L);
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < C; c++) sum[r][c] += x[r * ldx + k] * load(w + k * P + c * L);
     for (int r = 0; r < rows; r++) for (int c = 0; c < C; c++) {
         float* p = y + r * ldy + c * L;
         store(p, add ? load(p) + sum[r][c] : sum[r][c]);
@@ -83,7 +96,8 @@ template <int rows> void tile(const float* x, int ldx, const float* w, const flo
 
 # %% ../nbs/native.ipynb #41c4721f
 PRODUCT = r"""
-void product(const Linear& l, const float* x, int ldx, int n, float* y, int ldy, bool add = false) {   // n rows: y = x Wᵀ + b, or y += …
+// n rows: y = x Wᵀ + b, or y += …
+void product(const Linear& l, const float* x, int ldx, int n, float* y, int ldy, bool add = false) {
     for (int p = 0; p < l.out; p += P) {
         const float *w = l.w + (size_t)p * l.stride, *b = l.b ? l.b + p : nullptr;
         int r = 0;
@@ -96,29 +110,39 @@ void product(const Linear& l, const float* x, int ldx, int n, float* y, int ldy,
 
 # %% ../nbs/native.ipynb #48e9ad9f
 NORM = r"""
-void norm(const float* x, const float* gain, const float* bias, int n, float* y) {   // LayerNorm; without a bias RMSNorm
+// LayerNorm; without a bias RMSNorm
+void norm(const float* x, const float* gain, const float* bias, int n, float* y) {
     V sum{}, square{};
     for (int i = 0; i < n; i += L) sum += load(x + i);
     float mean = bias ? total(sum) / n : 0;
     for (int i = 0; i < n; i += L) { V d = load(x + i) - mean; square += d * d; }
     float scale = 1 / std::sqrt(total(square) / n + (bias ? 1e-5f : 1e-6f));
-    for (int i = 0; i < n; i += L) { V v = (load(x + i) - mean) * scale * load(gain + i); store(y + i, bias ? v + load(bias + i) : v); }
+    for (int i = 0; i < n; i += L) {
+        V v = (load(x + i) - mean) * scale * load(gain + i);
+        store(y + i, bias ? v + load(bias + i) : v);
+    }
 }
 void turn(float* x, const float* cos, const float* sin, int half) {   // rotary positions
-    for (int i = 0; i < half; i++) { float a = x[i], b = x[i + half]; x[i] = a * cos[i] - b * sin[i]; x[i + half] = a * sin[i] + b * cos[i]; }
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i]; x[i + half] = a * sin[i] + b * cos[i];
+    }
 }
 """
 
 # %% ../nbs/native.ipynb #f567caec
 SOFTMAX = r"""
-void softmax(float* s, int n, float scale) {   // of scale·s, in place; s has room for a whole vector at its end
+void softmax(float* s, int n, float scale) {   // of scale·s, in place; s has room for whole vectors
     int end = (n + L - 1) / L * L;
     std::fill(s + n, s + end, -INFINITY);
     V top = load(s), sum{};
     for (int i = L; i < end; i += L) { V v = load(s + i); top = v > top ? v : top; }
     float most = top[0];
     for (int i = 1; i < L; i++) most = std::max(most, top[i]);
-    for (int i = 0; i < end; i += L) { V e = vexp((load(s + i) - most) * scale); store(s + i, e); sum += e; }
+    for (int i = 0; i < end; i += L) {
+        V e = vexp((load(s + i) - most) * scale);
+        store(s + i, e); sum += e;
+    }
     float share = 1 / total(sum);
     for (int i = 0; i < end; i += L) store(s + i, load(s + i) * share);
 }
@@ -126,25 +150,36 @@ void softmax(float* s, int n, float scale) {   // of scale·s, in place; s has r
 
 # %% ../nbs/native.ipynb #3ef23b06
 SHAPES = r"""
-struct Layer { const float *norm1, *bias1; Linear qkv; const float *q_norm, *k_norm; Linear proj; const float *norm2, *bias2; Linear up, down; };
+struct Layer {
+    const float *norm1, *bias1; Linear qkv; const float *q_norm, *k_norm; Linear proj;
+    const float *norm2, *bias2; Linear up, down;
+};
 struct Stack { int T, W, heads, layers, gated; const float *cos, *sin; const Layer* layer; };
 struct Block { Stack s; int D, flip; float clip; Linear in, out; const float* place; };
-struct Push { int kind; float scale, temperature; };   // 0: none; 1, 2, 3: linear, annealed, variance-aware
+struct Net {
+    const Stack* stacks; int count, D; Linear in; const float* place;
+    const float *gain, *bias; Linear out;
+};
+struct Push { int kind; float scale, temperature; };   // kinds: see `GUIDANCE`; 0: none
 """
 
 # %% ../nbs/native.ipynb #e4cc4a0f
 ROWS = r"""
-struct Rows {                               // `least`: columns that mlp must have besides
-    const Stack& s; int rows, hd, ld, wide; // features a head; floats from a row of h or n, and of mlp, to the next
+struct Rows {   // hd: features per head; ld, wide: floats from row to row of h or n, and of mlp
+    const Stack& s; int rows, hd, ld, wide;
     std::vector<float> h, n, qkv, mlp;
-    Rows(const Stack& s, int rows, int least) : s(s), rows(rows), hd(s.W / s.heads), ld(padded(s.W) + P), wide(padded(least)) {
+    Rows(const Stack& s, int rows, int least)   // least: columns that mlp must have besides
+        : s(s), rows(rows), hd(s.W / s.heads), ld(padded(s.W) + P), wide(padded(least)) {
         for (int l = 0; l < s.layers; l++) wide = std::max(wide, padded(s.layer[l].up.out));
-        h.resize(rows * ld), n.resize(rows * ld), qkv.resize(rows * padded(3 * s.W)), mlp.resize(rows * wide);
+        h.resize(rows * ld), n.resize(rows * ld),
+        qkv.resize(rows * padded(3 * s.W)), mlp.resize(rows * wide);
     }
-    float* query(const Layer& a, int r, int e, int t) {   // of row r in head e, at place t; its key and value lie W and 2W further on
+    // of row r in head e, at place t; its key and value lie W and 2W further on
+    float* query(const Layer& a, int r, int e, int t) {
         float *q = &qkv[r * padded(3 * s.W) + e * hd], *key = q + s.W;
         if (a.q_norm) norm(q, a.q_norm, nullptr, hd, q), norm(key, a.k_norm, nullptr, hd, key);
-        if (s.cos) for (float* x : {q, key}) turn(x, s.cos + t * hd / 2, s.sin + t * hd / 2, hd / 2);
+        if (s.cos) for (float* x : {q, key})
+            turn(x, s.cos + t * hd / 2, s.sin + t * hd / 2, hd / 2);
         return q;
     }
 """
@@ -154,7 +189,7 @@ LAYER = r"""
     template <class Attend> void layer(const Layer& a, Attend attend) {
         for (int r = 0; r < rows; r++) norm(&h[r * ld], a.norm1, a.bias1, s.W, &n[r * ld]);
         product(a.qkv, n.data(), ld, rows, qkv.data(), padded(3 * s.W));
-        attend();                                          // from qkv to n
+        attend();   // from qkv to n
         product(a.proj, n.data(), ld, rows, h.data(), ld, true);
         for (int r = 0; r < rows; r++) norm(&h[r * ld], a.norm2, a.bias2, s.W, &n[r * ld]);
         product(a.up, n.data(), ld, rows, mlp.data(), wide);
@@ -168,8 +203,11 @@ LAYER = r"""
 
 # %% ../nbs/native.ipynb #8ee62ce7
 KEEP = r"""
-    void keep(const float* q, int t, float* keys, float* values) {   // the key and value behind a query, as column and row t
-        for (int d = 0; d < hd; d++) keys[((size_t)t / P * hd + d) * P + t % P] = q[s.W + d], values[((size_t)d / P * s.T + t) * P + d % P] = q[2 * s.W + d];
+    // the key and value behind a query, as column and row t
+    void keep(const float* q, int t, float* keys, float* values) {
+        for (int d = 0; d < hd; d++)
+            keys[((size_t)t / P * hd + d) * P + t % P] = q[s.W + d],
+            values[((size_t)d / P * s.T + t) * P + d % P] = q[2 * s.W + d];
     }
     Linear to_scores(const float* keys, int seen) { return {keys, nullptr, hd, seen, hd}; }
     Linear to_values(const float* values, int seen) { return {values, nullptr, seen, hd, s.T}; }
@@ -181,16 +219,20 @@ WALK = r"""
 struct Walk : Rows {
     const Block& b; const Push& g; int images; size_t keys, values;
     std::vector<float> score, k, v;
-    Walk(const Block& b, const Push& g, int count) : Rows(b.s, g.kind ? 2 * count : count, 2 * b.D), b(b), g(g), images(count),
-        keys((size_t)hd * padded(s.T)), values((size_t)padded(hd) * s.T), score(padded(s.T)), k(s.layers * rows * s.heads * keys), v(s.layers * rows * s.heads * values) {}
-    size_t where(int i, int t) { return ((size_t)i * s.T + (b.flip ? s.T - 1 - t : t)) * b.D; }   // image i's token t, in the block's order
+    Walk(const Block& b, const Push& g, int count)
+        : Rows(b.s, g.kind ? 2 * count : count, 2 * b.D), b(b), g(g), images(count),
+          keys((size_t)hd * padded(s.T)), values((size_t)padded(hd) * s.T), score(padded(s.T)),
+          k(s.layers * rows * s.heads * keys), v(s.layers * rows * s.heads * values) {}
+    // image i's token t, in the block's order
+    size_t where(int i, int t) { return ((size_t)i * s.T + (b.flip ? s.T - 1 - t : t)) * b.D; }
     void attend(const Layer& a, int l, int t) {
         for (int r = 0; r < rows; r++) for (int e = 0; e < s.heads; e++) {
             size_t at = ((size_t)l * rows + r) * s.heads + e;
             float *q = query(a, r, e, t), *ks = &k[at * keys], *vs = &v[at * values];
             keep(q, t, ks, vs);
             product(to_scores(ks, t + 1), q, 0, 1, score.data(), 0);
-            softmax(score.data(), t + 1, 1 / (std::sqrt((float)hd) * (r < images ? 1 : g.temperature)));
+            softmax(score.data(), t + 1,
+                    1 / (std::sqrt((float)hd) * (r < images ? 1 : g.temperature)));
             product(to_values(vs, t + 1), score.data(), 0, 1, &n[r * ld + e * hd], 0);
         }
     }
@@ -198,9 +240,10 @@ struct Walk : Rows {
 
 # %% ../nbs/native.ipynb #27fa86c8
 ADVISE = r"""
-    void advise(const float* x, const float* label, int N, int t) {   // α and μ of token t + 1, into mlp
+    void advise(const float* x, const float* label, int N, int t) {   // α, μ of t + 1 into mlp
         for (int r = 0; r < rows; r++) {
-            const float *c = label + (size_t)(r % images + r / images * N) * s.W, *p = b.place + (size_t)t * s.W;
+            const float *c = label + (size_t)(r % images + r / images * N) * s.W,
+                        *p = b.place + (size_t)t * s.W;
             product(b.in, x + where(r % images, t), 0, 1, &h[r * ld], 0);
             for (int i = 0; i < s.W; i++) h[r * ld + i] += c[i] + p[i];
         }
@@ -216,7 +259,8 @@ NEXT = r"""
         return b.clip ? std::min(std::max(a, -b.clip), b.clip) : a;
     }
     float next(int i, int d, int t, float y) {   // value d of image i's token t
-        float alpha = read(i, d), mu = read(i, b.D + d), w = g.kind == 2 ? g.scale * t / (s.T - 1) : g.scale;
+        float alpha = read(i, d), mu = read(i, b.D + d);
+        float w = g.kind == 2 ? g.scale * t / (s.T - 1) : g.scale;
         if (g.kind) {
             float more = alpha - read(images + i, d), shift = mu - read(images + i, b.D + d);
             if (g.kind == 3) {
@@ -226,36 +270,53 @@ NEXT = r"""
         }
         return y * std::exp(alpha) + mu;
     }
-    void run(const float* y, const float* label, float* x, int N) {   // these images are the first of what is left of N
+"""
+
+# %% ../nbs/native.ipynb #4cffa2e5
+RUN = r"""
+    void run(const float* y, const float* label, float* x, int N) {   // images: the next of N
         for (int t = 0; t < s.T; t++) {
             if (t) advise(x, label, N, t - 1);
-            for (int i = 0; i < images; i++) for (int d = 0; d < b.D; d++) { size_t at = where(i, t) + d; x[at] = t ? next(i, d, t, y[at]) : y[at]; }
+            for (int i = 0; i < images; i++) for (int d = 0; d < b.D; d++) {
+                size_t at = where(i, t) + d; x[at] = t ? next(i, d, t, y[at]) : y[at];
+            }
         }
     }
 };
 """
 
 # %% ../nbs/native.ipynb #119343a1
-UNDO = r"""
-template <class Work> int share(int N, int group, int threads, Work work) {   // work(first, count) for all groups of N images; 1 where memory ran out
+SHARE = r"""
+// work(first, count) for all groups of N images; 1 where memory ran out
+template <class Work> int share(int N, int group, int threads, Work work) {
     std::atomic<int> taken{0}, failed{0};
     auto each = [&] {
         try { for (int i; (i = taken.fetch_add(group)) < N;) work(i, std::min(group, N - i)); }
         catch (...) { failed = 1, taken = N; }
     };
     std::vector<std::thread> others;
-    try { for (int i = 1; i < std::min(threads, (N + group - 1) / group); i++) others.emplace_back(each); }
-    catch (...) {}                                       // fewer threads do it, too
+    try {
+        for (int i = 1; i < std::min(threads, (N + group - 1) / group); i++)
+            others.emplace_back(each);
+    } catch (...) {}   // fewer threads do it, too
     each();
     for (auto& t : others) t.join();
     return failed;
 }
 extern "C" int panel() { return P; }
-extern "C" int undo(const Block* blocks, int B, const Push* g, float* states, const float* labels, int N, int group, int threads) {
-    return share(N, group, threads, [&](int i, int count) {   // states (B + 1, N, T, D), the last is z; labels (B, rows, W)
+"""
+
+# %% ../nbs/native.ipynb #d548b5ea
+UNDO = r"""
+// states (B + 1, N, T, D), the last is z; labels (B, rows, W)
+extern "C" int undo(const Block* blocks, int B, const Push* g, float* states, const float* labels,
+                    int N, int group, int threads) {
+    return share(N, group, threads, [&](int i, int count) {
         for (int b = B - 1; b >= 0; b--) {
             size_t size = (size_t)blocks[b].s.T * blocks[b].D, rows = (size_t)N * (g->kind ? 2 : 1);
-            Walk(blocks[b], *g, count).run(states + ((b + 1) * (size_t)N + i) * size, labels + (b * rows + i) * blocks[b].s.W, states + (b * (size_t)N + i) * size, N);
+            Walk(blocks[b], *g, count).run(
+                states + ((b + 1) * (size_t)N + i) * size,
+                labels + (b * rows + i) * blocks[b].s.W, states + (b * (size_t)N + i) * size, N);
         }
     });
 }
@@ -265,17 +326,27 @@ extern "C" int undo(const Block* blocks, int B, const Push* g, float* states, co
 PASS = r"""
 struct Pass : Rows {
     std::vector<float> keys, values, score;
-    Pass(const Stack& s) : Rows(s, s.T, 0), keys(hd * padded(s.T)), values(padded(hd) * s.T), score(s.T * padded(s.T)) {}
+    Pass(const Stack& s)
+        : Rows(s, s.T, 0), keys(hd * padded(s.T)),
+          values(padded(hd) * s.T), score(s.T * padded(s.T)) {}
     void attend(const Layer& a) {
         for (int e = 0; e < s.heads; e++) {
             for (int t = 0; t < s.T; t++) keep(query(a, t, e, t), t, keys.data(), values.data());
-            product(to_scores(keys.data(), s.T), &qkv[e * hd], padded(3 * s.W), s.T, score.data(), padded(s.T));
-            for (int t = 0; t < s.T; t++) softmax(&score[t * padded(s.T)], s.T, 1 / std::sqrt((float)hd));
+            product(to_scores(keys.data(), s.T), &qkv[e * hd], padded(3 * s.W), s.T,
+                    score.data(), padded(s.T));
+            for (int t = 0; t < s.T; t++)
+                softmax(&score[t * padded(s.T)], s.T, 1 / std::sqrt((float)hd));
             product(to_values(values.data(), s.T), score.data(), padded(s.T), s.T, &n[e * hd], ld);
         }
     }
-    void run(std::vector<float>& x, const float* label) {   // x: T rows, each followed by what a tile may write beyond it
-        for (int t = 0; t < s.T; t++) for (int i = 0; i < s.W; i++) h[t * ld + i] = x[t * ld + i] + label[i];
+"""
+
+# %% ../nbs/native.ipynb #3c4c9a76
+THROUGH = r"""
+    // x: T rows, each followed by what a tile may write beyond it
+    void run(std::vector<float>& x, const float* label) {
+        for (int t = 0; t < s.T; t++)
+            for (int i = 0; i < s.W; i++) h[t * ld + i] = x[t * ld + i] + label[i];
         for (int l = 0; l < s.layers; l++) layer(s.layer[l], [&] { attend(s.layer[l]); });
         std::swap(x, h);
     }
@@ -284,86 +355,61 @@ struct Pass : Rows {
 
 # %% ../nbs/native.ipynb #565f248e
 DRAW = r"""
-struct Net { const Stack* stacks; int count, D; Linear in; const float* place; const float *gain, *bias; Linear out; };
-
-extern "C" int draw(const Net* g, const float* z, const float* labels, float* tokens, int N, int threads) {   // z and tokens (N, T, D), labels (count, N, W)
+// z and tokens (N, T, D), labels (count, N, W)
+extern "C" int draw(const Net* g, const float* z, const float* labels, float* tokens,
+                    int N, int threads) {
     const int T = g->stacks->T, W = g->stacks->W, ld = padded(W) + P, wide = padded(g->D);
     return share(N, 1, threads, [&](int i, int) {
         std::vector<float> x(T * ld), out(T * wide);
         product(g->in, z + (size_t)i * T * g->D, g->D, T, x.data(), ld);
-        for (int t = 0; t < T; t++) for (int d = 0; d < W; d++) x[t * ld + d] += g->place[t * W + d];
-        for (int b = 0; b < g->count; b++) Pass(g->stacks[b]).run(x, labels + ((size_t)b * N + i) * W);
+        for (int t = 0; t < T; t++)
+            for (int d = 0; d < W; d++) x[t * ld + d] += g->place[t * W + d];
+        for (int b = 0; b < g->count; b++)
+            Pass(g->stacks[b]).run(x, labels + ((size_t)b * N + i) * W);
         for (int t = 0; t < T; t++) norm(&x[t * ld], g->gain, g->bias, W, &x[t * ld]);
         product(g->out, x.data(), ld, T, out.data(), wide);
-        for (int t = 0; t < T; t++) std::copy_n(&out[t * wide], g->D, tokens + ((size_t)i * T + t) * g->D);
+        for (int t = 0; t < T; t++)
+            std::copy_n(&out[t * wide], g->D, tokens + ((size_t)i * T + t) * g->D);
     });
 }
 """
 
 # %% ../nbs/native.ipynb #605915e4
-SOURCE = (
-    VECTORS
-    + ACCESS
-    + FUNCTIONS
-    + TILE
-    + PRODUCT
-    + NORM
-    + SOFTMAX
-    + SHAPES
-    + ROWS
-    + LAYER
-    + KEEP
-    + WALK
-    + ADVISE
-    + NEXT
-    + UNDO
-    + PASS
-    + DRAW
-)
+SOURCE = VECTORS + ACCESS + FUNCTIONS + TILE + PRODUCT + NORM + SOFTMAX + SHAPES
+SOURCE += ROWS + LAYER + KEEP + WALK + ADVISE + NEXT + RUN + SHARE + UNDO + PASS + THROUGH + DRAW
 
 # %% ../nbs/native.ipynb #0e534a72
 @cache
 def build_library(*flags) -> ctypes.CDLL:
-    "`SOURCE` compiled for this processor, once in a process. `BitflowError` where there is no compiler, or where it fails."
-    compiler = find_compiler()
-    if compiler is None:
-        raise BitflowError(
-            "native programs need a C++ compiler, and none is here; install g++ or clang++, or use PyTorch's operations (`exact_trajectory`, `one_pass`)"
-        )
-    native = (
-        "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
-    )
+    """`SOURCE` compiled for this processor, once in a process.
+    `BitflowError` where there is no compiler, or where it fails."""
+    instead = "use PyTorch's operations (`exact_trajectory`, `one_pass`)"
+    if (compiler := find_compiler()) is None:
+        need = "native programs need a C++ compiler, and none is here; install g++ or clang++"
+        raise BitflowError(f"{need}, or {instead}")
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    options = ["-std=c++17", "-O3", "-mcpu=native" if arm else "-march=native", *flags]
+    options += ["-fno-math-errno", "-shared", "-fPIC", "-pthread"]
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "walk.cpp"), Path(folder, "walk.so")
         source.write_text(SOURCE, encoding="utf-8")
-        made = subprocess.run(
-            [
-                compiler,
-                "-std=c++17",
-                "-O3",
-                native,
-                *flags,
-                "-fno-math-errno",
-                "-shared",
-                "-fPIC",
-                "-pthread",
-                source,
-                "-o",
-                library,
-            ],
-            capture_output=True,
-            text=True,
-        )
+        command = [compiler, *options, source, "-o", library]
+        made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
-            raise BitflowError(
-                f"{compiler} could not build the native programs; use PyTorch's operations (`exact_trajectory`, `one_pass`), or another compiler by setting CXX. It said:\n{made.stderr[-2000:]}"
-            )
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError as e:
-            raise BitflowError(
-                f"the native programs were built but cannot be loaded ({e}); if that folder does not allow programs, set TMPDIR to one that does"
-            ) from None
+            what = f"{compiler} could not build the native programs"
+            said = f"It said:\n{made.stderr[-2000:]}"
+            raise BitflowError(f"{what}; {instead}, or another compiler by setting CXX. {said}")
+        return open_library(library)
+
+# %% ../nbs/native.ipynb #c0029c5c
+def open_library(path: Path) -> ctypes.CDLL:
+    "A built library; `BitflowError` where the system refuses it."
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as e:
+        hint = "if that folder does not allow programs, set TMPDIR to one that does"
+        what = f"the native programs were built but cannot be loaded ({e})"
+        raise BitflowError(f"{what}; {hint}") from None
 
 # %% ../nbs/native.ipynb #65131c45
 def c_struct(name: str, **fields):
@@ -375,48 +421,23 @@ POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 CLinear = c_struct("CLinear", w=POINTER, b=POINTER, inputs=INT, outputs=INT, stride=INT)
 CLayer = c_struct(
     "CLayer",
-    norm1=POINTER,
-    bias1=POINTER,
-    qkv=CLinear,
-    q_norm=POINTER,
-    k_norm=POINTER,
-    proj=CLinear,
-    norm2=POINTER,
-    bias2=POINTER,
-    up=CLinear,
-    down=CLinear,
+    **dict(norm1=POINTER, bias1=POINTER, qkv=CLinear, q_norm=POINTER, k_norm=POINTER),
+    **dict(proj=CLinear, norm2=POINTER, bias2=POINTER, up=CLinear, down=CLinear),
 )
 CStack = c_struct(
     "CStack",
-    T=INT,
-    W=INT,
-    heads=INT,
-    layers=INT,
-    gated=INT,
-    cos=POINTER,
-    sin=POINTER,
-    layer=ctypes.POINTER(CLayer),
+    **dict(T=INT, W=INT, heads=INT, layers=INT, gated=INT),
+    **dict(cos=POINTER, sin=POINTER, layer=ctypes.POINTER(CLayer)),
 )
+
+# %% ../nbs/native.ipynb #16b7830f
 CBlock = c_struct(
-    "CBlock",
-    stack=CStack,
-    D=INT,
-    flip=INT,
-    clip=FLOAT,
-    proj_in=CLinear,
-    proj_out=CLinear,
-    place=POINTER,
+    "CBlock", stack=CStack, D=INT, flip=INT, clip=FLOAT, into=CLinear, out=CLinear, place=POINTER
 )
 CNet = c_struct(
     "CNet",
-    stacks=ctypes.POINTER(CStack),
-    count=INT,
-    D=INT,
-    proj_in=CLinear,
-    place=POINTER,
-    gain=POINTER,
-    bias=POINTER,
-    out=CLinear,
+    **dict(stacks=ctypes.POINTER(CStack), count=INT, D=INT, proj_in=CLinear),
+    **dict(place=POINTER, gain=POINTER, bias=POINTER, out=CLinear),
 )
 CPush = c_struct("CPush", kind=INT, scale=FLOAT, temperature=FLOAT)
 
@@ -425,26 +446,25 @@ def why_not(model: TARFlow | ReverseModel) -> str:
     "Why there is no native program for a model; empty where there is one."
     weight, head_dim = next(model.parameters()), model.cfg.transformer.head_dim
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return f"native programs are for float32 on a CPU; this model is {weight.dtype} on {weight.device}"
+        this = f"this model is {weight.dtype} on {weight.device}"
+        return f"native programs are for float32 on a CPU; {this}"
     if any(isinstance(part, PackedLinear) for part in model.modules()):
         return "this model's weights are packed for another library; give the model itself"
     if head_dim % 16:
         return f"head_dim is {head_dim}; native programs need a multiple of 16"
-    return (
-        "this G passes its states on as tokens (hidden distillation), which the native pass does not know"
-        if getattr(model.cfg, "token_states", False)
-        else ""
-    )
+    if getattr(model.cfg, "token_states", False):
+        what = "this G passes its states on as tokens (hidden distillation)"
+        return f"{what}, which the native pass does not know"
+    return ""
 
 # %% ../nbs/native.ipynb #451efe72
 class Laid:
-    "Copies of weights as the library wants them, and pointers to them, valid as long as this lives."
+    "Copies of weights as the library wants them, and pointers to them, valid while this lives."
 
     def __init__(self, model: TARFlow | ReverseModel, *flags):
         if reason := why_not(model):
-            raise BitflowError(
-                f"{reason}: use PyTorch's operations (`exact_trajectory`, `one_pass`)"
-            )
+            instead = "use PyTorch's operations (`exact_trajectory`, `one_pass`)"
+            raise BitflowError(f"{reason}: {instead}")
         self.library, self.kept = build_library(*flags), []
         self.panel = self.library.panel()
 
@@ -454,24 +474,19 @@ class Laid:
         return thing
 
     def pointer(self, t: Tensor | None):
-        "Where a copy of a tensor lies; None: nowhere."
-        return (
-            None
-            if t is None
-            else self.keep(t.detach().clone(memory_format=torch.contiguous_format)).data_ptr()
-        )
+        "The address of a copy of a tensor; None for None."
+        if t is None:
+            return None
+        return self.keep(t.detach().clone(memory_format=torch.contiguous_format)).data_ptr()
 
     def linear(self, layer: nn.Linear):
         "Weights `(out, in)` in panels `(⌈out/P⌉, in, P)`, zeros where columns are missing."
         out, inputs = layer.weight.shape
         more = -out % self.panel
-        w, b = (
-            nn.functional.pad(layer.weight.detach(), (0, 0, 0, more)),
-            nn.functional.pad(layer.bias.detach(), (0, more)),
-        )
-        return CLinear(
-            self.pointer(w.unflatten(0, (-1, self.panel)).mT), self.pointer(b), inputs, out, inputs
-        )
+        w = nn.functional.pad(layer.weight.detach(), (0, 0, 0, more))
+        b = nn.functional.pad(layer.bias.detach(), (0, more))
+        panels = self.pointer(w.unflatten(0, (-1, self.panel)).mT)
+        return CLinear(panels, self.pointer(b), inputs, out, inputs)
 
 # %% ../nbs/native.ipynb #9aa2a353
 def lay_layer(laid: Laid, layer: Layer) -> CLayer:
@@ -482,167 +497,112 @@ def lay_layer(laid: Laid, layer: Layer) -> CLayer:
         (laid.pointer(n.weight), laid.pointer(getattr(n, "bias", None))) for n in (a.norm, m.norm)
     )
     of_heads = (laid.pointer(getattr(n, "weight", None)) for n in (a.q_norm, a.k_norm))
-    return CLayer(
-        *before,
-        laid.linear(a.qkv),
-        *of_heads,
-        laid.linear(a.proj),
-        *between,
-        laid.linear(up),
-        laid.linear(down),
-    )
+    qkv, proj, up, down = (laid.linear(part) for part in (a.qkv, a.proj, up, down))
+    return CLayer(*before, qkv, *of_heads, proj, *between, up, down)
 
 
-def lay_stack(laid: Laid, stack: LayerStack, flip: bool = False) -> CStack:
+def lay_stack(laid: Laid, stack: Transformer, flip: bool = False) -> CStack:
     "A transformer; `flip`: its tables are put into reversed order."
-    cfg, angles = stack.cfg, stack.angles
-    layers = laid.keep(
-        (CLayer * len(stack.layers))(*(lay_layer(laid, layer) for layer in stack.layers))
-    )
-    waves = (
-        (None, None)
-        if angles is None
-        else (laid.pointer(f(angles.flip(0) if flip else angles)) for f in (torch.cos, torch.sin))
-    )
-    return CStack(
-        stack.num_tokens,
-        cfg.width,
-        cfg.width // cfg.head_dim,
-        len(layers),
-        cfg.mlp == "swiglu",
-        *waves,
-        layers,
-    )
+    cfg, waves = stack.cfg, (None, None)
+    layers = (CLayer * len(stack.layers))(*(lay_layer(laid, layer) for layer in stack.layers))
+    if stack.angles is not None:
+        angles = stack.angles.flip(0) if flip else stack.angles
+        waves = laid.pointer(torch.cos(angles)), laid.pointer(torch.sin(angles))
+    sizes = stack.num_tokens, cfg.width, cfg.width // cfg.head_dim, len(layers)
+    return CStack(*sizes, cfg.mlp == "swiglu", *waves, laid.keep(layers))
 
-
+# %% ../nbs/native.ipynb #3d287b8a
 def lay_block(laid: Laid, block: FlowBlock) -> CBlock:
     "One block of F."
-    return CBlock(
-        lay_stack(laid, block.transformer, block.flip),
-        block.proj_in.in_features,
-        block.flip,
-        block.clip,
-        laid.linear(block.proj_in),
-        laid.linear(block.proj_out),
-        laid.pointer(block.order(block.pos_embed)),
-    )
+    stack, width = lay_stack(laid, block.transformer, block.flip), block.proj_in.in_features
+    ends = laid.linear(block.proj_in), laid.linear(block.proj_out)
+    place = laid.pointer(block.order(block.pos_embed))
+    return CBlock(stack, width, block.flip, block.clip, *ends, place)
 
 # %% ../nbs/native.ipynb #79b4171c
 def check_tokens(z: Tensor, c: Tensor, cfg):
     "Refuse noise of another shape or type, and labels that do not belong to it."
-    if (
-        z.shape != (len(c), cfg.num_tokens, cfg.token_dim)
-        or z.dtype != torch.float32
-        or z.device.type != "cpu"
-    ):
+    shape = len(c), cfg.num_tokens, cfg.token_dim
+    if z.shape != shape or z.dtype != torch.float32 or z.device.type != "cpu":
         raise BitflowError(
-            f"noise of shape {tuple(z.shape)}, {z.dtype} on {z.device}, does not fit {len(c)} labels: it must be ({len(c)}, {cfg.num_tokens}, {cfg.token_dim}), float32, on the CPU"
+            f"noise of shape {tuple(z.shape)}, {z.dtype} on {z.device}, does not fit "
+            f"{len(c)} labels: it must be {shape}, float32, on the CPU"
         )
     if c.dim() != 1 or c.dtype != torch.int64:
-        raise BitflowError(
-            f"labels are {c.dtype} of shape {tuple(c.shape)}; give whole numbers (torch.int64), one an image"
-        )
+        what = f"labels are {c.dtype} of shape {tuple(c.shape)}"
+        raise BitflowError(f"{what}; give whole numbers (torch.int64), one an image")
 
 
 def check_done(failed: int):
     "Raise what C++ could not."
     if failed:
         raise BitflowError(
-            "memory ran out in a native program; give it fewer images at once or fewer threads (torch.set_num_threads), or lower `rows`"
+            "memory ran out in a native program; give it fewer images at once or fewer threads "
+            "(torch.set_num_threads), or lower `rows`"
         )
 
 # %% ../nbs/native.ipynb #9957c682
 class NativeInverse:
-    "The exact inverse of a flow in one call, for images on a CPU in float32: `(z, c, guidance)` to x^0 … x^B, as `exact_trajectory`. Holds copies of the weights."
+    """The exact inverse of a flow in one call, for images on a CPU in float32:
+    `(z, c, guidance)` to x^0 … x^B, as `exact_trajectory`. Holds copies of the weights."""
 
-    rows = 8  # that a core takes at once: enough to share the weights' way from memory, few enough for their caches to stay near
+    rows = 8  # per core at once: they share the weights' way from memory, their caches stay near
 
     def __init__(self, model: TARFlow, *flags):
         self.model, self.laid = model, Laid(model, *flags)
         self.embeds = copy.deepcopy([block.class_embed for block in model.blocks])
-        self.blocks = (CBlock * len(model.blocks))(
-            *(lay_block(self.laid, block) for block in model.blocks)
-        )
+        blocks = [lay_block(self.laid, block) for block in model.blocks]
+        self.blocks = (CBlock * len(blocks))(*blocks)
 
     @torch.no_grad()
     def __call__(self, z: Tensor, c: Tensor, guidance: Guidance = None) -> list[Tensor]:
         "Noise tokens `(N, T, D)` and labels `(N,)` (−1: none) to x^0 … x^B, each `(N, T, D)`."
         check_noise(self.model, z, c, guidance)
         check_tokens(z, c, self.model.cfg)
-        labels = c if guidance is None else torch.cat([c, -torch.ones_like(c)])
+        labels, push, rows = c, CPush(0, 0.0, 1.0), self.rows
+        if guidance is not None:
+            labels, rows = torch.cat([c, -torch.ones_like(c)]), self.rows // 2
+            kind = 1 + list(GUIDANCE).index(guidance.kind)
+            push = CPush(kind, guidance.scale, guidance.temperature)
         embedded = torch.stack([embed(labels)[:, 0] for embed in self.embeds])
         states = z.new_empty(len(self.blocks) + 1, *z.shape)
         states[-1] = z
-        push = (
-            CPush(0, 0.0, 1.0)
-            if guidance is None
-            else CPush(
-                1 + list(GUIDANCE).index(guidance.kind), guidance.scale, guidance.temperature
-            )
-        )
-        threads, rows = torch.get_num_threads(), self.rows if guidance is None else self.rows // 2
-        group = max(1, min(rows, -(-len(z) // threads)))
-        check_done(
-            self.laid.library.undo(
-                self.blocks,
-                len(self.blocks),
-                ctypes.byref(push),
-                POINTER(states.data_ptr()),
-                POINTER(embedded.data_ptr()),
-                len(z),
-                group,
-                threads,
-            )
-        )
+        threads, N = torch.get_num_threads(), len(z)
+        group = max(1, min(rows, -(-N // threads)))
+        blocks = self.blocks, len(self.blocks), ctypes.byref(push)
+        data = POINTER(states.data_ptr()), POINTER(embedded.data_ptr())
+        check_done(self.laid.library.undo(*blocks, *data, N, group, threads))
         return list(states)
 
 # %% ../nbs/native.ipynb #aff9dd0b
 class NativePass:
-    "One pass of G in one call, for images on a CPU in float32: `(z, c, w)` to clean images, as `one_pass`. Each core takes an image. Holds copies of the weights."
+    """One pass of G in one call, for images on a CPU in float32: `(z, c, w)` to clean images,
+    as `one_pass`. Each core takes an image. Holds copies of the weights."""
 
     def __init__(self, model: ReverseModel, *flags):
         self.model, self.laid, cfg = model, Laid(model, *flags), model.cfg
-        parts = [
-            *reversed(list(enumerate(model.blocks))),
-            *([(cfg.num_blocks, model.denoiser)] if cfg.denoise else []),
-        ]
-        self.embeds = copy.deepcopy(
-            [(i, block.class_embed, block.scale_embed) for i, block in parts]
-        )
-        norm, out = model.out if cfg.denoise else model.heads[0]
-        stacks = self.laid.keep(
-            (CStack * len(parts))(*(lay_stack(self.laid, block.transformer) for _, block in parts))
-        )
-        self.net = CNet(
-            stacks,
-            len(stacks),
-            cfg.token_dim,
-            self.laid.linear(model.proj_in),
-            self.laid.pointer(model.pos_embed),
-            self.laid.pointer(norm.weight),
-            self.laid.pointer(getattr(norm, "bias", None)),
-            self.laid.linear(out),
-        )
+        parts = list(enumerate(model.blocks))[::-1]
+        if cfg.denoise:
+            parts.append((cfg.num_blocks, model.denoiser))
+        self.embeds = copy.deepcopy([(i, b.class_embed, b.scale_embed) for i, b in parts])
+        stacks = [lay_stack(self.laid, block.transformer) for _, block in parts]
+        stacks = self.laid.keep((CStack * len(parts))(*stacks))
+        pointer, (norm, out) = self.laid.pointer, model.out if cfg.denoise else model.heads[0]
+        start = self.laid.linear(model.proj_in), pointer(model.pos_embed)
+        end = pointer(norm.weight), pointer(getattr(norm, "bias", None)), self.laid.linear(out)
+        self.net = CNet(stacks, len(stacks), cfg.token_dim, *start, *end)
 
     @torch.no_grad()
     def __call__(self, z: Tensor, c: Tensor, w=None) -> Tensor:
-        "Noise tokens `(N, T, D)`, labels `(N,)` (−1: none) and guidance scales, where G takes them, to images `(N, C, H, W)`."
+        "z `(N, T, D)`, labels `(N,)` (−1: none), scales w where G takes them → `(N, C, H, W)`."
         cfg = self.model.cfg
         check_tokens(z, c, cfg)
         w, z = guidance_scales(cfg, w, len(c), c.device), z.contiguous()
-        embedded = torch.stack(
-            [
-                of_label(c)[:, 0] + (0 if w is None else of_scale(w[:, i, None]))
-                for i, of_label, of_scale in self.embeds
-            ]
-        )
+        embedded = torch.stack([of_label(c)[:, 0] for _, of_label, _ in self.embeds])
+        if w is not None:
+            embedded += torch.stack([of_scale(w[:, i, None]) for i, _, of_scale in self.embeds])
         tokens = torch.empty_like(z)
-        check_done(
-            self.laid.library.draw(
-                ctypes.byref(self.net),
-                *(POINTER(t.data_ptr()) for t in (z, embedded, tokens)),
-                len(z),
-                torch.get_num_threads(),
-            )
-        )
+        data = (POINTER(t.data_ptr()) for t in (z, embedded, tokens))
+        threads = torch.get_num_threads()
+        check_done(self.laid.library.draw(ctypes.byref(self.net), *data, len(z), threads))
         return unpatchify(tokens, cfg.patch_size, cfg.channels)

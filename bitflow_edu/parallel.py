@@ -4,11 +4,15 @@
 
 # %% ../nbs/parallel.ipynb #f01fd96d
 from __future__ import annotations
-import os, sys
+
+import os
+import sys
 from contextlib import nullcontext
 from datetime import timedelta
+
 import torch
 import torch.nn as nn
+
 from .data import BitflowError
 from .training import ALONE, Alone
 from .transformer import Layer
@@ -19,7 +23,7 @@ __all__ = ['SHARDING', 'LOST', 'LossModule', 'shard', 'spread_parameters', 'Rank
 
 # %% ../nbs/parallel.ipynb #7b66463b
 class LossModule(nn.Module):
-    "A model and its loss as one module, so that wrappers which hook into `forward` see all that a step uses."
+    "A model and its loss as one module: wrappers that hook into `forward` see all of a step."
 
     def __init__(self, model: nn.Module, loss_fn):
         super().__init__()
@@ -31,7 +35,7 @@ class LossModule(nn.Module):
 
 # %% ../nbs/parallel.ipynb #2566ad87
 def shard(module: LossModule, averaged: nn.Module, device: str, size: int):
-    "Spread weights over `size` processes, in place: layer by layer with hooks in `module`, plainly in `averaged`."
+    "Spread weights over processes in place: layer by layer with hooks, plainly in `averaged`."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -48,26 +52,20 @@ def spread_parameters(model: nn.Module, mesh):
 
     for part in model.modules():
         for name, p in list(part.named_parameters(recurse=False)):
-            setattr(
-                part,
-                name,
-                nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)]), requires_grad=False),
-            )
+            rows = distribute_tensor(p.data, mesh, [Shard(0)])
+            setattr(part, name, nn.Parameter(rows, requires_grad=False))
 
 # %% ../nbs/parallel.ipynb #544fcd47
 class Ranks(Alone):
-    "Many processes that train one model: `accelerator` is accelerate's; sharded: each holds a share of the weights, else a copy."
+    "Processes that train one model, through accelerate's `accelerator`; each holds it, or a share."
 
     def __init__(self, accelerator, sharded: bool = False):
         self.accelerator, self.sharded, self.called = accelerator, sharded, None
-        self.rank, self.size, self.main = (
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.is_main_process,
-        )
+        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+        self.main = accelerator.is_main_process
 
     def prepare(self, model, averaged, loss_fn):
-        "The loss function that trains `model` on all processes; sharded, model and averaged weights are spread in place."
+        "The loss function that trains `model` on all processes; sharded, weights spread in place."
         module = LossModule(model, loss_fn)
         if self.sharded:
             shard(module, averaged, self.accelerator.device.type, self.size)
@@ -82,7 +80,7 @@ class Ranks(Alone):
         return self.accelerator.no_sync(self.called) if yes else nullcontext()
 
     def on_main(self, fn):
-        "What `fn()` gives on the main process, None elsewhere; a `BitflowError` there is raised on all."
+        "What `fn()` gives on the main process, None elsewhere; all raise its `BitflowError`."
         value, failed = None, None
         try:
             value = fn() if self.main else None
@@ -100,11 +98,10 @@ class Ranks(Alone):
 
     def mean(self, values):
         "The mean over processes of a list of scalars, as floats."
-        numbers = torch.tensor(
-            [float(v) for v in values],
-            dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
-        )
-        return (self.total(numbers.to(self.accelerator.device)) / self.size).tolist()
+        device = self.accelerator.device
+        dtype = torch.float64 if device.type != "mps" else torch.float32
+        numbers = torch.tensor([float(v) for v in values], dtype=dtype)
+        return (self.total(numbers.to(device)) / self.size).tolist()
 
     def total(self, t):
         "The sum of a tensor over processes."
@@ -113,10 +110,9 @@ class Ranks(Alone):
     def gather(self, t):
         "The tensors of all processes, one after the other; they may differ in length."
         lengths = self.accelerator.gather(torch.tensor([len(t)], device=t.device)).tolist()
-        padded = self.accelerator.gather(
-            self.accelerator.pad_across_processes(t.contiguous(), dim=0)
-        )
-        return torch.cat([part[:n] for part, n in zip(padded.chunk(self.size), lengths)])
+        padded = self.accelerator.pad_across_processes(t.contiguous(), dim=0)
+        parts = self.accelerator.gather(padded).chunk(self.size)
+        return torch.cat([part[:n] for part, n in zip(parts, lengths)])
 
     def barrier(self):
         "Wait until all are here."
@@ -130,7 +126,7 @@ def find_ranks(
     device: str = "cpu",  # "cpu" or "cuda"
     sharding: str = "none",  # "none": each process holds a copy of the model, "full": a share of it
 ) -> Alone:
-    "The processes that `torchrun` started, or `ALONE`. Raises `BitflowError` for an unknown sharding, and where accelerate is missing."
+    "The processes that `torchrun` started, or `ALONE`. Raises `BitflowError` where it cannot."
     if sharding not in SHARDING:
         raise BitflowError(f"unknown sharding {sharding!r}; choose {' or '.join(SHARDING)}")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -138,38 +134,28 @@ def find_ranks(
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ImportError as e:
-        raise BitflowError(
-            "several processes need accelerate; pip install accelerate, or start one process"
-        ) from e
-    kwargs = [
-        DistributedDataParallelKwargs(find_unused_parameters=True),
-        InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-    ]  # samples, and slow encoders, may be waited for
-    return Ranks(Accelerator(cpu=device == "cpu", kwargs_handlers=kwargs), sharding == "full")
+        hint = "pip install accelerate, or start one process"
+        raise BitflowError(f"several processes need accelerate; {hint}") from e
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # samples, and slow encoders, may be waited for
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused, patience])
+    return Ranks(accelerator, sharding == "full")
 
 # %% ../nbs/parallel.ipynb #2e43b6f2
-LOST = (
-    "connection closed by peer",
-    "connection reset",
-    "broken pipe",
-    "read timeout",
-    "timed out",
-    "socket",
-    "nccl",
-    "gloo",
-)
+LOST = ("connection closed by peer", "connection reset", "broken pipe", "read timeout", "timed out")
+LOST += ("socket", "nccl", "gloo")
 
 # %% ../nbs/parallel.ipynb #30401c5f
 def lost_contact(error: Exception) -> str | None:
-    "What to tell the user where an error means that another process is gone; None for any other error."
-    first = (str(error).splitlines() or [""])[0]
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(
-        word in str(error).lower() for word in LOST
-    ):
+    "What to tell the user where an error means that another process is gone; else None."
+    text, size = str(error), os.environ.get("WORLD_SIZE", "1")
+    if int(size) == 1 or not any(word in text.lower() for word in LOST):
         return None
+    rank, first = os.environ.get("RANK", "?"), (text.splitlines() or [""])[0]
     return (
-        f"process {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} lost contact with another one ({first[:120]}). "
-        "The newest checkpoint is whole: start again with --resume, on as many processes as there are now"
+        f"process {rank} of {size} lost contact with another one ({first[:120]}). The newest "
+        "checkpoint is whole: start again with --resume, on as many processes as there are now"
     )
 
 # %% ../nbs/parallel.ipynb #ba329a0f
@@ -185,8 +171,8 @@ def together():
 
 # %% ../nbs/parallel.ipynb #d07e73f5
 def end(code: int):
-    "End the program. Where there were other processes at once, without taking Python apart: gloo's threads do not bear it, and now and then abort a process that was done."
-    if others():
+    "End the program; at once where there were other processes."
+    if others():  # gloo's threads now and then abort a process that takes Python apart
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -2,50 +2,39 @@
 
 # %% ../nbs/pipeline.ipynb #d08963ca
 from __future__ import annotations
-import dataclasses, json, math, shlex, sys
+
+import dataclasses
+import json
+import math
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 # %% auto #0
 __all__ = ['FLOWS', 'METHODS', 'find_device', 'build', 'grid_labels', 'noise_for', 'undo', 'to_picture', 'Drawn', 'sample_grid',
            'note_start', 'Watch', 'stage_one_loss', 'train_forward', 'image_distance', 'state_distance',
-           'train_reverse', 'draw', 'draw_together', 'draw_all', 'quality', 'fidelity', 'time_per_image', 'speed',
-           'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough', 'judge_for',
-           'guided_samples', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow',
+           'stage_two_loss', 'train_reverse', 'draw', 'draw_together', 'draw_all', 'quality', 'fidelity',
+           'time_per_image', 'speed', 'num_parameters', 'count_flops', 'flops', 'cost', 'Evaluation', 'check_enough',
+           'judge_for', 'guided_samples', 'evaluate', 'likelihood', 'flow_round_trip', 'flow_cost', 'evaluate_flow',
            'training_record', 'run_settings']
 
 # %% ../nbs/pipeline.ipynb #9bf6a130
-from .bijections import check_invertible
 from .config import ObjectiveConfig, Preset, check_pair_preset, write_preset
-from .coupling import CouplingConfig, CouplingFlow, bits_per_dim, uniform_noise_loss
-from .data import BitflowError, Images, check_labels
+from .coupling import CouplingConfig, CouplingFlow, uniform_noise_loss
+from .data import BitflowError, Images
 from .distances import adaptive, find_distance, mixture
-from bitflow_edu.evaluation import (
-    Classifier,
-    as_stored,
-    commit,
-    frechet_distance,
-    hardware,
-    in_batches,
-    load_classifier,
-    measurement,
-    now,
-    timed,
-    versions,
-)
-from bitflow_edu.exact_inverse import (
-    Guidance,
-    exact_inverse,
-    round_trip_error,
-    score_denoise,
-    serial_steps,
-)
-from .guidance import guided_pass, guided_run
+from .evaluation import commit, hardware, now, versions
+from .exact_inverse import Guidance, exact_inverse
+from .guidance import guided_run
 from bitflow_edu.inverse_strategies import (
     check_pair,
     check_strategy,
@@ -64,21 +53,18 @@ from .watching import Watcher, reference_of, watch_labels
 # %% ../nbs/pipeline.ipynb #310468bf
 def find_device(name: str = "auto") -> str:
     "The device to compute on. Raises `BitflowError` when it is not there."
-    found = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found["cpu"] = True
     if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if found[d])
+        return next(d for d in found if found[d])
     if not found.get(name):
-        there = ", ".join(d for d in found if found[d])
+        there = ", ".join(d for d in ("cpu", "cuda", "mps") if found[d])
         raise BitflowError(f"device {name!r} is not available here; choose auto or one of: {there}")
     return name
 
 # %% ../nbs/pipeline.ipynb #fb2eacad
 def build(kind: type, cfg, seed: int, device: str = "cpu") -> nn.Module:
-    "A model with fresh weights that depend on the seed alone; torch's global random state is left as it was."
+    "A model with fresh weights, which depend on the seed alone; leaves torch's random state."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(cfg).to(device)
@@ -93,24 +79,22 @@ FLOWS = {TARFlowConfig: TARFlow, CouplingConfig: CouplingFlow}
 
 
 def noise_for(cfg, n: int, seed: int = 0, device: str = "cpu", temperature: float = 1.0) -> Tensor:
-    "Noise for n images: `(n, T, D)` for F and G, `(n, C·H·W)` for a coupling flow; temperature scales it."
+    "Noise for n images, scaled: `(n, T, D)` for F and G, `(n, C·H·W)` for a coupling flow."
     if isinstance(cfg, CouplingConfig):
         z = np.random.default_rng(seed).standard_normal((n, cfg.dims), dtype=np.float32)
         return temperature * torch.from_numpy(z).to(device)
     return temperature * sample_noise(cfg, n, seed, device)
 
 
-def undo(model: TARFlow | CouplingFlow, z: Tensor, c: Tensor, guidance: Guidance = None) -> Tensor:
+def undo(model: nn.Module, z: Tensor, c: Tensor, guidance: Guidance = None) -> Tensor:
     "F⁻¹(z), exactly: images `(N, C, H, W)`; guidance is for a TARFlow."
-    return (
-        model.inverse(z)
-        if isinstance(model, CouplingFlow)
-        else exact_inverse(model, model.noise(z), c, guidance)
-    )
+    if isinstance(model, CouplingFlow):
+        return model.inverse(z)
+    return exact_inverse(model, z, c, guidance)
 
 # %% ../nbs/pipeline.ipynb #031992cf
 def to_picture(x: Tensor, vae: nn.Module = None) -> Tensor:
-    "Samples as images that can be shown: latents through an autoencoder, or as a preview where none is given; images as they are."
+    "Samples as images to show: latents decoded by `vae`, or as a preview where none is given."
     if x.shape[1] in (1, 3):
         return x
     return preview(x) if vae is None else decode_all(vae, x)
@@ -124,7 +108,7 @@ class Drawn(NamedTuple):
 
 
 def sample_grid(model: nn.Module, sample, labels: Tensor = None) -> Drawn:
-    "Samples for watching a training: always the same noise, and 40 classes in turn where no labels are given."
+    "Samples for watching a training: always from the same noise, by default 40 in turn."
     device = next(model.parameters()).device
     c = (grid_labels(model.cfg, 40) if labels is None else labels).to(device)
     x = sample(model, noise_for(model.cfg, len(c), seed=0, device=device), c)
@@ -132,43 +116,38 @@ def sample_grid(model: nn.Module, sample, labels: Tensor = None) -> Drawn:
 
 # %% ../nbs/pipeline.ipynb #905354f9
 def note_start(preset: Preset, folder: Path, step: int):
-    "Write down what repeats a run: `preset.yaml`, and for every start a line of `starts.jsonl` with command, commit, versions and machine."
+    "Write what repeats a run: `preset.yaml`, and a line of `starts.jsonl` for every start."
     write_preset(preset, folder / "preset.yaml")
-    line = {
-        "date": now(),
-        "step": step,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(),
-    }
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    line = {"date": now(), "step": step, "command": command}
+    line |= {"commit": commit(), "versions": versions(), "hardware": hardware()}
     with writing(folder), (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 # %% ../nbs/pipeline.ipynb #fa81f0e4
 @dataclass(frozen=True)
 class Watch:
-    "How a training is watched: alarms for known failures, from samples and metrics, and curves for TensorBoard."
+    "How a training is watched: alarms from samples and metrics, and curves for TensorBoard."
 
     tensorboard: bool = False
 
-    def of(
-        self, data, cfg: TrainConfig, patch_size: int, noise_std: float, conditional: bool = True
-    ) -> tuple:
-        "Labels to sample with `(n,)`, and what `train` calls to make the watcher. The reference is real images, noisy as the samples are."
+    def of(self, data, cfg: TrainConfig, patch_size: int, noise_std: float, conditional=True):
+        """Labels to sample `(n,)`, and what `train` calls to make the watcher.
+
+        The reference is real images, with as much noise as the samples have."""
         labels = watch_labels(data.labels)
-        labels = labels if conditional else torch.full_like(labels, -1)
-        return labels, lambda folder, step: Watcher(
-            folder,
-            step,
-            reference_of(data, labels, patch_size, noise_std),
-            cfg.batch_size,
-            self.tensorboard,
-        )
+        if not conditional:
+            labels = torch.full_like(labels, -1)
+
+        def watcher(folder, step):
+            reference = reference_of(data, labels, patch_size, noise_std)
+            return Watcher(folder, step, reference, cfg.batch_size, self.tensorboard)
+
+        return labels, watcher
 
 # %% ../nbs/pipeline.ipynb #e84fbeda
 def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
-    "What F minimises: likelihood of images with Gaussian noise where it has a σ, else with uniform dequantisation."
+    "What F minimises: with Gaussian noise where it has a σ, else uniform dequantisation."
     return forward_loss if getattr(cfg, "noise_std", 0) else uniform_noise_loss
 
 # %% ../nbs/pipeline.ipynb #fd027eca
@@ -182,63 +161,47 @@ def train_forward(
     watch: Watch = None,
 ) -> nn.Module:
     "Stage 1: F by maximum likelihood on noisy images."
-    cfg = preset.train_forward
-    forward = (
-        preset.forward
-        if isinstance(preset.forward, CouplingConfig)
-        else replace(preset.forward, label_dropout=cfg.label_dropout)
-    )
-    model = build(FLOWS[type(forward)], forward, cfg.seed, device)
-    labels, watcher = (
-        watch.of(
-            data,
-            cfg,
-            getattr(forward, "patch_size", 1),
-            getattr(forward, "noise_std", 0.0),
-            preset.conditional,
-        )
-        if watch
-        else (None, None)
-    )
-    return train(
-        model,
-        stage_one_loss(preset.forward),
-        data,
-        cfg,
-        folder,
-        resume,
-        partial(sample_grid, sample=undo, labels=labels),
-        {"preset": preset.name, "stage": "forward"},
-        partial(note_start, preset),
-        ranks,
-        watcher,
-    )
+    cfg, shape, labels, watcher = preset.train_forward, preset.forward, None, None
+    if not isinstance(shape, CouplingConfig):
+        shape = replace(shape, label_dropout=cfg.label_dropout)
+    model = build(FLOWS[type(shape)], shape, cfg.seed, device)
+    if watch:
+        patch_size, noise_std = getattr(shape, "patch_size", 1), getattr(shape, "noise_std", 0.0)
+        labels, watcher = watch.of(data, cfg, patch_size, noise_std, preset.conditional)
+    loss, start = stage_one_loss(preset.forward), partial(note_start, preset)
+    grid = partial(sample_grid, sample=undo, labels=labels)
+    about = {"preset": preset.name, "stage": "forward"}
+    return train(model, loss, data, cfg, folder, resume, grid, about, start, ranks, watcher)
 
 # %% ../nbs/pipeline.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
-    "The distance at the image end: MSE, and the perceptual distances where their weight is not zero."
+    "The distance at the image end: MSE, and perceptual distances where their weight is not 0."
     weigh = partial(adaptive, p=objective.adaptive_power)
     if not objective.feature_weight:
         return weigh(mse)
-    seen = lambda distance: distance
-    if objective.decoder:
-        seen = partial(
-            decoded, vae=load_decoder(objective.decoder, device), sub_batch=objective.decoded_images
-        )
-    return mixture(
-        (1.0, weigh(mse)),
-        *(
-            (objective.feature_weight, seen(weigh(find_distance(name, device))))
-            for name in objective.features
-        ),
-    )
+    vae = load_decoder(objective.decoder, device) if objective.decoder else None
+    parts = [(1.0, weigh(mse))]
+    for name in objective.features:
+        distance = weigh(find_distance(name, device))
+        if objective.decoder:
+            distance = decoded(distance, vae, objective.decoded_images)
+        parts.append((objective.feature_weight, distance))
+    return mixture(*parts)
 
 
 def state_distance(objective: ObjectiveConfig):
-    "The distance between token states: MSE, normalised and weighed where the objective says so."
+    "The distance between token states: MSE, normalised and weighed as the objective says."
     return adaptive(normalised(mse) if objective.normalise else mse, objective.adaptive_power)
 
 # %% ../nbs/pipeline.ipynb #933c6de4
+def stage_two_loss(forward: TARFlow, model: ReverseModel, objective: ObjectiveConfig, device: str):
+    "What G minimises, given the trajectories of a frozen F."
+    run = guided_run(objective.w_per_block) if model.cfg.max_guidance else None
+    strategy = find_strategy(objective.strategy)
+    states, images = state_distance(objective), image_distance(objective, device)
+    return reverse_loss(forward, strategy, states, images, objective.depth_weights, run)
+
+# %% ../nbs/pipeline.ipynb #db32a298
 def train_reverse(
     preset: Preset,
     forward: TARFlow,
@@ -251,44 +214,22 @@ def train_reverse(
 ) -> ReverseModel:
     "Stage 2: G on F's trajectories, with F frozen."
     check_pair_preset(preset)
-    cfg, objective = preset.train_reverse, preset.objective
+    cfg, objective, labels, watcher = preset.train_reverse, preset.objective, None, None
     model = build(ReverseModel, preset.reverse, cfg.seed, device)
     check_pair(forward, model)
     check_strategy(model, objective.strategy)
-    run = guided_run(objective.w_per_block) if model.cfg.max_guidance else None
-    loss = reverse_loss(
-        forward,
-        find_strategy(objective.strategy),
-        state_distance(objective),
-        image_distance(objective, device),
-        objective.depth_weights,
-        run,
-    )
-    describe = {
-        "preset": preset.name,
-        "stage": "reverse",
-        "objective": dataclasses.asdict(objective),
-    }
-    labels, watcher = (
-        watch.of(
-            data, cfg, model.cfg.patch_size, 0.0 if model.cfg.denoise else forward.cfg.noise_std
-        )
-        if watch
-        else (None, None)
-    )
-    return train(
-        model,
-        loss,
-        data,
-        cfg,
-        folder,
-        resume,
-        partial(sample_grid, sample=one_pass, labels=labels),
-        describe,
-        partial(note_start, preset),
-        ranks,
-        watcher,
-    )
+    loss = stage_two_loss(forward, model, objective, device)
+    if watch:
+        noise_std = 0.0 if model.cfg.denoise else forward.cfg.noise_std
+        labels, watcher = watch.of(data, cfg, model.cfg.patch_size, noise_std)
+    grid, start = partial(sample_grid, sample=one_pass, labels=labels), partial(note_start, preset)
+    about = {"preset": preset.name, "stage": "reverse", "objective": dataclasses.asdict(objective)}
+    return train(model, loss, data, cfg, folder, resume, grid, about, start, ranks, watcher)
+
+# %% ../nbs/pipeline.ipynb #01367d38
+from .data import check_labels
+from .exact_inverse import score_denoise
+from .guidance import guided_pass
 
 # %% ../nbs/pipeline.ipynb #1430b3c4
 METHODS = {
@@ -306,7 +247,9 @@ def draw(
     c: Tensor,
     w: float = 0.0,
 ) -> Tensor:
-    'Images `(N, C, H, W)` by a method: "exact", "one-pass" or "guided" (two passes), with guidance scale w; "+denoise" behind it adds F\'s score step.'
+    """Images `(N, C, H, W)` by a method, with guidance scale w.
+
+    "exact", "one-pass" or "guided" (two passes); "+denoise" behind it adds F's score step."""
     check_labels(c[c != -1], (forward or reverse).cfg.num_classes)
     name, _, step = row.partition("+")
     if name == "exact":
@@ -331,7 +274,9 @@ def draw_together(
     batch_size: int = 500,
     ranks: Alone = ALONE,
 ) -> Tensor:
-    "Images `(n, C, H, W)` from noise and labels of any number: in batches, shared out over processes, and in order again on all of them."
+    """Images `(n, C, H, W)` from noise and labels of any number.
+
+    They are drawn in batches, shared out over processes, and put in order on all of them."""
     cfg, parts = (forward or reverse).cfg, torch.arange(len(z)).split(batch_size)
     nothing = torch.empty(0, cfg.channels, cfg.image_size, cfg.image_size, device=device)
     mine = [parts[k] for k in ranks.share(len(parts))]
@@ -341,7 +286,7 @@ def draw_together(
     number = torch.cat([parts[0][:0], *mine]).to(device)
     return ranks.gather(drawn)[ranks.gather(number).argsort()].cpu()
 
-
+# %% ../nbs/pipeline.ipynb #4b8deb08
 def draw_all(
     forward,
     reverse,
@@ -357,9 +302,23 @@ def draw_all(
     rows = [row for row in rows if reverse is not None or row != "one-pass"]
     return {row: draw_together(row, forward, reverse, z, c, w, device, batch_size) for row in rows}
 
+# %% ../nbs/pipeline.ipynb #0512a287
+from .bijections import check_invertible
+from .coupling import bits_per_dim
+from bitflow_edu.evaluation import (
+    Classifier,
+    as_stored,
+    frechet_distance,
+    in_batches,
+    load_classifier,
+    measurement,
+    timed,
+)
+from .exact_inverse import round_trip_error, serial_steps
+
 # %% ../nbs/pipeline.ipynb #06a0558e
 def quality(samples: dict, train: Images, test: Images, seed: int, judge: Classifier) -> list:
-    "FD[mnist-cnn] against test images and label accuracy of every method, and the floor: real training images."
+    "FD[mnist-cnn] to test images and label accuracy, of every method and of training images."
     n = len(next(iter(samples.values())))
     pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]
     rows = {
@@ -389,7 +348,7 @@ def quality(samples: dict, train: Images, test: Images, seed: int, judge: Classi
 def fidelity(
     forward: TARFlow, reverse: ReverseModel | None, test: Images, seed: int, device: str = "cpu"
 ) -> list:
-    "Test bits/dim of F, the exact inverse's largest round-trip error, and the error of x → F(x) → G."
+    "Bits/dim of F, the exact inverse's largest round-trip error, and the error of x → F(x) → G."
     part = test[:1000]
     x, c = part.x.to(device), part.labels.to(device)
     protocol = "uniform dequantisation, one draw, labels given"
@@ -415,19 +374,11 @@ def fidelity(
 # %% ../nbs/pipeline.ipynb #b38c3c23
 def time_per_image(row: str, t: dict, batch: int, **more) -> dict:
     "What `timed` found for a batch, as milliseconds an image."
-    return measurement(
-        row,
-        "ms_per_image",
-        t["median_ms"] / batch,
-        "ms",
-        t["repeats"],
-        batch=batch,
-        low=t["low_ms"] / batch,
-        high=t["high_ms"] / batch,
-        **more,
-    )
+    median, low, high = (t[name] / batch for name in ("median_ms", "low_ms", "high_ms"))
+    more |= {"low": low, "high": high}
+    return measurement(row, "ms_per_image", median, "ms", t["repeats"], batch=batch, **more)
 
-
+# %% ../nbs/pipeline.ipynb #fc5c8098
 def speed(
     forward: TARFlow,
     reverse: ReverseModel,
@@ -435,7 +386,7 @@ def speed(
     batches: tuple = (1, 64),
     repeats: int = 15,
 ) -> list:
-    "Milliseconds an image of every method, side by side, and how much faster than the exact inverse."
+    "Milliseconds an image of every method, and how much faster than the exact inverse it is."
     found = []
     for batch in batches:
         z, c = (
@@ -465,16 +416,15 @@ def num_parameters(model: nn.Module) -> int:
 
 # %% ../nbs/pipeline.ipynb #37c991ce
 def count_flops(fn) -> int:
-    "Floating point operations of the matrix products and convolutions in a call, counted by PyTorch while it runs."
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
+    "Floating point operations of the matrix products and convolutions in a call of `fn`."
+    # attention as plain products: the counter knows these on every device and in every version
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         fn()
     return counter.get_total_flops()
 
 # %% ../nbs/pipeline.ipynb #a3d97c87
 def flops(row: str, forward: TARFlow, reverse: ReverseModel) -> int:
-    "Floating point operations of the matrix products for one image, counted by PyTorch while it runs."
+    "Floating point operations of the matrix products for one image, as PyTorch counts them."
     device = next(reverse.parameters()).device
     z, c = sample_noise(forward.cfg, 1, device=device), grid_labels(forward.cfg, 1).to(device)
     return count_flops(partial(draw, row, forward, reverse, z, c))
@@ -508,13 +458,12 @@ class Evaluation:
 def check_enough(n: int):
     "Refuse a number of samples that has no covariance."
     if n < 2:
-        raise BitflowError(
-            f"{n} finite samples are too few for a distance of distributions; draw at least 2, better 2000"
-        )
+        message = f"{n} finite samples are too few for a distance of distributions"
+        raise BitflowError(f"{message}; draw at least 2, better 2000")
 
 
 def judge_for(data: Images, channels: int) -> Classifier | None:
-    "The digit classifier where the data are digits; None elsewhere: its features say nothing about other images."
+    "The digit classifier where the data are digits, else None: other images are not its business."
     digits = channels == 1 and tuple(name[0] for name in data.classes) == tuple("0123456789")
     return load_classifier() if digits else None
 
@@ -522,10 +471,11 @@ def judge_for(data: Images, channels: int) -> Classifier | None:
 def guided_samples(
     forward: TARFlow, reverse: ReverseModel | None, n: int, seed: int, device: str, scales: tuple
 ) -> dict:
-    "n images of G for each guidance scale, from the same noise as everything else: in one pass where G takes w, else in two."
+    "n images of G for each guidance scale: in one pass where G takes w, else in two."
     if reverse is None and scales:
         raise BitflowError(
-            f"guidance scales {', '.join(f'{w:g}' for w in scales)} are for G, and there is none; name it, or leave them out"
+            f"guidance scales {', '.join(f'{w:g}' for w in scales)} are for G, "
+            "and there is none; name it, or leave them out"
         )
     row = "one-pass" if reverse is not None and reverse.cfg.max_guidance else "guided"
     return {
@@ -545,7 +495,7 @@ def evaluate(
     timing: bool = True,
     scales: tuple = (),
 ) -> Evaluation:
-    "All figures of a trained pair (or of F alone); `scales`: guidance scales to draw from G with, besides none."
+    "All figures of a trained pair, or of F alone; `scales`: guidance scales of G, besides none."
     check_enough(n)
     if reverse is not None:
         check_pair(forward, reverse)
@@ -569,7 +519,8 @@ def likelihood(
     found = []
     for k in draws:
         bpd = bits_per_dim(model, test, seed, conditional=conditional, draws=k)
-        protocol = f"uniform dequantisation, {k} draw{'s' if k > 1 else ''} an image, labels {'given' if conditional else 'not given'}"
+        draw, given = "draw" if k == 1 else "draws", "given" if conditional else "not given"
+        protocol = f"uniform dequantisation, {k} {draw} an image, labels {given}"
         found.append(
             measurement(
                 "exact",
@@ -589,35 +540,30 @@ def flow_round_trip(model: nn.Module, test: Images) -> float:
     "The largest |x − F⁻¹(F(x))| over 1,000 test images, in units of x."
     device = next(model.parameters()).device
     x, c = test[:1000].x.to(device), test.labels[:1000].to(device)
-    return (
-        check_invertible(model, x, math.inf)
-        if isinstance(model, CouplingFlow)
-        else round_trip_error(model, x, c)
-    )
+    if isinstance(model, CouplingFlow):
+        return check_invertible(model, x, math.inf)
+    return round_trip_error(model, x, c)
 
 # %% ../nbs/pipeline.ipynb #36a018a1
 def flow_cost(model: nn.Module, seed: int, timing: bool, batches: tuple = (1, 64)) -> list:
     "Parameters, serial steps, FLOPs of a density and of a sample, and milliseconds a sample."
-    device = next(model.parameters()).device
-    x, c = (
-        torch.zeros(
-            1, model.cfg.channels, model.cfg.image_size, model.cfg.image_size, device=device
-        ),
-        torch.tensor([-1], device=device),
-    )
-    draw_n = lambda n: partial(undo, model, noise_for(model.cfg, n, seed, device), c.expand(n))
+    device, cfg = next(model.parameters()).device, model.cfg
+    x = torch.zeros(1, cfg.channels, cfg.image_size, cfg.image_size, device=device)
+    c = torch.tensor([-1], device=device)
+
+    def draw_n(n):
+        return partial(undo, model, noise_for(cfg, n, seed, device), c.expand(n))
+
+    steps = 1 if isinstance(model, CouplingFlow) else serial_steps(model)
+    density, sample = count_flops(partial(model.log_prob, x, c)), count_flops(draw_n(1))
     found = [
         measurement("exact", "params", num_parameters(model)),
-        measurement(
-            "exact", "serial_steps", 1 if isinstance(model, CouplingFlow) else serial_steps(model)
-        ),
-        measurement(
-            "exact", "flops_per_density", count_flops(lambda: model.log_prob(x, c)), "FLOP"
-        ),
-        measurement("exact", "flops_per_image", count_flops(draw_n(1)), "FLOP"),
+        measurement("exact", "serial_steps", steps),
+        measurement("exact", "flops_per_density", density, "FLOP"),
+        measurement("exact", "flops_per_image", sample, "FLOP"),
     ]
-    for batch in batches if timing else ():
-        found.append(time_per_image("exact", timed(draw_n(batch)), batch))
+    if timing:
+        found += [time_per_image("exact", timed(draw_n(n)), n) for n in batches]
     return found
 
 # %% ../nbs/pipeline.ipynb #2b7803ad
@@ -630,16 +576,15 @@ def evaluate_flow(
     conditional: bool = False,
     timing: bool = True,
 ) -> Evaluation:
-    "All figures of a flow alone, a TARFlow or a coupling flow: bits/dim first, then what its samples (those that are finite) are worth and cost."
+    """All figures of a flow alone: bits/dim, then what its finite samples are worth and cost."""
     check_enough(n)
     device = next(model.parameters()).device.type
     drawn, judge = (
         draw_all(model, None, n, seed, device, rows=("exact",))["exact"],
         judge_for(test, model.cfg.channels),
     )
-    whole = (
-        drawn.isfinite().flatten(1).all(dim=1)
-    )  # without clipping, an inverse can overflow (chapter 09)
+    # without clipping, an inverse can overflow (chapter 09)
+    whole = drawn.isfinite().flatten(1).all(dim=1)
     check_enough(int(whole.sum()))
     samples = {"exact": drawn[whole]}
     found = likelihood(model, test, seed, conditional)
@@ -657,25 +602,22 @@ def evaluate_flow(
         )
     )
     found += quality(samples, train, test, seed, judge) if judge else []
-    found = [
-        m for m in found if conditional or m["metric"] != "label_accuracy"
-    ]  # nothing was asked for
+    # nothing was asked for
+    found = [m for m in found if conditional or m["metric"] != "label_accuracy"]
     return Evaluation(samples, found + flow_cost(model, seed, timing))
 
 # %% ../nbs/pipeline.ipynb #77184167
 def training_record(folder: Path) -> list:
-    "Optimiser steps and seconds that a checkpoint took; nothing for weights that came without a training state."
+    "Optimiser steps and seconds that a checkpoint took; none of weights without a training state."
     state = newest_checkpoint(Path(folder)) / "training_state.json"
     if not state.exists():
         return []
-    counters = json.loads(state.read_text())
-    return [
-        measurement("exact", "train_steps", counters["step"]),
-        measurement("exact", "train_s", counters["seconds"], "s", threads=counters.get("threads")),
-    ]
+    made = json.loads(state.read_text())
+    seconds = measurement("exact", "train_s", made["seconds"], "s", threads=made.get("threads"))
+    return [measurement("exact", "train_steps", made["step"]), seconds]
 
 # %% ../nbs/pipeline.ipynb #8f1b902d
 def run_settings(folder: Path) -> dict:
-    "What a run was trained with, from its `run.json`; nothing for weights that came without their run."
+    "What a run was trained with, from its `run.json`; nothing of weights without their run."
     written = newest_checkpoint(Path(folder)).parents[1] / "run.json"
     return json.loads(written.read_text()) if written.exists() else {}

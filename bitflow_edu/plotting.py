@@ -2,10 +2,12 @@
 
 # %% ../nbs/plotting.ipynb #74435d7c
 from __future__ import annotations
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
+
 from .data import to_pixels, unpatchify
 
 # %% auto #0
@@ -13,15 +15,8 @@ __all__ = ['PALETTE', 'image_grid', 'frame_grid', 'show_images', 'stretch', 'plo
            'plane', 'plot_density', 'plot_points', 'plot_grid_warp', 'plot_matrix', 'plot_mask', 'plot_rows']
 
 # %% ../nbs/plotting.ipynb #1a807260
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe and Ito, colour-blind safe
+# Okabe and Ito, colour-blind safe
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 # %% ../nbs/plotting.ipynb #e27272d5
 def image_grid(
@@ -40,7 +35,7 @@ def image_grid(
 
 # %% ../nbs/plotting.ipynb #28060f58
 def frame_grid(ax, title, row_labels, rows):
-    "The surroundings of a grid of images: no ticks, no frame, a title, names at the left of the rows."
+    "Around a grid of images: no ticks, no frame, a title, names at the left of the rows."
     ax.set(title=title, xticks=[], yticks=[])
     ax.set_frame_on(False)
     for i, label in enumerate(row_labels):
@@ -58,9 +53,8 @@ def show_images(
     "Draw a grid of images."
     rows = -(-len(x) // columns)
     if ax is None:
-        _, ax = plt.subplots(
-            figsize=(columns * scale, rows * scale + 0.3 * bool(title)), layout="constrained"
-        )
+        size = (columns * scale, rows * scale + 0.3 * bool(title))
+        _, ax = plt.subplots(figsize=size, layout="constrained")
     ax.imshow(image_grid(x, columns), interpolation="nearest")
     frame_grid(ax, title, row_labels, rows)
     return ax
@@ -83,9 +77,8 @@ def plot_trajectory(
 ):  # the axes, `(N, len(states))`
     "Draw states of a trajectory as images, one row an image, each with its own range of values."
     N, S = len(states[0]), len(states)
-    fig, axes = plt.subplots(
-        N, S, figsize=(S * scale, N * scale + 0.3), squeeze=False, layout="constrained"
-    )
+    size = (S * scale, N * scale + 0.3)
+    fig, axes = plt.subplots(N, S, figsize=size, squeeze=False, layout="constrained")
     for j, state in enumerate(states):
         for i, image in enumerate(unpatchify(state.detach().cpu().float(), patch_size, channels)):
             axes[i, j].imshow(stretch(image), cmap="gray")
@@ -102,8 +95,8 @@ def plot_curves(
 ):  # the axes
     "Draw named curves with a legend."
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
-    for (name, (x, y)), color in zip(curves.items(), PALETTE * (1 + len(curves) // len(PALETTE))):
-        ax.plot(x, y, label=name, color=color, linewidth=1.5)
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        ax.plot(x, y, label=name, color=PALETTE[i % len(PALETTE)], linewidth=1.5)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.grid(alpha=0.3)
     if len(curves) > 1:
@@ -113,7 +106,7 @@ def plot_curves(
 # %% ../nbs/plotting.ipynb #60e959c2
 def plot_histogram(
     samples: dict,  # name → values, any shape
-    curves: dict = {},  # name → (x values, densities), drawn as lines
+    curves: dict = None,  # name → (x values, densities), drawn as lines
     limits: tuple = None,  # of the horizontal axis and of the bins
     title: str = "",  # above the picture
     xlabel: str = "x",  # horizontal axis
@@ -122,18 +115,10 @@ def plot_histogram(
 ):  # the axes
     "Draw histograms of area 1, a single one in grey, and curves over them."
     ax = ax or plt.subplots(figsize=(4, 2.8), layout="constrained")[1]
-    for (name, values), color in zip(
-        samples.items(), ("lightgrey",) if len(samples) == 1 else PALETTE
-    ):
-        ax.hist(
-            np.asarray(values).ravel(),
-            bins=bins,
-            range=limits,
-            density=True,
-            color=color,
-            alpha=0.7 if len(samples) > 1 else 1,
-            label=name,
-        )
+    curves, alone = curves or {}, len(samples) == 1
+    look = dict(bins=bins, range=limits, density=True, alpha=1 if alone else 0.7)
+    for (name, values), color in zip(samples.items(), ("lightgrey",) if alone else PALETTE):
+        ax.hist(np.asarray(values).ravel(), color=color, label=name, **look)
     for (name, (x, y)), color in zip(curves.items(), PALETTE):
         ax.plot(np.ravel(x), np.ravel(y), color=color, label=name)
     ax.set(title=title, xlabel=xlabel, ylabel="density", xlim=limits)
@@ -163,13 +148,8 @@ def plot_density(
     ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
     with torch.no_grad():
         density = log_prob(plane(limit, resolution)).exp().reshape(resolution, resolution)
-    ax.imshow(
-        density.cpu(),
-        extent=(-limit, limit, -limit, limit),
-        origin="lower",
-        cmap="Blues",
-        interpolation="bilinear",
-    )
+    look = dict(cmap="Blues", interpolation="bilinear", origin="lower")
+    ax.imshow(density.cpu(), extent=(-limit, limit, -limit, limit), **look)
     if points is not None:
         ax.scatter(*points.cpu().T, s=1.5, color=PALETTE[1], alpha=0.5, linewidths=0)
     ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(-limit, limit), ylim=(-limit, limit))
@@ -188,13 +168,8 @@ def plot_points(
     color = color.cpu() if isinstance(color, Tensor) else color
     if isinstance(color, Tensor) and not color.is_floating_point():
         color = [PALETTE[int(c) % len(PALETTE)] for c in color]
-    ax.scatter(
-        *points.detach().cpu().T,
-        c=color,
-        cmap="cividis" if isinstance(color, Tensor) else None,
-        s=2,
-        linewidths=0,
-    )
+    scale = "cividis" if isinstance(color, Tensor) else None
+    ax.scatter(*points.detach().cpu().T, c=color, cmap=scale, s=2, linewidths=0)
     ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$")
     if limit is None:
         ax.set_aspect("equal", adjustable="datalim")
@@ -213,13 +188,10 @@ def plot_grid_warp(
 ):  # the axes
     "Draw the image of a square grid under a map: one colour for each direction of its lines."
     ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
-    along, across = torch.meshgrid(
-        torch.linspace(-limit, limit, detail), torch.linspace(-limit, limit, lines), indexing="ij"
-    )
-    for grid, color in (
-        (torch.stack([along, across], dim=-1), PALETTE[0]),
-        (torch.stack([across, along], dim=-1), PALETTE[1]),
-    ):
+    ticks = torch.linspace(-limit, limit, detail), torch.linspace(-limit, limit, lines)
+    along, across = torch.meshgrid(*ticks, indexing="ij")
+    for pair, color in zip(((along, across), (across, along)), PALETTE):
+        grid = torch.stack(pair, dim=-1)
         with torch.no_grad():
             moved = warp(grid.reshape(-1, 2)).reshape(grid.shape).cpu()
         ax.plot(moved[..., 0], moved[..., 1], color=color, linewidth=0.7)
@@ -234,16 +206,11 @@ def plot_matrix(
     ylabel: str = "output",  # vertical axis
     ax=None,  # axes to draw on; default a new figure
 ):  # the image, e.g. for a colour bar
-    "Draw |entries| of a matrix on a logarithmic scale; exact zeros are white, the largest is darkest."
+    "Draw |entries| of a matrix on a logarithmic scale, the largest darkest; exact zeros are white."
     ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
     size = matrix.detach().abs().cpu().numpy()
-    image = ax.imshow(
-        np.ma.log10(np.ma.masked_equal(size, 0)),
-        cmap="viridis_r",
-        interpolation="nearest",
-        vmin=np.log10(size.max() + 1e-30) - 3,
-        vmax=np.log10(size.max() + 1e-30),
-    )
+    logs, top = np.ma.log10(np.ma.masked_equal(size, 0)), np.log10(size.max() + 1e-30)
+    image = ax.imshow(logs, cmap="viridis_r", interpolation="nearest", vmin=top - 3, vmax=top)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return image
 
@@ -268,22 +235,16 @@ def plot_rows(
     xlabel: str,  # the metric
     paper: str = "FID, ImageNet 256²",  # what the paper's figures are
 ):  # a matplotlib figure
-    "Bars of the means with a dot for each value; beside them the paper's figures, where it has any."
+    "Bars of the means, a dot for each value; beside them the paper's figures, where it has any."
     known = {name: figure for name, (_, _, figure) in rows.items() if figure is not None}
-    fig, axes = plt.subplots(
-        1,
-        1 + bool(known),
-        figsize=(9, 0.8 + 0.3 * len(rows)),
-        layout="constrained",
-        sharey=True,
-        squeeze=False,
-    )
-    axes[0, 0].barh(list(rows), [mean for _, mean, _ in rows.values()], color=PALETTE[0], alpha=0.5)
+    fig = plt.figure(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
+    ours, *theirs = fig.subplots(1, 1 + bool(known), sharey=True, squeeze=False)[0]
+    ours.barh(list(rows), [mean for _, mean, _ in rows.values()], color=PALETTE[0], alpha=0.5)
     for name, (values, _, _) in rows.items():
-        axes[0, 0].plot(values, [name] * len(values), "o", color=PALETTE[0], markersize=4)
-    axes[0, 0].set(title=title, xlabel=xlabel)
-    axes[0, 0].invert_yaxis()
-    if known:
-        axes[0, 1].barh(list(known), list(known.values()), color=PALETTE[1], alpha=0.5)
-        axes[0, 1].set(title="the paper", xlabel=paper)
+        ours.plot(values, [name] * len(values), "o", color=PALETTE[0], markersize=4)
+    ours.set(title=title, xlabel=xlabel)
+    ours.invert_yaxis()
+    for ax in theirs:
+        ax.barh(list(known), list(known.values()), color=PALETTE[1], alpha=0.5)
+        ax.set(title="the paper", xlabel=paper)
     return fig

@@ -2,10 +2,16 @@
 
 # %% ../nbs/report.ipynb #31551de8
 from __future__ import annotations
-import base64, html, io, json
+
+import base64
+import html
+import io
+import json
 from pathlib import Path
-from matplotlib.figure import Figure
+
 import torch
+from matplotlib.figure import Figure
+
 from .data import Images, add_noise, unpatchify
 from .evaluation import figure, measured
 from .pipeline import METHODS
@@ -42,44 +48,36 @@ def draw_rows(rows: dict, scale: float = 0.72) -> Figure:
 
 # %% ../nbs/report.ipynb #e8732fad
 def sample_rows(samples: dict, test: Images, n: int = 10) -> dict:
-    "The first n samples of every method, and under them the first test image of each sample's class."
-    real = torch.stack(
-        [test.pixels[(test.labels == i % len(test.classes)).nonzero()[0, 0]] for i in range(n)]
-    )
+    "The first n samples of every method, and the first test image of each sample's class."
+    firsts = [(test.labels == i % len(test.classes)).nonzero()[0, 0] for i in range(n)]
+    real = torch.stack([test.pixels[i] for i in firsts])
+    rows = {METHODS.get(row, row): x[:n] for row, x in samples.items()}
     name = "real digits" if test.classes[0][0] == "0" else "real images"
-    return {
-        **{METHODS.get(row, row): x[:n] for row, x in samples.items()},
-        name: Images(real, torch.arange(n), test.classes).x,
-    }
+    return {**rows, name: Images(real, torch.arange(n), test.classes).x}
 
 # %% ../nbs/report.ipynb #c0596f3c
 @torch.no_grad()
 def both_ways(forward: TARFlow, reverse: ReverseModel, x, c) -> tuple[list, list]:
-    "Images `(N, C, H, W)` on F's way, x and x^0 … x^B, and under them what G has on its way: x', φ_0(h^0) … z."
-    x, c = x.to(next(forward.parameters()).device), c.to(next(forward.parameters()).device)
-    states = forward(
-        add_noise(x, forward.cfg.noise_std, torch.Generator(x.device).manual_seed(0)), c
-    ).states
-    out, p, C = reverse(states[-1], c), forward.cfg.patch_size, forward.cfg.channels
-    return [x, *(unpatchify(s, p, C) for s in states)], [
-        out.image,
-        *(unpatchify(s, p, C) for s in (*out.projected, states[-1])),
-    ]
+    "Images `(N, C, H, W)`: x and F's states x^0 … x^B; and what G has in their places, x' … z."
+    cfg, device = forward.cfg, next(forward.parameters()).device
+    x, c = x.to(device), c.to(device)
+    noisy = add_noise(x, cfg.noise_std, torch.Generator(x.device).manual_seed(0))
+    states = forward(noisy, c).states
+    out, p, C = reverse(states[-1], c), cfg.patch_size, cfg.channels
+    above = [unpatchify(s, p, C) for s in states]
+    below = [unpatchify(s, p, C) for s in (*out.projected, states[-1])]
+    return [x, *above], [out.image, *below]
 
 # %% ../nbs/report.ipynb #29b36654
-def draw_trajectory(
-    forward: TARFlow, reverse: ReverseModel, test: Images, index: int = 0
-) -> Figure:
+def draw_trajectory(forward: TARFlow, reverse: ReverseModel, test: Images, index=0) -> Figure:
     "x^0 … x^B of one test image, and under each the state that G projects when it starts from x^B."
     B, part = forward.cfg.num_blocks, test[index : index + 1]
     rows = both_ways(forward, reverse, part.x, part.labels)
-    names = (
-        ["x", *(f"$x^{i}$" for i in range(B)), f"$x^{B} = z$"],
-        ["x' (clean)", *(f"$φ_{i}(h^{i})$" for i in range(B)), "z, the input"],
-    )
+    above = ["x", *(f"$x^{i}$" for i in range(B)), f"$x^{B} = z$"]
+    below = ["x' (clean)", *(f"$φ_{i}(h^{i})$" for i in range(B)), "z, the input"]
     fig = Figure(figsize=(1.35 * (B + 2), 3.1), layout="constrained")
     axes = fig.subplots(2, B + 2)
-    for row, images, titles in zip(axes, rows, names):
+    for row, images, titles in zip(axes, rows, (above, below)):
         for ax, image, title in zip(row, images, titles):
             draw_state(ax, image[0].float().cpu(), title)
     axes[0, 0].set_ylabel("F: data → noise")
@@ -98,17 +96,13 @@ def draw_state(ax, image, title):
 def reconstruction_rows(forward: TARFlow, reverse: ReverseModel, test: Images, n: int = 10) -> dict:
     "Test images, and what G makes of their noise F(x)."
     device = next(forward.parameters()).device
-    part = test[
-        sorted((test.labels == i % len(test.classes)).nonzero()[1, 0].item() for i in range(n))
-    ]
+    seconds = [(test.labels == i % len(test.classes)).nonzero()[1, 0].item() for i in range(n)]
+    part = test[sorted(seconds)]
     x, c = part.x.to(device), part.labels.to(device)
     z = forward(x, c).z
     noise = unpatchify(z, forward.cfg.patch_size, forward.cfg.channels) / 3
-    return {
-        "test digit x": x,
-        "its noise z = F(x)": noise,
-        "one pass, G(z)": one_pass(reverse, z, c),
-    }
+    drawn = one_pass(reverse, z, c)
+    return {"test digit x": x, "its noise z = F(x)": noise, "one pass, G(z)": drawn}
 
 # %% ../nbs/report.ipynb #a7ae37a1
 def draw_training(folder: Path) -> Figure:
@@ -117,12 +111,8 @@ def draw_training(folder: Path) -> Figure:
     titles = {"forward": "F: 0.5·mean(z²) − mean(logdet)", "reverse": "G: image end + every depth"}
     for ax, (stage, title) in zip(fig.subplots(1, 2), titles.items()):
         lines = read_metrics(folder / stage / "metrics.jsonl")
-        plot_curves(
-            {stage: ([m["step"] for m in lines], [m["loss"] for m in lines])},
-            ylabel="training loss",
-            title=title,
-            ax=ax,
-        )
+        curve = [m["step"] for m in lines], [m["loss"] for m in lines]
+        plot_curves({stage: curve}, ylabel="training loss", title=title, ax=ax)
     return fig
 
 # %% ../nbs/report.ipynb #69684171
@@ -143,95 +133,121 @@ TABLE = (
 # %% ../nbs/report.ipynb #ff1cf541
 def cell(result: dict, row: str, metric: str, batch, form: str) -> str:
     "A figure as text, with its quartiles where there are any; a dash where nothing was measured."
-    row, metric = ("one-pass", f"speedup_vs_{row}") if metric == "speedup" else (row, metric)
+    if metric == "speedup":
+        row, metric = "one-pass", f"speedup_vs_{row}"
     found = measured(result, row, metric, batch)
     if not found:
         return "–"
     m, scale = found[0], 1e-6 if metric == "flops_per_image" else 1
-    spread = (
-        f" <small>({form.format(m['low'])} to {form.format(m['high'])})</small>"
-        if "low" in m
-        else ""
-    )
-    return form.format(m["value"] * scale) + spread
+    text = form.format(m["value"] * scale)
+    if "low" in m:
+        text += f" <small>({form.format(m['low'])} to {form.format(m['high'])})</small>"
+    return text
 
 # %% ../nbs/report.ipynb #8d1ab7a8
 def table(result: dict) -> str:
     "The methods side by side, as HTML; real training images are the floor of the distance."
-    rows = {**METHODS, "real": "real training images (the floor)"}
-    head = "".join(f"<th>{name}</th>" for name, *_ in TABLE)
-    body = "".join(
-        f"<tr><th>{name}</th>"
-        + "".join(f"<td>{cell(result, row, *rest)}</td>" for _, *rest in TABLE)
-        + "</tr>"
-        for row, name in rows.items()
-    )
-    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+    body = "".join(f"<th>{name}</th>" for name, *_ in TABLE)
+    body = f"<tr><th></th>{body}</tr>"
+    for row, name in {**METHODS, "real": "real training images (the floor)"}.items():
+        cells = "".join(f"<td>{cell(result, row, *rest)}</td>" for _, *rest in TABLE)
+        body += f"<tr><th>{name}</th>{cells}</tr>"
+    return f"<table>{body}</table>"
 
 # %% ../nbs/report.ipynb #37f07f24
 def headline(result: dict) -> str:
     "The comparison in one sentence, from the measurements."
-    f = lambda row, metric, batch=None: figure(result, row, metric, batch)
+
+    def faster(row, batch):
+        return f"{figure(result, 'one-pass', f'speedup_vs_{row}', batch):.1f}×"
+
+    def accuracy(row):
+        return f"{100 * figure(result, row, 'label_accuracy'):.1f}%"
+
+    def distance(row):
+        return f"{figure(result, row, 'fd[mnist-cnn]'):.2f}"
+
     return (
-        f"One pass of G is {f('one-pass', 'speedup_vs_exact', 1):.1f}× faster than the exact inverse for a single image and "
-        f"{f('one-pass', 'speedup_vs_exact+denoise', 1):.1f}× faster than the exact inverse with denoising; in batches of 64 it is "
-        f"{f('one-pass', 'speedup_vs_exact', 64):.1f}× and {f('one-pass', 'speedup_vs_exact+denoise', 64):.1f}×. "
-        f"Its digits are read as asked {100 * f('one-pass', 'label_accuracy'):.1f}% of the time (exact inverse with denoising: "
-        f"{100 * f('exact+denoise', 'label_accuracy'):.1f}%), at a distance from real digits of {f('one-pass', 'fd[mnist-cnn]'):.2f} "
-        f"against {f('exact+denoise', 'fd[mnist-cnn]'):.2f}; real training digits are at {f('real', 'fd[mnist-cnn]'):.2f}."
+        f"One pass of G is {faster('exact', 1)} faster than the exact inverse for a single image "
+        f"and {faster('exact+denoise', 1)} faster than the exact inverse with denoising; in "
+        f"batches of 64 it is {faster('exact', 64)} and {faster('exact+denoise', 64)}. "
+        f"Its digits are read as asked {accuracy('one-pass')} of the time (exact inverse with "
+        f"denoising: {accuracy('exact+denoise')}), at a distance from real digits of "
+        f"{distance('one-pass')} against {distance('exact+denoise')}; "
+        f"real training digits are at {distance('real')}."
     )
 
 # %% ../nbs/report.ipynb #11f7cd13
-STYLE = """body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-h1{line-height:1.2}h2{margin-top:2.4rem}img{max-width:100%;height:auto}table{border-collapse:collapse;font-size:.86rem;display:block;overflow-x:auto}
-td,th{border-bottom:1px solid #ccc;padding:.35rem .6rem;text-align:right;vertical-align:top}th:first-child{text-align:left}
-small,.note{color:#555}.lead{font-size:1.08rem}pre{background:#f4f4f4;padding:.8rem;overflow-x:auto;font-size:.8rem}"""
+STYLE = """body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
+color:#1a1a1a;background:#fff}h1{line-height:1.2}h2{margin-top:2.4rem}
+img{max-width:100%;height:auto}
+table{border-collapse:collapse;font-size:.86rem;display:block;overflow-x:auto}
+td,th{border-bottom:1px solid #ccc;padding:.35rem .6rem;text-align:right;vertical-align:top}
+th:first-child{text-align:left}small,.note{color:#555}.lead{font-size:1.08rem}
+pre{background:#f4f4f4;padding:.8rem;overflow-x:auto;font-size:.8rem}"""
 
 # %% ../nbs/report.ipynb #d58aec68
-INTRO = """<p class="lead">A <b>normalizing flow</b> is a neural network that turns images into noise and loses nothing on the way: every image has
-its own noise, and every noise its own image. To draw a new image, one takes fresh noise and runs the network backwards. The best flows are
-made of steps that must be undone piece by piece, one after the other; that is slow. <b>BiFlow</b> keeps the flow, called F, to turn
-images into noise, and trains a second network, G, to do the way back <b>in one pass</b>. This page shows a small pair that was just trained on
-handwritten digits, and compares the two ways back.</p>"""
+INTRO = """<p class="lead">A <b>normalizing flow</b> is a neural network that turns images into
+noise and loses nothing on the way: every image has its own noise, and every noise its own image. To
+draw a new image, one takes fresh noise and runs the network backwards. The best flows are made of
+steps that must be undone piece by piece, one after the other; that is slow. <b>BiFlow</b> keeps the
+flow, called F, to turn images into noise, and trains a second network, G, to do the way back <b>in
+one pass</b>. This page shows a small pair that was just trained on handwritten digits, and compares
+the two ways back.</p>"""
 
 # %% ../nbs/report.ipynb #9a19a844
 TEXTS = {
     "samples": (
         "The same noise, four ways",
-        "Every column starts from the same noise and the same wish (0 to 9). First row: F undone exactly, token by token. "
-        "It gives grainy digits, because F was trained on digits with a little noise. Second row: the grain removed with the gradient of F's density, which costs "
-        "another forward and backward pass through F. Third row: one pass of G, which has learned the way back and the cleaning together. "
+        "Every column starts from the same noise and the same wish (0 to 9). First row: F undone "
+        "exactly, token by token. It gives grainy digits, because F was trained on digits with a "
+        "little noise. Second row: the grain removed with the gradient of F's density, which costs "
+        "another forward and backward pass through F. Third row: one pass of G, which has learned "
+        "the way back and the cleaning together. "
         "The first ten samples are shown, not the best ten.",
     ),
     "trajectory": (
         "A digit on its way to noise, and back",
-        "Above: a test digit x, the same with a little noise added (x^0, where F starts), and F's steps to z, which looks like noise. Below, from right to left: G starts "
-        "from that noise alone. Its hidden states were trained to match F's states, so each picture below should resemble the one above it. "
-        "Each picture is stretched to its own range of values.",
+        "Above: a test digit x, the same with a little noise added (x^0, where F starts), and F's "
+        "steps to z, which looks like noise. Below, from right to left: G starts from that noise "
+        "alone. Its hidden states were trained to match F's states, so each picture below should "
+        "resemble the one above it. Each picture is stretched to its own range of values.",
     ),
+}
+
+# %% ../nbs/report.ipynb #3f5b8d21
+TEXTS |= {
     "reconstruction": (
         "There and back again",
-        "Test digits that neither network was trained on; the noise that F gives them; what G draws from that noise in one pass. "
-        "F is exact, so z holds everything about the digit; G has to find it.",
+        "Test digits that neither network was trained on; the noise that F gives them; what G "
+        "draws from that noise in one pass. F is exact, so z holds everything about the digit; "
+        "G has to find it.",
     ),
     "training": (
         "Training",
-        "F learns by maximum likelihood: its loss is minus the log-likelihood a pixel, less a constant. G learns by matching: its loss sums the mismatch at the "
-        "image end and at every depth. Their values cannot be compared with each other.",
+        "F learns by maximum likelihood: its loss is minus the log-likelihood a pixel, less a "
+        "constant. G learns by matching: its loss sums the mismatch at the image end and at every "
+        "depth. Their values cannot be compared with each other.",
     ),
 }
 
 # %% ../nbs/report.ipynb #5e2553ea
-SPEED_NOTE = """<p>The exact inverse runs the same small network over and over, each time for one more token; each step waits for the one before. For
-a single image the processor spends most of that time starting tiny operations, and one pass saves it. In a batch of 64 the processor
-is busy anyway, and the advantage shrinks: one pass does no less arithmetic than the exact inverse (compare the MFLOP), it only does it at once. The hundredfold speed-ups that BiFlow's authors report come from larger
-images (256 tokens and more a flow block, so thousands of serial steps) on accelerators, which do wide work at once and serial work no faster
-than a laptop. The times are medians (quartiles in brackets), measured side by side in this run; other work on the machine while it ran would spoil them.</p>"""
+SPEED_NOTE = """<p>The exact inverse runs the same small network over and over, each time for one
+more token; each step waits for the one before. For a single image the processor spends most of that
+time starting tiny operations, and one pass saves it. In a batch of 64 the processor is busy anyway,
+and the advantage shrinks: one pass does no less arithmetic than the exact inverse (compare the
+MFLOP), it only does it at once. The hundredfold speed-ups that BiFlow's authors report come from
+larger images (256 tokens and more a flow block, so thousands of serial steps) on accelerators,
+which do wide work at once and serial work no faster than a laptop. The times are medians (quartiles
+in brackets), measured side by side in this run; other work on the machine while it ran would spoil
+them.</p>"""
 
 # %% ../nbs/report.ipynb #64c10393
-METRIC_NOTE = """<p><b>FD[mnist-cnn]</b> is the Fréchet distance between two clouds of images, seen through a small digit classifier that had no
-part in the training: smaller is better, and the floor is what real training digits score against the same real test digits. It depends on the number
-of images, so compare only figures with equal counts. <b>Label accuracy</b> is how often that classifier reads the digit that was asked for.</p>"""
+METRIC_NOTE = """<p><b>FD[mnist-cnn]</b> is the Fréchet distance between two clouds of images, seen
+through a small digit classifier that had no part in the training: smaller is better, and the floor
+is what real training digits score against the same real test digits. It depends on the number of
+images, so compare only figures with equal counts. <b>Label accuracy</b> is how often that
+classifier reads the digit that was asked for.</p>"""
 
 # %% ../nbs/report.ipynb #297b69c8
 def section(key: str, picture: str) -> str:
@@ -242,16 +258,21 @@ def section(key: str, picture: str) -> str:
 # %% ../nbs/report.ipynb #c4fd349f
 def facts(result: dict) -> str:
     "How the figures were made: counts, protocols, machine, versions, configuration."
-    f = lambda row, metric: measured(result, row, metric)[0]
-    bpd, trip = f("exact", "bits_per_dim"), f("exact", "round_trip_max_error")
+    bpd = measured(result, "exact", "bits_per_dim")[0]
+    trip = measured(result, "exact", "round_trip_max_error")[0]
     n = next((m["n"] for m in result["measurements"] if m["metric"] == "label_accuracy"), None)
+    made_on = json.dumps({key: result[key] for key in ("hardware", "versions")}, indent=1)
+    config = json.dumps(result["config"], indent=1)
     return (
-        f"<ul><li>{n} samples of each method from the same noise and labels, seed {bpd['seed']}, against {bpd['n']} test images.</li>"
-        f"<li>Test bits/dim of F: {bpd['value']:.3f} ({bpd['protocol']}, {bpd['n']} images; F was trained for sampling, on images with noise, not for this number).</li>"
-        f"<li>Exact round trip F⁻¹(F(x)): largest error {trip['value']:.1e} over {trip['n']} test images, pixels in [-1, 1].</li>"
-        f"<li>Wall time {result['wall_s']:.0f} s. Command: <code>{html.escape(result['command'])}</code>, commit {result['commit']}, {result['date']}.</li></ul>"
-        f"<details open><summary>Machine and versions</summary><pre>{html.escape(json.dumps({k: result[k] for k in ('hardware', 'versions')}, indent=1))}</pre></details>"
-        f"<details><summary>Configuration</summary><pre>{html.escape(json.dumps(result['config'], indent=1))}</pre></details>"
+        f"<ul><li>{n} samples of each method from the same noise and labels, seed {bpd['seed']}, "
+        f"against {bpd['n']} test images.</li><li>Test bits/dim of F: {bpd['value']:.3f} "
+        f"({bpd['protocol']}, {bpd['n']} images; F was trained for sampling, on images with noise, "
+        f"not for this number).</li><li>Exact round trip F⁻¹(F(x)): largest error "
+        f"{trip['value']:.1e} over {trip['n']} test images, pixels in [-1, 1].</li>"
+        f"<li>Wall time {result['wall_s']:.0f} s. Command: <code>{html.escape(result['command'])}"
+        f"</code>, commit {result['commit']}, {result['date']}.</li></ul><details open><summary>"
+        f"Machine and versions</summary><pre>{html.escape(made_on)}</pre></details>"
+        f"<details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>"
     )
 
 # %% ../nbs/report.ipynb #3237d3fd
@@ -259,32 +280,26 @@ def page(result: dict, pictures: dict) -> str:
     "The whole report as HTML; `pictures` maps the keys of `TEXTS` to `<img>` elements."
     body = "".join(section(key, picture) for key, picture in pictures.items())
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>BiFlow on {result["preset"]}</title>'
-        f"<style>{STYLE}</style><h1>Noise to digits in one pass</h1>{INTRO}<p><b>{headline(result)}</b></p>{body}"
-        f"<h2>Figures</h2>{table(result)}{METRIC_NOTE}{SPEED_NOTE}<h2>How this was measured</h2>{facts(result)}</html>\n"
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>BiFlow on {result['preset']}</title><style>{STYLE}</style>"
+        f"<h1>Noise to digits in one pass</h1>{INTRO}<p><b>{headline(result)}</b></p>{body}"
+        f"<h2>Figures</h2>{table(result)}{METRIC_NOTE}{SPEED_NOTE}"
+        f"<h2>How this was measured</h2>{facts(result)}</html>\n"
     )
 
 # %% ../nbs/report.ipynb #2a9f8297
 def write_report(
     path: Path, result: dict, samples: dict, forward: TARFlow, reverse: ReverseModel, test: Images
 ) -> Path:
-    "Draw the pictures of a finished run (whose folder holds forward/ and reverse/) and write its page."
+    "Draw the pictures of a finished run, whose folder holds forward/ and reverse/, and its page."
+    drawn, way = draw_rows(sample_rows(samples, test)), draw_trajectory(forward, reverse, test)
+    back = draw_rows(reconstruction_rows(forward, reverse, test))
     pictures = {
-        "samples": (
-            draw_rows(sample_rows(samples, test)),
-            "digits drawn by three methods, and real ones",
-        ),
-        "trajectory": (
-            draw_trajectory(forward, reverse, test),
-            "states of F and of G for one digit",
-        ),
-        "reconstruction": (
-            draw_rows(reconstruction_rows(forward, reverse, test)),
-            "digits, their noise, and what G makes of it",
-        ),
-        "training": (draw_training(path.parent), "training losses"),
+        "samples": embed(drawn, "digits drawn by three methods, and real ones"),
+        "trajectory": embed(way, "states of F and of G for one digit"),
+        "reconstruction": embed(back, "digits, their noise, and what G makes of it"),
+        "training": embed(draw_training(path.parent), "training losses"),
     }
-    write_atomically(
-        path, page(result, {key: embed(fig, alt) for key, (fig, alt) in pictures.items()})
-    )
+    write_atomically(path, page(result, pictures))
     return path

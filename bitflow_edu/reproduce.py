@@ -4,9 +4,16 @@
 
 # %% ../nbs/reproduce.ipynb #846ed200
 from __future__ import annotations
-import dataclasses, json, shlex, statistics, tempfile, time
+
+import dataclasses
+import json
+import shlex
+import statistics
+import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 from . import pipeline
 from .config import find_preset, nearest
 from .data import BitflowError, load_data
@@ -16,9 +23,9 @@ from .training import write_atomically, writing
 # %% auto #0
 __all__ = ['BUDGETS', 'HOUR', 'GUIDED', 'PHOTOS', 'LONG', 'EXPERIMENTS', 'PAGE', 'LIST', 'PLANNED', 'GUARD', 'GUARD_STEPS',
            'GUARD_SAMPLES', 'GUARDED', 'Experiment', 'pair_commands', 'table_commands', 'hour_of', 'speed_commands',
-           'tables_of', 'find_experiment', 'commands_of', 'file_of', 'stands', 'mark', 'run_experiment', 'entry',
-           'all_results', 'shown', 'column_of', 'markdown_table', 'section_of', 'experiments_table', 'experiments_text',
-           'write_index', 'brief_figures', 'record_guard', 'compare_guard']
+           'tables_of', 'find_experiment', 'commands_of', 'file_of', 'made_for', 'stands', 'mark', 'run_experiment',
+           'entry', 'all_results', 'shown', 'column_of', 'markdown_table', 'section_of', 'sizes_done',
+           'experiments_table', 'experiments_text', 'write_index', 'brief_figures', 'record_guard', 'compare_guard']
 
 # %% ../nbs/reproduce.ipynb #0ad64235
 BUDGETS = ("gpu", "cpu", "smoke")
@@ -37,24 +44,26 @@ class Experiment:
 def pair_commands(
     preset: str, name: str, forward: str = "", reverse: str = "", evaluate: str = ""
 ) -> tuple[str, ...]:
-    "Train F, train G against it, measure both."
-    home = f"RUNS/{name}"
+    "Train F, train G against it, measure both; with further options for each."
+    F, G = f"RUNS/{name}/forward", f"RUNS/{name}/reverse"
     return (
-        f"train forward --preset {preset} {forward} --out {home}/forward --resume",
-        f"train reverse --preset {preset} {reverse} --forward {home}/forward --out {home}/reverse --resume",
-        f"evaluate --preset {preset} {evaluate} --forward {home}/forward --reverse {home}/reverse --out RESULTS/{name}.json",
+        f"train forward --preset {preset} {forward} --out {F} --resume",
+        f"train reverse --preset {preset} {reverse} --forward {F} --out {G} --resume",
+        f"evaluate --preset {preset} {evaluate} --forward {F} --reverse {G} "
+        f"--out RESULTS/{name}.json",
     )
 
 
 def table_commands(preset: str, *tables: str, more: str = "") -> tuple[str, ...]:
     "Tables of `bitflow ablate`, which share their trainings."
-    return tuple(
-        f"ablate {table} --preset {preset} {more} --out RUNS/ablate-{preset} --results RESULTS --resume"
-        for table in tables
-    )
+    options = f"--preset {preset} {more} --out RUNS/ablate-{preset} --results RESULTS --resume"
+    return tuple(f"ablate {table} {options}" for table in tables)
 
 # %% ../nbs/reproduce.ipynb #df4261cd
-HOUR = "--steps {} --batch-size 64 --lr 2e-3 --train-{}.compile True --train-{}.sample-every {} --train-{}.checkpoint-every {}"
+HOUR = (
+    "--steps {} --batch-size 64 --lr 2e-3 --train-{}.compile True "
+    "--train-{}.sample-every {} --train-{}.checkpoint-every {}"
+)
 GUIDED, PHOTOS = "--w 0.25 0.5 1", "--features effnet-lite0 --resume"
 
 
@@ -65,77 +74,75 @@ def hour_of(stage: str, steps: int, sample_every: int, checkpoint_every: int) ->
 
 def speed_commands(geometries: tuple, more: str = "") -> tuple[str, ...]:
     "One pass against the ways back, random weights."
-    return tuple(
-        f"bench --what speed --geometry {g} {more} --out RESULTS/bench-speed-{g}.json"
-        for g in geometries
-    )
+    command = "bench --what speed --geometry {0} {1} --out RESULTS/bench-speed-{0}.json"
+    return tuple(command.format(geometry, more) for geometry in geometries)
 
 # %% ../nbs/reproduce.ipynb #6a689214
-def tables_of(question: str, result: str, *tables: str, minutes: dict) -> Experiment:
-    "An experiment that is made of tables on CIFAR-10."
-    sizes = {"gpu": "cifar10", "cpu": "cifar10-mini", "smoke": "mnist-mini-smoke"}
-    return Experiment(
-        question,
-        f"ablate-{tables[0]}-{result}",
-        {
-            b: table_commands(p, *tables, more="--seeds 1" if b == "smoke" else "")
-            for b, p in sizes.items()
-        },
-        minutes,
-    )
-
-
 LONG = {"gpu": 10, "cpu": 600, "smoke": 2}
 
+
+def tables_of(question: str, result: str, *tables: str, minutes: dict = LONG) -> Experiment:
+    "An experiment that is made of tables on CIFAR-10."
+    commands = {
+        "gpu": table_commands("cifar10", *tables),
+        "cpu": table_commands("cifar10-mini", *tables),
+        "smoke": table_commands("mnist-mini-smoke", *tables, more="--seeds 1"),
+    }
+    return Experiment(question, f"ablate-{tables[0]}-{result}", commands, minutes)
+
 # %% ../nbs/reproduce.ipynb #9e65ad0a
-EXPERIMENTS = {
-    "speed-imagenet256": Experiment(
-        "How much faster is one pass than the exact inverse at ImageNet's shapes, with and without the VAE's decoder?",
-        "bench-speed-imagenet256-b2",
-        {
-            "gpu": speed_commands(("imagenet256-b2", "imagenet256-xl2")),
-            "cpu": speed_commands(("imagenet256-b2",), "--batches 1"),
-            "smoke": speed_commands(("imagenet256-b2-smoke",)),
-        },
-        {"gpu": 8, "cpu": 15, "smoke": 1},
-    ),
-    "mnist-full": Experiment(
-        "F and G with all parts on 60,000 digits: does one pass come near the exact inverse?",
-        "mnist-full",
-        {
-            "gpu": pair_commands("mnist", "mnist-full", evaluate=GUIDED),
-            "cpu": pair_commands(
-                "mnist",
-                "mnist-full",
-                hour_of("forward", 9600, 2400, 600),
-                hour_of("reverse", 2400, 600, 300),
-                GUIDED,
-            ),
-            "smoke": pair_commands("mnist-mini-smoke", "mnist-full"),
-        },
-        {"gpu": 8, "cpu": 150, "smoke": 1},
-    ),
-    "cifar10-main": Experiment(
-        "The same in colour: 50,000 photographs of 32×32 pixels.",
-        "cifar10-main",
-        {
-            "gpu": pair_commands(
-                "cifar10", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS} --images 50000"
-            ),
-            "cpu": pair_commands("cifar10-mini", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS}"),
-            "smoke": pair_commands("mnist-mini-smoke", "cifar10-main"),
-        },
-        {"gpu": 25, "cpu": 150, "smoke": 1},
-    ),
-}
+EXPERIMENTS = {}
+EXPERIMENTS["speed-imagenet256"] = Experiment(
+    "How much faster is one pass than the exact inverse at ImageNet's shapes, "
+    "with and without the VAE's decoder?",
+    "bench-speed-imagenet256-b2",
+    {
+        "gpu": speed_commands(("imagenet256-b2", "imagenet256-xl2")),
+        "cpu": speed_commands(("imagenet256-b2",), "--batches 1"),
+        "smoke": speed_commands(("imagenet256-b2-smoke",)),
+    },
+    {"gpu": 8, "cpu": 15, "smoke": 1},
+)
+
+# %% ../nbs/reproduce.ipynb #ab273492
+EXPERIMENTS["mnist-full"] = Experiment(
+    "F and G with all parts on 60,000 digits: does one pass come near the exact inverse?",
+    "mnist-full",
+    {
+        "gpu": pair_commands("mnist", "mnist-full", evaluate=GUIDED),
+        "cpu": pair_commands(
+            "mnist",
+            "mnist-full",
+            hour_of("forward", 9600, 2400, 600),
+            hour_of("reverse", 2400, 600, 300),
+            GUIDED,
+        ),
+        "smoke": pair_commands("mnist-mini-smoke", "mnist-full"),
+    },
+    {"gpu": 8, "cpu": 150, "smoke": 1},
+)
+
+# %% ../nbs/reproduce.ipynb #46563a82
+EXPERIMENTS["cifar10-main"] = Experiment(
+    "The same in colour: 50,000 photographs of 32×32 pixels.",
+    "cifar10-main",
+    {
+        "gpu": pair_commands(
+            "cifar10", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS} --images 50000"
+        ),
+        "cpu": pair_commands("cifar10-mini", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS}"),
+        "smoke": pair_commands("mnist-mini-smoke", "cifar10-main"),
+    },
+    {"gpu": 25, "cpu": 150, "smoke": 1},
+)
 
 # %% ../nbs/reproduce.ipynb #41be115a
 EXPERIMENTS |= {
     "cifar10-strategies": tables_of(
-        "Does the order of the four strategies appear: exact 44.46, naive 43.41, hidden distillation 55.00, hidden alignment 36.93?",
+        "Does the order of the four strategies appear: exact 44.46, naive 43.41, "
+        "hidden distillation 55.00, hidden alignment 36.93?",
         "cifar10",
         "strategies",
-        minutes=LONG,
     ),
     "cifar10-ablations": tables_of(
         "What do denoising, norm control and the distance buy?",
@@ -143,19 +150,18 @@ EXPERIMENTS |= {
         "denoising",
         "norm-control",
         "distances",
-        minutes=LONG,
     ),
+}
+
+# %% ../nbs/reproduce.ipynb #5b1d30ea
+EXPERIMENTS |= {
     "cifar10-guidance": tables_of(
-        "Guidance in training against guidance at inference, over w.",
-        "cifar10",
-        "guidance",
-        minutes=LONG,
+        "Guidance in training against guidance at inference, over w.", "cifar10", "guidance"
     ),
     "cifar10-scaling": tables_of(
         "Does quality saturate with the size of G when the loss is perceptual?",
         "cifar10",
         "scaling",
-        minutes=LONG,
     ),
 }
 
@@ -163,9 +169,8 @@ EXPERIMENTS |= {
 def find_experiment(name: str) -> Experiment:
     "The experiment of that name. Raises `BitflowError` with the nearest name for another."
     if name not in EXPERIMENTS:
-        raise BitflowError(
-            f"unknown experiment {name!r}; {nearest(name, EXPERIMENTS)}experiments: {', '.join(EXPERIMENTS)}"
-        )
+        known = f"{nearest(name, EXPERIMENTS)}experiments: {', '.join(EXPERIMENTS)}"
+        raise BitflowError(f"unknown experiment {name!r}; {known}")
     return EXPERIMENTS[name]
 
 
@@ -173,11 +178,12 @@ def commands_of(name: str, budget: str, runs: Path, results: Path) -> list[list[
     "The words of each command of an experiment, with its folders filled in."
     if budget not in BUDGETS:
         raise BitflowError(f"unknown budget {budget!r}; choose {', '.join(BUDGETS)}")
-    fill = lambda word: word.replace("RUNS", str(runs)).replace("RESULTS", str(results))
-    return [
-        [fill(word) for word in command.split()]
-        for command in find_experiment(name).commands[budget]
-    ]
+
+    def fill(word):
+        return word.replace("RUNS", str(runs)).replace("RESULTS", str(results))
+
+    commands = find_experiment(name).commands[budget]
+    return [[fill(word) for word in command.split()] for command in commands]
 
 # %% ../nbs/reproduce.ipynb #67399df7
 def file_of(words: list[str]) -> Path | None:
@@ -188,28 +194,29 @@ def file_of(words: list[str]) -> Path | None:
     return Path(given["--out"]) if words[0] in ("evaluate", "bench") else None
 
 
+def made_for(words: list[str]) -> tuple:
+    "What two commands have in common that make the same file: the command and its preset."
+    return words[:1], dict(zip(words, words[1:])).get("--preset")
+
+# %% ../nbs/reproduce.ipynb #1183b611
 def stands(words: list[str], budget: str) -> bool:
-    "Whether the command's result is there. `BitflowError` where something else has its name, or it was made in another size."
+    "Whether the command's result is there. `BitflowError` where its file was made otherwise."
     path = file_of(words)
     if path is None or not path.exists():
         return False
     there = load_result(path.stem, path.parent)
     if (size := there.get("budget") or budget) != budget:
-        raise BitflowError(
-            f"{path} was made with --budget {size}, not {budget}; move it away, or name other folders with --results and --out"
-        )
+        was = f"{path} was made with --budget {size}, not {budget}"
+        raise BitflowError(f"{was}; move it away, or name other folders with --results and --out")
     made_by = shlex.split(there["command"])
-    if made_by[1:2] != words[:1] or dict(zip(made_by, made_by[1:])).get("--preset") != dict(
-        zip(words, words[1:])
-    ).get("--preset"):
-        raise BitflowError(
-            f"{path} was made by another command ({shlex.join(made_by)}); move it away, or name another folder with --results"
-        )
+    if made_for(made_by[1:]) != made_for(words):
+        was = f"{path} was made by another command ({shlex.join(made_by)})"
+        raise BitflowError(f"{was}; move it away, or name another folder with --results")
     return True
 
 # %% ../nbs/reproduce.ipynb #080fcdf3
 def mark(path: Path, name: str, budget: str):
-    "Write into a results file which experiment it belongs to, and in which size it was done."
+    "Write into a results file which experiment it belongs to, and the size in which it was done."
     result = load_result(path.stem, path.parent)
     found = result.pop("measurements")
     with writing(path.parent):
@@ -219,18 +226,20 @@ def mark(path: Path, name: str, budget: str):
 
 # %% ../nbs/reproduce.ipynb #495f234d
 def run_experiment(name: str, budget: str, runs: Path, results: Path, run, more: tuple = ()):
-    "Run what is left of an experiment; `run(words)` carries out one command and gives its exit code, `more` is added to each."
+    """Run what is left of an experiment.
+
+    `run(words)` carries out one command and gives its exit code; `more` is added to each."""
     commands = commands_of(name, budget, runs, results)
     standing = [stands(words, budget) for words in commands]  # before hours are spent
     for words, done in zip(commands, standing):
+        command = f"bitflow {shlex.join(words)}"
         if done:
             print(f"{name}: {file_of(words)} stands")
             continue
-        print(f"{name}: bitflow {shlex.join(words)}", flush=True)
+        print(f"{name}: {command}", flush=True)
         if run([*words, *more]):
-            raise BitflowError(
-                f"{name} stopped at: bitflow {shlex.join(words)}\nMend what it says, and start bitflow reproduce {name} again: what is done stays done"
-            )
+            again = f"start bitflow reproduce {name} again: what is done stays done"
+            raise BitflowError(f"{name} stopped at: {command}\nMend what it says, and {again}")
         if path := file_of(words):
             mark(path, name, budget)
 
@@ -239,150 +248,142 @@ def entry(result: dict, folder: Path) -> dict:
     "A results file's line in the index."
     picture = folder / f"{result['name']}.png"
     keys = ("name", "preset", "experiment", "budget", "command", "commit", "date", "wall_s")
-    gpu = result["hardware"]["gpu"]
-    return {
-        **{k: result.get(k) for k in keys},
-        "hardware": gpu or f"{result['hardware']['cores']} cores, {result['hardware']['cpu']}",
-        "picture": picture.name if picture.exists() else None,
-    }
+    line = {k: result.get(k) for k in keys}
+    machine = result["hardware"]
+    line["hardware"] = machine["gpu"] or f"{machine['cores']} cores, {machine['cpu']}"
+    line["picture"] = picture.name if picture.exists() else None
+    return line
 
 
 def all_results(folder: Path) -> list[dict]:
     "Every results file of a folder, by name; the index itself is none."
-    found = [
-        load_result(path.stem, folder)
-        for path in sorted(Path(folder).glob("*.json"))
-        if path.stem != "index"
-    ]
+    paths = [path for path in sorted(Path(folder).glob("*.json")) if path.stem != "index"]
+    found = [load_result(path.stem, folder) for path in paths]
     return [result for result in found if isinstance(result, dict) and "measurements" in result]
 
 # %% ../nbs/reproduce.ipynb #f4ef1d76
 def shown(m: dict) -> str:
-    "A measurement's value in four digits, with its unit and batch."
-    value = (
-        "–"
-        if m["value"] is None
-        else f"{m['value']:,.4g}"
-        if abs(m["value"]) < 1e5
-        else f"{m['value']:.3e}"
-    )
-    return value + ("" if m["unit"] in ("1", None) else f" {m['unit']}")
+    "A measurement's value in four digits, with its unit."
+    if m["value"] is None:
+        value = "–"
+    else:
+        value = f"{m['value']:,.4g}" if abs(m["value"]) < 1e5 else f"{m['value']:.3e}"
+    return value if m["unit"] in ("1", None) else f"{value} {m['unit']}"
 
 # %% ../nbs/reproduce.ipynb #0c4768a4
 def column_of(m: dict) -> str:
     "What a measurement is of: metric, and what else tells it from its neighbours."
-    more = [
-        f"{key} {m[key]:g}"
-        for key in ("batch", "guidance", "w", "tokens", "block")
-        if isinstance(m.get(key), (int, float)) and not isinstance(m.get(key), bool)
-    ]
-    return ", ".join([m["metric"], *more])
+    words = [m["metric"]]
+    for key in ("batch", "guidance", "w", "tokens", "block"):
+        if isinstance(m.get(key), (int, float)) and not isinstance(m[key], bool):
+            words.append(f"{key} {m[key]:g}")
+    return ", ".join(words)
 
 # %% ../nbs/reproduce.ipynb #f7a75b50
 def markdown_table(result: dict) -> str:
-    "A results file as a Markdown table: a row for each method; where there are several seeds, all their values."
+    "A results file as a Markdown table: a row for each method, with the values of all seeds."
     rows, columns = {}, {}
     for m in result["measurements"]:
         if m["metric"].startswith("mean "):  # every seed's value is shown
             continue
         rows.setdefault(m["row"], {}).setdefault(column_of(m), []).append(shown(m))
         columns[column_of(m)] = None
-    width = "|" + "---|" * (len(columns) + 1)
-    body = [
-        "| " + " | ".join([row, *("; ".join(cells.get(c, ["–"])) for c in columns)]) + " |"
-        for row, cells in rows.items()
-    ]
-    return "\n".join(["| | " + " | ".join(columns) + " |", width, *body])
+    lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for row, cells in rows.items():
+        values = ["; ".join(cells.get(c, ["–"])) for c in columns]
+        lines.append("| " + " | ".join([row, *values]) + " |")
+    return "\n".join(lines)
 
 # %% ../nbs/reproduce.ipynb #7435ec55
 def section_of(result: dict, line: dict) -> str:
     "A results file on the page: how it was made, its picture, its figures."
-    size = f", budget `{line['budget']}`" if line["budget"] else ""
-    images = f"; images: {result['config']['images']}" if result["config"].get("images") else ""
-    how = f"`{line['command']}`{size}{images}; {line['hardware']}; commit {line['commit']}, {line['date'][:10]}, {line['wall_s'] / 60:.1f} minutes."
-    picture = f"![{line['name']}]({line['picture']})\n\n" if line["picture"] else ""
-    table = markdown_table(result)
-    body = (
-        table
-        if table.count("|") < 1500
-        else f"{len(result['measurements'])} figures, too many for a page: [{line['name']}.json]({line['name']}.json)"
+    name, date, images = line["name"], line["date"][:10], result["config"].get("images")
+    how = f"`{line['command']}`"
+    how += f", budget `{line['budget']}`" if line["budget"] else ""
+    how += f"; images: {images}" if images else ""
+    how += (
+        f"; {line['hardware']}; commit {line['commit']}, {date}, {line['wall_s'] / 60:.1f} minutes."
     )
-    return f"## {line['name']}\n\n{how}\n\n{picture}{body}\n"
+    picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
+    body, count = markdown_table(result), len(result["measurements"])
+    if body.count("|") >= 1500:
+        body = f"{count} figures, too many for a page: [{name}.json]({name}.json)"
+    return f"## {name}\n\n{how}\n\n{picture}{body}\n"
 
 # %% ../nbs/reproduce.ipynb #5078d966
 PAGE = """# All figures
 
-Written from the files in this folder by `bitflow reproduce`. Pictures show the first samples of their seed, not chosen ones. A figure can be made again with the command that stands above it.
+Written from the files in this folder by `bitflow reproduce`. Pictures show the first samples of \
+their seed, not chosen ones. A figure can be made again with the command that stands above it.
 
 ## The experiments
 
-`bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`: seconds) runs one of these lists of commands, goes on where it stopped, and skips what stands. All commands: [EXPERIMENTS.md](EXPERIMENTS.md).
+`bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`: seconds) runs one of these lists of \
+commands, goes on where it stopped, and skips what stands. All commands: \
+[EXPERIMENTS.md](EXPERIMENTS.md).
 """
 
 # %% ../nbs/reproduce.ipynb #547c7f05
+def sizes_done(name: str, lines: list[dict]) -> list[str]:
+    "The sizes in which an experiment has been done."
+    result = EXPERIMENTS[name].result
+    ours = [line for line in lines if line["experiment"] == name or line["name"] == result]
+    return sorted({line["budget"] or "by its command alone" for line in ours})
+
+
 def experiments_table(lines: list[dict]) -> str:
-    "The experiments as Markdown: what each asks, what it was planned for, and in which size it has been done."
-    rows = [
-        "| experiment | question | minutes on one H200 | minutes on a CPU | done |",
-        "|---|---|---|---|---|",
-    ]
+    "The experiments as Markdown: what each asks, was planned for, and in which size it was done."
+    rows = ["| experiment | question | minutes on one H200 | minutes on a CPU | done |"]
+    rows.append("|---|---|---|---|---|")
     for name, e in EXPERIMENTS.items():
-        done = sorted(
-            {
-                line["budget"] or "by its command alone"
-                for line in lines
-                if line["experiment"] == name or line["name"] == e.result
-            }
-        )
-        rows.append(
-            f"| `{name}` | {e.question} | {e.minutes['gpu']} | {e.minutes['cpu']} | {', '.join(done) or 'not yet'} |"
-        )
+        done = ", ".join(sizes_done(name, lines)) or "not yet"
+        gpu, cpu = e.minutes["gpu"], e.minutes["cpu"]
+        rows.append(f"| `{name}` | {e.question} | {gpu} | {cpu} | {done} |")
     return "\n".join(rows) + "\n"
 
 # %% ../nbs/reproduce.ipynb #5682473e
 LIST = """# The experiments
 
-Written by `bitflow reproduce` from the list that it runs. `bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`) carries out the commands below in order, goes on where it stopped, and skips what stands;
-each can also be run alone. The same seed gives the same figures on the same machine. What has been done, and what came out, is on [the page of all figures](README.md).
+Written by `bitflow reproduce` from the list that it runs. `bitflow reproduce NAME --budget gpu` \
+(or `cpu`, or `smoke`) carries out the commands below in order, goes on where it stopped, and \
+skips what stands;
+each can also be run alone. The same seed gives the same figures on the same machine. What has \
+been done, and what came out, is on [the page of all figures](README.md).
 
-`gpu` is the experiment as it should be. `cpu` has the same data and the same parts for far fewer steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in seconds that the commands run; its figures mean nothing.
-Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. Not here yet: G beside flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with chapter 18.
+`gpu` is the experiment as it should be. `cpu` has the same data and the same parts for far fewer \
+steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in seconds that the \
+commands run; its figures mean nothing.
+Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. Not here yet: G beside \
+flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with chapter 18.
 """
 PLANNED = {"gpu": "of one H200", "cpu": "of a core or two", "smoke": "of a core"}
 
-
+# %% ../nbs/reproduce.ipynb #6d29b5eb
 def experiments_text() -> str:
     "The list of experiments as Markdown: what each asks, and its commands in each size."
-    parts = [LIST]
+    runs, results, parts = Path("runs/reproduce"), Path("results"), [LIST]
     for name, e in EXPERIMENTS.items():
         parts.append(f"## {name}\n\n{e.question}\n")
         for budget in BUDGETS:
-            lines = [
-                f"bitflow {shlex.join(words)}"
-                for words in commands_of(name, budget, Path("runs/reproduce"), Path("results"))
-            ]
-            parts.append(
-                f"`--budget {budget}`, planned for {e.minutes[budget]} minute{'s' * (e.minutes[budget] != 1)} {PLANNED[budget]}:\n\n```\n"
-                + "\n".join(lines)
-                + "\n```\n"
-            )
+            commands = commands_of(name, budget, runs, results)
+            lines = "".join(f"bitflow {shlex.join(words)}\n" for words in commands)
+            minutes = e.minutes[budget]
+            time_planned = f"{minutes} minute{'s' * (minutes != 1)} {PLANNED[budget]}"
+            head = f"`--budget {budget}`, planned for {time_planned}:"
+            parts.append(f"{head}\n\n```\n{lines}```\n")
     return "\n".join(parts)
 
 # %% ../nbs/reproduce.ipynb #87361e0d
 def write_index(folder: Path) -> Path:
-    "Write `index.json`, `README.md` and `EXPERIMENTS.md` of a folder of results; gives the page's path."
+    "Write `index.json`, `README.md` and `EXPERIMENTS.md` of a folder of results; gives the page."
     found = all_results(folder)
     lines = [entry(result, folder) for result in found]
+    index = ",\n".join(" " + json.dumps(line) for line in lines)
+    page = [PAGE, experiments_table(lines), *map(section_of, found, lines)]
     with writing(folder):
-        write_atomically(
-            folder / "index.json",
-            "[\n" + ",\n".join(" " + json.dumps(line) for line in lines) + "\n]\n",
-        )
+        write_atomically(folder / "index.json", f"[\n{index}\n]\n")
         write_atomically(folder / "EXPERIMENTS.md", experiments_text())
-        write_atomically(
-            folder / "README.md",
-            "\n".join([PAGE, experiments_table(lines), *map(section_of, found, lines)]),
-        )
+        write_atomically(folder / "README.md", "\n".join(page))
     return folder / "README.md"
 
 # %% ../nbs/reproduce.ipynb #f2dc09cf
@@ -401,11 +402,10 @@ def brief_figures(
 ) -> list:
     "Train F and G of `mnist-mini` briefly, and measure what is guarded; a list of `measurement`."
     preset = find_preset("mnist-mini")
-    F_cfg, G_cfg = (
-        replace(cfg, steps=steps, seed=seed) for cfg in (preset.train_forward, preset.train_reverse)
-    )
+    F_cfg = replace(preset.train_forward, steps=steps, seed=seed)
+    G_cfg = replace(preset.train_reverse, steps=steps, seed=seed)
     preset = replace(preset, train_forward=F_cfg, train_reverse=G_cfg)
-    train, test = (load_data(preset.data, split) for split in ("train", "test"))
+    train, test = load_data(preset.data, "train"), load_data(preset.data, "test")
     with tempfile.TemporaryDirectory() as home:
         F = pipeline.train_forward(preset, train, Path(home) / "f", device)
         G = pipeline.train_reverse(preset, F, train, Path(home) / "g", device)
@@ -418,35 +418,21 @@ def record_guard(results: Path, seeds: int = 5, device: str = "cpu") -> Path:
     start, found = time.perf_counter(), []
     for seed in range(seeds):
         found += brief_figures(seed, device)
-    config = {"steps": GUARD_STEPS, **dataclasses.asdict(find_preset("mnist-mini"))}
-    return save_results(
-        results,
-        GUARD,
-        "mnist-mini",
-        "bitflow reproduce --check --record",
-        config,
-        found,
-        time.perf_counter() - start,
-    )
+    preset, command = find_preset("mnist-mini"), "bitflow reproduce --check --record"
+    config = {"steps": GUARD_STEPS, **dataclasses.asdict(preset)}
+    took = time.perf_counter() - start
+    return save_results(results, GUARD, preset.name, command, config, found, took)
 
 
 def compare_guard(stored: dict, found: list, width: float = 4.0) -> list[tuple]:
-    "For each guarded figure: row, metric, value, mean and spread of the stored ones, and whether it lies within `width` standard deviations of a single new value."
+    """Guarded figures beside the stored ones: (row, metric, value, mean, spread, fine).
+
+    `fine`: the value lies within `width` standard deviations of a single new value."""
     lines = []
     for m in found:
         values = [s["value"] for s in measured(stored, m["row"], m["metric"])]
-        mean, spread = (
-            statistics.mean(values),
-            statistics.stdev(values) * (1 + 1 / len(values)) ** 0.5,
-        )
-        lines.append(
-            (
-                m["row"],
-                m["metric"],
-                m["value"],
-                mean,
-                spread,
-                abs(m["value"] - mean) <= width * spread,
-            )
-        )
+        mean = statistics.mean(values)
+        spread = statistics.stdev(values) * (1 + 1 / len(values)) ** 0.5
+        fine = abs(m["value"] - mean) <= width * spread
+        lines.append((m["row"], m["metric"], m["value"], mean, spread, fine))
     return lines

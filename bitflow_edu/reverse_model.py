@@ -2,12 +2,15 @@
 
 # %% ../nbs/10_reverse_model.ipynb #a109b42e
 from __future__ import annotations
+
 import warnings
 from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+
 from .data import BitflowError, unpatchify
 from .tarflow import ClassEmbedding, TokenGeometry, check_geometry
 from .transformer import NORMS, Transformer, TransformerConfig
@@ -24,9 +27,8 @@ def sample_noise(
     device: str = "cpu",
 ) -> Tensor:  # z `(n, T, D)`
     "Noise tokens; image i's noise depends on the seed alone, not on the device or on n."
-    z = np.random.default_rng(seed).standard_normal(
-        (n, cfg.num_tokens, cfg.token_dim), dtype=np.float32
-    )
+    shape = (n, cfg.num_tokens, cfg.token_dim)
+    z = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(z).to(device)
 
 # %% ../nbs/10_reverse_model.ipynb #1288cec7
@@ -36,9 +38,8 @@ def check_reverse(cfg):
     if cfg.num_blocks < 1:
         raise BitflowError(f"num_blocks is {cfg.num_blocks}; G needs at least one block")
     if not 0 <= cfg.max_guidance < float("inf"):
-        raise BitflowError(
-            f"max_guidance is {cfg.max_guidance}; the largest w of training is finite and not negative, 0 for a G without w"
-        )
+        wanted = "the largest w of training is finite and not negative, 0 for a G without w"
+        raise BitflowError(f"max_guidance is {cfg.max_guidance}; {wanted}")
 
 # %% ../nbs/10_reverse_model.ipynb #01867be3
 @dataclass(frozen=True)
@@ -51,12 +52,8 @@ class ReverseConfig(TokenGeometry):
     num_classes: int = 10  # labels 0 … num_classes − 1; −1 means no label
     num_blocks: int = 4  # B, one for every block of F
     denoise: bool = True  # one more block, from h^0 (noisy) to the clean x'
-    token_states: bool = (
-        False  # pass states on in token space (hidden distillation), not in model width
-    )
-    max_guidance: float = (
-        0.0  # G takes a guidance scale w, trained from 0 to this (chapter 14); 0: it takes none
-    )
+    token_states: bool = False  # pass states on as tokens (hidden distillation), not in model width
+    max_guidance: float = 0.0  # G takes w, trained from 0 to this (chapter 14); 0: it takes none
     embed_std: float = 0.3  # initial size of position and class embeddings
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
 
@@ -65,27 +62,25 @@ class ReverseConfig(TokenGeometry):
 
 # %% ../nbs/10_reverse_model.ipynb #6d921f9f
 class ReverseBlock(nn.Module):
-    "Undoes one f_i: h^{i+1} to h^i, every token seeing every other."
+    "Inverts one f_i: h^{i+1} to h^i, every token seeing every other."
 
     def __init__(self, cfg: ReverseConfig):
         super().__init__()
-        width = cfg.transformer.width
+        width, side = cfg.transformer.width, cfg.image_size // cfg.patch_size
         self.class_embed = ClassEmbedding(cfg.num_classes, width, cfg.embed_std)
-        self.transformer = Transformer(
-            cfg.transformer, cfg.image_size // cfg.patch_size, causal=False
-        )
-        self.scale_embed = (
-            nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
-            if cfg.max_guidance
-            else None
-        )
+        self.transformer = Transformer(cfg.transformer, side, causal=False)
+        self.scale_embed = None
+        if cfg.max_guidance:
+            into, out = nn.Linear(1, width), nn.Linear(width, width)
+            self.scale_embed = nn.Sequential(into, nn.SiLU(), out)
 
     def forward(self, h, c, w=None):
-        "Features `(N, T, width)`, labels `(N,)` (−1: none) and, where G takes them, guidance scales `(N,)`, to features of the same shape."
+        """Features `(N, T, width)`, labels `(N,)` (−1: none) and, where G takes them,
+        guidance scales `(N,)`, to features of the same shape."""
         h = h + self.class_embed(c)
-        return self.transformer(
-            h if self.scale_embed is None else h + self.scale_embed(w[:, None])[:, None]
-        )
+        if self.scale_embed is not None:
+            h = h + self.scale_embed(w[:, None])[:, None]
+        return self.transformer(h)
 
 # %% ../nbs/10_reverse_model.ipynb #b5586ab0
 def projection(cfg: ReverseConfig) -> nn.Sequential:
@@ -104,26 +99,30 @@ class ReverseOutput:
     denoised: bool = True  # whether there was a denoising block
 
 # %% ../nbs/10_reverse_model.ipynb #fa822ccb
-def per_block(w, n: int, num_blocks: int, like: Tensor) -> Tensor:
-    "Guidance scales for each image and block, the denoising one last, `(n, B + 1)`: from a number, `(n,)` or `(n, B + 1)`."
+def per_block(
+    w,  # a number, `(n,)` or `(n, B + 1)`
+    n: int,  # images
+    num_blocks: int,  # B
+    like: Tensor,  # has the type and device wanted
+) -> Tensor:  # `(n, B + 1)`
+    "Guidance scales for each image and block, the denoising one last."
     w = torch.as_tensor(w, dtype=like.dtype, device=like.device)
     return (w[:, None] if w.dim() == 1 else w).expand(n, num_blocks + 1)
 
 # %% ../nbs/10_reverse_model.ipynb #13d4fc2d
 def guidance_scales(cfg: ReverseConfig, w, n: int, device) -> Tensor | None:
     "w `per_block` for a G that takes it; no w is 0. `BitflowError` where G takes none."
-    if not cfg.max_guidance:
+    limit = cfg.max_guidance
+    if not limit:
         if w is not None:
-            raise BitflowError(
-                "this G takes no guidance scale w; train one with max_guidance above 0, or guide it at inference (chapter 14)"
-            )
+            advice = "train one with max_guidance above 0, or guide it at inference (chapter 14)"
+            raise BitflowError(f"this G takes no guidance scale w; {advice}")
         return None
     w = per_block(0.0 if w is None else w, n, cfg.num_blocks, torch.empty(0, device=device))
-    if w.numel() and not (w.min() >= 0 and w.max() <= cfg.max_guidance):
-        warnings.warn(
-            f"w from {w.min():g} to {w.max():g}, but this G was trained with w from 0 to {cfg.max_guidance:g}: what it makes of it is a guess",
-            stacklevel=4,
-        )
+    if w.numel() and not (w.min() >= 0 and w.max() <= limit):
+        given, trained = f"w from {w.min():g} to {w.max():g}", f"with w from 0 to {limit:g}"
+        guess = f"{given}, but this G was trained {trained}: what it makes of it is a guess"
+        warnings.warn(guess, stacklevel=4)
     return w
 
 # %% ../nbs/10_reverse_model.ipynb #b136f4fe
@@ -140,14 +139,12 @@ class ReverseModel(nn.Module):
 
     def __init__(self, cfg: ReverseConfig):
         super().__init__()
-        self.cfg, width = cfg, cfg.transformer.width
-        self.proj_in = nn.Linear(cfg.token_dim, width)
+        width, D, B = cfg.transformer.width, cfg.token_dim, cfg.num_blocks
+        self.cfg, self.proj_in = cfg, nn.Linear(D, width)
         self.pos_embed = nn.Parameter(cfg.embed_std * torch.randn(cfg.num_tokens, width))
-        self.blocks = nn.ModuleList([ReverseBlock(cfg) for _ in range(cfg.num_blocks)])
-        self.heads = nn.ModuleList([projection(cfg) for _ in range(cfg.num_blocks)])
-        self.lifts = nn.ModuleList(
-            [nn.Linear(cfg.token_dim, width) for _ in range(cfg.num_blocks * cfg.token_states)]
-        )
+        self.blocks = nn.ModuleList([ReverseBlock(cfg) for _ in range(B)])
+        self.heads = nn.ModuleList([projection(cfg) for _ in range(B)])
+        self.lifts = nn.ModuleList([nn.Linear(D, width) for _ in range(B * cfg.token_states)])
         self.denoiser = ReverseBlock(cfg) if cfg.denoise else None
         self.out = projection(cfg) if cfg.denoise else None
 
@@ -156,7 +153,7 @@ class ReverseModel(nn.Module):
         return self.proj_in(z) + self.pos_embed
 
     def undo(self, i, h, run):
-        "One block back: h^i and φ_i(h^i); with `token_states`, h^i goes on as what φ_i let through."
+        "One block back: h^i and φ_i(h^i); with `token_states`, h^i is what φ_i let through."
         h = run(self.blocks[i], h, i)
         projected = self.heads[i](h)
         if self.cfg.token_states:
@@ -164,14 +161,14 @@ class ReverseModel(nn.Module):
         return h, projected
 
     def finish(self, h, projected, run):
-        "x' `(N, C, H, W)`: from h^0 through the denoising block, or φ_0(h^0) itself where there is none."
-        tokens = (
-            self.out(run(self.denoiser, h, self.cfg.num_blocks)) if self.cfg.denoise else projected
-        )
-        return unpatchify(tokens, self.cfg.patch_size, self.cfg.channels)
+        "x' `(N, C, H, W)`, by the denoising block from h^0; without one, φ_0(h^0) as an image."
+        if self.cfg.denoise:
+            projected = self.out(run(self.denoiser, h, self.cfg.num_blocks))
+        return unpatchify(projected, self.cfg.patch_size, self.cfg.channels)
 
     def walk(self, z, run):
-        "Noise tokens `(N, T, D)` to a `ReverseOutput`, where `run(block, h, i)` applies block i; the denoising block is number B."
+        """Noise tokens `(N, T, D)` to a `ReverseOutput`, where `run(block, h, i)` applies block i;
+        the denoising block is number B."""
         hidden, projected = [self.embed(z)], []
         for i in reversed(range(self.cfg.num_blocks)):
             h, tokens = self.undo(i, hidden[-1], run)
@@ -181,7 +178,8 @@ class ReverseModel(nn.Module):
         return ReverseOutput(tuple(hidden[::-1]), tuple(projected[::-1]), image, self.cfg.denoise)
 
     def forward(self, z, c, w=None):
-        "Noise tokens `(N, T, D)`, labels `(N,)` (−1: none) and guidance scales (see `with_labels`) to a `ReverseOutput`."
+        """Noise tokens `(N, T, D)`, labels `(N,)` (−1: none) and guidance scales
+        (see `with_labels`) to a `ReverseOutput`."""
         return self.walk(z, with_labels(self.cfg, c, w))
 
 # %% ../nbs/10_reverse_model.ipynb #f8d0452a

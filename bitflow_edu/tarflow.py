@@ -2,19 +2,23 @@
 
 # %% ../nbs/07_tarflow.ipynb #58d9fbee
 from __future__ import annotations
-import math, re
+
+import math
+import re
 from dataclasses import dataclass, field, replace
+
 import torch
 import torch.nn as nn
 from torch import Tensor
+
 from .bijections import Compose, Identity, StandardNormal
 from .coupling import ActNorm, Logit
 from .data import BitflowError, add_noise, patchify
 from .transformer import Transformer, TransformerConfig
 
 # %% auto #0
-__all__ = ['TokenGeometry', 'TARFlowConfig', 'check_geometry', 'ClassEmbedding', 'BlockParts', 'shifted', 'FlowBlock',
-           'Trajectory', 'check_input', 'block_config', 'TARFlow', 'log_prob', 'nll_per_dim', 'rms', 'trajectory_norms',
+__all__ = ['TokenGeometry', 'TARFlowConfig', 'check_geometry', 'ClassEmbedding', 'shifted', 'FlowBlock', 'Trajectory',
+           'check_input', 'block_config', 'TARFlow', 'log_prob', 'nll_per_dim', 'rms', 'trajectory_norms',
            'forward_loss', 'to_apple_name', 'apple_shapes', 'apple_config', 'check_apple', 'load_apple_state_dict',
            'apple_state_dict']
 
@@ -42,59 +46,43 @@ class TARFlowConfig(TokenGeometry):
     patch_size: int = 4  # p
     num_classes: int = 10  # labels 0 … num_classes − 1; −1 means no label
     num_blocks: int = 4  # B
-    noise_std: float = (
-        0.1  # σ of the noise augmentation; 0: uniform dequantisation instead, for likelihood
-    )
-    logit_alpha: float = (
-        0.0  # α of a logit that pixels go through first (chapter 02); 0: none, as published
-    )
-    label_dropout: float = (
-        0.1  # share of labels hidden in training; 0: label −1 means nothing to it
-    )
-    clip: float = 0.0  # c: α and μ are clipped to [−c, c] (chapter 09); 0: not at all, as published
+    noise_std: float = 0.1  # σ of the noise augmentation; 0: uniform dequantisation (likelihood)
+    logit_alpha: float = 0.0  # α of a logit of the pixels (chapter 02); 0: none, as published
+    label_dropout: float = 0.1  # share of labels hidden in training; 0: −1 means nothing to it
+    clip: float = 0.0  # c: α and μ are clipped to [−c, c] (chapter 09); 0: none, as published
     block_layers: tuple[
         int, ...
-    ] = ()  # layers of each block, near the data first (deep–shallow, chapter 09); empty: all alike
-    prior_var: bool = (
-        False  # keep a variance for every value of z, as published checkpoints do (`var`)
-    )
-    embed_std: float = (
-        0.3  # initial size of position and class embeddings (the published 0.01 learns labels late)
-    )
+    ] = ()  # layers of each block, data first (chapter 09); empty: alike
+    embed_std: float = 0.3  # initial size of embeddings (the published 0.01 learns labels late)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
 
     def __post_init__(self):
         check_geometry(self)
-        if self.noise_std < 0 or self.num_blocks < 1:
-            raise BitflowError(
-                f"noise_std {self.noise_std} must not be negative and num_blocks {self.num_blocks} be at least 1"
-            )
+        B, depths = self.num_blocks, self.block_layers
+        if self.noise_std < 0 or B < 1:
+            noise = f"noise_std {self.noise_std} must not be negative"
+            raise BitflowError(f"{noise} and num_blocks {B} be at least 1")
         if not 0 <= self.logit_alpha < 0.5:
-            raise BitflowError(
-                f"logit_alpha is {self.logit_alpha}; it must lie in [0, 0.5), where 0 means no logit"
-            )
+            allowed = "it must lie in [0, 0.5), where 0 means no logit"
+            raise BitflowError(f"logit_alpha is {self.logit_alpha}; {allowed}")
         if not self.clip >= 0:
             raise BitflowError(f"clip is {self.clip}; it must be 0 (none) or greater")
-        if self.block_layers and (
-            len(self.block_layers) != self.num_blocks or min(self.block_layers) < 1
-        ):
-            raise BitflowError(
-                f"block_layers {self.block_layers} must name at least 1 layer for each of the {self.num_blocks} blocks"
-            )
+        if depths and (len(depths) != B or min(depths) < 1):
+            wanted = f"must name at least 1 layer for each of the {B} blocks"
+            raise BitflowError(f"block_layers {depths} {wanted}")
 
 # %% ../nbs/07_tarflow.ipynb #dbafb255
 def check_geometry(
     cfg: TokenGeometry,  # with image_size, channels, patch_size and num_classes
 ):
     "Refuse image and patch sizes that do not tile."
-    if cfg.image_size < 1 or cfg.channels < 1 or cfg.num_classes < 1:
-        raise BitflowError(
-            f"image_size {cfg.image_size}, channels {cfg.channels} and num_classes {cfg.num_classes} must be at least 1"
-        )
-    if cfg.patch_size < 1 or cfg.image_size % cfg.patch_size:
-        raise BitflowError(
-            f"patch size {cfg.patch_size} does not divide the image size {cfg.image_size}; choose a divisor"
-        )
+    size, patch, C, K = cfg.image_size, cfg.patch_size, cfg.channels, cfg.num_classes
+    if min(size, C, K) < 1:
+        sizes = f"image_size {size}, channels {C} and num_classes {K}"
+        raise BitflowError(f"{sizes} must be at least 1")
+    if patch < 1 or size % patch:
+        wrong = f"patch size {patch} does not divide the image size {size}"
+        raise BitflowError(f"{wrong}; choose a divisor")
 
 # %% ../nbs/07_tarflow.ipynb #1bd4ff40
 class ClassEmbedding(nn.Module):
@@ -106,13 +94,19 @@ class ClassEmbedding(nn.Module):
 
     def forward(self, c):
         "Labels `(N,)` to vectors `(N, 1, width)`."
-        return torch.where(
-            (c < 0)[:, None, None], self.weight.mean(dim=0), self.weight[c.clamp(min=0)]
-        )
+        none = (c < 0)[:, None, None]
+        return torch.where(none, self.weight.mean(dim=0), self.weight[c.clamp(min=0)])
 
-# %% ../nbs/07_tarflow.ipynb #f2a0e048
-class BlockParts(nn.Module):
-    "What f_i is made of: embeddings, a causal transformer, a zero-initialised output, and the order in which it reads."
+# %% ../nbs/07_tarflow.ipynb #f7e49f1b
+def shifted(
+    advice: Tensor,  # α or μ as the transformer puts them out, `(N, T, D)`
+) -> Tensor:  # `(N, T, D)`
+    "Moved on by one token: the output at token t is for token t + 1, and the first token gets 0."
+    return torch.cat([torch.zeros_like(advice[:, :1]), advice[:, :-1]], dim=1)
+
+# %% ../nbs/07_tarflow.ipynb #2d8fb649
+class FlowBlock(nn.Module):
+    "f_i, x^i → x^{i+1}: shift and scale each token by what stands before it (arXiv 2412.06329)."
 
     def __init__(self, cfg: TARFlowConfig, flip: bool):
         super().__init__()
@@ -120,41 +114,32 @@ class BlockParts(nn.Module):
         self.proj_in = nn.Linear(cfg.token_dim, width)
         self.pos_embed = nn.Parameter(cfg.embed_std * torch.randn(cfg.num_tokens, width))
         self.class_embed = ClassEmbedding(cfg.num_classes, width, cfg.embed_std)
-        self.transformer = Transformer(
-            cfg.transformer, cfg.image_size // cfg.patch_size, causal=True
-        )
+        side = cfg.image_size // cfg.patch_size
+        self.transformer = Transformer(cfg.transformer, side, causal=True)
         self.proj_out = nn.Linear(width, 2 * cfg.token_dim)
         for parameter in self.proj_out.parameters():
             nn.init.zeros_(parameter)
 
     def read_out(self, features, dtype):
-        "α and μ, each `(N, S, D)`, from the transformer's output `(N, S, width)`, clipped where the config says so."
+        "α and μ, each `(N, S, D)`, from the transformer's output `(N, S, width)`, clipped."
         out = self.proj_out(features).to(dtype)
-        return (out.clamp(-self.clip, self.clip) if self.clip else out).chunk(2, dim=-1)
+        if self.clip:
+            out = out.clamp(-self.clip, self.clip)
+        return out.chunk(2, dim=-1)
 
     def order(self, tokens):
-        "Raster order to the block's own order, or back: odd blocks read from the end. Tokens `(…, T, D)`."
+        "Raster order to the block's own, or back: odd blocks read from the end. `(…, T, D)`."
         return tokens.flip(-2) if self.flip else tokens
 
-# %% ../nbs/07_tarflow.ipynb #f7e49f1b
-def shifted(
-    advice: Tensor,  # α or μ as the transformer puts them out, `(N, T, D)`
-) -> Tensor:  # `(N, T, D)`
-    "Moved on by one token: what was said at token t is for token t + 1, and the first token gets 0."
-    return torch.cat([torch.zeros_like(advice[:, :1]), advice[:, :-1]], dim=1)
-
-# %% ../nbs/07_tarflow.ipynb #2d8fb649
-class FlowBlock(BlockParts):
-    "f_i: one causal transformer that shifts and scales each token by what stands before it (arXiv 2412.06329; x^i → x^{i+1})."
-
     def parameters_of(self, x, c):
-        "α and μ, each `(N, T, D)`, from tokens in the block's order: shifted by one, zero for the first token."
+        "α and μ, each `(N, T, D)`, from tokens in the block's order; zero for the first token."
         h = self.proj_in(x) + self.order(self.pos_embed) + self.class_embed(c)
         alpha, mu = self.read_out(self.transformer(h, self.flip), x.dtype)
         return shifted(alpha), shifted(mu)
 
     def forward(self, x, c):
-        "x^i `(N, T, D)` and labels `(N,)` to x^{i+1}, and log|det ∂f_i/∂x^i| `(N,)`, summed over dimensions."
+        """x^i `(N, T, D)` and labels `(N,)` to x^{i+1}, and log|det ∂f_i/∂x^i| `(N,)`,
+        summed over dimensions."""
         x = self.order(x)
         alpha, mu = self.parameters_of(x, c)
         return self.order((x - mu) * torch.exp(-alpha)), -alpha.sum(dim=(1, 2))
@@ -162,7 +147,7 @@ class FlowBlock(BlockParts):
 # %% ../nbs/07_tarflow.ipynb #4f098ecb
 @dataclass(frozen=True)
 class Trajectory:
-    "What F did to a batch: token states x^0 … x^B, each `(N, T, D)`, and log|det| `(N,)` summed over dimensions."
+    "What F did to a batch: token states x^0 … x^B `(N, T, D)`, and log|det| `(N,)`, summed."
 
     states: tuple[Tensor, ...]
     logdet: Tensor
@@ -177,12 +162,11 @@ def check_input(
     x: Tensor,  # images `(N, C, H, W)`
     cfg: TARFlowConfig,  # what the model was built for
 ) -> Tensor:  # x itself
-    "Refuse images of another size with a `BitflowError`: a single token would be broadcast in silence."
+    "Refuse images of another size: a single token would be broadcast in silence."
     wanted = (cfg.channels, cfg.image_size, cfg.image_size)
     if x.shape[1:] != wanted:
-        raise BitflowError(
-            f"F was built for images (N, {', '.join(map(str, wanted))}) and got {tuple(x.shape)}; resize the images"
-        )
+        built = f"F was built for images (N, {', '.join(map(str, wanted))})"
+        raise BitflowError(f"{built} and got {tuple(x.shape)}; resize the images")
     return x
 
 # %% ../nbs/07_tarflow.ipynb #5f2fa887
@@ -200,16 +184,12 @@ class TARFlow(nn.Module):
     def __init__(self, cfg: TARFlowConfig):
         super().__init__()
         self.cfg = cfg
-        self.to_line = (
-            Compose(Logit(cfg.logit_alpha), ActNorm(cfg.channels))
-            if cfg.logit_alpha
-            else Identity()
-        )
-        self.blocks = nn.ModuleList(
-            [FlowBlock(block_config(cfg, i), flip=i % 2 == 1) for i in range(cfg.num_blocks)]
-        )
-        if cfg.prior_var:
-            self.register_buffer("var", torch.ones(cfg.num_tokens, cfg.token_dim))
+        if cfg.logit_alpha:
+            self.to_line = Compose(Logit(cfg.logit_alpha), ActNorm(cfg.channels))
+        else:
+            self.to_line = Identity()
+        blocks = [FlowBlock(block_config(cfg, i), flip=i % 2 == 1) for i in range(cfg.num_blocks)]
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x, c):
         "Images `(N, C, H, W)` and labels `(N,)` (−1: none) to their `Trajectory`."
@@ -217,12 +197,9 @@ class TARFlow(nn.Module):
         states = [patchify(y, self.cfg.patch_size)]
         for block in self.blocks:
             state, block_logdet = block(states[-1], c)
-            states, logdet = [*states, state], logdet + block_logdet
+            states.append(state)
+            logdet = logdet + block_logdet
         return Trajectory(tuple(states), logdet)
-
-    def noise(self, z):
-        "Standard noise `(N, T, D)` to what sampling starts from: scaled where the prior has variances of its own."
-        return z * self.var.sqrt() if self.cfg.prior_var else z
 
     def log_prob(self, x, c):
         "log p(x | c), nats `(N,)`, of images `(N, C, H, W)`; label −1: log p(x)."
@@ -234,8 +211,9 @@ def log_prob(trajectory: Trajectory) -> Tensor:  # nats `(N,)`
     return StandardNormal().log_prob(trajectory.z) + trajectory.logdet
 
 # %% ../nbs/07_tarflow.ipynb #c018b75f
-def nll_per_dim(trajectory: Trajectory) -> Tensor:  # scalar, nats a dimension
-    "The training loss 0.5·mean(z²) − mean(logdet)/dims: minus the mean log-likelihood a dimension, less a constant."
+def nll_per_dim(trajectory: Trajectory) -> Tensor:  # scalar, nats per dimension
+    """The training loss 0.5·mean(z²) − mean(logdet)/dims: minus the mean log-likelihood
+    per dimension, less a constant."""
     z = trajectory.z
     return 0.5 * z.square().mean() - trajectory.logdet.mean() / z[0].numel()
 
@@ -246,7 +224,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def trajectory_norms(trajectory: Trajectory) -> dict:  # state_rms_0 … state_rms_B, scalars
-    "The size of every state x^0 … x^B: to be logged, for states that grow or shrink without end show up here first."
+    "The rms of every state x^0 … x^B, to be logged: here growth without end shows up first."
     return {f"state_rms_{i}": rms(state) for i, state in enumerate(trajectory.states)}
 
 # %% ../nbs/07_tarflow.ipynb #b5af407a
@@ -263,19 +241,30 @@ def forward_loss(
 # %% ../nbs/07_tarflow.ipynb #b3cdcc02
 def to_apple_name(name: str) -> str:
     "Our name of a parameter, as apple/ml-tarflow writes it."
-    return name.replace(".transformer.layers.", ".attn_blocks.").replace(
-        ".class_embed.weight", ".class_embed"
-    )
+    name = name.replace(".transformer.layers.", ".attn_blocks.")
+    return name.replace(".class_embed.weight", ".class_embed")
 
 
 def apple_shapes(cfg: TARFlowConfig) -> dict:
-    "Published name → shape, of everything in a published checkpoint of this config but the masks."
+    "Published name → shape, of all that a published checkpoint of this config has to hold."
     with torch.device("meta"):
-        shapes = {
-            to_apple_name(name): tuple(t.shape)
-            for name, t in TARFlow(replace(cfg, prior_var=True)).state_dict().items()
-        }
-    return shapes
+        state = TARFlow(cfg).state_dict()
+    return {to_apple_name(name): tuple(t.shape) for name, t in state.items()}
+
+# %% ../nbs/07_tarflow.ipynb #d6f0b2a9
+def apple_geometry(state: dict, channels: int) -> tuple[int, int]:  # tokens a side, patch size
+    "Read off the first block of a published state dict; `BitflowError` where that cannot be."
+    for name in ("blocks.0.proj_in.weight", "blocks.0.pos_embed"):
+        if name not in state:
+            advice = "give the one inside a checkpoint of apple/ml-tarflow"
+            raise BitflowError(f"{name!r} is missing: this is no TARFlow state dict; {advice}")
+    _, token_dim = state["blocks.0.proj_in.weight"].shape
+    num_tokens = len(state["blocks.0.pos_embed"])
+    side, patch = math.isqrt(num_tokens), math.isqrt(token_dim // channels)
+    if channels * patch**2 != token_dim or side**2 != num_tokens:
+        found = f"{num_tokens} tokens of {token_dim} values are no square image"
+        raise BitflowError(f"{found} with {channels} channels; give its channels")
+    return side, patch
 
 # %% ../nbs/07_tarflow.ipynb #ec7867b1
 def apple_config(
@@ -284,51 +273,35 @@ def apple_config(
     head_dim: int = 64,  # published: 64
     noise_std: float = 0.07,  # σ it was trained with; not in the state dict
 ) -> TARFlowConfig:
-    "The shape of a published checkpoint, read off its tensors. Raises `BitflowError` where a first block is missing or fits no square image."
-    try:
-        width, token_dim = state["blocks.0.proj_in.weight"].shape
-        num_tokens = len(state["blocks.0.pos_embed"])
-    except KeyError as e:
-        raise BitflowError(
-            f"{e} is missing: this is no TARFlow state dict; give the one inside a checkpoint of apple/ml-tarflow"
-        ) from None
-    count = lambda pattern: len({m.group(1) for m in map(re.compile(pattern).match, state) if m})
-    patch, side = math.isqrt(token_dim // channels), math.isqrt(num_tokens)
-    if channels * patch**2 != token_dim or side**2 != num_tokens:
-        raise BitflowError(
-            f"{num_tokens} tokens of {token_dim} values are no square image with {channels} channels; give its channels"
-        )
-    embed, var = state.get("blocks.0.class_embed"), state.get("var")
-    return TARFlowConfig(
-        side * patch,
-        channels,
-        patch,
-        1 if embed is None else len(embed),
-        count(r"blocks\.(\d+)\."),
-        noise_std,
-        prior_var=var is not None and bool((var != 1).any()),
-        transformer=TransformerConfig(width, count(r"blocks\.0\.attn_blocks\.(\d+)\."), head_dim),
-    )
+    """The shape of a published checkpoint, read off its tensors. `BitflowError` where a first block
+    is missing or fits no square image."""
+
+    def count(pattern):
+        return len({m.group(1) for m in map(re.compile(pattern).match, state) if m})
+
+    side, patch = apple_geometry(state, channels)
+    width = len(state["blocks.0.proj_in.weight"])
+    blocks, layers = count(r"blocks\.(\d+)\."), count(r"blocks\.0\.attn_blocks\.(\d+)\.")
+    embed = state.get("blocks.0.class_embed")
+    classes = 1 if embed is None else len(embed)
+    parts = TransformerConfig(width, layers, head_dim)
+    sizes = side * patch, channels, patch, classes, blocks
+    return TARFlowConfig(*sizes, noise_std=noise_std, transformer=parts)
 
 # %% ../nbs/07_tarflow.ipynb #1ddafda3
 def check_apple(state: dict, cfg: TARFlowConfig):
-    "Refuse a published state dict that does not fit, listing every name that is missing, not known, or of another shape."
+    "Refuse a published state dict that does not fit, with every wrong name and shape."
     wanted = apple_shapes(cfg)
     found = {name: tuple(t.shape) for name, t in state.items() if not name.endswith("attn_mask")}
-    wanted = {
-        name: shape
-        for name, shape in wanted.items()
-        if name in found
-        or not (name == "var" or name.endswith("class_embed") and cfg.num_classes == 1)
-    }
-    wrong = [f"missing {name}" for name in wanted if name not in found] + [
-        f"not known {name}" for name in found if name not in wanted
-    ]
-    wrong += [
-        f"{name} is {found[name]}, not {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
+    wrong = [f"not known {name}" for name in found if name not in wanted and name != "var"]
+    if "var" in state and bool((state["var"] != 1).any()):
+        wrong.append("var is not 1 everywhere, but the prior of this F is N(0, I)")
+    for name, shape in wanted.items():
+        unlabelled = cfg.num_classes == 1 and name.endswith("class_embed")
+        if name in found and found[name] != shape:
+            wrong.append(f"{name} is {found[name]}, not {shape}")
+        elif name not in found and not unlabelled:
+            wrong.append(f"missing {name}")
     if wrong:
         raise BitflowError("the state dict does not fit this TARFlow: " + "; ".join(sorted(wrong)))
 
@@ -337,44 +310,34 @@ def load_apple_state_dict(
     state: dict,  # published name → tensor
     cfg: TARFlowConfig = None,  # default: `apple_config(state)`
 ) -> TARFlow:  # in evaluation mode
-    "A TARFlow with published weights (apple/ml-tarflow, `transformer_flow.Model`). Raises `BitflowError` listing all names that do not fit."
+    """A TARFlow with published weights (apple/ml-tarflow, `transformer_flow.Model`).
+    `BitflowError` listing all names that do not fit."""
     cfg = cfg or apple_config(state)
     check_apple(state, cfg)
     model = TARFlow(cfg)
-    own = {
-        name: state[to_apple_name(name)].to(tensor.dtype)
-        if to_apple_name(name) in state
-        else torch.zeros_like(tensor)
-        for name, tensor in model.state_dict().items()
-    }  # an unconditional model has no class embedding: zero is the same
+    own = {}
+    for name, tensor in model.state_dict().items():
+        theirs = state.get(to_apple_name(name))
+        # a model without labels has no class embedding: zero is the same
+        own[name] = torch.zeros_like(tensor) if theirs is None else theirs.to(tensor.dtype)
     model.load_state_dict(own)
     return model.eval()
 
 # %% ../nbs/07_tarflow.ipynb #88cae351
 def apple_state_dict(model: TARFlow) -> dict:
     "A flow in the original architecture under the published names, masks and `var` included."
-    cfg = model.cfg
-    if (
-        cfg.clip
-        or cfg.block_layers
-        or cfg.logit_alpha
-        or cfg.transformer
-        != TransformerConfig(
-            cfg.transformer.width, cfg.transformer.num_layers, cfg.transformer.head_dim
-        )
-    ):
+    cfg, parts = model.cfg, model.cfg.transformer
+    plain = TransformerConfig(parts.width, parts.num_layers, parts.head_dim)
+    if cfg.clip or cfg.block_layers or cfg.logit_alpha or parts != plain:
         raise BitflowError(
-            "the published code knows neither clipping, logits, deep–shallow blocks nor modern parts; only the original architecture can be written"
+            "the published code knows neither clipping, logits, deep–shallow blocks "
+            "nor modern parts; only the original architecture can be written"
         )
-    T, state = (
-        cfg.num_tokens,
-        {to_apple_name(name): t.detach().clone() for name, t in model.state_dict().items()},
-    )
-    if cfg.num_classes == 1 and not any(
-        t.any() for name, t in state.items() if name.endswith("class_embed")
-    ):
-        state = {
-            name: t for name, t in state.items() if not name.endswith("class_embed")
-        }  # it came without labels
+    own = {to_apple_name(name): t.detach().clone() for name, t in model.state_dict().items()}
+    labels = [name for name in own if name.endswith("class_embed")]
+    if cfg.num_classes == 1 and not any(own[name].any() for name in labels):
+        for name in labels:  # it came without labels
+            del own[name]
+    T = cfg.num_tokens
     masks = {f"blocks.{i}.attn_mask": torch.ones(T, T).tril() for i in range(cfg.num_blocks)}
-    return {"var": torch.ones(T, cfg.token_dim), **state, **masks}
+    return {"var": torch.ones(T, cfg.token_dim), **own, **masks}

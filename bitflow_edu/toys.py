@@ -2,16 +2,20 @@
 
 # %% ../nbs/toys.ipynb #886725f7
 from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
+
 import torch
 from torch import Tensor
+
 from .data import BitflowError
 
 # %% auto #0
-__all__ = ['RING', 'TOYS', 'Toy', 'mixture_log_prob', 'draw_eight_gaussians', 'moons_at', 'draw_two_moons', 'two_moons_log_prob',
-           'draw_checkerboard', 'checkerboard_log_prob', 'twist', 'arms', 'draw_pinwheel', 'pinwheel_log_prob']
+__all__ = ['EIGHTHS', 'RING', 'TOYS', 'Toy', 'mixture_log_prob', 'draw_eight_gaussians', 'moons_at', 'draw_two_moons',
+           'two_moons_log_prob', 'eight_gaussians_log_prob', 'draw_checkerboard', 'checkerboard_log_prob', 'twist',
+           'arms', 'draw_pinwheel', 'pinwheel_log_prob']
 
 # %% ../nbs/toys.ipynb #71433f5d
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Toy:
         return self.draw(n, torch.Generator().manual_seed(seed)).float()
 
     def entropy(self, x):
-        "−mean log p over points `(N, 2)` drawn from it: no model can have a lower negative log-likelihood on average, nats."
+        "−mean log p over points `(N, 2)` drawn from it, nats: the lowest mean NLL of any model."
         return -self.log_prob(x.double()).mean().item()
 
 # %% ../nbs/toys.ipynb #c13aa55d
@@ -39,52 +43,35 @@ def mixture_log_prob(
     std: float,  # of every component, in both directions
 ) -> Tensor:  # nats `(N,)`
     "The density of K equally likely round Gaussians."
-
-    def exponents(part):
-        "Of every component, for some of the points."
-        return (
-            -0.5
-            * torch.cdist(
-                part, centres.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist"
-            ).square()
-            / std**2
-        )
-
-    parts = [
-        exponents(part).logsumexp(dim=1) for part in x.split(10_000)
-    ]  # a fine grid and many centres would fill the memory
+    centres, exact, parts = centres.to(x.dtype), "donot_use_mm_for_euclid_dist", []
+    for part in x.split(10_000):  # a fine grid and many centres would fill the memory
+        distance = torch.cdist(part, centres, compute_mode=exact)
+        parts.append((-0.5 * distance.square() / std**2).logsumexp(dim=1))
     return torch.cat(parts) - math.log(2 * math.pi * std**2 * len(centres))
 
 # %% ../nbs/toys.ipynb #e9f360be
-RING = 2 * torch.stack(
-    [torch.cos(torch.arange(8) * math.pi / 4), torch.sin(torch.arange(8) * math.pi / 4)], dim=1
-)
+EIGHTHS = torch.arange(8) * math.pi / 4
+RING = 2 * torch.stack([torch.cos(EIGHTHS), torch.sin(EIGHTHS)], dim=1)
 
 
 def draw_eight_gaussians(n, generator):
     "One of eight centres on a ring, and a little noise."
-    return RING[torch.randint(8, (n,), generator=generator)] + 0.2 * torch.randn(
-        n, 2, generator=generator
-    )
+    centres = RING[torch.randint(8, (n,), generator=generator)]
+    return centres + 0.2 * torch.randn(n, 2, generator=generator)
 
 
 def moons_at(s):
-    "The two half circles, as a curve with s in [0, 1): first half the upper one. `(N,)` to points `(N, 2)`."
+    "Points `(N, 2)` on two half circles, for s `(N,)` in [0, 1): first half the upper one."
     upper, angle = s < 0.5, math.pi * (2 * s % 1)
     x, y = torch.cos(angle), torch.sin(angle)
-    return (
-        torch.stack(
-            [torch.where(upper, x - 0.5, 0.5 - x), torch.where(upper, y - 0.25, 0.25 - y)], dim=1
-        )
-        * 1.5
-    )
+    x, y = torch.where(upper, x - 0.5, 0.5 - x), torch.where(upper, y - 0.25, 0.25 - y)
+    return torch.stack([x, y], dim=1) * 1.5
 
 
 def draw_two_moons(n, generator):
     "A place on one of the half circles, and a little noise."
-    return moons_at(torch.rand(n, generator=generator)) + 0.12 * torch.randn(
-        n, 2, generator=generator
-    )
+    points = moons_at(torch.rand(n, generator=generator))
+    return points + 0.12 * torch.randn(n, 2, generator=generator)
 
 # %% ../nbs/toys.ipynb #90778edc
 def two_moons_log_prob(x):
@@ -92,14 +79,18 @@ def two_moons_log_prob(x):
     return mixture_log_prob(x, moons_at((torch.arange(800, dtype=torch.float64) + 0.5) / 800), 0.12)
 
 
+def eight_gaussians_log_prob(x):
+    "The mixture of the eight centres."
+    return mixture_log_prob(x, RING, 0.2)
+
+
 def draw_checkerboard(n, generator):
     "Evenly over the dark fields of a 4×4 board of side 4."
     field = torch.randint(8, (n,), generator=generator)
     row = field // 2
     column = 2 * (field % 2) + row % 2
-    inside = torch.rand(n, 2, generator=generator).clamp(
-        max=1 - 2**-22
-    )  # nearer to 1, float32 would round it into the next field
+    inside = torch.rand(n, 2, generator=generator)
+    inside = inside.clamp(max=1 - 2**-22)  # float32 rounds more than that into the next field
     return torch.stack([column, row], dim=1) + inside - 2
 
 
@@ -114,7 +105,7 @@ def twist(
     x: Tensor,  # points `(N, 2)`
     amount: float,  # radians a unit of radius
 ) -> Tensor:  # `(N, 2)`
-    "Turn every point about the origin, the farther out the more: areas stay as they are, so log|det| = 0."
+    "Turn every point about the origin, the farther out the more: areas stay, log|det| = 0."
     angle = amount * x.norm(dim=1)
     c, s = torch.cos(angle), torch.sin(angle)
     return torch.stack([c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]], dim=1)
@@ -136,16 +127,8 @@ def draw_pinwheel(n, generator):
     angle = torch.randint(5, (n,), generator=generator) * 2 * math.pi / 5
     noise = torch.randn(n, 2, generator=generator)
     along, across = 1.5 + 0.45 * noise[:, 0], 0.12 * noise[:, 1]
-    return twist(
-        torch.stack(
-            [
-                along * angle.cos() - across * angle.sin(),
-                along * angle.sin() + across * angle.cos(),
-            ],
-            dim=1,
-        ),
-        0.7,
-    )
+    c, s = angle.cos(), angle.sin()
+    return twist(torch.stack([along * c - across * s, along * s + across * c], dim=1), 0.7)
 
 
 def pinwheel_log_prob(x):
@@ -157,7 +140,7 @@ TOYS = {
     toy.name: toy
     for toy in (
         Toy("two moons", draw_two_moons, two_moons_log_prob),
-        Toy("eight Gaussians", draw_eight_gaussians, lambda x: mixture_log_prob(x, RING, 0.2)),
+        Toy("eight Gaussians", draw_eight_gaussians, eight_gaussians_log_prob),
         Toy("checkerboard", draw_checkerboard, checkerboard_log_prob),
         Toy("pinwheel", draw_pinwheel, pinwheel_log_prob),
     )

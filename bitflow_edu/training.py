@@ -2,30 +2,40 @@
 
 # %% ../nbs/05_training.ipynb #97f39e96
 from __future__ import annotations
-import copy, dataclasses, json, math, os, shutil, tempfile, time
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
 from .data import BitflowError, Images, asset
 from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
-__all__ = ['ALONE', 'DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'learning_rate', 'step_generator', 'epoch_order',
-           'batch_indices', 'drop_labels', 'piece_indices', 'training_batch', 'own_part', 'put_together', 'spread_like',
-           'update_ema', 'fast_bf16', 'autocast', 'Alone', 'TrainState', 'averaged_copy', 'new_state', 'progress_of',
-           'clipped_backward', 'optimizer_step', 'to_disk', 'write_atomically', 'save_tensors', 'writing', 'save_model',
-           'to_config', 'field_value', 'read_config', 'read_tensors', 'load_tensors', 'checkpoints_of',
-           'newest_checkpoint', 'load_model', 'gathered', 'state_tensors', 'write_state', 'discard', 'write_checkpoint',
-           'save_checkpoint', 'put_in_place', 'clear_leftovers', 'read_state', 'restore_moments', 'restore',
-           'first_difference', 'check_same_run', 'open_run', 'read_metrics', 'MetricsLog', 'check_shares', 'lighten',
-           'begin', 'batch_loss', 'step_or_stop', 'stopped', 'due', 'log_step', 'save_grid', 'progress_bar',
-           'whole_model', 'draw_grid', 'training_loop', 'train', 'kept_model']
+__all__ = ['ALONE', 'REMOVED', 'RENAMED', 'DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'learning_rate',
+           'step_generator', 'epoch_order', 'batch_indices', 'drop_labels', 'piece_indices', 'training_batch',
+           'own_part', 'put_together', 'spread_like', 'update_ema', 'fast_bf16', 'autocast', 'Alone', 'TrainState',
+           'averaged_copy', 'new_state', 'progress_of', 'forward_backward', 'optimizer_step', 'to_disk',
+           'write_atomically', 'save_tensors', 'writing', 'save_model', 'modern_fields', 'to_config', 'field_value',
+           'read_config', 'read_tensors', 'load_tensors', 'checkpoints_of', 'newest_checkpoint', 'load_model',
+           'gathered', 'write_state', 'discard', 'write_checkpoint', 'save_checkpoint', 'put_in_place',
+           'clear_leftovers', 'read_state', 'restore', 'first_difference', 'check_same_run', 'open_run', 'read_metrics',
+           'MetricsLog', 'check_shares', 'lighten', 'begin', 'step_or_stop', 'stopped', 'due', 'log_step', 'save_grid',
+           'progress_bar', 'whole_model', 'draw_grid', 'training_loop', 'train', 'kept_model']
 
 # %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
@@ -42,14 +52,10 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights
     label_dropout: float = 0.1  # share of labels replaced by −1, "no label"
-    precision: str = (
-        "auto"  # "fp32", "bf16" (autocast), or "auto": bf16 where the processor multiplies it fast
-    )
-    compile: bool = (
-        False  # fuse each layer's operations with torch.compile; needs a C++ compiler on a CPU
-    )
-    pieces: int = 1  # cut each batch into so many, each with its own noise: one after the other, or spread over processes
-    checkpointing: bool = False  # keep no layer's inside for the backward pass, compute it again: less memory, a third more time
+    precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto": bf16 where it is fast
+    compile: bool = False  # torch.compile each layer; needs a C++ compiler on a CPU
+    pieces: int = 1  # microbatches of a batch: one after the other, or spread over processes
+    checkpointing: bool = False  # compute activations again: less memory, a third more time
     seed: int = 0  # of data order, dropped labels and noise; callers seed the weights with it
     log_every: int = 20  # steps between lines of metrics.jsonl
     sample_every: int = 500  # steps between sample grids
@@ -64,25 +70,18 @@ def check_budget(cfg: TrainConfig):
     "Refuse a budget that is missing or given twice, and sizes that are not positive."
     if (cfg.steps is None) == (cfg.minutes is None):
         raise BitflowError(
-            f"give a budget in steps or in minutes, not both or neither (steps {cfg.steps}, minutes {cfg.minutes})"
+            "give a budget in steps or in minutes, not both or neither "
+            f"(steps {cfg.steps}, minutes {cfg.minutes})"
         )
-    for name in (
-        "steps",
-        "minutes",
-        "batch_size",
-        "lr",
-        "grad_clip",
-        "log_every",
-        "sample_every",
-        "checkpoint_every",
-        "pieces",
-    ):
+    positive = ["steps", "minutes", "batch_size", "lr", "grad_clip"]
+    for name in [*positive, "log_every", "sample_every", "checkpoint_every", "pieces"]:
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
             raise BitflowError(f"{name} is {value}; it must be greater than 0 and finite")
     if cfg.batch_size % cfg.pieces:
         raise BitflowError(
-            f"a batch of {cfg.batch_size} cannot be cut into {cfg.pieces} equal pieces; change batch_size or pieces"
+            f"a batch of {cfg.batch_size} cannot be cut into {cfg.pieces} equal pieces; "
+            "change batch_size or pieces"
         )
 
 # %% ../nbs/05_training.ipynb #29f2d07b
@@ -93,10 +92,10 @@ def check_rates(cfg: TrainConfig):
     for name in ("ema", "warmup"):
         if not 0 <= getattr(cfg, name) < 1:
             raise BitflowError(f"{name} is {getattr(cfg, name)}; it must lie in [0, 1)")
-    if not 0 <= cfg.label_dropout <= 1:
-        raise BitflowError(
-            f"label_dropout is {cfg.label_dropout}; it must lie in [0, 1]; at 1 no label is ever shown"
-        )
+    share = cfg.label_dropout
+    if not 0 <= share <= 1:
+        hint = "it must lie in [0, 1]; at 1 no label is ever shown"
+        raise BitflowError(f"label_dropout is {share}; {hint}")
     if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
         raise BitflowError(f"betas are {cfg.betas}; give two numbers in [0, 1)")
     if not 0 <= cfg.weight_decay < math.inf:
@@ -120,7 +119,7 @@ def step_generator(
     device: str = "cpu",  # where the random numbers are needed
     piece: int = 0,  # of the batch
 ) -> torch.Generator:
-    "A fresh generator for each step and piece: a resumed run draws the same noise without saving any random state, on any number of processes."
+    "A fresh generator for each step and piece: a resumed run needs no saved random state."
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step + piece * 2_147_483_647)
 
 # %% ../nbs/05_training.ipynb #dfed0bfc
@@ -137,10 +136,11 @@ def batch_indices(
     step: int,  # optimiser step
     order=None,  # (seed, epoch) → a permutation of the images; default a full shuffle
 ) -> Tensor:  # int64 `(batch_size,)`
-    "The images of a step: every epoch a new order, each image at most once an epoch, a function of the step alone."
+    "The images of a step: every epoch in a new order, and each image at most once an epoch."
     if n < 1 or batch_size < 1:
         raise BitflowError(
-            f"no batch of {batch_size} can be drawn from {n} images; give some images and a positive batch size"
+            f"no batch of {batch_size} can be drawn from {n} images; "
+            "give some images and a positive batch size"
         )
     per_epoch = max(n // batch_size, 1)
     epoch, i = divmod(step, per_epoch)
@@ -160,34 +160,32 @@ def drop_labels(
 # %% ../nbs/05_training.ipynb #3fb104f5
 def piece_indices(data, cfg: TrainConfig, step: int, piece: int) -> Tensor:
     "The images of one piece of a step's batch; data smaller than a batch make a smaller batch."
-    size = min(cfg.batch_size, len(data)) // cfg.pieces
+    n = len(data)
+    size = min(cfg.batch_size, n) // cfg.pieces
     if size < 1:
-        raise BitflowError(
-            f"{len(data)} images cannot be cut into {cfg.pieces} pieces; set pieces to at most {len(data)}"
-        )
-    return batch_indices(
-        len(data), size * cfg.pieces, cfg.seed, step, getattr(data, "epoch_order", None)
-    )[piece * size : (piece + 1) * size]
+        hint = f"set pieces to at most {n}"
+        raise BitflowError(f"{n} images cannot be cut into {cfg.pieces} pieces; {hint}")
+    order = getattr(data, "epoch_order", None)
+    batch = batch_indices(n, size * cfg.pieces, cfg.seed, step, order)
+    return batch[piece * size : (piece + 1) * size]
 
 
 def training_batch(data: Images, cfg: TrainConfig, step: int, device: str, piece: int = 0) -> tuple:
-    "Images, labels (some dropped) and the generator of a step's piece, all functions of seed, step and piece. Data that `draw` their images are asked to."
-    index, generator = (
-        piece_indices(data, cfg, step, piece),
-        step_generator(cfg.seed, step, device, piece),
-    )
+    "Images, labels (some dropped) and generator of a step's piece; by `data.draw`, if it is there."
+    index = piece_indices(data, cfg, step, piece)
+    generator = step_generator(cfg.seed, step, device, piece)
     c = drop_labels(data.labels[index].to(device), cfg.label_dropout, generator)
     x = data.draw(index, generator) if hasattr(data, "draw") else data[index].x
     return x.to(device), c, generator
 
 # %% ../nbs/05_training.ipynb #a9c88894
 def own_part(t: Tensor) -> Tensor:
-    "What this process holds of a tensor that is spread over processes; any other tensor itself."
+    "This process's part of a tensor that is spread over processes; any other tensor itself."
     return t.to_local() if hasattr(t, "to_local") else t
 
 
 def put_together(t: Tensor) -> Tensor:
-    "A tensor that is spread over processes, put together on each of them (all must ask at once); any other tensor itself."
+    "The whole of a tensor that is spread over processes (all must ask at once), or t itself."
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
@@ -207,15 +205,13 @@ def update_ema(
     decay: float,  # d
     step: int,  # steps done before this one
 ):
-    "Move the averaged weights towards the current ones; early on faster, so that the start is forgotten."
+    "Move the averaged weights towards the current ones; early on faster, to forget the start."
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(
-        [own_part(p) for p in averaged.parameters()],
-        [own_part(p) for p in model.parameters()],
-        1 - d,
-    )
-    for own, current in zip(averaged.buffers(), model.buffers()):
-        own.copy_(current)
+    own = [own_part(p) for p in averaged.parameters()]
+    current = [own_part(p) for p in model.parameters()]
+    torch._foreach_lerp_(own, current, 1 - d)
+    for buffer, now in zip(averaged.buffers(), model.buffers()):
+        buffer.copy_(now)
 
 # %% ../nbs/05_training.ipynb #f5f8d28a
 def fast_bf16(
@@ -295,6 +291,32 @@ class TrainState:
     seconds: float = 0.0  # wall time spent, earlier parts of a resumed run counted in
     ranks: Alone = ALONE  # the processes that train it together
 
+    def state_dict(self) -> dict:
+        "Step, seconds and tensors, whole and on the main process's CPU. Every process must ask."
+        tensors = {f"weights.{k}": v for k, v in self.model.state_dict().items()}
+        for name, p in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"adam.{key}.{name}"] = value.reshape(-1) if value.ndim == 0 else value
+        averaged = gathered(self.averaged.state_dict(), self.ranks)
+        training = gathered(tensors, self.ranks)
+        counters = {"step": self.step, "seconds": self.seconds}
+        return {"averaged": averaged, "training": training, **counters}
+
+    def load_state_dict(self, saved: dict, where: str | Path = "the state"):
+        "Take up what `state_dict` gave. `BitflowError`, naming `where`, if tensors do not fit."
+        tensors = saved["training"]
+        own = [name for name in tensors if name.startswith("weights.")]
+        weights = {name.removeprefix("weights."): tensors[name] for name in own}
+        load_tensors(self.averaged, saved["averaged"], where)
+        load_tensors(self.model, weights, where)
+        for name, p in self.model.named_parameters():
+            keys = {key: f"adam.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {key: tensors[k].to(p.device) for key, k in keys.items() if k in tensors}
+            if moments:  # a weight that never had a gradient has none
+                spread = {key: spread_like(moments[key], p) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": moments["step"].reshape(()), **spread}
+        self.step, self.seconds = saved["step"], saved["seconds"]
+
 # %% ../nbs/05_training.ipynb #e05da1bf
 def averaged_copy(model: nn.Module) -> nn.Module:
     "A copy of the weights to average into."
@@ -305,13 +327,9 @@ def new_state(
     model: nn.Module, cfg: TrainConfig, averaged: nn.Module = None, ranks: Alone = ALONE
 ) -> TrainState:
     "A fresh optimiser, and averaged weights: a copy where none are given."
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=cfg.lr,
-        betas=cfg.betas,
-        weight_decay=cfg.weight_decay,
-        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
-    )
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    rates = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=fused)
     return TrainState(model.train(), averaged or averaged_copy(model), optimizer, ranks=ranks)
 
 # %% ../nbs/05_training.ipynb #b61a9fec
@@ -319,27 +337,33 @@ def progress_of(state: TrainState, cfg: TrainConfig) -> float:
     "Share of the budget used, in steps or in wall time."
     return state.step / cfg.steps if cfg.steps else state.seconds / (60 * cfg.minutes)
 
-# %% ../nbs/05_training.ipynb #d5122e4e
-def clipped_backward(
-    model: nn.Module,  # gets its gradients
-    loss: Tensor,  # scalar
-    grad_clip: float,  # largest norm
-) -> Tensor:  # the norm before clipping, a scalar
-    "Backward pass and clipping. Raises `FloatingPointError` where loss or gradient is not finite."
-    loss.backward()
-    norm = put_together(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
-    if not torch.isfinite(norm + loss.detach()):
-        raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
-    return norm
+# %% ../nbs/05_training.ipynb #117a9fe6
+def forward_backward(state: TrainState, loss_fn, data: Images, cfg: TrainConfig) -> tuple:
+    "Loss and metrics of the step that is due, means over this process's pieces; adds up gradients."
+    device, mine = next(state.model.parameters()).device, state.ranks.share(cfg.pieces)
+    total, means = 0.0, {}
+    for piece in mine:
+        with state.ranks.apart(piece != mine[-1]):  # processes share gradients with the last one
+            with autocast(cfg.precision, device.type):
+                batch = training_batch(data, cfg, state.step, device, piece)
+                loss, found = loss_fn(state.model, *batch)
+                loss = loss / len(mine)
+            loss.backward()
+        total = total + loss.detach()
+        for name, value in found.items():
+            means[name] = means.get(name, 0.0) + value / len(mine)
+    return total, means
 
 # %% ../nbs/05_training.ipynb #257ce8cb
 def optimizer_step(
-    state: TrainState,
+    state: TrainState,  # its model holds the gradients
     loss: Tensor,  # scalar
     cfg: TrainConfig,
 ) -> Tensor:  # the gradient's norm before clipping, a scalar
-    "Backward pass, clipping, AdamW, moving average. Refuses to touch the weights with a NaN."
-    norm = clipped_backward(state.model, loss, cfg.grad_clip)
+    "Clipping, AdamW, moving average; `FloatingPointError`, weights untouched, if not finite."
+    norm = put_together(nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip))
+    if not torch.isfinite(norm + loss.detach()):
+        raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(progress_of(state, cfg), cfg)
     state.optimizer.step()
@@ -381,9 +405,9 @@ def writing(where: Path):
     try:
         yield
     except (OSError, SafetensorError) as e:
-        raise BitflowError(
-            f"cannot write to {where} ({getattr(e, 'strerror', None) or e}); make room, or name another folder with --out"
-        ) from e
+        why = getattr(e, "strerror", None) or e
+        way_out = "make room, or name another folder with --out"
+        raise BitflowError(f"cannot write to {where} ({why}); {way_out}") from e
 
 # %% ../nbs/05_training.ipynb #5c348f59
 def save_model(
@@ -392,39 +416,47 @@ def save_model(
     weights: dict = None,  # tensors to store instead of the model's own
     dtype: torch.dtype = None,  # storage type of floats, e.g. `torch.bfloat16`
 ):
-    "Write `config.json` and `model.safetensors`: what `load_model` needs. Raises `BitflowError` where it cannot."
-    stored = {
-        k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
-        for k, v in (weights or model.state_dict()).items()
-    }
+    "Write what `load_model` needs, `config.json` and `model.safetensors`, or raise `BitflowError`."
+    folder, stored = Path(folder), {}
+    for name, t in (weights or model.state_dict()).items():
+        to = dtype if t.is_floating_point() else None
+        stored[name] = t.detach().to("cpu", to).contiguous()
     config = {"kind": type(model).__name__, "config": dataclasses.asdict(model.cfg)}
     with writing(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_tensors(stored, Path(folder) / "model.safetensors")
-        write_atomically(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(stored, folder / "model.safetensors")
+        write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 # %% ../nbs/05_training.ipynb #06c8bd49
+REMOVED = {"prior_var": False}  # fields of earlier versions, and the only value that still fits
+RENAMED = {}  # fields of earlier versions → their names today
+
+
+def modern_fields(values: dict) -> dict:
+    "A config's fields as this version names them; earlier ones wrote a few more."
+    kept = {k: v for k, v in values.items() if k not in REMOVED or v != REMOVED[k]}
+    return {RENAMED.get(k, k): v for k, v in kept.items()}
+
+
 def to_config(
     cls: type,  # a config dataclass
     values: dict,  # its fields, as JSON gave them
     where: str = "config",
 ):  # an instance of cls
-    "Build a (nested) config from a dict. Raises `BitflowError` for unknown fields and values of the wrong kind."
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    "Build a (nested) config from a dict. Raises `BitflowError` for fields that do not fit."
+    fields, kind = {f.name: f for f in dataclasses.fields(cls)}, cls.__name__
     try:
+        values = modern_fields(values)
         if unknown := set(values) - set(fields):
-            raise BitflowError(
-                f"{where}: unknown field {sorted(unknown)[0]!r}; {cls.__name__} has {', '.join(fields)}"
-            )
+            has = f"{kind} has {', '.join(fields)}"
+            raise BitflowError(f"{where}: unknown field {sorted(unknown)[0]!r}; {has}")
         return cls(**{k: field_value(fields[k], v, where) for k, v in values.items()})
     except (TypeError, AttributeError) as e:
-        raise BitflowError(
-            f"{where} describes no {cls.__name__} ({e}); correct it or use another"
-        ) from e
+        raise BitflowError(f"{where} describes no {kind} ({e}); correct it or use another") from e
 
 # %% ../nbs/05_training.ipynb #654f1308
 def field_value(field, value, where):
-    "A config's field from JSON: an object becomes the dataclass that the field's default is, a list a tuple."
+    "A config's field from JSON: an object becomes the dataclass of its default, a list a tuple."
     if isinstance(value, dict):
         return to_config(type(field.default_factory()), value, where)
     return tuple(value) if isinstance(value, list) else value
@@ -432,22 +464,19 @@ def field_value(field, value, where):
 # %% ../nbs/05_training.ipynb #7a426def
 def read_config(folder: Path, kind: type):
     "The `config.json` of a checkpoint, refused when it describes another kind of model."
+    path, needed = folder / "config.json", kind.__name__
     try:
-        saved = json.loads((folder / "config.json").read_text())
+        saved = json.loads(path.read_text())
         found, values = saved["kind"], saved["config"]
     except (FileNotFoundError, NotADirectoryError):
-        raise BitflowError(
-            f"no checkpoint in {folder}: config.json is missing; name a run folder or a checkpoint folder"
-        ) from None
+        hint = "name a run folder or a checkpoint folder"
+        raise BitflowError(f"no checkpoint in {folder}: config.json is missing; {hint}") from None
     except (ValueError, KeyError, TypeError, OSError) as e:
-        raise BitflowError(
-            f"{folder / 'config.json'} is damaged ({e}); use another checkpoint"
-        ) from e
-    if found != kind.__name__:
-        raise BitflowError(
-            f"{folder} holds a {found}, but a {kind.__name__} is needed here; name the other checkpoint"
-        )
-    return to_config(kind.Config, values, str(folder / "config.json"))
+        raise BitflowError(f"{path} is damaged ({e}); use another checkpoint") from e
+    if found != needed:
+        hint = "name the other checkpoint"
+        raise BitflowError(f"{folder} holds a {found}, but a {needed} is needed here; {hint}")
+    return to_config(kind.Config, values, str(path))
 
 # %% ../nbs/05_training.ipynb #257e2055
 def read_tensors(path: Path) -> dict:
@@ -455,25 +484,21 @@ def read_tensors(path: Path) -> dict:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise BitflowError(
-            f"{path} is missing: the checkpoint is incomplete; use another one"
-        ) from None
+        what = "the checkpoint is incomplete; use another one"
+        raise BitflowError(f"{path} is missing: {what}") from None
     except (SafetensorError, OSError, ValueError) as e:
-        raise BitflowError(
-            f"{path} is no intact safetensors file ({e}); use another checkpoint (pickles are never loaded)"
-        ) from e
+        hint = "use another checkpoint (pickles are never loaded)"
+        raise BitflowError(f"{path} is no intact safetensors file ({e}); {hint}") from e
 
 # %% ../nbs/05_training.ipynb #b3bd0697
 def load_tensors(model: nn.Module, tensors: dict, where: Path):
     "Put tensors into a model, naming the first that does not fit."
     own = model.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
-        a, b = own.get(name), tensors.get(name)
-        if a is None or b is None or a.shape != b.shape:
-            shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
-            raise BitflowError(
-                f"{where} does not fit its config: {name} should have shape {shapes[0]}, the file has {shapes[1]}"
-            )
+        needed, found = (tuple(d[name].shape) if name in d else None for d in (own, tensors))
+        if needed != found:
+            what = f"{name} should have shape {needed}, the file has {found}"
+            raise BitflowError(f"{where} does not fit its config: {what}")
     model.load_state_dict({name: spread_like(t, own[name]) for name, t in tensors.items()})
 
 # %% ../nbs/05_training.ipynb #2ffd8bef
@@ -498,25 +523,22 @@ def load_model(
     kind: type,  # the class expected there, e.g. `TARFlow`
     device: str = "cpu",
 ) -> nn.Module:  # in evaluation mode, float32
-    "Load a model from disk. Raises `BitflowError` when it is missing, damaged, or of another kind or shape."
+    "Load a model. Raises `BitflowError` if it is missing, damaged, or of another kind or shape."
     folder = newest_checkpoint(Path(folder))
-    cfg = read_config(folder, kind)
+    cfg, path = read_config(folder, kind), folder / "config.json"
     try:
         model = kind(cfg)
     except (TypeError, RuntimeError) as e:
-        raise BitflowError(
-            f"no {kind.__name__} can be built from {folder / 'config.json'} ({str(e).splitlines()[0]})"
-        ) from e
-    tensors = {
-        k: v.float() if v.is_floating_point() else v
-        for k, v in read_tensors(folder / "model.safetensors").items()
-    }
+        why = str(e).splitlines()[0]
+        raise BitflowError(f"no {kind.__name__} can be built from {path} ({why})") from e
+    tensors = read_tensors(folder / "model.safetensors")
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     load_tensors(model, tensors, folder)
     return model.to(device).eval()
 
 # %% ../nbs/05_training.ipynb #cbcbad3d
 def gathered(tensors: dict, ranks: Alone) -> dict:
-    "Whole copies of named tensors on the main process's CPU, empty elsewhere: one at a time, so that nobody holds more than needed."
+    "Whole copies of named tensors on the main process's CPU, made one by one; empty elsewhere."
     kept = {}
     for name, t in tensors.items():
         t = put_together(t.detach())
@@ -524,45 +546,35 @@ def gathered(tensors: dict, ranks: Alone) -> dict:
             kept[name] = t.cpu().clone().contiguous()
     return kept
 
-# %% ../nbs/05_training.ipynb #b7216468
-def state_tensors(state: TrainState) -> dict:
-    "What training needs to go on, as named tensors on the main process: raw weights and AdamW's two moments. Every process must ask."
-    tensors = {f"weights.{k}": v for k, v in state.model.state_dict().items()}
-    for name, p in state.model.named_parameters():
-        for key, value in state.optimizer.state.get(p, {}).items():
-            tensors[f"adam.{key}.{name}"] = value.reshape(-1) if value.ndim == 0 else value
-    return gathered(tensors, state.ranks)
-
 # %% ../nbs/05_training.ipynb #e0a9e5f0
-def write_state(state: TrainState, folder: Path, averaged: dict, training: dict):
+def write_state(
+    model: nn.Module,  # the averaged one
+    saved: dict,  # what `TrainState.state_dict` gave
+    folder: Path,
+):
     "Write everything a checkpoint holds, and wait until it is on the disk."
-    save_model(state.averaged, folder, averaged)
-    save_tensors(training, folder / "training_state.safetensors")
-    write_atomically(
-        folder / "training_state.json",
-        json.dumps(
-            {"step": state.step, "seconds": state.seconds, "threads": torch.get_num_threads()}
-        ),
-    )
+    counters = {"step": saved["step"], "seconds": saved["seconds"]}
+    counters["threads"] = torch.get_num_threads()
+    save_model(model, folder, saved["averaged"])
+    save_tensors(saved["training"], folder / "training_state.safetensors")
+    write_atomically(folder / "training_state.json", json.dumps(counters))
     to_disk(folder)
 
 # %% ../nbs/05_training.ipynb #81b8be1a
 def discard(folder: Path):
-    "Hide a folder, then delete it: if that is interrupted, what is left does not look like a checkpoint."
+    "Hide a folder, then delete it: half of a deleted one must not look like a checkpoint."
     hidden = folder.with_name(f".{folder.name}.old")
     os.rename(folder, hidden)
     shutil.rmtree(hidden)
 
 # %% ../nbs/05_training.ipynb #871b5b73
-def write_checkpoint(
-    state: TrainState, folder: Path, averaged: dict, training: dict, keep: int
-) -> Path:
+def write_checkpoint(model: nn.Module, saved: dict, folder: Path, keep: int) -> Path:
     "Write a checkpoint under another name, flush it, then rename it: there is never half of one."
-    final = folder / "checkpoints" / f"step-{state.step:08d}"
+    final = folder / "checkpoints" / f"step-{saved['step']:08d}"
     part = final.with_name(f".{final.name}.part")
     with writing(folder):
         clear_leftovers(folder)
-        write_state(state, part, averaged, training)
+        write_state(model, saved, part)
         put_in_place(part, final)
         for old in checkpoints_of(folder)[:-keep]:
             discard(old)
@@ -575,12 +587,12 @@ def save_checkpoint(
     keep: int = 2,  # newest checkpoints to keep
 ) -> Path:
     "A checkpoint of a run: put together by all processes, written by the main one."
-    averaged, training = gathered(state.averaged.state_dict(), state.ranks), state_tensors(state)
-    return state.ranks.on_main(lambda: write_checkpoint(state, folder, averaged, training, keep))
+    saved = state.state_dict()
+    return state.ranks.on_main(lambda: write_checkpoint(state.averaged, saved, folder, keep))
 
 # %% ../nbs/05_training.ipynb #fe193ca7
 def put_in_place(part: Path, final: Path):
-    "Give a finished folder its name; one that is there already (the same step, written again) makes way."
+    "Give a finished folder its name; one of that name (the same step, written again) makes way."
     if final.exists():
         discard(final)
     os.rename(part, final)
@@ -593,44 +605,26 @@ def clear_leftovers(run: Path):
         shutil.rmtree(left)
 
 # %% ../nbs/05_training.ipynb #2d7d3e3a
-def read_state(checkpoint: Path) -> tuple:
-    "Averaged weights, training tensors, step and seconds: all of a checkpoint, read before anything is changed."
+def read_state(checkpoint: Path) -> dict:
+    "What `TrainState.load_state_dict` takes, read from a checkpoint in one go."
+    path = checkpoint / "training_state.json"
     try:
-        counters = json.loads((checkpoint / "training_state.json").read_text())
-        step, seconds = int(counters["step"]), float(counters["seconds"])
+        counters = json.loads(path.read_text())
+        counters = {"step": int(counters["step"]), "seconds": float(counters["seconds"])}
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BitflowError(
-            f"{checkpoint / 'training_state.json'} is missing or damaged ({e}); use another checkpoint"
-        ) from e
-    return (
-        read_tensors(checkpoint / "model.safetensors"),
-        read_tensors(checkpoint / "training_state.safetensors"),
-        step,
-        seconds,
-    )
-
-# %% ../nbs/05_training.ipynb #ea7b9e98
-def restore_moments(state: TrainState, saved: dict):
-    "Give AdamW back what it knew; a weight that never had a gradient has nothing to give back."
-    for name, p in state.model.named_parameters():
-        moments = {
-            key: saved[f"adam.{key}.{name}"].to(p.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"adam.{key}.{name}" in saved
-        }
-        if moments:
-            spread = {key: spread_like(moments[key], p) for key in ("exp_avg", "exp_avg_sq")}
-            state.optimizer.state[p] = {"step": moments["step"].reshape(()), **spread}
+        raise BitflowError(f"{path} is missing or damaged ({e}); use another checkpoint") from e
+    averaged = read_tensors(checkpoint / "model.safetensors")
+    training = read_tensors(checkpoint / "training_state.safetensors")
+    return {"averaged": averaged, "training": training, **counters}
 
 # %% ../nbs/05_training.ipynb #9a806ce6
 def restore(state: TrainState, checkpoint: Path) -> TrainState:
-    "Take up weights, averages, moments and step from a checkpoint."
-    averaged, saved, step, seconds = read_state(checkpoint)
-    weights = {k.removeprefix("weights."): v for k, v in saved.items() if k.startswith("weights.")}
-    load_tensors(state.averaged, averaged, checkpoint)
-    load_tensors(state.model, weights, checkpoint)
-    restore_moments(state, saved)
-    state.step, state.seconds = step, seconds
+    "Take up a checkpoint, or say which one to delete."
+    try:
+        state.load_state_dict(read_state(checkpoint), checkpoint)
+    except BitflowError as e:
+        way_out = f"Delete {checkpoint} to go on from the one before it"
+        raise BitflowError(f"cannot go on from the newest checkpoint: {e}\n{way_out}") from e
     return state
 
 # %% ../nbs/05_training.ipynb #fc76c726
@@ -643,47 +637,41 @@ def first_difference(old, new, name: str = "") -> tuple:
     return first_difference(a[key], b[key], f"{name}.{key}".lstrip("."))
 
 # %% ../nbs/05_training.ipynb #4e72e8f8
-DEFAULTS = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
-
-
-def check_same_run(folder: Path, describe: dict):
-    "Refuse to go on with a run that was made with other settings, or with a folder that is no run."
-    if not (folder / "run.json").exists():
+def check_same_run(folder: Path, describe: dict, defaults: dict):
+    "Refuse a run that was made with other settings, and a folder that does not hold a run."
+    path, other = folder / "run.json", "name another folder with --out"
+    if not path.exists():
         if any(p.suffix != ".part" for p in folder.iterdir()):
-            raise BitflowError(
-                f"{folder} holds files but no run.json: it is no run; name another folder with --out"
-            )
+            raise BitflowError(f"{folder} holds files but no run.json: it is no run; {other}")
         return
     try:
-        old = json.loads((folder / "run.json").read_text())
+        old = json.loads(path.read_text())
     except ValueError as e:
-        raise BitflowError(
-            f"{folder / 'run.json'} is damaged ({e}); name another folder with --out"
-        ) from e
-    old, describe = (
-        {**run, "train": {**DEFAULTS, **run.get("train", {})}} for run in (old, describe)
-    )  # an older version knew fewer fields
+        raise BitflowError(f"{path} is damaged ({e}); {other}") from e
+    # an older version knew fewer fields, and other names
+    old = {**old, "train": {**defaults, **modern_fields(old.get("train", {}))}}
+    old["model"] = modern_fields(old.get("model", {}))
+    describe = {**describe, "train": {**defaults, **describe.get("train", {})}}
     if old != describe:
         key, was, now = first_difference(old, describe)
-        raise BitflowError(
-            f"{folder} was made with {key} = {was}, not {now}; use the old setting, or name another folder with --out"
-        )
+        way_out = f"use the old setting, or {other}"
+        raise BitflowError(f"{folder} was made with {key} = {was}, not {now}; {way_out}")
 
 # %% ../nbs/05_training.ipynb #9b39dd0d
 def open_run(
     folder: Path,  # the run's folder
     describe: dict,  # what the run is: written to run.json, compared when it goes on
     resume: bool,  # go on with what is there
+    defaults: dict = None,  # of describe["train"]: what an older run.json does not say
 ) -> Path | None:  # the checkpoint to go on from
     "Make a run folder, or take one up again. An existing run is never overwritten."
-    describe = json.loads(json.dumps(describe))
+    describe, defaults = json.loads(json.dumps([describe, defaults or {}]))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not resume:
-            raise BitflowError(
-                f"{folder} exists already; go on with --resume, or name another folder with --out"
-            )
-        check_same_run(folder, describe)
+            hint = "go on with --resume, or name another folder with --out"
+            raise BitflowError(f"{folder} exists already; {hint}")
+        check_same_run(folder, describe, defaults)
         write_atomically(folder / "run.json", json.dumps(describe, indent=1) + "\n")
     return checkpoints_of(folder)[-1] if checkpoints_of(folder) else None
 
@@ -691,12 +679,11 @@ def open_run(
 def read_metrics(path: Path) -> list[dict]:
     "The lines of a metrics file; a last line cut short by a crash is left out."
     try:
-        lines = [l for l in Path(path).read_text().splitlines(keepends=True) if l.endswith("\n")]
-        return [json.loads(l) for l in lines]
+        lines = Path(path).read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
     except OSError as e:
-        raise BitflowError(
-            f"cannot read {path} ({e.strerror}); name the metrics.jsonl of a run"
-        ) from e
+        hint = "name the metrics.jsonl of a run"
+        raise BitflowError(f"cannot read {path} ({e.strerror}); {hint}") from e
     except ValueError as e:
         raise BitflowError(f"{path} is damaged ({e}); remove the broken line") from e
 
@@ -724,7 +711,8 @@ def check_shares(cfg: TrainConfig, ranks: Alone):
     "Refuse processes that cannot have equally many pieces."
     if cfg.pieces % ranks.size:
         raise BitflowError(
-            f"{cfg.pieces} pieces of a batch cannot be shared equally by {ranks.size} processes; set pieces to a multiple of {ranks.size}"
+            f"{cfg.pieces} pieces of a batch cannot be shared equally by {ranks.size} processes; "
+            f"set pieces to a multiple of {ranks.size}"
         )
 
 
@@ -735,6 +723,9 @@ def lighten(model: nn.Module, cfg: TrainConfig):
     if cfg.compile:
         compile_layers(model)
 
+# %% ../nbs/05_training.ipynb #3f6d9a10
+DEFAULTS = dataclasses.asdict(TrainConfig())  # of what an older run.json does not say
+
 # %% ../nbs/05_training.ipynb #85b4af39
 def begin(
     model: nn.Module,
@@ -744,49 +735,17 @@ def begin(
     describe: dict,
     loss_fn=None,
     ranks: Alone = ALONE,
-) -> tuple:
-    "Open the run's folder: a fresh state, or that of its newest checkpoint; and the loss function that all processes train with."
-    run = {
-        "train": dataclasses.asdict(cfg),
-        "model": dataclasses.asdict(model.cfg),
-        **(describe or {}),
-    }
+) -> tuple:  # the state, fresh or from the newest checkpoint; the loss function to train with
+    "Open the run's folder."
+    run = {"train": dataclasses.asdict(cfg), "model": dataclasses.asdict(model.cfg)}
+    run.update(describe or {})
     check_shares(cfg, ranks)
-    checkpoint = ranks.agree(ranks.on_main(lambda: open_run(folder, run, resume)))
+    checkpoint = ranks.agree(ranks.on_main(lambda: open_run(folder, run, resume, DEFAULTS)))
     averaged = averaged_copy(model)
     lighten(model, cfg)
     loss_fn = ranks.prepare(model, averaged, loss_fn)
     state = new_state(model, cfg, averaged, ranks)
-    try:
-        return (restore(state, checkpoint) if checkpoint else state), loss_fn
-    except BitflowError as e:
-        raise BitflowError(
-            f"cannot go on from the newest checkpoint: {e}\n"
-            f"Delete {checkpoint} to go on from the one before it"
-        ) from e
-
-# %% ../nbs/05_training.ipynb #117a9fe6
-def batch_loss(state: TrainState, loss_fn, data: Images, cfg: TrainConfig) -> tuple:
-    "Loss and metrics of the step that is due, in the precision asked for: means over this process's pieces. All but the last have left their gradients already."
-    device, mine, total, means = (
-        next(state.model.parameters()).device,
-        state.ranks.share(cfg.pieces),
-        0.0,
-        {},
-    )
-    for piece in mine:
-        last = piece == mine[-1]
-        with state.ranks.apart(not last):
-            with autocast(cfg.precision, device.type):
-                loss, found = loss_fn(
-                    state.model, *training_batch(data, cfg, state.step, device, piece)
-                )
-                loss = loss / len(mine)
-            if not last:
-                loss.backward()
-        total = total + (loss if last else loss.detach())
-        means = {name: means.get(name, 0.0) + value / len(mine) for name, value in found.items()}
-    return total, means
+    return (restore(state, checkpoint) if checkpoint else state), loss_fn
 
 # %% ../nbs/05_training.ipynb #901c39cb
 def step_or_stop(state: TrainState, loss: Tensor, cfg: TrainConfig, folder: Path) -> Tensor:
@@ -800,9 +759,10 @@ def step_or_stop(state: TrainState, loss: Tensor, cfg: TrainConfig, folder: Path
 def stopped(state: TrainState, error: Exception, folder: Path) -> str:
     "What to tell the user when the loss is no longer finite."
     good = checkpoints_of(folder)
+    last = good[-1] if good else "none yet"
     way_out = "load its weights and train them" if good else "train"
     return (
-        f"training stopped at step {state.step}: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}; "
+        f"training stopped at step {state.step}: {error}. Last good checkpoint: {last}; "
         f"{way_out} in another folder, with a lower learning rate or a longer warm-up"
     )
 
@@ -816,20 +776,17 @@ def log_step(
     log: MetricsLog, bar, state: TrainState, loss: Tensor, norm: Tensor, metrics: dict, watcher=None
 ):
     "A line of metrics.jsonl with the means over all processes, and the loss on the progress bar."
-    values = state.ranks.mean([loss.detach(), *metrics.values()])
-    own = {
-        "step": state.step,
-        "loss": values[0],
-        "grad_norm": norm.item(),
-        "lr": state.optimizer.param_groups[0]["lr"],
-        "seconds": round(state.seconds, 3),
-    }
-    line = {**own, **{k: v for k, v in zip(metrics, values[1:]) if k not in own}}
+    mean_loss, *means = state.ranks.mean([loss.detach(), *metrics.values()])
+    line = {"step": state.step, "loss": mean_loss, "grad_norm": norm.item()}
+    line["lr"] = state.optimizer.param_groups[0]["lr"]
+    line["seconds"] = round(state.seconds, 3)
+    for name, value in zip(metrics, means):
+        line.setdefault(name, value)
     if state.ranks.main:
         log.write(**line)
         if watcher:
             watcher.metrics(state.step, line)
-    bar.set_postfix(loss=f"{own['loss']:.4f}")
+    bar.set_postfix(loss=f"{mean_loss:.4f}")
 
 # %% ../nbs/05_training.ipynb #a15efc3f
 def save_grid(
@@ -846,18 +803,13 @@ def save_grid(
 # %% ../nbs/05_training.ipynb #77790daf
 def progress_bar(state: TrainState, cfg: TrainConfig):
     "A bar on the error output that counts steps."
-    return tqdm(
-        total=cfg.steps,
-        initial=state.step,
-        desc=type(state.averaged).__name__,
-        unit="step",
-        mininterval=1.0,
-        disable=not state.ranks.main,
-    )
+    name, hidden = type(state.averaged).__name__, not state.ranks.main
+    steps = {"total": cfg.steps, "initial": state.step, "unit": "step"}
+    return tqdm(**steps, desc=name, mininterval=1.0, disable=hidden)
 
 # %% ../nbs/05_training.ipynb #054c4be5
 def whole_model(state: TrainState) -> nn.Module:
-    "The averaged model; where it is spread over processes, put together: every process must ask, the main one gets it."
+    "The averaged model, put together on the main process where it is spread. All must ask."
     if not any(hasattr(p, "full_tensor") for p in state.averaged.parameters()):
         return state.averaged
     tensors = gathered(state.averaged.state_dict(), state.ranks)
@@ -869,15 +821,12 @@ def whole_model(state: TrainState) -> nn.Module:
 
 # %% ../nbs/05_training.ipynb #6a290c91
 def draw_grid(state: TrainState, sampler, folder: Path, watcher=None):
-    "A sample grid of the averaged model, drawn by the main process; a watcher sees the samples behind it, where the sampler hands them out."
-    model = whole_model(state)
+    "A sample grid of the averaged model, drawn by the main process; the samples to the watcher."
+    model, path = whole_model(state), folder / "samples" / f"step-{state.step:08d}.png"
 
     def draw():
-        "Draw, store, show."
         drawn = sampler(model)
-        save_grid(
-            getattr(drawn, "picture", drawn), folder / "samples" / f"step-{state.step:08d}.png"
-        )
+        save_grid(getattr(drawn, "picture", drawn), path)
         if watcher:
             watcher.samples(state.step, drawn.x)
 
@@ -885,24 +834,17 @@ def draw_grid(state: TrainState, sampler, folder: Path, watcher=None):
 
 # %% ../nbs/05_training.ipynb #0ebca292
 def training_loop(
-    state: TrainState,
-    loss_fn,
-    data: Images,
-    cfg: TrainConfig,
-    folder: Path,
-    log: MetricsLog,
-    sampler=None,
-    watcher=None,
+    state: TrainState, loss_fn, data: Images, cfg: TrainConfig, folder: Path, log, sampler, watcher
 ):
     "From the state's step to the end of the budget."
     start = time.perf_counter() - state.seconds
     with progress_bar(state, cfg) as bar:
         while progress_of(state, cfg) < 1:
-            loss, metrics = batch_loss(state, loss_fn, data, cfg)
+            loss, metrics = forward_backward(state, loss_fn, data, cfg)
             norm = step_or_stop(state, loss, cfg, folder)
             state.step, state.seconds = state.step + 1, time.perf_counter() - start
             if cfg.minutes:  # the schedule follows one clock
-                (state.seconds,) = state.ranks.mean([state.seconds])
+                state.seconds = state.ranks.mean([state.seconds])[0]
             bar.update()
             if due(state, cfg, cfg.log_every):
                 log_step(log, bar, state, loss, norm, metrics, watcher)
@@ -910,6 +852,16 @@ def training_loop(
                 draw_grid(state, sampler, folder, watcher)
             if due(state, cfg, cfg.checkpoint_every):
                 save_checkpoint(state, folder)
+
+# %% ../nbs/05_training.ipynb #6c2a91d7
+@contextmanager
+def instruments(state: TrainState, folder: Path, watch):
+    "The metrics log and the watcher of a run, open; None where this process has none."
+    ranks = state.ranks
+    log = ranks.on_main(lambda: MetricsLog(folder / "metrics.jsonl", state.step))
+    watcher = ranks.on_main(lambda: watch(folder, state.step)) if watch else None
+    with closing(log) if log else nullcontext(), closing(watcher) if watcher else nullcontext():
+        yield log, watcher
 
 # %% ../nbs/05_training.ipynb #fd37ff52
 def train(
@@ -923,16 +875,14 @@ def train(
     describe: dict = None,  # more to write to run.json
     on_start=None,  # called with (folder, step) once the run is open
     ranks: Alone = ALONE,  # the processes that train together
-    watch=None,  # (folder, step) → what looks at metrics and samples meanwhile, e.g. `watching.Watcher`
+    watch=None,  # (folder, step) → who sees metrics and samples meanwhile: `watching.Watcher`
 ) -> nn.Module:  # the averaged model, in evaluation mode
     "The loop of both stages. Raises `BitflowError` when the loss is no longer finite."
     folder = Path(folder)
     state, loss_fn = begin(model, cfg, folder, resume, describe, loss_fn, ranks)
     if on_start:
         ranks.on_main(lambda: on_start(folder, state.step))
-    log = ranks.on_main(lambda: MetricsLog(folder / "metrics.jsonl", state.step))
-    watcher = ranks.on_main(lambda: watch(folder, state.step)) if watch else None
-    with closing(log) if log else nullcontext(), closing(watcher) if watcher else nullcontext():
+    with instruments(state, folder, watch) as (log, watcher):
         training_loop(state, loss_fn, data, cfg, folder, log, sampler, watcher)
     return whole_model(state)
 
@@ -942,27 +892,30 @@ def kept_model(
     kind: type,  # its class
     fit,  # (folder) → the model, trained there by `train`
 ) -> tuple[nn.Module, list[dict]]:  # in evaluation mode; the metrics of its training
-    "A chapter's small model: what comes with the course or, where the environment has `RETRAIN` set, trained by `fit`. Raises `BitflowError` where there is none, or already one in the way."
+    "A chapter's small model: the course's own or, where RETRAIN is set, one trained by `fit`."
     wanted = os.environ.get("RETRAIN", "")
+    if wanted == "1":
+        with tempfile.TemporaryDirectory() as room:
+            run = Path(room) / "run"
+            return fit(run), read_metrics(run / "metrics.jsonl")
     if wanted in ("", "0"):
         try:
             folder = asset(f"chapters/{name}")
         except BitflowError:
-            raise BitflowError(
-                f"no model {name!r} comes with the course; set RETRAIN=1 to train it"
-            ) from None
+            hint = "set RETRAIN=1 to train it"
+            raise BitflowError(f"no model {name!r} comes with the course; {hint}") from None
     else:
-        folder = Path(wanted) / name
-        if wanted != "1" and folder.exists():
-            raise BitflowError(
-                f"{folder} exists already; set RETRAIN to another folder, or remove it"
-            )
-        with tempfile.TemporaryDirectory() as room:
-            run = Path(room) / "run"
-            model = fit(run)
-            if wanted == "1":
-                return model, read_metrics(run / "metrics.jsonl")
-            save_model(model, folder, dtype=torch.float16)
-            with writing(folder):
-                shutil.copy(run / "metrics.jsonl", folder)
+        folder = fit_into(Path(wanted) / name, fit)
     return load_model(folder, kind), read_metrics(folder / "metrics.jsonl")
+
+# %% ../nbs/05_training.ipynb #5b1f0c4e
+def fit_into(folder: Path, fit) -> Path:
+    "Train a chapter's small model and store it, with its metrics, in a new folder."
+    if folder.exists():
+        raise BitflowError(f"{folder} exists already; set RETRAIN to another folder, or remove it")
+    with tempfile.TemporaryDirectory() as room:
+        run = Path(room) / "run"
+        save_model(fit(run), folder, dtype=torch.float16)
+        with writing(folder):
+            shutil.copy(run / "metrics.jsonl", folder)
+    return folder

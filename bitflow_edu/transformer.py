@@ -2,19 +2,23 @@
 
 # %% ../nbs/04_transformer.ipynb #ef3727f6
 from __future__ import annotations
-import os, shutil
+
+import os
+import shutil
 from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
 from .data import BitflowError
 
 # %% auto #0
 __all__ = ['NORMS', 'MLPS', 'MODERN', 'attend', 'RMSNorm', 'GeluMLP', 'SwiGLU', 'TransformerConfig', 'raster_coordinates',
-           'rotary_angles', 'rotate', 'HeadProjections', 'Attention', 'Layer', 'LayerStack', 'KVCache', 'Transformer',
-           'checkpoint_layers', 'find_compiler', 'compile_layers']
+           'rotary_angles', 'rotate', 'Attention', 'Layer', 'Transformer', 'KVCache', 'checkpoint_layers',
+           'find_compiler', 'compile_layers']
 
 # %% ../nbs/04_transformer.ipynb #c84e4146
 def attend(
@@ -23,20 +27,16 @@ def attend(
     v: Tensor,  # values, the same shape as k
     causal: bool,  # a token sees none after it; where S < T, the queries are the last S tokens
 ) -> Tensor:  # `(N, heads, S, head_dim)`
-    "softmax(q kᵀ/√head_dim) v. PyTorch's fused kernel on accelerators and for single tokens; else the plain equation on CPUs, where it trains faster in bfloat16."
+    "softmax(q kᵀ/√head_dim) v: by PyTorch's fused kernel, or by the plain equation on CPUs."
     S, T = q.shape[-2], k.shape[-2]
-    future = (
-        torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S)
-        if causal and S > 1
-        else None
-    )
-    if (
-        q.device.type != "cpu" or S == 1 and q.shape[:2].numel() < 64
-    ):  # one token of few images: the fused kernel saves calls
-        mask = None if future is None or S == T else ~future
-        return nnf.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=future is not None and S == T
-        )
+    future = None
+    if causal and S > 1:
+        future = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S)
+    # On CPUs the equation trains faster in bfloat16; for one token the kernel saves calls.
+    if q.device.type != "cpu" or (S == 1 and q.shape[:2].numel() < 64):
+        if future is None or S == T:
+            return nnf.scaled_dot_product_attention(q, k, v, is_causal=future is not None)
+        return nnf.scaled_dot_product_attention(q, k, v, attn_mask=~future)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
     if future is not None:
         scores = scores.masked_fill(future, float("-inf"))
@@ -63,10 +63,9 @@ class GeluMLP(nn.Module):
 
     def __init__(self, cfg: TransformerConfig):
         super().__init__()
-        self.norm = NORMS[cfg.norm](cfg.width)
-        self.main = nn.Sequential(
-            nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width)
-        )
+        W = cfg.width
+        self.norm = NORMS[cfg.norm](W)
+        self.main = nn.Sequential(nn.Linear(W, 4 * W), nn.GELU(), nn.Linear(4 * W, W))
 
     def forward(self, x):
         "Each token by itself."
@@ -74,7 +73,7 @@ class GeluMLP(nn.Module):
 
 # %% ../nbs/04_transformer.ipynb #ffc10675
 class SwiGLU(nn.Module):
-    "Norm, a gated hidden layer silu(W₁x)·W₂x, narrow (Shazeer, arXiv 2002.05202), at GeluMLP's parameter count."
+    "Norm, gate silu(W₁x)·W₂x, narrow (Shazeer, arXiv 2002.05202), at GeluMLP's parameter count."
 
     def __init__(self, cfg: TransformerConfig):
         super().__init__()
@@ -105,14 +104,12 @@ class TransformerConfig:
     qk_norm: bool = False  # normalise queries and keys
 
     def __post_init__(self):
-        if self.width < 1 or self.num_layers < 1 or self.head_dim < 1 or self.width % self.head_dim:
-            raise BitflowError(
-                f"width {self.width} is no multiple of head_dim {self.head_dim}, or a size is not positive"
-            )
+        if min(self.width, self.num_layers, self.head_dim) < 1 or self.width % self.head_dim:
+            sizes = f"width {self.width} is no multiple of head_dim {self.head_dim}"
+            raise BitflowError(f"{sizes}, or a size is not positive")
         if self.norm not in NORMS or self.mlp not in MLPS:
-            raise BitflowError(
-                f"unknown norm {self.norm!r} or mlp {self.mlp!r}: norms are {list(NORMS)}, MLPs {list(MLPS)}"
-            )
+            known = f"norms are {list(NORMS)}, MLPs {list(MLPS)}"
+            raise BitflowError(f"unknown norm {self.norm!r} or mlp {self.mlp!r}: {known}")
 
 # %% ../nbs/04_transformer.ipynb #3a41f0e5
 def raster_coordinates(
@@ -126,14 +123,13 @@ def raster_coordinates(
 def rotary_angles(
     coordinates: Tensor,  # positions `(T, A)`, one column an axis
     head_dim: int,  # features a head; a multiple of 2·A
-    base: float = 100.0,  # sets the slowest wave; images are short, so smaller than text's 10,000
+    base: float = 100.0,  # sets the slowest wave; images are short: less than text's 10,000
 ) -> Tensor:  # angles `(T, head_dim/2)` in radians, an equal share for each axis
     "The angles by which queries and keys are turned (Su et al., arXiv 2104.09864)."
     T, A = coordinates.shape
     if head_dim % (2 * A):
-        raise BitflowError(
-            f"head_dim {head_dim} cannot be shared by {A} axes; make it a multiple of {2 * A}"
-        )
+        wanted = f"make it a multiple of {2 * A}"
+        raise BitflowError(f"head_dim {head_dim} cannot be shared by {A} axes; {wanted}")
     n = head_dim // (2 * A)
     frequency = base ** (-torch.arange(n) / n)
     return (coordinates[:, :, None] * frequency).reshape(T, A * n)
@@ -143,38 +139,30 @@ def rotate(
     x: Tensor,  # queries or keys `(N, heads, T, head_dim)`
     angles: Tensor,  # `(T, head_dim/2)`
 ) -> Tensor:  # same shape as x
-    "Turn each pair of features by its token's angle: products of queries and keys then depend on offsets alone."
+    "Turn each pair of features by its token's angle: then q·k depends on offsets alone."
     a, b = x.chunk(2, dim=-1)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 # %% ../nbs/04_transformer.ipynb #7db8c7cf
-class HeadProjections(nn.Module):
-    "What stands before `attend`: pre-norm, then queries, keys and values for every head."
+class Attention(nn.Module):
+    "Pre-norm multi-head self-attention over tokens `(N, T, width)`; scale head_dim^−½."
 
     def __init__(self, cfg: TransformerConfig, causal: bool):
         super().__init__()
         self.head_dim, self.causal = cfg.head_dim, causal
         self.norm = NORMS[cfg.norm](cfg.width)
         self.qkv, self.proj = nn.Linear(cfg.width, 3 * cfg.width), nn.Linear(cfg.width, cfg.width)
-        self.q_norm, self.k_norm = (
-            RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk"
-        )
+        self.q_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
 
     def heads(self, x, angles):
-        "Tokens `(N, T, width)` to queries, keys and values, each `(N, heads, T, head_dim)`; keys and queries turned by `angles`."
+        "Tokens `(N, T, width)` to q, k, v `(N, heads, T, head_dim)`; q and k turned by `angles`."
         N, T, W = x.shape
-        q, k, v = (
-            self.qkv(self.norm(x))
-            .reshape(N, T, 3, W // self.head_dim, self.head_dim)
-            .permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(self.norm(x)).reshape(N, T, 3, W // self.head_dim, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if angles is None else (rotate(q, angles), rotate(k, angles), v)
-
-# %% ../nbs/04_transformer.ipynb #5a3df77a
-class Attention(HeadProjections):
-    "Pre-norm multi-head self-attention over tokens `(N, T, width)`; scale head_dim^−½."
 
     def merge(self, y):
         "Heads side by side again, `(N, T, width)`, then the output projection."
@@ -185,11 +173,12 @@ class Attention(HeadProjections):
         return self.merge(attend(*self.heads(x, angles), self.causal))
 
     def step(self, x, cache, layer, angles=None, temperature=None):
-        "The same for the next S tokens `(N, S, width)`, looking back at what `cache` holds for `layer`; a temperature divides the scores."
+        """The same for the next S tokens `(N, S, width)`, after those in `cache` for `layer`;
+        a temperature divides the scores."""
         q, k, v = self.heads(x, angles)
-        return self.merge(
-            cache.attend(layer, q if temperature is None else q / temperature, k, v, self.causal)
-        )
+        if temperature is not None:
+            q = q / temperature
+        return self.merge(cache.attend(layer, q, k, v, self.causal))
 
 # %% ../nbs/04_transformer.ipynb #231d40c3
 class Layer(nn.Module):
@@ -210,8 +199,9 @@ class Layer(nn.Module):
         return x + self.mlp(x)
 
 # %% ../nbs/04_transformer.ipynb #833f17ec
-class LayerStack(nn.Module):
-    "Layers one after another over the `side²` tokens of a square image, all tokens at once."
+class Transformer(nn.Module):
+    """Layers one after another over the `side²` tokens of a square image; causal or bidirectional.
+    A causal one can also go token by token."""
 
     checkpointing = False  # see `checkpoint_layers`
 
@@ -223,52 +213,16 @@ class LayerStack(nn.Module):
         self.register_buffer("angles", angles, persistent=False)
 
     def forward(self, x, flip=False):
-        "All tokens at once, `(N, T, width)` to the same shape; `flip`: they come in reversed raster order."
-        angles = self.angles if self.angles is None or not flip else self.angles.flip(0)
+        "All tokens `(N, T, width)` to the same shape; `flip`: they come in reversed raster order."
+        angles = self.angles
+        if flip and angles is not None:
+            angles = angles.flip(0)
         for layer in self.layers:
-            x = (
-                checkpoint(layer, x, angles, use_reentrant=False)
-                if self.checkpointing and torch.is_grad_enabled()
-                else layer(x, angles)
-            )
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, angles, use_reentrant=False)
+            else:
+                x = layer(x, angles)
         return x
-
-# %% ../nbs/04_transformer.ipynb #97b72df8
-@dataclass(frozen=True)
-class KVCache:
-    "Keys and values of the tokens seen so far, passed in and passed back. Caches of one walk share memory: `length` says how much of it each may read."
-
-    k: Tensor  # `(layers, N, heads, T, head_dim)`, preallocated; slots ≥ length are empty
-    v: Tensor  # the same shape
-    length: int = 0  # tokens seen
-
-    def extend(self, layer, k, v):
-        "Write k and v `(N, heads, S, head_dim)` of the next S tokens for `layer`; return all that this layer has seen. `BitflowError` when full."
-        keys, values, S = self.k[layer], self.v[layer], k.shape[2]
-        if self.length + S > keys.shape[2]:
-            raise BitflowError(
-                f"the KV cache holds {keys.shape[2]} tokens, {self.length} of them written: it is too full for {S} more"
-            )
-        keys.narrow(2, self.length, S).copy_(k)
-        values.narrow(2, self.length, S).copy_(v)
-        return keys.narrow(2, 0, self.length + S), values.narrow(2, 0, self.length + S)
-
-    def attend(self, layer, q, k, v, causal):
-        "Take in k and v of the next S tokens for `layer`, then let their queries look at all that it has seen: `(N, heads, S, head_dim)`."
-        return attend(q, *self.extend(layer, k, v), causal)
-
-    def own(self, table, S, flip):
-        "The rows of a table `(T, …)` in raster order that belong to the next S tokens; `flip`: these come from its end."
-        at = len(table) - self.length - S if flip else self.length
-        return table[at : at + S].flip(0) if flip else table[at : at + S]
-
-    def advance(self, tokens: int = 1):
-        "The cache after a whole step: the same memory, so many tokens longer."
-        return KVCache(self.k, self.v, self.length + tokens)
-
-# %% ../nbs/04_transformer.ipynb #d16f5df3
-class Transformer(LayerStack):
-    "A stack of layers over `side²` tokens of a square image; causal or bidirectional. A causal one can also go token by token."
 
     def step(self, x, cache, flip=False, temperature=None):
         "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
@@ -280,30 +234,72 @@ class Transformer(LayerStack):
     def empty_cache(self, batch: int) -> KVCache:
         "A cache for `batch` images, in the weights' type and device."
         w, cfg = self.layers[0].attention.norm.weight, self.cfg
-        shape = (cfg.num_layers, batch, cfg.width // cfg.head_dim, self.num_tokens, cfg.head_dim)
+        heads = cfg.width // cfg.head_dim
+        shape = (cfg.num_layers, batch, heads, self.num_tokens, cfg.head_dim)
         return KVCache(w.new_zeros(shape), w.new_zeros(shape))
+
+# %% ../nbs/04_transformer.ipynb #97b72df8
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far, passed in and passed back. Only the fields are
+    frozen: `extend` writes into the memory of k and v in place. Caches of one walk share that
+    memory, and `length` says how much of it each may read."""
+
+    k: Tensor  # `(layers, N, heads, T, head_dim)`, preallocated; slots ≥ length are empty
+    v: Tensor  # the same shape
+    length: int = 0  # tokens seen
+
+    def extend(self, layer, k, v):
+        """Write k and v `(N, heads, S, head_dim)` of the next S tokens for `layer`;
+        return all that this layer has seen. `BitflowError` when full."""
+        keys, values, S = self.k[layer], self.v[layer], k.shape[2]
+        end, size = self.length + S, keys.shape[2]
+        if end > size:
+            full = f"the KV cache holds {size} tokens, {self.length} of them written"
+            raise BitflowError(f"{full}: it is too full for {S} more")
+        keys.narrow(2, self.length, S).copy_(k)
+        values.narrow(2, self.length, S).copy_(v)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def attend(self, layer, q, k, v, causal):
+        "Take in k and v of the next S tokens, then let q see all: `(N, heads, S, head_dim)`."
+        return attend(q, *self.extend(layer, k, v), causal)
+
+    def own(self, table, S, flip):
+        "The next S tokens' rows of a table `(T, …)` in raster order; `flip`: taken from its end."
+        if flip:
+            end = len(table) - self.length
+            return table[end - S : end].flip(0)
+        return table[self.length : self.length + S]
+
+    def advance(self, tokens: int = 1):
+        "The cache after a whole step: the same memory, so many tokens longer."
+        return KVCache(self.k, self.v, self.length + tokens)
 
 # %% ../nbs/04_transformer.ipynb #55f01338
 def checkpoint_layers(model: nn.Module):
-    "Keep nothing of a layer's inside for the backward pass, in place: it is computed again there (Chen et al., arXiv 1604.06174)."
+    """Keep nothing of a layer's inside for the backward pass, in place: it is computed again there
+    (Chen et al., arXiv 1604.06174)."""
     for stack in model.modules():
-        if isinstance(stack, LayerStack):
+        if isinstance(stack, Transformer):
             stack.checkpointing = True
 
 
 def find_compiler() -> str | None:
-    "The C++ compiler: $CXX, c++, g++ or clang++, whichever is there first; None where there is none."
-    return next(
-        filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "c++", "g++", "clang++"))),
-        None,
-    )
+    "The C++ compiler: $CXX, c++, g++ or clang++, whichever is there first; None: there is none."
+    for name in (os.environ.get("CXX") or "c++", "c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return path
+    return None
 
-
+# %% ../nbs/04_transformer.ipynb #5c1e7a90
 def compile_layers(model: nn.Module):
-    "Have torch.compile fuse the operations inside every layer of a model, in place; weights keep their names, and the first step takes seconds longer. Needs a C++ compiler on a CPU."
+    """Have torch.compile fuse the operations inside every layer, in place; weights keep their
+    names, and the first step takes seconds longer. On a CPU this needs a C++ compiler."""
     if next(model.parameters()).device.type == "cpu" and find_compiler() is None:
         raise BitflowError(
-            "torch.compile needs a C++ compiler on a CPU, and none is here; install g++, or leave compile off"
+            "torch.compile needs a C++ compiler on a CPU, and none is here; "
+            "install g++, or leave compile off"
         )
     for layer in model.modules():
         if isinstance(layer, Layer):

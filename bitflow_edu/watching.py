@@ -2,25 +2,34 @@
 
 # %% ../nbs/watching.ipynb #23078033
 from __future__ import annotations
-import json, math, statistics, sys, time
+
+import json
+import math
+import statistics
+import sys
+import time
 from collections import deque
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 from tqdm import tqdm
+
 from .data import BitflowError, add_noise, patchify, unpatchify
 from .plotting import image_grid
 from .training import MetricsLog, read_metrics, write_atomically, writing
 
 # %% auto #0
-__all__ = ['TINY', 'SPREADS', 'mixed_up', 'one_grey', 'FAILURES', 'GROUPS', 'WINDOW', 'LEAST', 'EXCURSION', 'seams',
-           'shuffle_patches', 'pattern', 'fine_detail', 'half_resolution', 'nearest', 'class_spread', 'narrowest_class',
+__all__ = ['TINY', 'SPREADS', 'SEEN', 'ADVICE', 'FAILURES', 'GROUPS', 'WINDOW', 'LEAST', 'EXCURSION', 'seams', 'shuffle_patches',
+           'pattern', 'fine_detail', 'half_resolution', 'nearest', 'class_spread', 'narrowest_class',
            'label_correlation', 'Bound', 'Known', 'know', 'add_grid', 'first_of_class', 'Failure', 'contrast',
-           'watch_labels', 'halves', 'alike', 'Reference', 'bound', 'reference', 'draw_images', 'reference_of', 'Alarm',
-           'broken', 'judge', 'check_samples', 'robust_spread', 'excursion', 'spike', 'scale_of_z', 'finite_past',
-           'check_line', 'check_metrics', 'restlessness', 'images_per_second', 'summary_writer', 'tag', 'write_line',
+           'mixed_up', 'one_grey', 'measure_failure', 'plant_failure', 'watch_labels', 'halves', 'alike', 'Reference',
+           'bound', 'reference', 'draw_images', 'reference_of', 'Alarm', 'broken', 'judge', 'check_samples',
+           'robust_spread', 'excursion', 'spike', 'rescaling_gain', 'scale_of_z', 'finite_past', 'check_line',
+           'check_metrics', 'restlessness', 'images_per_second', 'summary_writer', 'tag', 'write_line', 'lines_of',
            'items_of', 'write_item', 'read_picture', 'mirrored', 'to_tensorboard', 'visible', 'Watcher', 'duration',
            'pace', 'alarm_lines', 'run_budget', 'watch']
 
@@ -37,20 +46,19 @@ def seams(
     for dim in (2, 3):
         steps = x.diff(dim=dim).square().mean(dim=(0, 1, 5 - dim))
         border = (torch.arange(len(steps)) + 1) % patch_size == 0
-        across, within = [*across, steps[border]], [*within, steps[~border]]
+        across.append(steps[border])
+        within.append(steps[~border])
     across, within = torch.cat(across), torch.cat(within)
-    return (
-        math.log((across.mean() + TINY) / (within.mean() + TINY))
-        if len(across) and len(within)
-        else math.nan
-    )
+    if not len(across) or not len(within):
+        return math.nan
+    return math.log((across.mean() + TINY) / (within.mean() + TINY))
 
 # %% ../nbs/watching.ipynb #42b9b6f5
 def shuffle_patches(
     x: Tensor,  # images `(N, C, H, W)`
     patch_size: int,  # p
 ) -> Tensor:  # the same shape
-    "Patch t of image i comes from image i + t·s: every patch real, no neighbours that belong together."
+    "Patch t of image i comes from image i + t·s: real patches that do not belong together."
     tokens = patchify(x, patch_size)
     N, T, _ = tokens.shape
     other = (torch.arange(N)[:, None] + torch.arange(T) * max(N // T, 1)) % N
@@ -62,34 +70,32 @@ def pattern(
     patch_size: int,  # p
     mean: Tensor,  # of real images `(C, H, W)`
 ) -> float:  # in [0, 1]; NaN where nothing varies
-    "How strong a pattern is that is the same in every patch of every image: its rms over that of the images, both without the mean."
+    "The rms of what every patch has in common over that of the images, both without the mean."
     rest = x - mean
     patch = patchify(rest, patch_size).mean(dim=(0, 1)).reshape(x.shape[1], -1)
     total = rest.square().mean()
-    return (
-        (patch - patch.mean(dim=1, keepdim=True)).square().mean().div(total).sqrt().item()
-        if total > TINY
-        else math.nan
-    )
+    if not total > TINY:
+        return math.nan
+    common = patch - patch.mean(dim=1, keepdim=True)
+    return common.square().mean().div(total).sqrt().item()
 
 # %% ../nbs/watching.ipynb #ccf9efa4
 def fine_detail(
     x: Tensor,  # images `(N, C, H, W)`
 ) -> float:  # in [0, 1]; NaN where images are constant
-    "Share of the spectral energy above a quarter of a cycle a pixel, the mean colour left out."
+    "Share of the spectral energy above a quarter of a cycle per pixel, without the mean colour."
     power = torch.fft.fft2(x - x.mean(dim=(2, 3), keepdim=True)).abs().square().mean(dim=(0, 1))
+    if not power.sum() > TINY * power.numel() ** 2:
+        return math.nan
     rows, columns = (torch.fft.fftfreq(size).abs() for size in x.shape[2:])
     high = torch.maximum(rows[:, None], columns[None]) > 0.25
-    return (
-        (power[high].sum() / power.sum()).item()
-        if power.sum() > TINY * power.numel() ** 2
-        else math.nan
-    )
+    return (power[high].sum() / power.sum()).item()
 
 
 def half_resolution(x: Tensor) -> Tensor:
     "Images `(N, C, H, W)` shrunk to half their size and enlarged again."
-    return nnf.interpolate(nnf.avg_pool2d(x, 2, ceil_mode=True), size=x.shape[2:], mode="bilinear")
+    half = nnf.avg_pool2d(x, 2, ceil_mode=True)
+    return nnf.interpolate(half, size=x.shape[2:], mode="bilinear")
 
 # %% ../nbs/watching.ipynb #41176179
 def nearest(
@@ -97,38 +103,35 @@ def nearest(
 ) -> float:  # in units of x
     "Mean rms distance from an image to its nearest other one."
     flat = x.flatten(1)
-    distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(
-        math.inf
-    )
-    return distance.min(dim=1).values.mean().item() / flat.shape[1] ** 0.5
+    distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+    closest = distance.fill_diagonal_(math.inf).min(dim=1).values
+    return closest.mean().item() / flat.shape[1] ** 0.5
 
 # %% ../nbs/watching.ipynb #a83bd2e4
 def class_spread(x: Tensor, c: Tensor, num_classes: int) -> Tensor:
-    "The rms distance of each class's images from their mean `(num_classes,)`; NaN for a class with fewer than two."
-    own = (x[c == k] for k in range(num_classes))
-    return torch.stack(
-        [
-            group.var(dim=0).mean().sqrt()
-            if len(group) > 1
-            else torch.tensor(math.nan, dtype=x.dtype)
-            for group in own
-        ]
-    )
+    "Rms distance of each class's images from their mean `(num_classes,)`; NaN for fewer than two."
+    found = x.new_full((num_classes,), math.nan)
+    for k in range(num_classes):
+        own = x[c == k]
+        if len(own) > 1:
+            found[k] = own.var(dim=0).mean().sqrt()
+    return found
 
 
 def narrowest_class(
-    x: Tensor,
-    c: Tensor,  # samples and their labels `(N,)`
+    x: Tensor,  # samples `(N, C, H, W)`
+    c: Tensor,  # their labels `(N,)`
     real: Tensor,  # `class_spread` of real images
 ) -> float:  # 1: as wide as the real class; NaN where no class has two samples
-    "The spread of the class that has the least of it, relative to the same class of real images."
+    "The smallest spread of a class, relative to the same class of real images."
     ratio = class_spread(x, c, len(real)) / real
-    return ratio[ratio.isfinite()].min().item() if ratio.isfinite().any() else math.nan
+    ratio = ratio[ratio.isfinite()]
+    return ratio.min().item() if len(ratio) else math.nan
 
 # %% ../nbs/watching.ipynb #f657142b
 def label_correlation(
-    x: Tensor,
-    c: Tensor,  # samples and their labels `(N,)`; −1 is left out
+    x: Tensor,  # samples `(N, C, H, W)`
+    c: Tensor,  # their labels `(N,)`; −1 is left out
     class_means: Tensor,  # of real images `(K, C, H, W)`
 ) -> float:  # in [−1, 1]; 0: labels are ignored; NaN where no two classes can be compared
     "Correlation of samples with the real mean of the class asked for, both without their own mean."
@@ -139,9 +142,7 @@ def label_correlation(
     return ((a * b).sum() / ((a.square().sum() * b.square().sum()).sqrt() + TINY)).item()
 
 # %% ../nbs/watching.ipynb #63390444
-SPREADS = (
-    4.0  # a limit's least distance from real, in standard deviations between groups of real images
-)
+SPREADS = 4.0  # a limit's least distance from real, in standard deviations between groups
 
 # %% ../nbs/watching.ipynb #5c22ebd7
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Bound:
 
     @property
     def limit(self) -> float | None:
-        "Half-way to the planted failure and at least `SPREADS` from real; None where that many samples cannot tell them apart."
+        "Half-way to planted, at least `SPREADS` from real; None where they cannot be told apart."
         gap = self.planted - self.real
         if not SPREADS * self.spread < abs(gap):
             return None
@@ -162,9 +163,9 @@ class Bound:
 
     def crossed(self, value: float) -> bool:
         "Whether a number lies on the failure's side of the limit; NaN never does."
-        return self.limit is not None and (
-            value > self.limit if self.planted > self.real else value < self.limit
-        )
+        if self.limit is None:
+            return False
+        return value > self.limit if self.planted > self.real else value < self.limit
 
 # %% ../nbs/watching.ipynb #0d7bc5f0
 @dataclass(frozen=True)
@@ -187,16 +188,19 @@ def know(x: Tensor, c: Tensor, patch_size: int) -> Known:
     "What there is to know about real images `(N, C, H, W)` with labels `(N,)`."
     classes, number = c.unique(return_inverse=True)
     means = torch.stack([x[number == k].mean(dim=0) for k in range(len(classes))])
-    return Known(patch_size, classes, x.mean(dim=0), means, class_spread(x, number, len(classes)))
+    spread = class_spread(x, number, len(classes))
+    return Known(patch_size, classes, x.mean(dim=0), means, spread)
 
 # %% ../nbs/watching.ipynb #c54f4b96
 def add_grid(x: Tensor, known: Known) -> Tensor:
-    "Lines along the patch borders with as much energy as all fine detail of the images; nothing where patches are single pixels."
-    line = [torch.arange(size) % known.patch_size == 0 for size in x.shape[2:]]
-    grid = (line[0][:, None] | line[1]).to(x.dtype)
+    "Lines along the patch borders, as strong as all fine detail; none where patches are pixels."
+    rows, columns = (torch.arange(size) % known.patch_size == 0 for size in x.shape[2:])
+    grid = (rows[:, None] | columns).to(x.dtype)
     grid = grid - grid.mean()
+    if not grid.any():
+        return x
     size = (fine_detail(x) * (x - known.mean).square().mean().item()) ** 0.5
-    return x + size * grid / grid.square().mean().sqrt() if grid.any() else x
+    return x + size * grid / grid.square().mean().sqrt()
 
 
 def first_of_class(x: Tensor, c: Tensor) -> Tensor:
@@ -218,71 +222,96 @@ def contrast(x: Tensor) -> Tensor:
     "Standard deviation over the pixels of each image `(N,)`, all channels together."
     return x.flatten(2).var(dim=2).mean(dim=1).sqrt()
 
-# %% ../nbs/watching.ipynb #3ecf6a39
-mixed_up = lambda c: c[torch.randperm(len(c), generator=torch.Generator().manual_seed(0))]
-one_grey = lambda x: torch.cat([x[:1].mean(dim=(2, 3), keepdim=True).expand_as(x[:1]), x[1:]])
+# %% ../nbs/watching.ipynb #3ecf6a36
+def mixed_up(c: Tensor) -> Tensor:
+    "Labels in another order, always the same one."
+    return c[torch.randperm(len(c), generator=torch.Generator().manual_seed(0))]
 
+
+def one_grey(x: Tensor) -> Tensor:
+    "The first image becomes its mean colour."
+    return torch.cat([x[:1].mean(dim=(2, 3), keepdim=True).expand_as(x[:1]), x[1:]])
+
+# %% ../nbs/watching.ipynb #3ecf6a37
+def measure_failure(name: str, x: Tensor, c: Tensor, known: Known) -> float:
+    "The number of samples in which a failure shows; NaN where it cannot tell."
+    if name == "seams":
+        return seams(x, known.patch_size)
+    if name == "pattern":
+        return pattern(x, known.patch_size, known.mean)
+    if name in ("texture", "blur"):
+        return fine_detail(x)
+    if name == "collapse":
+        return nearest(x)
+    if name == "class-collapse":
+        return narrowest_class(x, c, known.class_spread)
+    if name == "condition":
+        return label_correlation(x, c, known.class_means)
+    if name == "constant":
+        return contrast(x).min().item()
+    return contrast(x).mean().item()  # saturation, wash-out
+
+# %% ../nbs/watching.ipynb #3ecf6a38
+def plant_failure(name: str, x: Tensor, c: Tensor, known: Known) -> tuple:
+    "Real images and their labels with a failure in them."
+    if name in ("seams", "texture"):
+        return shuffle_patches(x, known.patch_size), c
+    if name == "pattern":
+        return add_grid(x, known), c
+    if name == "blur":
+        return half_resolution(x), c
+    if name == "collapse":
+        return x[:1].expand_as(x), c
+    if name == "class-collapse":
+        return first_of_class(x, c), c
+    if name == "condition":
+        return x, mixed_up(c)
+    if name == "constant":
+        return one_grey(x), c
+    return x * (2 if name == "saturation" else 0.5), c
+
+# %% ../nbs/watching.ipynb #3ecf6a34
+SEEN = {
+    "seams": "steps across patch borders are exp({value}) times those within (real: exp({real}))",
+    "pattern": "a pattern repeated in every patch has {value} of the samples' rms (real: {real})",
+    "texture": "{value} of the spectral energy is fine detail (real: {real})",
+    "blur": "only {value} of the spectral energy is fine detail (real: {real})",
+    "collapse": "the nearest other sample is {value} away (real: {real})",
+    "class-collapse": "one class has only {value} of its real spread (real groups: {real})",
+    "condition": "samples correlate with the class asked for by {value} (real: {real})",
+    "constant": "the flattest sample has a contrast of {value} (flattest real: {real})",
+    "saturation": "the contrast of samples is {value} (real: {real})",
+    "wash-out": "the contrast of samples is only {value} (real: {real})",
+}
+
+# %% ../nbs/watching.ipynb #3ecf6a35
+ADVICE = {
+    "seams": "patches do not fit together: train longer, give every depth a weight, "
+    "use a perceptual distance at the image end, or smaller patches",
+    "pattern": "a fixed texture: lower the weight of the perceptual distance, "
+    "or look at the output projection's bias",
+    "texture": "noise or texture is left in: check σ and the denoising step, "
+    "lower the perceptual weight, or train longer",
+    "blur": "samples are blurred, as by MSE alone: add a perceptual distance, or train longer",
+    "collapse": "different noise gives the same picture: check that the noise reaches the model, "
+    "align every depth, lower the guidance",
+    "class-collapse": "samples of that class look alike: lower the guidance, "
+    "or check how many images the class has",
+    "condition": "the label is ignored or mixed up: check the order of the classes, "
+    "label dropout, and the size of the class embedding",
+    "constant": "a sample without content: look for dead outputs, or clip α and μ of F",
+    "saturation": "values leave the range of the data: lower the guidance, "
+    "clip α and μ of F, check the latents' scaling factor",
+    "wash-out": "pictures fade towards a mean: train longer, "
+    "check the temperature of the noise and the latents' scaling factor",
+}
+
+# %% ../nbs/watching.ipynb #3ecf6a39
 FAILURES = {
-    "seams": Failure(
-        lambda x, c, k: seams(x, k.patch_size),
-        lambda x, c, k: (shuffle_patches(x, k.patch_size), c),
-        "steps across patch borders are exp({value}) times those within (real: exp({real}))",
-        "patches do not fit together: train longer, give every depth a weight, use a perceptual distance at the image end, or smaller patches",
-    ),
-    "pattern": Failure(
-        lambda x, c, k: pattern(x, k.patch_size, k.mean),
-        lambda x, c, k: (add_grid(x, k), c),
-        "a pattern repeated in every patch has {value} of the samples' rms (real: {real})",
-        "a fixed texture: lower the weight of the perceptual distance, or look at the output projection's bias",
-    ),
-    "texture": Failure(
-        lambda x, c, k: fine_detail(x),
-        lambda x, c, k: (shuffle_patches(x, k.patch_size), c),
-        "{value} of the spectral energy is fine detail (real: {real})",
-        "noise or texture is left in: check σ and the denoising step, lower the perceptual weight, or train longer",
-    ),
-    "blur": Failure(
-        lambda x, c, k: fine_detail(x),
-        lambda x, c, k: (half_resolution(x), c),
-        "only {value} of the spectral energy is fine detail (real: {real})",
-        "samples are blurred, as by MSE alone: add a perceptual distance, or train longer",
-    ),
-    "collapse": Failure(
-        lambda x, c, k: nearest(x),
-        lambda x, c, k: (x[:1].expand_as(x), c),
-        "the nearest other sample is {value} away (real: {real})",
-        "different noise gives the same picture: check that the noise reaches the model, align every depth, lower the guidance",
-    ),
-    "class-collapse": Failure(
-        lambda x, c, k: narrowest_class(x, c, k.class_spread),
-        lambda x, c, k: (first_of_class(x, c), c),
-        "one class has only {value} of its real spread (real groups: {real})",
-        "samples of that class look alike: lower the guidance, or check how many images the class has",
-    ),
-    "condition": Failure(
-        lambda x, c, k: label_correlation(x, c, k.class_means),
-        lambda x, c, k: (x, mixed_up(c)),
-        "samples correlate with the class asked for by {value} (real: {real})",
-        "the label is ignored or mixed up: check the order of the classes, label dropout, and the size of the class embedding",
-    ),
-    "constant": Failure(
-        lambda x, c, k: contrast(x).min().item(),
-        lambda x, c, k: (one_grey(x), c),
-        "the flattest sample has a contrast of {value} (flattest real: {real})",
-        "a sample without content: look for dead outputs, or clip α and μ of F",
-    ),
-    "saturation": Failure(
-        lambda x, c, k: contrast(x).mean().item(),
-        lambda x, c, k: (2 * x, c),
-        "the contrast of samples is {value} (real: {real})",
-        "values leave the range of the data: lower the guidance, clip α and μ of F, check the latents' scaling factor",
-    ),
-    "wash-out": Failure(
-        lambda x, c, k: contrast(x).mean().item(),
-        lambda x, c, k: (x / 2, c),
-        "the contrast of samples is only {value} (real: {real})",
-        "pictures fade towards a mean: train longer, check the temperature of the noise and the latents' scaling factor",
-    ),
+    name: Failure(
+        partial(measure_failure, name), partial(plant_failure, name), SEEN[name], ADVICE[name]
+    )
+    for name in SEEN
 }
 
 # %% ../nbs/watching.ipynb #74b3f735
@@ -291,17 +320,18 @@ def watch_labels(
     n: int = 100,  # about so many samples
     least: int = 8,  # samples a class, where there are enough images
 ) -> Tensor:  # int64, at most `(n,)`: classes in turn
-    "Labels for samples to watch: as many classes, evenly chosen, as leave each enough samples to have a spread."
+    "Labels for samples to watch: as many classes as leave each enough samples to have a spread."
     count = labels.bincount()
     classes = (count >= 8).nonzero()[:, 0]  # two samples, twice over, in each half of the data
     if not len(classes):
         raise BitflowError(
-            f"no class has 8 images (the largest has {int(count.max())}); too few to know what is normal: watch without alarms"
+            f"no class has 8 images (the largest has {int(count.max())}); "
+            "too few to know what is normal: watch without alarms"
         )
-    chosen = classes[
-        torch.linspace(0, len(classes) - 1, min(len(classes), max(n // least, 1))).round().long()
-    ]
-    return chosen.repeat(max(min(n // len(chosen), int(count[chosen].min()) // 4), 2))
+    wanted = min(len(classes), max(n // least, 1))
+    chosen = classes[torch.linspace(0, len(classes) - 1, wanted).round().long()]
+    each = min(n // len(chosen), int(count[chosen].min()) // 4)
+    return chosen.repeat(max(each, 2))
 
 # %% ../nbs/watching.ipynb #55bff4bc
 def halves(c: Tensor, generator: torch.Generator) -> tuple:
@@ -316,13 +346,14 @@ def alike(
     c: Tensor,  # there are `(N,)`
     generator: torch.Generator,
 ) -> Tensor:  # indices `(n,)`
-    "A random group of images that has the labels wanted, none twice. Raises `BitflowError` where a class has too few."
+    "Random images with the labels wanted, none twice. `BitflowError` where a class has too few."
     order, picked = torch.randperm(len(c), generator=generator), torch.empty_like(labels)
     for k in labels.unique():
         own, places = order[c[order] == k] if k >= 0 else order, (labels == k).nonzero()[:, 0]
         if len(own) < len(places):
             raise BitflowError(
-                f"the reference has {len(own)} images of class {int(k)} and the samples {len(places)}; draw fewer samples of it, or give more data"
+                f"the reference has {len(own)} images of class {int(k)} and the samples "
+                f"{len(places)}; draw fewer samples of it, or give more data"
             )
         picked[places] = own[: len(places)]
     return picked
@@ -346,38 +377,37 @@ class Reference:
 
 # %% ../nbs/watching.ipynb #49a1353a
 def bound(failure: Failure, groups: list, known: Known) -> Bound:
-    "The bound of a failure, from groups (x, c) of real images."
-    values = [failure.measure(x.double(), c, known) for x, c in groups]
-    planted = [failure.measure(*failure.plant(x.double(), c, known), known) for x, c in groups[:5]]
-    if not all(
-        map(math.isfinite, (*values, *planted))
-    ):  # these data cannot say, such as seams of patches of one pixel
+    "The bound of a failure, from groups (x, c) of real images; NaN where they cannot say."
+    groups = [(x.double(), c) for x, c in groups]
+    values = [failure.measure(x, c, known) for x, c in groups]
+    planted = [failure.measure(*failure.plant(x, c, known), known) for x, c in groups[:5]]
+    if not all(map(math.isfinite, values + planted)):  # such as seams of patches of one pixel
         return Bound(math.nan, math.nan, math.nan)
     return Bound(statistics.fmean(values), statistics.stdev(values), statistics.fmean(planted))
 
 # %% ../nbs/watching.ipynb #166842f8
 def reference(
-    x: Tensor,
-    c: Tensor,  # real images `(N, C, H, W)` as the model should draw them, labels `(N,)`
+    x: Tensor,  # real images `(N, C, H, W)`, as the model should draw them
+    c: Tensor,  # their labels `(N,)`
     labels: Tensor,  # of the samples to be judged `(n,)`
     patch_size: int = 1,  # p of the model; 1: no patches
     noise_std: float = 0.0,  # σ, where samples are noisy: those of F are
     seed: int = 0,
 ) -> Reference:
-    "Measure once what samples are compared with. Raises `BitflowError` for fewer than 2n images, or too few of a class."
+    "What samples are compared with. `BitflowError` for fewer than 2n images, or few of a class."
     generator = torch.Generator().manual_seed(seed)
     if len(labels) < 2 or len(x) < 2 * len(labels):
         raise BitflowError(
-            f"{len(labels)} samples and {len(x)} real images; at least 2 samples are needed and twice as many real images"
+            f"{len(labels)} samples and {len(x)} real images; "
+            "at least 2 samples are needed and twice as many real images"
         )
     x, c, labels = add_noise(x.cpu().float(), noise_std, generator), c.cpu(), labels.cpu()
     a, b = halves(c, generator)
     known = know(x[a], c[a], patch_size)
     drawn = [b[alike(labels, c[b], generator)] for _ in range(GROUPS)]
     groups = [(x[i], known.numbered(torch.where(labels < 0, labels, c[i]))) for i in drawn]
-    return Reference(
-        labels, known, {name: bound(failure, groups, known) for name, failure in FAILURES.items()}
-    )
+    bounds = {name: bound(failure, groups, known) for name, failure in FAILURES.items()}
+    return Reference(labels, known, bounds)
 
 # %% ../nbs/watching.ipynb #8262f82f
 def draw_images(data, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -395,16 +425,12 @@ def reference_of(
 ) -> Reference:
     "The reference for a run, from its own training data."
     generator = torch.Generator().manual_seed(seed)
-    wanted = (
-        torch.isin(data.labels, labels)
-        if (labels >= 0).all()
-        else torch.ones_like(data.labels, dtype=torch.bool)
-    )
-    index = wanted.nonzero()[:, 0]
+    index = torch.arange(len(data.labels))
+    if (labels >= 0).all():
+        index = index[torch.isin(data.labels, labels)]
     index = index[torch.randperm(len(index), generator=generator)[:most]].sort().values
-    return reference(
-        draw_images(data, index, generator), data.labels[index], labels, patch_size, noise_std, seed
-    )
+    x, c = draw_images(data, index, generator), data.labels[index]
+    return reference(x, c, labels, patch_size, noise_std, seed)
 
 # %% ../nbs/watching.ipynb #621ab1a4
 @dataclass(frozen=True)
@@ -420,29 +446,19 @@ class Alarm:
 def broken(whole: Tensor) -> list:
     "An alarm where some samples hold NaN or infinity; `whole` says which do not."
     bad = len(whole) - int(whole.sum())
-    return (
-        [
-            Alarm(
-                "not-finite",
-                bad,
-                0,
-                f"{bad} of {len(whole)} samples hold NaN or infinity; clip α and μ of F, lower the guidance or the learning rate",
-            )
-        ]
-        if bad
-        else []
-    )
+    if not bad:
+        return []
+    message = f"{bad} of {len(whole)} samples hold NaN or infinity; "
+    message += "clip α and μ of F, lower the guidance or the learning rate"
+    return [Alarm("not-finite", bad, 0, message)]
 
 
 def judge(name: str, value: float, bound: Bound) -> Alarm:
     "The alarm for a number that crossed its limit."
-    failure, short = FAILURES[name], "{:.3g}".format
-    return Alarm(
-        name,
-        value,
-        bound.limit,
-        f"{failure.seen.format(value=short(value), real=short(bound.real))}, past the limit {bound.limit:.3g}; {failure.advice}",
-    )
+    failure = FAILURES[name]
+    seen = failure.seen.format(value=f"{value:.3g}", real=f"{bound.real:.3g}")
+    message = f"{seen}, past the limit {bound.limit:.3g}; {failure.advice}"
+    return Alarm(name, value, bound.limit, message)
 
 # %% ../nbs/watching.ipynb #ccffe3de
 def check_samples(
@@ -450,39 +466,34 @@ def check_samples(
     c: Tensor,  # labels asked for `(n,)`
     reference: Reference,  # made for these labels
 ) -> list:  # of `Alarm`
-    "What is wrong with samples, against real images. Raises `BitflowError` for another shape or number than the reference's."
-    x, known = x.detach().cpu().double(), reference.known
-    c = known.numbered(c)
-    if x.shape != (len(reference.labels), *known.mean.shape) or len(c) != len(x):
+    "What is wrong with samples. `BitflowError` for another shape or number than the reference's."
+    known, shape = reference.known, (len(reference.labels), *reference.known.mean.shape)
+    x, c = x.detach().cpu().double(), known.numbered(c)
+    if x.shape != shape or len(c) != len(x):
         raise BitflowError(
-            f"samples {tuple(x.shape)} with {len(c)} labels, but the reference is for {(len(reference.labels), *known.mean.shape)}; make one for these samples"
+            f"samples {tuple(x.shape)} with {len(c)} labels, "
+            f"but the reference is for {shape}; make one for these samples"
         )
     whole = x.isfinite().flatten(1).all(dim=1)
     alarms = broken(whole)
     if whole.float().mean() <= 0.5:  # too few are left for groups of n to be the measure
         return alarms
-    values = {
-        name: failure.measure(x[whole], c[whole], known) for name, failure in FAILURES.items()
-    }
-    return alarms + [
-        judge(name, value, reference.bounds[name])
-        for name, value in values.items()
-        if reference.bounds[name].crossed(value)
-    ]
+    for name, failure in FAILURES.items():
+        value, bound = failure.measure(x[whole], c[whole], known), reference.bounds[name]
+        if bound.crossed(value):
+            alarms.append(judge(name, value, bound))
+    return alarms
 
 # %% ../nbs/watching.ipynb #ea9e30bb
 WINDOW, LEAST = 50, 20  # lines that a line is compared with: at most, and at least
-EXCURSION = (
-    8.0  # robust spreads above the median; `results/watching.json` has what healthy runs reach
-)
+EXCURSION = 8.0  # spreads above the median; `results/watching.json` has what healthy runs reach
 
 
 def robust_spread(values: list) -> float:
-    "The standard deviation of a normal bulk, whatever a few outliers do: 1.48 × the median distance from the median. Never 0."
+    "1.48 × the median distance from the median: a standard deviation without outliers. Never 0."
     middle = statistics.median(values)
-    return max(
-        1.4826 * statistics.median(abs(v - middle) for v in values), 1e-6 * abs(middle), TINY
-    )
+    spread = 1.4826 * statistics.median(abs(v - middle) for v in values)
+    return max(spread, 1e-6 * abs(middle), TINY)
 
 
 def excursion(value: float, before: list) -> float:
@@ -493,26 +504,27 @@ def excursion(value: float, before: list) -> float:
 def spike(name: str, value: float, before: list, advice: str) -> list:
     "An alarm where a value leaves its own past far behind."
     size = excursion(value, before)
-    return (
-        [
-            Alarm(
-                name,
-                size,
-                EXCURSION,
-                f"{size:.3g} spreads above the median of the last {len(before)} lines; {advice}",
-            )
-        ]
-        if size > EXCURSION
-        else []
-    )
+    if not size > EXCURSION:
+        return []
+    message = f"{size:.3g} spreads above the median of the last {len(before)} lines; {advice}"
+    return [Alarm(name, size, EXCURSION, message)]
 
 # %% ../nbs/watching.ipynb #4b8eee49
+def rescaling_gain(z: list) -> float:
+    "Loss per dimension that dividing z by its rms would save; `z`: rms values, one per line."
+    r = statistics.median(z)
+    return (r * r - 1) / 2 - math.log(r)
+
+
 def scale_of_z(losses: list, z: list) -> list:
-    "An alarm where z is so far from rms 1 that rescaling it would gain more than the loss's own spread."
-    r, spread = statistics.median(z), robust_spread(losses)
-    gain = (r * r - 1) / 2 - math.log(r)
-    text = f"z has rms {r:.3g} instead of 1, which costs {gain:.3g} nats a dimension (the loss varies by {spread:.3g}); lower the learning rate, or check that clipping does not hold α"
-    return [Alarm("z-rms", gain, spread, text)] if gain > max(spread, 1e-6) else []
+    "An alarm where rescaling z to rms 1 would gain more than the loss's own spread."
+    gain, spread = rescaling_gain(z), robust_spread(losses)
+    if not gain > max(spread, 1e-6):
+        return []
+    message = f"z has rms {statistics.median(z):.3g} instead of 1, "
+    message += f"which costs {gain:.3g} nats a dimension (the loss varies by {spread:.3g}); "
+    message += "lower the learning rate, or check that clipping does not hold α"
+    return [Alarm("z-rms", gain, spread, message)]
 
 # %% ../nbs/watching.ipynb #0b122ef9
 def finite_past(before: list, key: str) -> list:
@@ -524,95 +536,67 @@ def check_line(
     line: dict,  # of metrics.jsonl
     before: list,  # the lines before it; the last `WINDOW` are looked at
 ) -> list:  # of `Alarm`
-    "What is wrong with a line of metrics; the first `LEAST` lines have nothing to be compared with."
-    bad = [
-        key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)
-    ]
-    alarms = (
-        [
-            Alarm(
-                "not-finite",
-                len(bad),
-                0,
-                f"{', '.join(bad)} not finite; lower the learning rate or lengthen the warm-up",
-            )
-        ]
-        if bad
-        else []
-    )
-    losses, norms, z = (
-        finite_past(before[-WINDOW:], key) for key in ("loss", "grad_norm", "z_rms")
-    )
+    "What is wrong with a line of metrics, compared with at least `LEAST` lines before it."
+    alarms = []
+    bad = [k for k, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+    if bad:
+        message = f"{', '.join(bad)} not finite; lower the learning rate or lengthen the warm-up"
+        alarms.append(Alarm("not-finite", len(bad), 0, message))
+    losses, norms, z = (finite_past(before[-WINDOW:], k) for k in ("loss", "grad_norm", "z_rms"))
     if len(losses) >= LEAST and "loss" in line:
-        alarms += spike(
-            "loss-spike",
-            line["loss"],
-            losses,
-            "if it does not come back: lower the learning rate, look at the batch, clip α and μ of F",
-        )
-    logs = [math.log(norm + TINY) for norm in norms]
-    if len(logs) >= LEAST and line.get("grad_norm", -1) >= 0:
-        alarms += spike(
-            "gradient-blow-up",
-            math.log(line["grad_norm"] + TINY),
-            logs,
-            f"gradient norm {line['grad_norm']:.3g}; clipping holds it, but if it stays lower the learning rate",
-        )
-    return alarms + (
-        scale_of_z(losses[-LEAST:], z[-LEAST:]) if len(z) >= LEAST and "z_rms" in line else []
-    )
+        advice = "if it does not come back: lower the learning rate, look at the batch, "
+        alarms += spike("loss-spike", line["loss"], losses, advice + "clip α and μ of F")
+    norm = line.get("grad_norm", -1)
+    if len(norms) >= LEAST and norm >= 0:
+        log, *logs = (math.log(n + TINY) for n in [norm, *norms])
+        advice = f"gradient norm {norm:.3g}; clipping holds it, but if it stays "
+        alarms += spike("gradient-blow-up", log, logs, advice + "lower the learning rate")
+    if len(z) >= LEAST and "z_rms" in line:
+        alarms += scale_of_z(losses[-LEAST:], z[-LEAST:])
+    return alarms
 
 # %% ../nbs/watching.ipynb #36e9de11
 def check_metrics(
     lines: list,  # of metrics.jsonl, oldest first
 ) -> list:  # of `Alarm`, whose messages name the step
     "What was wrong in a run so far, line by line."
-    found = [
-        (line.get("step", i), check_line(line, lines[max(i - WINDOW, 0) : i]))
-        for i, line in enumerate(lines)
-    ]
-    return [
-        Alarm(a.name, a.value, a.limit, f"step {step}: {a.message}")
-        for step, alarms in found
-        for a in alarms
-    ]
+    found = []
+    for i, line in enumerate(lines):
+        for a in check_line(line, lines[max(i - WINDOW, 0) : i]):
+            message = f"step {line.get('step', i)}: {a.message}"
+            found.append(Alarm(a.name, a.value, a.limit, message))
+    return found
 
 # %% ../nbs/watching.ipynb #84188c33
 def restlessness(
     lines: list,  # of metrics.jsonl, oldest first
-) -> dict:  # loss, log_grad_norm: the largest excursions; above: lines past the limit; z_gain: the largest, in spreads of the loss
-    "How far a run strayed from its own past: what the limits are to be compared with."
+) -> dict:  # loss, log_grad_norm, z_gain (in spreads of the loss): the largest; above: lines
+    "How far a run strayed from its own past, and how many lines passed `EXCURSION`."
     found = {"loss": -math.inf, "log_grad_norm": -math.inf, "above": 0, "z_gain": 0.0}
+    losses = [line["loss"] for line in lines]
+    logs = [math.log(line["grad_norm"] + TINY) for line in lines]
     for i in range(LEAST, len(lines)):
-        before, line = lines[max(i - WINDOW, 0) : i], lines[i]
-        sizes = {
-            "loss": excursion(line["loss"], [m["loss"] for m in before]),
-            "log_grad_norm": excursion(
-                math.log(line["grad_norm"] + TINY),
-                [math.log(m["grad_norm"] + TINY) for m in before],
-            ),
-        }
-        found |= {name: max(found[name], size) for name, size in sizes.items()}
-        found["above"] += max(sizes.values()) > EXCURSION
-        if "z_rms" in before[0]:
-            r, losses = (
-                statistics.median(m["z_rms"] for m in before[-LEAST:]),
-                [m["loss"] for m in before[-LEAST:]],
-            )
-            found["z_gain"] = max(
-                found["z_gain"], ((r * r - 1) / 2 - math.log(r)) / robust_spread(losses)
-            )
+        start = max(i - WINDOW, 0)
+        loss, log = excursion(losses[i], losses[start:i]), excursion(logs[i], logs[start:i])
+        found["loss"] = max(found["loss"], loss)
+        found["log_grad_norm"] = max(found["log_grad_norm"], log)
+        found["above"] += max(loss, log) > EXCURSION
+        if "z_rms" in lines[start]:
+            z = [line["z_rms"] for line in lines[i - LEAST : i]]
+            gain = rescaling_gain(z) / robust_spread(losses[i - LEAST : i])
+            found["z_gain"] = max(found["z_gain"], gain)
     return found
 
 # %% ../nbs/watching.ipynb #be4c027d
 def images_per_second(line: dict, before: dict | None, batch_size: int) -> float:
-    "Throughput between two lines of metrics; from the run's start where there is none before. 0 where no time has passed."
-    steps, seconds = ((line[key] - (before[key] if before else 0)) for key in ("step", "seconds"))
+    "Throughput between two lines of metrics (None: the run's start); 0 where no time has passed."
+    before = before or {"step": 0, "seconds": 0}
+    steps, seconds = (line[key] - before[key] for key in ("step", "seconds"))
     return batch_size * steps / seconds if seconds > 0 else 0.0
 
 # %% ../nbs/watching.ipynb #2d69b2c9
 def summary_writer(log_dir: Path, purge_step: int | None = None):
-    "A TensorBoard writer that makes older events from `purge_step` on void. Raises `BitflowError` where TensorBoard is missing."
+    "A TensorBoard writer; older events from `purge_step` on are void. `BitflowError` without it."
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
@@ -624,7 +608,7 @@ def summary_writer(log_dir: Path, purge_step: int | None = None):
 
 # %% ../nbs/watching.ipynb #2a3c3930
 def tag(name: str) -> str:
-    "A metric's place in TensorBoard: numbered ones (`depth_3`) share a group, the others are in `train`."
+    "A metric's place in TensorBoard: `depth_3` becomes `depth/3`, `loss` `train/loss`."
     stem, _, number = name.rpartition("_")
     return f"{stem}/{number}" if number.isdigit() else f"train/{name}"
 
@@ -634,27 +618,27 @@ def write_line(writer, line: dict, walltime: float = None):
     for name in line.keys() - {"step", "seconds"}:
         writer.add_scalar(tag(name), line[name], line["step"], walltime=walltime)
 
+# %% ../nbs/watching.ipynb #a1b2c2b0
+def lines_of(path: Path) -> list:
+    "The lines of a metrics file, none where there is no file."
+    return read_metrics(path) if path.exists() else []
+
 # %% ../nbs/watching.ipynb #a1b2c2b1
 def items_of(run: Path) -> list:
-    "All that a run wrote, as (step, kind, what): lines of metrics and alarms as JSON, pictures with size and time of writing."
+    "All that a run wrote, as (step, kind, what): JSON lines, and pictures with size and time."
     found = []
     for kind in ("metrics", "alarms"):
-        lines = read_metrics(run / f"{kind}.jsonl") if (run / f"{kind}.jsonl").exists() else []
+        lines = lines_of(run / f"{kind}.jsonl")
         found += [(line["step"], kind, json.dumps(line)) for line in lines]
     for path in (run / "samples").glob("step-*.png"):
         if path.stem[5:].isdigit():
-            found.append(
-                (
-                    int(path.stem[5:]),
-                    "samples",
-                    f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}",
-                )
-            )
+            what = f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
+            found.append((int(path.stem[5:]), "samples", what))
     return sorted(found)
 
 # %% ../nbs/watching.ipynb #788eb764
 def write_item(writer, run: Path, step: int, kind: str, what: str):
-    "One item into the event file; its time is the seconds that the run had taken, where it says so."
+    "One item into the event file; its time is the seconds that the run had taken."
     if kind == "metrics":
         line = json.loads(what)
         write_line(writer, line, line.get("seconds"))
@@ -662,9 +646,8 @@ def write_item(writer, run: Path, step: int, kind: str, what: str):
         alarm = json.loads(what)
         writer.add_text(f"alarms/{alarm['name']}", alarm["message"], step)
     else:
-        writer.add_image(
-            "samples", read_picture(run / "samples" / what.split()[0]), step, dataformats="HWC"
-        )
+        image = read_picture(run / "samples" / what.split()[0])
+        writer.add_image("samples", image, step, dataformats="HWC")
 
 
 def read_picture(path: Path):
@@ -676,7 +659,7 @@ def read_picture(path: Path):
 
 # %% ../nbs/watching.ipynb #8d7d4582
 def mirrored(log_dir: Path) -> set:
-    "What an earlier call wrote there. Raises `BitflowError` for a folder with somebody else's events."
+    "What an earlier call wrote there. Raises `BitflowError` for a folder with others' events."
     try:
         return {tuple(item) for item in json.loads((log_dir / "mirror.json").read_text())}
     except FileNotFoundError:
@@ -695,64 +678,61 @@ def to_tensorboard(
     run_folder: Path,  # with metrics.jsonl, samples/, alarms.jsonl
     log_dir: Path,  # of the mirror, of this run alone
 ) -> int:  # items written: lines, pictures, alarms
-    "Mirror a run into TensorBoard's event files; called again, only what is new or has changed, and what comes after it."
+    "Mirror a run into TensorBoard's event files: all items from the first that is new or changed."
     run, log_dir = Path(run_folder), Path(log_dir)
     if not (run / "metrics.jsonl").exists():
         raise BitflowError(f"{run} has no metrics.jsonl: it is no run; name a run's folder")
-    now, before = items_of(run), mirrored(log_dir)
-    changed = set(now) ^ before
+    now, mirror = items_of(run), log_dir / "mirror.json"
+    changed = set(now) ^ mirrored(log_dir)
     if not changed:
         return 0
     first = min(step for step, *_ in changed)
     new = [item for item in now if item[0] >= first]
     writer = summary_writer(log_dir, first)
     with writing(log_dir):
-        write_atomically(
-            log_dir / "mirror.json", json.dumps([item for item in now if item[0] < first])
-        )
+        write_atomically(mirror, json.dumps([item for item in now if item[0] < first]))
         for item in new:
             write_item(writer, run, *item)
         writer.close()
-        write_atomically(log_dir / "mirror.json", json.dumps(now))
+        write_atomically(mirror, json.dumps(now))
     return len(new)
 
 # %% ../nbs/watching.ipynb #994b00f4
 def visible(x: Tensor) -> Tensor:
-    "Something to look at: images as they are; of latents the first three channels, three standard deviations from black to white."
-    return x if x.shape[1] in (1, 3) else x[:, : 3 if x.shape[1] > 3 else 1] / 3
+    "Images as they are; of latents the first three channels, black to white at ±3."
+    if x.shape[1] in (1, 3):
+        return x
+    return x[:, : 3 if x.shape[1] > 3 else 1] / 3
 
 # %% ../nbs/watching.ipynb #8f2eb8aa
 class Watcher:
-    "Looks over a training's shoulder: alarms into `alarms.jsonl`, curves and sheets into TensorBoard where wanted."
+    "Writes alarms into `alarms.jsonl` while a run trains; `tensorboard`: curves and sheets too."
 
     def __init__(
         self,
-        folder: Path,
-        step: int = 0,
-        reference: Reference = None,
-        batch_size: int = None,
+        folder: Path,  # of the run
+        step: int = 0,  # of the checkpoint that it resumes from
+        reference: Reference = None,  # None: samples set off no alarms
+        batch_size: int = None,  # for the throughput
         tensorboard: bool = False,
     ):
         self.folder, self.reference, self.batch_size = Path(folder), reference, batch_size
-        old = (
-            read_metrics(self.folder / "metrics.jsonl")
-            if (self.folder / "metrics.jsonl").exists()
-            else []
-        )
+        old = lines_of(self.folder / "metrics.jsonl")
         self.lines = deque([line for line in old if line["step"] <= step], maxlen=WINDOW)
         self.log = MetricsLog(self.folder / "alarms.jsonl", step)
         self.said = {line["name"] for line in read_metrics(self.folder / "alarms.jsonl")}
-        self.writer = summary_writer(self.folder / "tensorboard", step + 1) if tensorboard else None
+        self.writer = None
+        if tensorboard:
+            self.writer = summary_writer(self.folder / "tensorboard", step + 1)
 
     def metrics(self, step: int, values: dict):
         "A line of metrics.jsonl: compared with those before it, and drawn."
         line = {name: float(value) for name, value in values.items()} | {"step": step}
         self.report(step, check_line(line, list(self.lines)))
         if self.batch_size and "seconds" in line:
-            line.setdefault(
-                "images_per_second",
-                images_per_second(line, self.lines[-1] if self.lines else None, self.batch_size),
-            )
+            before = self.lines[-1] if self.lines else None
+            rate = images_per_second(line, before, self.batch_size)
+            line.setdefault("images_per_second", rate)
         if self.writer:
             write_line(self.writer, line)
         self.lines.append(line)
@@ -760,12 +740,8 @@ class Watcher:
     def samples(self, step: int, x: Tensor):
         "Samples `(n, C, H, W)` drawn with the reference's labels, always from the same noise."
         if self.writer:
-            self.writer.add_image(
-                "samples",
-                image_grid(visible(x.detach().float().cpu().nan_to_num()), columns=10),
-                step,
-                dataformats="HWC",
-            )
+            sheet = image_grid(visible(x.detach().float().cpu().nan_to_num()), columns=10)
+            self.writer.add_image("samples", sheet, step, dataformats="HWC")
         if self.reference:
             self.report(step, check_samples(x, self.reference.labels, self.reference))
 
@@ -789,55 +765,50 @@ class Watcher:
 def duration(seconds: float) -> str:
     "Seconds in words: the two largest units."
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    return (
-        f"{days:.1f} days"
-        if days >= 2
-        else f"{int(hours)} h {int(minutes % 60)} min"
-        if hours >= 1
-        else f"{int(minutes)} min {int(seconds % 60)} s"
-        if minutes >= 1
-        else f"{seconds:.0f} s"
-    )
+    if days >= 2:
+        return f"{days:.1f} days"
+    if hours >= 1:
+        return f"{int(hours)} h {int(minutes % 60)} min"
+    if minutes >= 1:
+        return f"{int(minutes)} min {int(seconds % 60)} s"
+    return f"{seconds:.0f} s"
 
 # %% ../nbs/watching.ipynb #798a687f
 def pace(lines: list, budget: dict) -> str:
     "Where a run stands: step, throughput and the time that is left."
-    last, first = (
-        lines[-1],
-        lines[max(-WINDOW, -len(lines))] if len(lines) > 1 else {"step": 0, "seconds": 0.0},
-    )
+    last, first = lines[-1], {"step": 0, "seconds": 0.0}
+    if len(lines) > 1:
+        first = lines[max(-WINDOW, -len(lines))]
     rate = images_per_second(last, first, 1)
-    whole = (
-        budget["minutes"] * 60
-        if budget.get("minutes")
-        else budget["steps"] / rate
-        if rate
-        else math.inf
-    )
-    used = last["seconds"] if budget.get("minutes") else last["step"] / rate if rate else 0.0
-    left = (
-        "finished"
-        if used >= whole
-        else f"about {duration(whole - used)} left"
-        if math.isfinite(whole)
-        else "time left unknown"
-    )
-    goal = f"{budget['minutes']:g} minutes" if budget.get("minutes") else f"{budget['steps']} steps"
-    return f"step {last['step']} of {goal}, {100 * min(used / whole, 1):.0f}%, {rate:.3g} steps/s, {rate * budget['batch_size']:.3g} images/s, {left}"
+    whole, used = math.inf, 0.0  # seconds
+    if budget.get("minutes"):
+        whole, used = budget["minutes"] * 60, last["seconds"]
+    elif rate:
+        whole, used = budget["steps"] / rate, last["step"] / rate
+    left = "time left unknown"
+    if used >= whole:
+        left = "finished"
+    elif math.isfinite(whole):
+        left = f"about {duration(whole - used)} left"
+    speed = f"{rate:.3g} steps/s, {rate * budget['batch_size']:.3g} images/s"
+    share = f"{100 * min(used / whole, 1):.0f}%"
+    goal = f"{budget['steps']} steps"
+    if budget.get("minutes"):
+        goal = f"{budget['minutes']:g} minutes"
+    return f"step {last['step']} of {goal}, {share}, {speed}, {left}"
 
 # %% ../nbs/watching.ipynb #604add4f
 def alarm_lines(alarms: list) -> list:
     "One line for each kind of alarm, with how often and when, the newest first."
-    kinds = {
-        name: [a for a in alarms if a["name"] == name]
-        for name in dict.fromkeys(a["name"] for a in reversed(alarms))
-    }
-    when = lambda found: (
-        f"step {found[0]['step']}"
-        if len(found) == 1
-        else f"{len(found)} times, steps {found[0]['step']} to {found[-1]['step']}"
-    )
-    return [f"  {name} ({when(found)}): {found[-1]['message']}" for name, found in kinds.items()]
+    lines = []
+    for name in dict.fromkeys(a["name"] for a in reversed(alarms)):
+        found = [a for a in alarms if a["name"] == name]
+        first, last = found[0]["step"], found[-1]["step"]
+        when = f"step {first}"
+        if len(found) > 1:
+            when = f"{len(found)} times, steps {first} to {last}"
+        lines.append(f"  {name} ({when}): {found[-1]['message']}")
+    return lines
 
 # %% ../nbs/watching.ipynb #d694b245
 def run_budget(run: Path) -> dict:
@@ -846,33 +817,25 @@ def run_budget(run: Path) -> dict:
         return json.loads((run / "run.json").read_text())["train"]
     except (OSError, ValueError, KeyError) as e:
         raise BitflowError(
-            f"{run} is no run: its run.json is missing or damaged ({e}); name the folder that --out named"
+            f"{run} is no run: its run.json is missing or damaged ({e}); "
+            "name the folder that --out named"
         ) from e
 
 # %% ../nbs/watching.ipynb #7b1548cf
 def watch(
     run_folder: Path,  # a run, going on or finished
 ) -> str:  # some lines of text
-    "How a run is going: last metrics, throughput, time left, alarms, and where its newest samples are."
+    "How a run is going: last metrics, throughput, time left, alarms, and its newest samples."
     run = Path(run_folder)
-    budget = run_budget(run)
-    lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    budget, lines = run_budget(run), lines_of(run / "metrics.jsonl")
     if not lines:
         return f"{run}: no line of metrics yet"
     age = time.time() - (run / "metrics.jsonl").stat().st_mtime
-    alarms = read_metrics(run / "alarms.jsonl") if (run / "alarms.jsonl").exists() else []
+    alarms = lines_of(run / "alarms.jsonl")
     pictures = sorted((run / "samples").glob("step-*.png"))
-    values = "  ".join(
-        f"{name} {value:.4g}"
-        for name, value in lines[-1].items()
-        if name not in ("step", "seconds")
-    )
-    return "\n".join(
-        [
-            f"{run}: {pace(lines, budget)}",
-            f"last line {duration(max(age, 0))} ago: {values}",
-            "alarms:" if alarms else "alarms: none",
-            *alarm_lines(alarms),
-            f"newest samples: {pictures[-1] if pictures else 'none yet'}",
-        ]
-    )
+    values = [f"{k} {v:.4g}" for k, v in lines[-1].items() if k not in ("step", "seconds")]
+    text = [f"{run}: {pace(lines, budget)}"]
+    text.append(f"last line {duration(max(age, 0))} ago: {'  '.join(values)}")
+    text += ["alarms:" if alarms else "alarms: none", *alarm_lines(alarms)]
+    text.append(f"newest samples: {pictures[-1] if pictures else 'none yet'}")
+    return "\n".join(text)

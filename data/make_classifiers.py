@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Train the two digit networks that come with the course, and write their weights here.
 
-mnist-cnn       the judge: labels samples and gives the features of FD[mnist-cnn]; official MNIST training images
-mnist-features  the teacher: its features are the perceptual distance that trains G; training images of mnist-mini
+mnist-cnn       the judge: labels samples and gives the features of FD[mnist-cnn];
+                trained on the official MNIST training images
+mnist-features  the teacher: its features are the perceptual distance that trains G;
+                trained on the training images of mnist-mini
 
-Usage: make_classifiers.py mnist-cnn|mnist-features|measure [--data-root ROOT] [--steps N] [--out FOLDER]
+Usage: make_classifiers.py mnist-cnn|mnist-features [--data-root ROOT] [--steps N] [--out FOLDER]
+       make_classifiers.py measure [--data-root ROOT]
 """
 
 import argparse
@@ -29,7 +32,6 @@ from bitflow_edu.evaluation import (
 )
 from bitflow_edu.training import TrainConfig, save_model, train
 
-
 HERE = Path(__file__).resolve().parent
 
 
@@ -40,75 +42,32 @@ def two_sizes(model, x, c, generator):
     return classifier_loss(model, x, c, generator)
 
 
-RECIPES = {
-    "mnist-cnn": (
-        lambda: Classifier(ClassifierConfig()),
-        classifier_loss,
-        DataConfig("mnist", 28),
-        TrainConfig(
-            steps=5000,
-            batch_size=128,
-            lr=2e-3,
-            weight_decay=1e-2,
-            label_dropout=0.0,
-            ema=0.998,
-            checkpoint_every=1000,
-        ),
-    ),
-    "mnist-features": (
-        lambda: FeatureNet(FeatureNetConfig()),
-        two_sizes,
-        DataConfig("mnist-mini", 28),
-        TrainConfig(
-            steps=3000,
-            batch_size=128,
-            lr=2e-3,
-            weight_decay=1e-2,
-            label_dropout=0.0,
-            ema=0.998,
-            seed=1,
-            checkpoint_every=1000,
-        ),
-    ),
+COMMON = TrainConfig(
+    batch_size=128, lr=2e-3, weight_decay=1e-2, label_dropout=0.0, ema=0.998, checkpoint_every=1000
+)
+JUDGE = dataclasses.replace(COMMON, steps=5000)
+TEACHER = dataclasses.replace(COMMON, steps=3000, seed=1)
+FULL, MINI = DataConfig("mnist", 28), DataConfig("mnist-mini", 28)
+RECIPES = {  # class, its config, loss, data, training
+    "mnist-cnn": (Classifier, ClassifierConfig, classifier_loss, FULL, JUDGE),
+    "mnist-features": (FeatureNet, FeatureNetConfig, two_sizes, MINI, TEACHER),
 }
 
 
 def measure(data_root, results):
-    """Accuracy of the stored networks on test images, at both sizes, into results/classifiers.json."""
+    """Accuracy of the stored networks on test images, at both sizes, into classifiers.json."""
     start, found = time.perf_counter(), []
     nets = {"mnist-cnn": load_classifier(), "mnist-features": load_feature_net()}
-    for data in (
-        DataConfig("mnist", 28),
-        DataConfig("mnist", 16),
-        DataConfig("mnist-mini", 28),
-        DataConfig("mnist-mini", 16),
-    ):
-        test = load_data(data, "test", data_root)
+    for source, side in (("mnist", 28), ("mnist", 16), ("mnist-mini", 28), ("mnist-mini", 16)):
+        test, size = load_data(DataConfig(source, side), "test", data_root), f"{side}x{side}"
         for name, net in nets.items():
-            size = f"{data.image_size}x{data.image_size}"
-            found.append(
-                measurement(
-                    name,
-                    "label_accuracy",
-                    accuracy(net, test.x, test.labels),
-                    n=len(test),
-                    data=data.name,
-                    size=size,
-                )
-            )
-            print(
-                f"{name:15s} {found[-1]['value']:.4f} of {len(test)} test images of {data.name} at {size}"
-            )
-    recipes = {name: dataclasses.asdict(recipe[3]) for name, recipe in RECIPES.items()}
-    save_results(
-        results,
-        "classifiers",
-        "mnist-cnn, mnist-features",
-        "data/make_classifiers.py measure",
-        recipes,
-        found,
-        time.perf_counter() - start,
-    )
+            value, more = accuracy(net, test.x, test.labels), dict(data=source, size=size)
+            found.append(measurement(name, "label_accuracy", value, n=len(test), **more))
+            print(f"{name:15s} {value:.4f} of {len(test)} test images of {source} at {size}")
+    recipes = {name: dataclasses.asdict(cfg) for name, (*_, cfg) in RECIPES.items()}
+    names, command = ", ".join(RECIPES), "data/make_classifiers.py measure"
+    seconds = time.perf_counter() - start
+    save_results(results, "classifiers", names, command, recipes, found, seconds)
 
 
 def main():
@@ -121,11 +80,11 @@ def main():
     args = ap.parse_args()
     if args.name == "measure":
         return measure(args.data_root, HERE.parent / "results")
-    build, loss, data, cfg = RECIPES[args.name]
+    kind, config, loss, data, cfg = RECIPES[args.name]
     cfg = dataclasses.replace(cfg, steps=args.steps or cfg.steps)
     torch.manual_seed(cfg.seed)
     with tempfile.TemporaryDirectory() as run:
-        net = train(build(), loss, load_data(data, "train", args.data_root), cfg, Path(run))
+        net = train(kind(config()), loss, load_data(data, "train", args.data_root), cfg, Path(run))
     save_model(net, args.out / args.name, dtype=torch.float16)
 
 

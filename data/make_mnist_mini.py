@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Make mnist-mini.npz: the first 1,000 train and 200 test images of every digit, out of the official MNIST sets.
+"""Make mnist-mini.npz: of the official MNIST, the first 1,000 train and 200 test images of a digit.
 
-Usage: make_mnist_mini.py MNIST_ROOT [--out mnist-mini.npz]   (MNIST_ROOT holds MNIST/raw, as torchvision lays it out)
+Usage: make_mnist_mini.py MNIST_ROOT [--out mnist-mini.npz]
+
+MNIST_ROOT holds MNIST/raw, as torchvision lays it out.
 """
 
 import argparse
@@ -12,14 +14,13 @@ from torchvision.datasets import MNIST
 
 
 def class_balanced(labels, per_class):
-    """Sorted indices of the first `per_class` images of every class, so the official order is kept."""
-    return np.sort(
-        np.concatenate([np.flatnonzero(labels == digit)[:per_class] for digit in range(10)])
-    )
+    """Indices of the first `per_class` images of every class, in the official order."""
+    chosen = [np.flatnonzero(labels == digit)[:per_class] for digit in range(10)]
+    return np.sort(np.concatenate(chosen))
 
 
 def split(root, train, per_class):
-    """Pixels (N, 28, 28) uint8, labels (N,) uint8 and official indices (N,) of one class-balanced split."""
+    """Pixels (N, 28, 28) uint8, labels (N,) uint8, official indices (N,) of a balanced split."""
     official = MNIST(root, train=train, download=False)
     images, labels = official.data.numpy(), official.targets.numpy()
     index = class_balanced(labels, per_class)
@@ -37,10 +38,8 @@ def main():
         images, labels, index = split(args.root, train, per_class)
         arrays |= {f"{name}_images": images, f"{name}_labels": labels, f"{name}_index": index}
     np.savez_compressed(args.out, **arrays)
-    print(
-        f"{args.out}: {args.out.stat().st_size:,} bytes, "
-        f"{len(arrays['train_labels'])} train and {len(arrays['test_labels'])} test images"
-    )
+    counts = f"{len(arrays['train_labels'])} train and {len(arrays['test_labels'])} test images"
+    print(f"{args.out}: {args.out.stat().st_size:,} bytes, {counts}")
 
 
 if __name__ == "__main__":

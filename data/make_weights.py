@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Copy trained models to where the chapters load them from.
 
-Usage: make_weights.py RUN --to NAME --results FILE    a pair (RUN/forward, RUN/reverse), as `bitflow demo` and `bitflow reproduce` leave it, to NAME/, in bfloat16, with a
-                                                       model card made from the results file that was measured on it
-       make_weights.py RUN --to NAME                   a flow alone, as `bitflow train forward` leaves it, to NAME/, in float32
+Usage:
+    make_weights.py RUN --to NAME --results FILE
+        a pair (RUN/forward, RUN/reverse), as `bitflow demo` and `bitflow reproduce` leave it,
+        to NAME/, in bfloat16, with a card made from the results file that was measured on it
+    make_weights.py RUN --to NAME
+        a flow alone, as `bitflow train forward` leaves it, to NAME/, in float32
 """
 
 import argparse
@@ -30,13 +33,8 @@ def main():
         if not args.results:
             ap.error("a pair needs --results, for its model card")
         pair = Pair(*(load_any(args.run / name, "cpu") for name in ("forward", "reverse")))
-        save_pretrained(
-            pair,
-            folder,
-            torch.bfloat16,
-            model_card(load_result(args.results.stem, args.results.parent), pair),
-            overwrite=True,
-        )
+        card = model_card(load_result(args.results.stem, args.results.parent), pair)
+        save_pretrained(pair, folder, torch.bfloat16, card, overwrite=True)
     else:
         save_pretrained(load_any(args.run, "cpu"), folder, overwrite=True)
     for path in folder.rglob("model.safetensors"):

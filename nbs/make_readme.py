@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write README.md from nbs/index.ipynb: its prose and the stored outputs of its cells, without their code.
+"""Write README.md from nbs/index.ipynb: its prose and the stored outputs of its cells, no code.
 
 Usage: make_readme.py [--check]      (--check: write nothing, fail when README.md would change)
 """
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def markdown(cell):
-    """What a reader of the README sees of a cell: prose, or the Markdown and text that code put out."""
+    """What a reader of the README sees of a cell: prose, or the Markdown that code put out."""
     if cell.cell_type == "markdown":
         return cell.source
     outputs = [o.get("data", {}) for o in cell.get("outputs", [])]
@@ -23,15 +23,12 @@ def markdown(cell):
 
 def readme():
     """The README's text; links are turned from nbs/ to the repository's root."""
-    parts = [
-        markdown(cell).strip()
-        for cell in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells
-    ]
+    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    parts = [markdown(cell).strip() for cell in notebook.cells]
     text = "\n\n".join(p for p in parts if p)
     text = re.sub(r"\]\((?!https?:|#|\.\./)", "](nbs/", text).replace("](../", "](")
-    return (
-        "<!-- Written by nbs/make_readme.py from nbs/index.ipynb: edit that. -->\n\n" + text + "\n"
-    )
+    note = "<!-- Written by nbs/make_readme.py from nbs/index.ipynb: edit that. -->"
+    return f"{note}\n\n{text}\n"
 
 
 def main():

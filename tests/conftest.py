@@ -33,11 +33,8 @@ def shake(model, seed=0, size=0.2):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(
-                size
-                * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-                / max(p.shape[-1], 1) ** 0.5
-            )
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.add_(size * noise / max(p.shape[-1], 1) ** 0.5)
     return model.eval()
 
 
@@ -64,15 +61,8 @@ def small_flow(
 def small_reverse(flow, modern=True, seed=1, **kw):
     """A shaken G that fits the flow."""
     f = flow.cfg
-    cfg = ReverseConfig(
-        f.image_size,
-        f.channels,
-        f.patch_size,
-        f.num_classes,
-        f.num_blocks,
-        transformer=small_transformer(modern),
-        **kw,
-    )
+    shape = (f.image_size, f.channels, f.patch_size, f.num_classes, f.num_blocks)
+    cfg = ReverseConfig(*shape, transformer=small_transformer(modern), **kw)
     return shake(build(ReverseModel, cfg, seed), seed)
 
 

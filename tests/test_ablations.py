@@ -17,10 +17,8 @@ def test_every_row_of_every_table_is_a_preset():
     for name, table in TABLES.items():
         rows = table()
         assert len({row.name for row in rows}) == len(rows) > 1, name
-        assert all(
-            row.preset(SMOKE).reverse.num_blocks == row.preset(SMOKE).forward.num_blocks
-            for row in rows
-        )
+        for preset in (row.preset(SMOKE) for row in rows):
+            assert preset.reverse.num_blocks == preset.forward.num_blocks
 
 
 def test_what_several_tables_share_is_trained_once():
@@ -29,9 +27,8 @@ def test_what_several_tables_share_is_trained_once():
     assert len(together) < separate
     keys = {t.key for t in together}
     assert all(t.forward.key in keys for t in together)  # no G without its F
-    assert (
-        len({t.forward.key for t in together}) == 4
-    )  # the preset's F, the clipped one, and those of two other regimes
+    # the preset's F, the clipped one, and those of two other regimes
+    assert len({t.forward.key for t in together}) == 4
 
 
 def test_a_training_is_known_by_what_it_depends_on():
@@ -49,10 +46,11 @@ def test_a_training_is_known_by_what_it_depends_on():
 
 def table_of(*rows):
     """Means of (value, spread, paper)."""
-    return [
-        measurement(f"row {i}", "mean fd[mnist-cnn]", v, spread=s, paper=p)
-        for i, (v, s, p) in enumerate(rows)
-    ]
+    found = []
+    for i, (value, spread, paper) in enumerate(rows):
+        more = dict(spread=spread, paper=paper)
+        found.append(measurement(f"row {i}", "mean fd[mnist-cnn]", value, **more))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -74,42 +72,22 @@ def test_verdict(rows, word):
 
 def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = [
-        "ablate",
-        "denoising",
-        "--preset",
-        "mnist-mini-smoke",
-        "--seeds",
-        "2",
-        "--steps",
-        "4",
-        "--workers",
-        "1",
-        "--out",
-        str(tmp_path / "runs"),
-        "--results",
-        str(tmp_path),
-    ]
+    words = "ablate denoising --preset mnist-mini-smoke --seeds 2 --steps 4 --workers 1".split()
+    words += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
     assert cli.main(words) == 0
     file = tmp_path / "ablate-denoising-mnist-mini-smoke-4-steps.json"
     result = json.loads(file.read_text())
-    assert (
-        result["command"].startswith("bitflow ablate denoising --preset mnist-mini-smoke")
-        and result["config"]["verdict"]
-    )
+    assert result["command"].startswith("bitflow ablate denoising --preset mnist-mini-smoke")
+    assert result["config"]["verdict"]
     fd = [m for m in result["measurements"] if m["metric"] == "fd[mnist-cnn]"]
-    assert [(m["row"], m["seed"]) for m in fd] == [
-        (row.name, seed) for row in TABLES["denoising"]() for seed in (0, 1)
-    ]
+    expected = [(row.name, seed) for row in TABLES["denoising"]() for seed in (0, 1)]
+    assert [(m["row"], m["seed"]) for m in fd] == expected
     assert (tmp_path / "ablate-denoising-mnist-mini-smoke-4-steps.png").stat().st_size > 1000
     assert cli.main(words) == 2 and "exists already" in capsys.readouterr().err
     preset = cli.ablation_preset(cli.parse(words))
     jobs = jobs_of(["denoising"], preset, range(2))
-    figures = {
-        t.key: json.loads((tmp_path / "runs" / t.key / "figures.json").read_text())
-        for t, ways in jobs.items()
-        if ways
-    }
+    files = {t.key: tmp_path / "runs" / t.key / "figures.json" for t, ways in jobs.items() if ways}
+    figures = {key: json.loads(file.read_text()) for key, file in files.items()}
     assert lines_of("denoising", preset, range(2), figures) == result["measurements"]
 
 
@@ -129,7 +107,7 @@ def test_bad_words(words, say, tmp_path, monkeypatch, capsys):
 
 
 def test_photographs_are_compared_through_other_eyes(digits):
-    """Digits by the digit classifier; colour by EfficientNet-Lite0, whose figures carry its name and no digit's accuracy; latents by nothing."""
+    """Digits by the digit classifier; colour by EfficientNet-Lite0; latents by nothing."""
     pytest.importorskip("efficientnet_lite_pytorch")
     from bitflow_edu.ablations import judged, main_metric, network_for
     from bitflow_edu.data import Images
@@ -139,9 +117,6 @@ def test_photographs_are_compared_through_other_eyes(digits):
     net = network_for(colour, 3)
     real = {"network": net, **{split: net.features(colour.x[:10]) for split in ("train", "test")}}
     found = judged(colour.x[10:], real)
-    assert (
-        found["fd[effnet-lite0]"] > 0
-        and "label_accuracy" not in found
-        and {"precision", "recall", "fd_train[effnet-lite0]"} <= found.keys()
-    )
+    assert found["fd[effnet-lite0]"] > 0 and "label_accuracy" not in found
+    assert {"precision", "recall", "fd_train[effnet-lite0]"} <= found.keys()
     assert main_metric([{"metric": "params"}, {"metric": "fd[effnet-lite0]"}]) == "fd[effnet-lite0]"

@@ -40,7 +40,7 @@ BASE, SMOKE = find_preset("mnist-mini"), ["--preset", "mnist-mini-smoke"]
 
 
 def refused(argv, capsys, *words):
-    """The command fails as a mistake should: code 2, a sentence on stderr that holds all the words."""
+    """The command fails as a mistake should: code 2, a sentence on stderr with all the words."""
     capsys.readouterr()
     assert main([str(a) for a in argv]) == 2
     said = capsys.readouterr().err.strip()
@@ -64,49 +64,25 @@ def test_the_smoke_twin_has_the_same_kinds_of_parts(name):
     """Sizes and budgets differ, everything else does not; and it is small."""
     big, twin = (to_words(as_tree(find_preset(n))) for n in (name, f"{name}-smoke"))
     assert big.keys() == twin.keys()
-    sizes = {
-        "name",
-        "num_samples",
-        "image_size",
-        "num_classes",
-        "num_blocks",
-        "width",
-        "num_layers",
-        "head_dim",
-        "steps",
-        "batch_size",
-        "lr",
-        "ema",
-        "log_every",
-        "sample_every",
-        "checkpoint_every",
-        "compile",
-        "pieces",
-    }
+    sizes = "name num_samples image_size num_classes num_blocks width num_layers head_dim steps "
+    sizes += "batch_size lr ema log_every sample_every checkpoint_every compile pieces"
     different = {field for field in big if big[field] != twin[field]}
-    assert {
-        field.rpartition(".")[2] for field in different
-    } <= sizes and "data.name" not in different
+    assert {field.rpartition(".")[2] for field in different} <= set(sizes.split())
+    assert "data.name" not in different
     p = find_preset(f"{name}-smoke")
     assert p.train_forward.steps == p.train_reverse.steps == 30
-    assert (
-        pipeline.num_parameters(on_meta(TARFlow, p.forward)) < 300_000
-        and p.forward.num_tokens <= 64
-    )
+    assert pipeline.num_parameters(on_meta(TARFlow, p.forward)) < 300_000
+    assert p.forward.num_tokens <= 64
 
 
 def test_the_twin_of_the_embedded_digits_trains(digits, tmp_path):
-    """A ladder preset with its parts (clipping, modern blocks, several channels) trains as a pair, through the same code."""
-    p = find_preset("imagenet64-smoke")
-    p = replace(
-        p,
-        forward=replace(p.forward, channels=1, num_classes=10),
-        reverse=replace(p.reverse, channels=1, num_classes=10),
-        **{
-            stage: replace(getattr(p, stage), steps=2, batch_size=4, precision="fp32")
-            for stage in ("train_forward", "train_reverse")
-        },
-    )
+    """A preset with clipping and modern blocks trains as a pair, through the same code."""
+    p, changed = find_preset("imagenet64-smoke"), {}
+    for part in ("forward", "reverse"):
+        changed[part] = replace(getattr(p, part), channels=1, num_classes=10)
+        train = getattr(p, f"train_{part}")
+        changed[f"train_{part}"] = replace(train, steps=2, batch_size=4, precision="fp32")
+    p = replace(p, **changed)
     flow = pipeline.train_forward(p, digits[:8], tmp_path / "f")
     reverse = pipeline.train_reverse(p, flow, digits[:8], tmp_path / "g")
     assert all(t.isfinite().all() for t in reverse.parameters())
@@ -122,52 +98,53 @@ def test_latents_say_how_they_are_made():
         replace(BASE.data, channels=4)
 
 
+def leaves(cfg, prefix=""):
+    """The dotted names of all fields of a dataclass and of those in it."""
+    names = []
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if is_dataclass(value):
+            names += leaves(value, f"{prefix}{f.name}.")
+        else:
+            names.append(prefix + f.name)
+    return names
+
+
 def test_every_field_of_every_dataclass_can_be_given():
     """What `to_words` lists is the whole tree, and each field takes its own value back."""
     preset = find_preset("imagenet256-b2")
-    leaves = lambda cfg, prefix="": [
-        n
-        for f in fields(cfg)
-        for n in (
-            leaves(getattr(cfg, f.name), f"{prefix}{f.name}.")
-            if is_dataclass(getattr(cfg, f.name))
-            else [prefix + f.name]
-        )
-    ]
     known = to_words(as_tree(preset))
     assert list(known) == leaves(preset) and len(known) > 70
     assert with_words(preset, known) == preset
 
 
+GIVEN = {
+    "train_forward.lr": ["1e-3"],
+    "train_forward.steps": ["None"],
+    "train_forward.minutes": ["2.5"],
+    "reverse.denoise": ["False"],
+    "objective.depth_weights": ["1", "0", "0", "0.5"],
+    "forward.block_layers": ["4", "1", "1", "1"],
+    "num_samples": ["7"],
+    "objective.features": ["digits"],
+}
+GIVEN_YAML = """
+train_forward: {lr: 1e-3, steps: null, minutes: 2.5}
+reverse: {denoise: no}
+objective: {depth_weights: [1, 0, 0, 0.5]}
+forward: {block_layers: [4, 1, 1, 1]}
+num_samples: 7
+"""
+
+
 def test_types(tmp_path):
-    changed = with_words(
-        BASE,
-        {
-            "train_forward.lr": ["1e-3"],
-            "train_forward.steps": ["None"],
-            "train_forward.minutes": ["2.5"],
-            "reverse.denoise": ["False"],
-            "objective.depth_weights": ["1", "0", "0", "0.5"],
-            "forward.block_layers": ["4", "1", "1", "1"],
-            "num_samples": ["7"],
-            "objective.features": ["digits"],
-        },
-    )
-    assert (
-        changed.train_forward.lr,
-        changed.train_forward.steps,
-        changed.train_forward.minutes,
-        changed.num_samples,
-    ) == (1e-3, None, 2.5, 7)
-    assert (
-        changed.reverse.denoise is False
-        and changed.objective.depth_weights == (1.0, 0.0, 0.0, 0.5)
-        and changed.forward.block_layers == (4, 1, 1, 1)
-    )
-    (tmp_path / "p.yaml").write_text(
-        "train_forward: {lr: 1e-3, steps: null, minutes: 2.5}\nreverse: {denoise: no}\nobjective: {depth_weights: [1, 0, 0, 0.5]}\n"
-        "forward: {block_layers: [4, 1, 1, 1]}\nnum_samples: 7\n"
-    )
+    changed = with_words(BASE, GIVEN)
+    train = changed.train_forward
+    assert (train.lr, train.steps, train.minutes, changed.num_samples) == (1e-3, None, 2.5, 7)
+    assert changed.reverse.denoise is False
+    assert changed.objective.depth_weights == (1.0, 0.0, 0.0, 0.5)
+    assert changed.forward.block_layers == (4, 1, 1, 1)
+    (tmp_path / "p.yaml").write_text(GIVEN_YAML)
     assert read_preset(tmp_path / "p.yaml", BASE) == changed
     assert BASE == find_preset("mnist-mini"), "the original is as it was"
 
@@ -240,153 +217,72 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
 
 
 def test_words_about_fields_are_told_from_a_commands_own():
-    rest, given = split_fields(
-        [
-            "train",
-            "forward",
-            "--train-forward.betas",
-            "0.9",
-            "-1",
-            "--steps",
-            "3",
-            "--data.image-size=8",
-            "x",
-            "--num-samples",
-            "5",
-        ]
-    )
+    words = "train forward --train-forward.betas 0.9 -1 --steps 3 --data.image-size=8 x"
+    rest, given = split_fields([*words.split(), "--num-samples", "5"])
     assert rest == ["train", "forward", "--steps", "3", "x"]
-    assert given == {
-        "train_forward.betas": ["0.9", "-1"],
-        "data.image_size": ["8"],
-        "num_samples": ["5"],
-    }
+    assert given.pop("train_forward.betas") == ["0.9", "-1"]
+    assert given == {"data.image_size": ["8"], "num_samples": ["5"]}
 
 
 def test_a_run_is_repeated_from_the_file_it_leaves(tmp_path, capsys):
-    """Fields on the command line reach the run; the preset.yaml it leaves gives the same weights again, the seed included."""
+    """Fields on the command line reach the run; its preset.yaml gives the same weights again."""
     a, b = tmp_path / "a", tmp_path / "b"
-    asked = [
-        "--steps",
-        "3",
-        "--seed",
-        "5",
-        "--forward.transformer.num-layers",
-        "2",
-        "--train-forward.lr=1e-3",
-        "--name",
-        "mine",
-    ]
-    assert main(["train", "forward", *SMOKE, *asked, "--out", str(a)]) == 0
-    assert main(["train", "forward", "--config", str(a / "preset.yaml"), "--out", str(b)]) == 0
+    asked = "--steps 3 --seed 5 --forward.transformer.num-layers 2 --train-forward.lr=1e-3".split()
+    train = ["train", "forward"]
+    assert main([*train, *SMOKE, *asked, "--name", "mine", "--out", str(a)]) == 0
+    assert main([*train, "--config", str(a / "preset.yaml"), "--out", str(b)]) == 0
     first, again = (json.loads((run / "run.json").read_text()) for run in (a, b))
-    assert (
-        first == again
-        and first["train"]["lr"] == 1e-3
-        and first["train"]["seed"] == 5
-        and first["preset"] == "mine"
-    )
-    weights = [
-        next((run / "checkpoints").glob("*/model.safetensors")).read_bytes() for run in (a, b)
-    ]
-    assert (
-        weights[0] == weights[1]
-        and (a / "preset.yaml").read_text() == (b / "preset.yaml").read_text()
-    )
-    refused(
-        [
-            "train",
-            "forward",
-            *SMOKE,
-            "--steps",
-            "3",
-            "--train-forward.steps",
-            "4",
-            "--out",
-            tmp_path / "c",
-        ],
-        capsys,
-        "--steps 3",
-        "--train-forward.steps",
-    )
+    assert first == again and first["preset"] == "mine"
+    assert first["train"]["lr"] == 1e-3 and first["train"]["seed"] == 5
+    one, other = (next(run.glob("checkpoints/*/model.safetensors")) for run in (a, b))
+    assert one.read_bytes() == other.read_bytes()
+    assert (a / "preset.yaml").read_text() == (b / "preset.yaml").read_text()
+    twice = [*train, *SMOKE, "--steps", "3", "--train-forward.steps", "4", "--out", tmp_path / "c"]
+    refused(twice, capsys, "--steps 3", "--train-forward.steps")
     assert not (tmp_path / "c").exists()
 
 
 def test_the_command_line_in_a_results_file_holds_the_fields(tmp_path):
-    from bitflow_edu.cli import Evaluate, command_line, parse
     import shlex
 
-    args = parse(
-        [
-            "evaluate",
-            *SMOKE,
-            "--config",
-            "p.yaml",
-            "--num-samples",
-            "30",
-            "--forward",
-            "runs/f",
-            "--train-forward.betas",
-            "0.9",
-            "0.99",
-        ]
-    )
-    assert (
-        isinstance(args, Evaluate)
-        and str(args.forward) == "runs/f"
-        and parse(shlex.split(command_line(args))[1:]) == args
-    )
+    from bitflow_edu.cli import Evaluate, command_line, parse
+
+    words = "--config p.yaml --num-samples 30 --forward runs/f --train-forward.betas 0.9 0.99"
+    args = parse(["evaluate", *SMOKE, *words.split()])
+    assert isinstance(args, Evaluate) and str(args.forward) == "runs/f"
+    assert parse(shlex.split(command_line(args))[1:]) == args
 
 
 def test_info_writes_reads_and_lists(tmp_path, capsys):
     path = tmp_path / "new" / "p.yaml"
-    assert (
-        main(
-            ["info", "--preset", "imagenet256-b2-smoke", "--forward.clip", "2", "--yaml", str(path)]
-        )
-        == 0
-    )
+    clipped = ["--preset", "imagenet256-b2-smoke", "--forward.clip", "2"]
+    assert main(["info", *clipped, "--yaml", str(path)]) == 0
     assert read_preset(path, BASE).forward.clip == 2
     assert main(["info", "--config", str(path)]) == 0
     assert "imagenet256-b2-smoke" in capsys.readouterr().out
     assert main(["info", "--config", str(path), "--fields"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "--forward.transformer.width INT" in said
-        and "features a token" in said
-        and "default: 64" in said
-    )
+    for words in ("--forward.transformer.width INT", "features a token", "default: 64"):
+        assert words in said
     refused(["info", "--yaml", path], capsys, "exists already", "--yaml")
     refused(["info", "--config", tmp_path / "none.yaml"], capsys, "none.yaml", "--yaml")
-    refused(
-        ["info", "--forward.transformer.widht", "3"],
-        capsys,
-        "did you mean forward.transformer.width",
-        "--fields",
-    )
+    meant = "did you mean forward.transformer.width"
+    refused(["info", "--forward.transformer.widht", "3"], capsys, meant, "--fields")
     refused(["info", "--mfu", "1.5"], capsys, "--mfu 1.5")
     refused(["info", "--peak-tflops", "0"], capsys, "--peak-tflops 0")
-    refused(
-        ["sample", "--checkpoint", "x", "--data.image-size", "3"],
-        capsys,
-        "--data.image-size",
-        "sample",
-    )
+    sample = ["sample", "--checkpoint", "x", "--data.image-size", "3"]
+    refused(sample, capsys, "--data.image-size", "sample")
 
 
 def test_published_sizes():
-    """F-B/2 120M, F-XL/2 690M, G-B/2 133M (arXiv 2512.10953), within 3 %; counted on shapes alone."""
+    """F-B/2 120M, F-XL/2 690M, G-B/2 133M (arXiv 2512.10953), within 3 %; from shapes alone."""
     found = {}
     for name in ("imagenet256-b2", "imagenet256-xl2"):
         p = find_preset(name)
-        params = {
-            "F": pipeline.num_parameters(on_meta(TARFlow, p.forward)),
-            "G": pipeline.num_parameters(on_meta(ReverseModel, p.reverse)),
-        }
-        found |= {
-            (name, model): (published, right)
-            for model, own, published, difference, right in against_published(p, params)
-        }
+        F, G = on_meta(TARFlow, p.forward), on_meta(ReverseModel, p.reverse)
+        params = {"F": pipeline.num_parameters(F), "G": pipeline.num_parameters(G)}
+        for model, _, published, _, right in against_published(p, params):
+            found[name, model] = published, right
         assert name in INFERRED
     assert found == {
         ("imagenet256-b2", "F"): (120e6, True),
@@ -398,87 +294,60 @@ def test_published_sizes():
 
 
 def test_info_of_the_largest(capsys):
-    """Size, assumptions, and what is inferred stand in the output; twice the utilisation, half the hours."""
-    hours = []
-    for mfu in (0.2, 0.4):
-        assert (
-            main(["info", "--preset", "imagenet256-xl2", "--mfu", str(mfu), "--peak-tflops", "312"])
-            == 0
-        )
+    """Size, assumptions and what is inferred are said; twice the utilisation, half the hours."""
+    hours, sizes = [], ["256 of 16 values", "published F: 690M", "within 3 %", "activations"]
+    for mfu in ("0.2", "0.4"):
+        words = ["--preset", "imagenet256-xl2", "--mfu", mfu, "--peak-tflops", "312"]
+        assert main(["info", *words]) == 0
         said = capsys.readouterr().out
-        hours.append(
-            float(re.search(r"800000 steps: ([\d,.]+) GPU-hours", said).group(1).replace(",", ""))
-        )
-        for words in (
-            "256 of 16 values",
-            "published F: 690M",
-            "within 3 %",
-            f"312 TFLOP/s at {mfu:.0%}",
-            "activations",
-            "inferred",
-            "forward.transformer",
-        ):
+        found = re.search(r"800000 steps: ([\d,.]+) GPU-hours", said).group(1)
+        hours.append(float(found.replace(",", "")))
+        peak = f"312 TFLOP/s at {float(mfu):.0%}"
+        for words in (*sizes, peak, "inferred", "forward.transformer"):
             assert words in said, said
     assert hours[0] == pytest.approx(2 * hours[1], rel=1e-3)
 
 
 def test_flops_on_shapes_are_those_of_real_models():
-    """Training step, forward, exact inverse, score step and one pass; also where the blocks differ, and for a G with token states."""
+    """Training step and every method; also where blocks differ, and for a G with token states."""
     p = find_preset("cifar10-smoke")
-    deep = replace(
-        p,
-        forward=replace(p.forward, image_size=8, block_layers=(2, 1)),
-        reverse=replace(p.reverse, image_size=8),
-    )
-    for preset in (
-        find_preset("mnist-mini-smoke"),
-        deep,
-        with_strategy(deep, "hidden-distillation"),
-    ):
-        F, G = (
-            pipeline.build(TARFlow, preset.forward, 0),
-            pipeline.build(ReverseModel, preset.reverse, 0),
-        )
-        derived = pass_flops(
-            on_meta(TARFlow, preset.forward), on_meta(ReverseModel, preset.reverse)
-        )
-        assert {row: derived[row] for row in pipeline.METHODS} == {
-            row: pipeline.flops(row, F, G) for row in pipeline.METHODS
-        }
-        x, c = (
-            torch.zeros(1, F.cfg.channels, F.cfg.image_size, F.cfg.image_size),
-            torch.zeros(1, dtype=torch.int64),
-        )
-        assert step_cost(on_meta(TARFlow, preset.forward), flow_step).flops == pipeline.count_flops(
-            lambda: nll_per_dim(F(x, c)).backward()
-        )
+    forward = replace(p.forward, image_size=8, block_layers=(2, 1))
+    deep = replace(p, forward=forward, reverse=replace(p.reverse, image_size=8))
+    tokens = with_strategy(deep, "hidden-distillation")
+    for preset in (find_preset("mnist-mini-smoke"), deep, tokens):
+        F = pipeline.build(TARFlow, preset.forward, 0)
+        G = pipeline.build(ReverseModel, preset.reverse, 0)
+        shadow = on_meta(TARFlow, preset.forward)
+        derived = pass_flops(shadow, on_meta(ReverseModel, preset.reverse))
+        for row in pipeline.METHODS:
+            assert derived[row] == pipeline.flops(row, F, G), row
+        x = torch.zeros(1, F.cfg.channels, F.cfg.image_size, F.cfg.image_size)
+        real = pipeline.count_flops(lambda F=F, x=x: nll_of(F, x).backward())
+        assert step_cost(shadow, flow_step).flops == real
+
+
+def nll_of(F, x):
+    return nll_per_dim(F(x, torch.zeros(len(x), dtype=torch.int64)))
 
 
 def test_memory_of_a_step():
-    """Grows with layers and with the image; guidance in training runs every block of G twice; and it is memory that a real step holds."""
+    """Grows with layers; guidance in training runs G twice; a real step holds that memory."""
     p = find_preset("mnist-mini-smoke")
     F = step_cost(on_meta(TARFlow, p.forward), flow_step)
-    more = step_cost(
-        on_meta(
-            TARFlow, replace(p.forward, transformer=replace(p.forward.transformer, num_layers=2))
-        ),
-        flow_step,
-    )
-    assert (
-        F.kept > 2 * 16 * 64 * 4 * 6
-        and 1.5 < more.kept / F.kept < 2.1
-        and more.scores == 2 * F.scores
-    )
-    once, twice = (
-        budget_of(p).reverse,
-        budget_of(replace(p, reverse=replace(p.reverse, max_guidance=3.0))).reverse,
-    )
+    deeper = replace(p.forward, transformer=replace(p.forward.transformer, num_layers=2))
+    more = step_cost(on_meta(TARFlow, deeper), flow_step)
+    assert F.kept > 2 * 16 * 64 * 4 * 6 and 1.5 < more.kept / F.kept < 2.1
+    assert more.scores == 2 * F.scores
+    guided = replace(p, reverse=replace(p.reverse, max_guidance=3.0))
+    once, twice = budget_of(p).reverse, budget_of(guided).reverse
     assert 1.4 < twice.flops / once.flops < 2 < 1.2 * twice.kept / once.kept
     flow, held = pipeline.build(TARFlow, p.forward, 0), {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: held.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
-    ):
-        nll_per_dim(flow(torch.zeros(8, 1, 16, 16), torch.zeros(8, dtype=torch.int64)))
+
+    def keep(t):
+        return held.setdefault(t.untyped_storage().data_ptr(), t)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        nll_of(flow, torch.zeros(8, 1, 16, 16))
     own = {q.data_ptr() for q in flow.parameters()}
     real = sum(t.untyped_storage().nbytes() for address, t in held.items() if address not in own)
     assert 8 * (F.kept + F.scores) == pytest.approx(real, rel=0.25)

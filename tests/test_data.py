@@ -1,6 +1,7 @@
 """Datasets, pixels, tokens."""
 
 import hashlib
+import io
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from bitflow_edu.data import (
@@ -38,18 +40,16 @@ def test_patchify_round_trip(n, channels, patch, side):
     assert tokens.shape == (n, side * side, channels * patch * patch)
     assert torch.equal(unpatchify(tokens, patch, channels), x)
     if side > 1:
-        assert torch.equal(
-            tokens[:, 1].reshape(n, channels, patch, patch), x[:, :, :patch, patch : 2 * patch]
-        ), "raster order"
+        second = tokens[:, 1].reshape(n, channels, patch, patch)
+        assert torch.equal(second, x[:, :, :patch, patch : 2 * patch]), "raster order"
 
 
 def test_pixels_and_model_range_are_inverse_and_symmetric():
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     x = to_model_range(pixels)
     assert torch.equal(to_pixels(x), pixels) and x.sum().abs() < 1e-4 and x.abs().max() < 1
-    assert torch.equal(
-        to_pixels(torch.tensor([-9.0, 9.0])), torch.tensor([0, 255], dtype=torch.uint8)
-    )
+    outside = to_pixels(torch.tensor([-9.0, 9.0]))
+    assert torch.equal(outside, torch.tensor([0, 255], dtype=torch.uint8))
 
 
 def test_dequantization_stays_in_the_bin():
@@ -65,15 +65,11 @@ def test_noise_has_the_size_asked_for():
 
 
 def test_embedded_digits():
-    train, test = (
-        load_data(DataConfig("mnist-mini", 28)),
-        load_data(DataConfig("mnist-mini", 28), "test"),
-    )
+    cfg = DataConfig("mnist-mini", 28)
+    train, test = load_data(cfg), load_data(cfg, "test")
     assert (len(train), len(test)) == (10_000, 2_000)
-    assert (
-        torch.bincount(train.labels).tolist() == [1000] * 10
-        and torch.bincount(test.labels).tolist() == [200] * 10
-    )
+    assert torch.bincount(train.labels).tolist() == [1000] * 10
+    assert torch.bincount(test.labels).tolist() == [200] * 10
     assert train.pixels.dtype == torch.uint8 and train.pixels.shape[1:] == (1, 28, 28)
     assert asset("mnist-mini.npz").stat().st_size <= 3_000_000
     both = {t.numpy().tobytes() for t in train.pixels} & {t.numpy().tobytes() for t in test.pixels}
@@ -81,16 +77,14 @@ def test_embedded_digits():
 
 
 def test_checksums_in_the_readme_hold():
-    lines = (ROOT / "data" / "SHA256SUMS").read_text().split("\n")
+    data = ROOT / "data"
+    lines = (data / "SHA256SUMS").read_text().split("\n")
     sums = dict(reversed(line.split()) for line in lines if line)
-    shipped = {
-        p.relative_to(ROOT / "data").as_posix()
-        for p in (ROOT / "data").rglob("*")
-        if p.suffix in (".npz", ".safetensors")
-    }
+    files = [*data.rglob("*.npz"), *data.rglob("*.safetensors")]
+    shipped = {path.relative_to(data).as_posix() for path in files}
     assert shipped <= sums.keys(), "run sha256sum on what is new in data/"
     for name, expected in sums.items():
-        assert hashlib.sha256((ROOT / "data" / name).read_bytes()).hexdigest() == expected, name
+        assert hashlib.sha256((data / name).read_bytes()).hexdigest() == expected, name
 
 
 def test_resize_averages():
@@ -102,34 +96,28 @@ def make_folder(root, size=20, channels=3, classes=("cat", "dog"), per_class=3):
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in classes:
-            (root / split / name).mkdir(parents=True)
+            folder = root / split / name
+            folder.mkdir(parents=True)
             for i in range(per_class):
                 shape = (size, size + 4, 3) if channels == 3 else (size, size + 4)
-                Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(
-                    root / split / name / f"{i}.png"
-                )
+                pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_folder(tmp_path, channels):
     make_folder(tmp_path)
     data = load_data(DataConfig("image-folder", 8, channels, num_classes=2), "train", tmp_path)
-    assert (
-        data.pixels.shape == (6, channels, 8, 8)
-        and data.classes == ("cat", "dog")
-        and data.labels.tolist() == [0] * 3 + [1] * 3
-    )
+    assert data.pixels.shape == (6, channels, 8, 8)
+    assert data.classes == ("cat", "dog") and data.labels.tolist() == [0] * 3 + [1] * 3
 
 
 def test_cifar10_jpeg_copy(tmp_path):
-    import io
-
     rng, blobs = np.random.default_rng(0), []
     for _ in range(4):
         buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
-            buffer, format="JPEG"
-        )
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, format="JPEG")
         blobs.append(buffer.getvalue())
     arrays = {"classes": np.array([f"class{i}" for i in range(10)])}
     for split in ("train", "test"):
@@ -178,11 +166,8 @@ def test_other_bad_data(tmp_path, monkeypatch):
     with pytest.raises(BitflowError, match="3 but|channels"):
         load_data(DataConfig("mnist-mini", 16, channels=3))
     with pytest.raises(BitflowError, match="label 9, which is out of range"):
-        np.savez(
-            tmp_path / "mnist-mini.npz",
-            train_images=np.zeros((1, 28, 28), np.uint8),
-            train_labels=np.array([9]),
-        )
+        one = {"train_images": np.zeros((1, 28, 28), np.uint8), "train_labels": np.array([9])}
+        np.savez(tmp_path / "mnist-mini.npz", **one)
         load_data(DataConfig("mnist-mini", 16, num_classes=5), "train", tmp_path)
     with pytest.raises(BitflowError, match="unknown dataset 'mnits'"):
         DataConfig("mnits")
@@ -190,36 +175,24 @@ def test_other_bad_data(tmp_path, monkeypatch):
         patchify(torch.zeros(1, 1, 16, 16), 3)
 
 
+IN_THE_WHEEL = """
+import bitflow_edu
+from bitflow_edu.data import DataConfig, asset, load_data
+from bitflow_edu.distances import load_feature_net
+from bitflow_edu.evaluation import load_classifier
+load_classifier()
+load_feature_net()
+print(bitflow_edu.__file__, len(load_data(DataConfig())), asset("mnist-mini/reverse").is_dir())
+"""
+
+
 def test_the_wheel_carries_data_and_weights(tmp_path):
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--disable-pip-version-check",
-            "-w",
-            tmp_path,
-            ROOT,
-        ],
-        check=True,
-    )
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--no-deps", "-w", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as z:
         z.extractall(tmp_path / "site")
-    code = (
-        "import bitflow_edu, sys; from bitflow_edu.data import *; from bitflow_edu.evaluation import load_classifier; "
-        "from bitflow_edu.distances import load_feature_net; load_classifier(); load_feature_net(); "
-        "print(bitflow_edu.__file__, len(load_data(DataConfig())), asset('mnist-mini/reverse').is_dir())"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    python = [sys.executable, "-c", IN_THE_WHEEL]
+    env = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
+    out = subprocess.check_output(python, cwd=tmp_path, env=env, text=True).split()
     assert out[0].startswith(str(tmp_path)) and out[1:] == ["10000", "True"]

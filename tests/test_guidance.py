@@ -1,5 +1,6 @@
-"""Guidance: the algebra of pushing, at inference through every block, and in training as an input of G."""
+"""Guidance: its algebra, at inference through every block, and in training as an input of G."""
 
+import itertools
 import warnings
 
 import pytest
@@ -44,15 +45,11 @@ scale = st.floats(0, 20)
 @given(scale, st.integers(0, 1000))
 def test_push_and_unpush_are_inverse(w, seed):
     a, b = torch.randn(2, 3, 5, generator=generator(seed), dtype=torch.float64)
-    assert torch.allclose(push(unpush(a, b, w), b, w), a) and torch.allclose(
-        unpush(push(a, b, w), b, w), a
-    )
+    assert torch.allclose(push(unpush(a, b, w), b, w), a)
+    assert torch.allclose(unpush(push(a, b, w), b, w), a)
     assert torch.allclose(push(a, b, w) - b, (1 + w) * (a - b))
-    assert (
-        torch.allclose(push(a, a, w), a)
-        and torch.equal(push(a, b, 0), a)
-        and torch.equal(unpush(a, b, 0), a)
-    )
+    assert torch.allclose(push(a, a, w), a)
+    assert torch.equal(push(a, b, 0), a) and torch.equal(unpush(a, b, 0), a)
 
 
 @settings(max_examples=50, deadline=None)
@@ -66,9 +63,8 @@ def test_scale_zero_is_one_pass(plain):
     z, c = noise(plain)
     for zero in (0, 0.0, torch.zeros(4), torch.zeros(4, 4)):
         assert torch.allclose(guided_pass(plain, z, c, zero), one_pass(plain, z, c), atol=1e-5)
-    assert not torch.allclose(
-        guided_pass(plain, z, c, 1.0)[:3], one_pass(plain, z, c)[:3], atol=1e-3
-    )
+    guided, unguided = guided_pass(plain, z, c, 1.0), one_pass(plain, z, c)
+    assert not torch.allclose(guided[:3], unguided[:3], atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"denoise": False}, {"token_states": True}])
@@ -87,25 +83,20 @@ def test_every_block_is_pushed(flow, options):
 def test_one_scale_is_the_same_scale_for_each_block(plain):
     z, c = noise(plain)
     each = torch.tensor([0.5, 1.0, 2.0, 3.0])
-    assert torch.equal(
-        guided_pass(plain, z, c, 1.5), guided_pass(plain, z, c, torch.full((4, 4), 1.5))
-    )
+    table = torch.full((4, 4), 1.5)
+    assert torch.equal(guided_pass(plain, z, c, 1.5), guided_pass(plain, z, c, table))
     together = guided_pass(plain, z, c, each)
     assert torch.equal(together, guided_pass(plain, z, c, each[:, None].expand(4, 4)))
     for n, w in enumerate(each.tolist()):
-        assert torch.allclose(
-            together[n : n + 1], guided_pass(plain, z[n : n + 1], c[n : n + 1], w), atol=1e-5
-        )
+        alone = guided_pass(plain, z[n : n + 1], c[n : n + 1], w)
+        assert torch.allclose(together[n : n + 1], alone, atol=1e-5)
 
 
 def test_each_column_guides_its_own_block(plain):
     z, c = noise(plain, 3)
     seen = [guided_pass(plain, z, c, torch.eye(4)[i].expand(3, 4)) for i in range(4)]
-    assert all(
-        not torch.allclose(x, y, atol=1e-4)
-        for i, x in enumerate(seen)
-        for y in (*seen[:i], one_pass(plain, z, c))
-    )
+    for x, y in itertools.combinations([one_pass(plain, z, c), *seen], 2):
+        assert not torch.allclose(x, y, atol=1e-4)
 
 
 def test_no_label_is_not_pushed(plain):
@@ -145,16 +136,13 @@ def test_scales_inside_the_range_do_not_warn_and_matter(guided):
 
 
 def test_drawn_scales(guided):
-    one, each = (
-        draw_scales(guided.cfg, 500, per_block, generator()) for per_block in (False, True)
-    )
+    one, each = (draw_scales(guided.cfg, 500, each, generator()) for each in (False, True))
     assert one.shape == each.shape == (500, guided.cfg.num_blocks + 1)
     assert (one == one[:, :1]).all() and not (each == each[:, :1]).all()
     for w in (one, each):
         assert 0 <= w.min() < 0.1 and 1.9 < w.max() <= 2 and abs(w.mean() - 1) < 0.1
-    assert torch.equal(one, draw_scales(guided.cfg, 500, False, generator())) and not torch.equal(
-        one, draw_scales(guided.cfg, 500, False, generator(1))
-    )
+    again, other = (draw_scales(guided.cfg, 500, False, generator(seed)) for seed in (0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("per_block", [False, True])
@@ -164,10 +152,8 @@ def test_without_labels_the_compared_states_are_plain(guided, per_block):
     with torch.no_grad():
         out = guided_run(per_block)(guided, z, none, generator())
         plain = guided(z, none, draw_scales(guided.cfg, 4, per_block, generator()))
-    assert all(
-        torch.allclose(p, q, atol=1e-5)
-        for p, q in zip(out.hidden + out.projected, plain.hidden + plain.projected)
-    )
+    for p, q in zip(out.hidden + out.projected, plain.hidden + plain.projected):
+        assert torch.allclose(p, q, atol=1e-5)
     assert torch.allclose(out.image, plain.image, atol=1e-5) and out.denoised == plain.denoised
 
 
@@ -176,10 +162,7 @@ def test_the_compared_state_is_the_weighted_mean(guided):
     last, w = guided.cfg.num_blocks - 1, draw_scales(guided.cfg, 4, True, generator())
     with torch.no_grad():
         h = guided.embed(z)
-        a, b = (
-            guided.blocks[last](h, c, w[:, last]),
-            guided.blocks[last](h, -torch.ones_like(c), w[:, last]),
-        )
+        a, b = (guided.blocks[last](h, k, w[:, last]) for k in (c, -torch.ones_like(c)))
         out = guided_run(True)(guided, z, c, generator())
         assert torch.allclose(out.hidden[last], unpush(a, b, w[:, last, None, None]), atol=1e-5)
         state = both_branches(guided, c, w, push)(guided.blocks[last], h, last)
@@ -188,10 +171,8 @@ def test_the_compared_state_is_the_weighted_mean(guided):
 
 def test_training_teaches_w_and_leaves_F_alone(flow, guided):
     before = {name: value.clone() for name, value in flow.state_dict().items()}
-    loss_of, optimiser = (
-        reverse_loss(flow, run=guided_run()),
-        torch.optim.AdamW(guided.parameters(), 1e-3),
-    )
+    loss_of = reverse_loss(flow, run=guided_run())
+    optimiser = torch.optim.AdamW(guided.parameters(), 1e-3)
     x = torch.rand(4, 1, 6, 6, generator=generator()) * 2 - 1
     c, start = torch.tensor([0, 1, 2, -1]), guided.blocks[0].scale_embed[0].weight.detach().clone()
     for step in range(3):
@@ -199,15 +180,11 @@ def test_training_teaches_w_and_leaves_F_alone(flow, guided):
         loss, terms = loss_of(guided, x, c, generator(step))
         loss.backward()
         for block in (*guided.blocks, guided.denoiser):
-            assert all(
-                p.grad is not None and p.grad.abs().max() > 0
-                for p in block.scale_embed.parameters()
-            )
+            for p in block.scale_embed.parameters():
+                assert p.grad is not None and p.grad.abs().max() > 0
         optimiser.step()
-        assert loss.isfinite() and {
-            "image",
-            *(f"depth_{i}" for i in range(flow.cfg.num_blocks)),
-        } <= set(terms)
+        depths = {f"depth_{i}" for i in range(flow.cfg.num_blocks)}
+        assert loss.isfinite() and {"image"} | depths <= set(terms)
     assert not torch.equal(start, guided.blocks[0].scale_embed[0].weight)
     assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
     assert all(p.grad is None for p in flow.parameters())

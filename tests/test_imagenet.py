@@ -49,33 +49,30 @@ def stages():
 
 def perceptual(preset):
     """The preset with an image end behind a decoder."""
-    return replace(
-        preset, objective=replace(preset.objective, feature_weight=1.0, decoder="anywhere")
-    )
+    objective = replace(preset.objective, feature_weight=1.0, decoder="anywhere")
+    return replace(preset, objective=objective)
 
 
-@pytest.mark.parametrize(
-    "name, blocks, layers", [("imagenet256-b2-smoke", 3, 2), ("mnist-mini", 2, 3)]
-)
+def resized(cfg, blocks, layers):
+    """The settings of a deeper model."""
+    transformer = replace(cfg.transformer, num_layers=layers)
+    return replace(cfg, num_blocks=blocks, transformer=transformer)
+
+
+DEPTHS = [("imagenet256-b2-smoke", 3, 2), ("mnist-mini", 2, 3)]
+
+
+@pytest.mark.parametrize("name, blocks, layers", DEPTHS)
 def test_three_small_models_give_the_cost_of_any_depth_to_the_last_operation(name, blocks, layers):
     p = find_preset(name)
-    deep = lambda cfg: replace(
-        cfg, num_blocks=blocks, transformer=replace(cfg.transformer, num_layers=layers)
-    )
-    p = replace(p, forward=deep(p.forward), reverse=deep(p.reverse))
-    F, G, whole = model_cost(TARFlow, p.forward), model_cost(ReverseModel, p.reverse), budget_of(p)
-    assert (F.params, F.forward, F.step, F.kept) == (
-        whole.forward.params,
-        whole.passes["density"],
-        whole.forward.flops,
-        whole.forward.kept,
-    )
-    assert (G.params, G.forward, G.step + F.forward, G.kept) == (
-        whole.reverse.params,
-        whole.passes["one-pass"],
-        whole.reverse.flops,
-        whole.reverse.kept,
-    )
+    forward, reverse = (resized(cfg, blocks, layers) for cfg in (p.forward, p.reverse))
+    whole = budget_of(replace(p, forward=forward, reverse=reverse))
+    F, G, passes = model_cost(TARFlow, forward), model_cost(ReverseModel, reverse), whole.passes
+    own = whole.forward
+    assert (F.params, F.step, F.kept) == (own.params, own.flops, own.kept)
+    own = whole.reverse
+    assert (G.params, G.step + F.forward, G.kept) == (own.params, own.flops, own.kept)
+    assert (F.forward, G.forward) == (passes["density"], passes["one-pass"])
     assert F.layers == blocks * layers and G.layers == (blocks + 1) * layers
 
 
@@ -93,10 +90,8 @@ def test_a_flow_alone_and_a_budget_in_minutes_have_no_bill(pair):
 
 
 def test_the_published_size_is_met():
-    F, G = (
-        model_cost(TARFlow, find_preset("imagenet256-b2").forward),
-        model_cost(ReverseModel, find_preset("imagenet256-b2").reverse),
-    )
+    p = find_preset("imagenet256-b2")
+    F, G = model_cost(TARFlow, p.forward), model_cost(ReverseModel, p.reverse)
     assert abs(F.params / 120e6 - 1) < 0.03 and abs(G.params / 133e6 - 1) < 0.03
 
 
@@ -106,21 +101,16 @@ def test_the_stages_are_what_a_hand_would_write(pair, stages):
     assert stages["stage 1: F"].flops == SMOKE.train_forward.steps * per_step * F.step
     assert stages["stage 2: G"].flops == SMOKE.train_reverse.steps * per_step * (G.step + F.forward)
     assert stages["100 by one pass"].gpu_hours == pytest.approx(100 * G.forward / speed)
-    assert stages["100 by exact inverse"].gpu_hours == pytest.approx(
-        100 * 100 * inverse_flops(SMOKE.forward, F.forward) / speed
-    )
+    exact = 100 * 100 * inverse_flops(SMOKE.forward, F.forward)
+    assert stages["100 by exact inverse"].gpu_hours == pytest.approx(exact / speed)
     assert stages["100 decoded"].flops == 100 * 622e9
     assert stages["cache latents"].gpu_hours == pytest.approx(2 * 1_281_167 * 273e9 / speed)
     assert stages["cache latents"].disk_gb == pytest.approx(1_281_167 * 2 * 2 * 4 * 8 * 8 * 2 / 1e9)
 
 
 def test_pixels_need_neither_encoder_nor_decoder():
-    assert [s.name for s in bill(find_preset("mnist-mini"))] == [
-        "stage 1: F",
-        "stage 2: G",
-        "2,000 by one pass",
-        "2,000 by exact inverse",
-    ]
+    names = ["stage 1: F", "stage 2: G", "2,000 by one pass", "2,000 by exact inverse"]
+    assert [s.name for s in bill(find_preset("mnist-mini"))] == names
 
 
 def test_more_gpus_shorten_the_days_and_cost_no_less():
@@ -131,15 +121,15 @@ def test_more_gpus_shorten_the_days_and_cost_no_less():
     assert many.dollars(PLAN) >= few.dollars(PLAN) == pytest.approx(few.gpu_hours * 3.0)
 
 
-@pytest.mark.parametrize(
-    "change, factor",
-    [({"mfu": 0.175}, 2), ({"gpu": Gpu("half", 989 / 2, 80, 1.0)}, 2), ({"scaling": 0.45}, 2)],
-)
-def test_half_the_speed_takes_twice_the_hours(change, factor):
-    assert speed_of(PLAN) / speed_of(replace(PLAN, **change)) == pytest.approx(factor)
-    assert caching(SMOKE, replace(PLAN, **change)).gpu_hours == pytest.approx(
-        factor * caching(SMOKE, PLAN).gpu_hours
-    )
+HALVED = [{"mfu": 0.175}, {"gpu": Gpu("half", 989 / 2, 80, 1.0)}, {"scaling": 0.45}]
+
+
+@pytest.mark.parametrize("change", HALVED)
+def test_half_the_speed_takes_twice_the_hours(change):
+    slow = replace(PLAN, **change)
+    assert speed_of(PLAN) / speed_of(slow) == pytest.approx(2)
+    before, after = caching(SMOKE, PLAN), caching(SMOKE, slow)
+    assert after.gpu_hours == pytest.approx(2 * before.gpu_hours)
 
 
 def test_one_gpu_loses_nothing_to_the_others():
@@ -151,23 +141,18 @@ def test_sharding_and_checkpointing_save_memory_and_the_frozen_flow_takes_some(p
     train = replace(SMOKE.train_reverse, batch_size=256, pieces=1)
     plain = memory_gb(G, train, PLAN)
     assert plain == pytest.approx((22 * G.params + 256 * 0.6 * G.kept) / 1e9)
-    assert memory_gb(G, train, replace(PLAN, sharded=True)) == pytest.approx(
-        plain - 20 * G.params * 7 / 8 / 1e9
-    )
-    assert (
-        memory_gb(G, replace(train, checkpointing=True), PLAN)
-        < plain
-        < memory_gb(G, train, PLAN, F.params)
-    )
+    sharded = memory_gb(G, train, replace(PLAN, sharded=True))
+    assert sharded == pytest.approx(plain - 20 * G.params * 7 / 8 / 1e9)
+    lighter = memory_gb(G, replace(train, checkpointing=True), PLAN)
+    assert lighter < plain < memory_gb(G, train, PLAN, F.params)
     assert memory_gb(G, replace(train, pieces=4), PLAN) < plain
 
 
 def test_checkpointing_costs_a_second_pass_of_the_layers(pair):
     F, train = pair[0], replace(SMOKE.train_forward, checkpoint_every=10**9)
     plan = replace(PLAN, around=replace(PLAN.around, gpu_hours_a_failure=1e15, disk_gb_s=1e15))
-    plain, again = (
-        training("F", F, replace(train, checkpointing=on), plan).gpu_hours for on in (False, True)
-    )
+    plain = training("F", F, train, plan).gpu_hours
+    again = training("F", F, replace(train, checkpointing=True), plan).gpu_hours
     assert again / plain == pytest.approx((F.step + F.layers * F.layer) / F.step)
     assert 1.2 < again / plain < 1.34
 
@@ -189,17 +174,14 @@ def test_the_image_end_is_counted_where_a_decoder_is_named_and_nowhere_else():
     p = perceptual(SMOKE)
     assert perceptual_flops(SMOKE, PLAN) == 0
     assert perceptual_flops(replace(p, objective=replace(p.objective, decoder="")), PLAN) == 0
-    assert perceptual_flops(p, PLAN) == 4 * 4 * (
-        4 * 622e9 + 3 * 52e9
-    )  # 4 images in each of 4 pieces
+    one = 4 * 622e9 + 3 * 52e9
+    assert perceptual_flops(p, PLAN) == 4 * 4 * one  # 4 images in each of 4 pieces
     many = replace(p, objective=replace(p.objective, decoded_images=1000))
-    assert perceptual_flops(many, PLAN) == 32 * (4 * 622e9 + 3 * 52e9)
-    assert perceptual_gb(SMOKE, PLAN) == 0 and bill(p, PLAN)[2].memory_gb - bill(SMOKE, PLAN)[
-        2
-    ].memory_gb == pytest.approx(perceptual_gb(p, PLAN))
-    assert bill(p, PLAN)[2].flops - bill(SMOKE, PLAN)[2].flops == pytest.approx(
-        30 * perceptual_flops(p, PLAN)
-    )
+    assert perceptual_flops(many, PLAN) == 32 * one
+    with_end, without = bill(p, PLAN)[2], bill(SMOKE, PLAN)[2]
+    assert perceptual_gb(SMOKE, PLAN) == 0
+    assert with_end.memory_gb - without.memory_gb == pytest.approx(perceptual_gb(p, PLAN))
+    assert with_end.flops - without.flops == pytest.approx(30 * perceptual_flops(p, PLAN))
 
 
 def test_a_decoded_image_costs_what_is_counted_for_it(tmp_path):
@@ -211,9 +193,8 @@ def test_a_decoded_image_costs_what_is_counted_for_it(tmp_path):
     x, real = torch.randn(3, 4, 8, 8, requires_grad=True), torch.randn(3, 4, 8, 8)
     one = count_flops(lambda: decode(vae, real[:1]))
     distance = decoded(lambda a, b: (a - b).square().flatten(1).mean(1), vae, sub_batch=2)
-    assert count_flops(lambda: distance(x, real).sum().backward()) == pytest.approx(
-        2 * 4 * one, rel=0.05
-    )
+    both = count_flops(lambda: distance(x, real).sum().backward())
+    assert both == pytest.approx(2 * 4 * one, rel=0.05)
 
 
 def test_the_best_interval_is_youngs():
@@ -224,9 +205,8 @@ def test_the_best_interval_is_youngs():
 
 def test_overhead_counts_for_each_layer_pass_and_piece(pair):
     F, G = pair
-    plan = replace(
-        PLAN, overhead_s=1.0, num_gpus=1, around=Around(gpu_hours_a_failure=1e15, disk_gb_s=1e15)
-    )
+    around = Around(gpu_hours_a_failure=1e15, disk_gb_s=1e15)
+    plan = replace(PLAN, overhead_s=1.0, num_gpus=1, around=around)
     first, second = bill(SMOKE, plan)[1:3]
     assert first.gpu_hours * 3600 == pytest.approx(30 * 4 * 3 * F.layers, rel=1e-3)
     assert second.gpu_hours * 3600 == pytest.approx(30 * 4 * (3 * G.layers + F.layers), rel=1e-3)
@@ -235,9 +215,8 @@ def test_overhead_counts_for_each_layer_pass_and_piece(pair):
 def test_the_table_and_the_picture_show_every_stage(stages):
     text = bill_table(SMOKE, PLAN)
     assert all(name in text for name in (*stages, "in all", "H100", "35%"))
-    assert "does not fit" not in text and "does not fit" in bill_table(
-        SMOKE, replace(PLAN, gpu=Gpu("toy", 1, 1e-4, 1))
-    )
+    too_small = replace(PLAN, gpu=Gpu("toy", 1, 1e-4, 1))
+    assert "does not fit" not in text and "does not fit" in bill_table(SMOKE, too_small)
     ax = plot_bill({"smoke": SMOKE}, PLAN)
     drawn = np.concatenate([line.get_xdata() for line in ax.get_lines()])
     assert sorted(drawn) == pytest.approx(sorted(s.dollars(PLAN) for s in stages.values()))

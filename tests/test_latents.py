@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import resource
 import shutil
@@ -14,6 +15,8 @@ import torch
 
 pytest.importorskip("diffusers", reason="latents need diffusers")
 import fsspec
+import numpy as np
+from PIL import Image
 
 from bitflow_edu import latents
 from bitflow_edu.data import BitflowError, DataConfig, load_data
@@ -78,6 +81,10 @@ def cache(toys, vae, tmp_path_factory):
     return out
 
 
+def shard(out, k):
+    return out / "shards" / f"{k:05d}.safetensors"
+
+
 def contents(out):
     """Every file of a cache, as bytes."""
     return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
@@ -118,40 +125,35 @@ def on_two(call):
             meet.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     return found
 
 
 # squares and sources
 
 
-def test_square_is_adms():
-    """Halved by boxes while twice too large, then bicubic, then the centre; every mode becomes RGB."""
-    from PIL import Image
-    import io
-    import numpy as np
+def stored(pixels, kind, mode="RGB"):
+    """Pixels `(H, W, 3)` as the bytes of an image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, format=kind)
+    return buffer.getvalue()
 
+
+def test_square_is_adms():
+    """Halved by boxes while twice too large, then bicubic, then the centre; any mode to RGB."""
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, 32:96] = (200, 100, 50)  # exactly the centred square
     for mode in ("RGB", "L", "CMYK", "P"):
-        buffer = io.BytesIO()
-        Image.fromarray(wide).convert(mode).save(buffer, format="TIFF")
-        got = square(buffer.getvalue(), 16)
+        got = square(stored(wide, "TIFF", mode), 16)
         assert got.shape == (3, 16, 16) and got.dtype == torch.uint8
-    buffer = io.BytesIO()
-    Image.fromarray(wide).save(buffer, format="PNG")
-    assert torch.equal(
-        square(buffer.getvalue(), 16),
-        torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(3, 16, 16),
-    )
+    colour = torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None]
+    assert torch.equal(square(stored(wide, "PNG"), 16), colour.expand(3, 16, 16))
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, format="PNG")
-    boxes = (
-        torch.from_numpy(noise).float().reshape(16, 2, 16, 2, 3).mean(dim=(1, 3)).permute(2, 0, 1)
-    )
-    assert (square(buffer.getvalue(), 16).float() - boxes).abs().max() <= 1
+    boxes = torch.from_numpy(noise).float().reshape(16, 2, 16, 2, 3).mean(dim=(1, 3))
+    assert (square(stored(noise, "PNG"), 16).float() - boxes.permute(2, 0, 1)).abs().max() <= 1
 
 
 def test_folder_is_listed_once_and_shuffled(toys, tmp_path, monkeypatch):
@@ -208,12 +210,8 @@ def test_tars_from_disk_and_from_object_storage(tmp_path):
         (tmp_path / f"t-{i:03d}.tar").write_bytes(data)
         with fsspec.open(f"memory://b/t-{i:03d}.tar", "wb") as f:
             f.write(data)
-    for pattern in (
-        f"{tmp_path}/t-{{000..002}}.tar",
-        f"{tmp_path}/t-*.tar",
-        "memory://b/t-{000..002}.tar",
-        "memory://b/t-*.tar",
-    ):
+    names = ("t-{000..002}.tar", "t-*.tar")
+    for pattern in [f"{where}/{name}" for where in (tmp_path, "memory://b") for name in names]:
         pieces = TarSource(pattern, 2).open()
         found = [raw for k in range(len(pieces.names)) for raw in pieces.read(k)]
         assert [r.label for r in found] == [i % 2 for i in range(15)]
@@ -259,15 +257,12 @@ def test_moments_are_the_encoders(toys, vae, cache):
         with torch.no_grad():
             want = vae.encode(image).latent_dist
         mean, std = data.moments(torch.tensor([0]), torch.tensor([mirrored]))[0].float()
-        assert torch.allclose(mean, want.mean[0], atol=2e-3) and torch.allclose(
-            std, want.std[0], atol=1e-3, rtol=1e-2
-        )
+        assert torch.allclose(mean, want.mean[0], atol=2e-3)
+        assert torch.allclose(std, want.std[0], atol=1e-3, rtol=1e-2)
     assert data.labels[0] == raw.label
 
 
-def test_resume_after_an_interruption_gives_the_same_bytes(
-    source, vae, cache, tmp_path, monkeypatch
-):
+def test_resume_after_an_interruption_is_exact(source, vae, cache, tmp_path, monkeypatch):
     out, encode, calls = tmp_path / "train", latents.encode_piece, []
 
     def dies(*args):
@@ -280,19 +275,20 @@ def test_resume_after_an_interruption_gives_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         cache_latents(source, out, vae, CFG)
     assert not (out / "index.json").exists() and len(list(out.rglob("*.safetensors"))) == 2
-    (out / "shards" / "00001.safetensors").write_bytes(
-        b"half"
-    )  # and one of the two was damaged since
+    shard(out, 1).write_bytes(b"half")  # and one of the two was damaged since
     cache_latents(source, out, vae, CFG)
-    assert len(calls) == 6, (
-        "the interrupted one, the damaged one and the last; shard 0 was left alone"
-    )
+    assert len(calls) == 6, "the interrupted, the damaged and the last one; shard 0 left alone"
     assert contents(out) == contents(cache)
 
 
 def test_two_processes_write_what_one_does(source, vae, cache, tmp_path, monkeypatch):
     encode, calls = latents.encode_piece, []
-    monkeypatch.setattr(latents, "encode_piece", lambda *args: calls.append(1) or encode(*args))
+
+    def counted(*args):
+        calls.append(1)
+        return encode(*args)
+
+    monkeypatch.setattr(latents, "encode_piece", counted)
     found = on_two(lambda ranks: cache_latents(source, tmp_path / "train", vae, CFG, ranks))
     assert found[0] == found[1] and found[0]["total"] == 30
     assert contents(tmp_path / "train") == contents(cache) and len(calls) == 4, "no piece twice"
@@ -323,27 +319,23 @@ def test_corrupt_images_of_finished_shards_count_at_once(toys, vae, tmp_path):
     for name in spoilt:
         (tmp_path / "p" / "train" / name).write_bytes(b"no image")
     cache_latents(source, out, vae, CFG)
-    (out / "shards" / "00003.safetensors").unlink()
+    shard(out, 3).unlink()
     with pytest.raises(BitflowError, match="max_corrupt = 1"):
         cache_latents(source, out, vae, dataclasses.replace(CFG, max_corrupt=1))
-    assert not (out / "shards" / "00003.safetensors").exists()
+    assert not shard(out, 3).exists()
 
 
 def test_corrupt_images_of_all_processes_count(toys, vae, tmp_path):
     """Each process sees one; together they are too many."""
     shutil.copytree(toys / "pictures", tmp_path / "p")
-    source, one = (
-        FolderSource(str(tmp_path / "p"), per_shard=15),
-        dataclasses.replace(CFG, max_corrupt=1),
-    )
+    source = FolderSource(str(tmp_path / "p"), per_shard=15)
+    one = dataclasses.replace(CFG, max_corrupt=1)
     pieces = source.open(tmp_path)
     for k in range(2):
         (tmp_path / "p" / "train" / next(iter(pieces.read(k))).name).write_bytes(b"no image")
     found = on_two(lambda ranks: cache_latents(source, tmp_path / "out", vae, one, ranks))
-    assert any(
-        isinstance(e, BitflowError) and "2 images cannot be decoded" in str(e)
-        for e in found.values()
-    )
+    errors = [str(e) for e in found.values() if isinstance(e, BitflowError)]
+    assert any("2 images cannot be decoded" in e for e in errors)
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -355,7 +347,7 @@ def test_a_truncated_tar_leaves_finished_shards(vae, tmp_path):
     source, out = TarSource(f"{tmp_path}/t-{{0..1}}.tar", 2), tmp_path / "out"
     with pytest.raises(BitflowError, match=r"t-1\.tar is cut off"):
         cache_latents(source, out, vae, CFG)
-    first = sha256_of(out / "shards" / "00000.safetensors")
+    first = sha256_of(shard(out, 0))
     (tmp_path / "t-1.tar").write_bytes(whole)
     index = cache_latents(source, out, vae, CFG)
     assert index["total"] == 8 and index["shards"][0]["sha256"] == first
@@ -365,15 +357,18 @@ def test_a_truncated_tar_leaves_finished_shards(vae, tmp_path):
 def test_images_stay_in_order_and_few_wait():
     """However the threads run, results come in order, and the source is not read far ahead."""
     taken = []
+
+    def items():
+        for i in range(40):
+            taken.append(i)
+            yield i
+
+    def slowly(i):
+        time.sleep(0.002 * (i % 3))
+        return i
+
     with ThreadPoolExecutor(4) as pool:
-        for done, i in enumerate(
-            latents.ahead(
-                (taken.append(i) or i for i in range(40)),
-                lambda i: time.sleep(0.002 * (i % 3)) or i,
-                pool,
-                5,
-            )
-        ):
+        for done, i in enumerate(latents.ahead(items(), slowly, pool, 5)):
             assert i == done and len(taken) <= done + 6
     assert len(taken) == 40
 
@@ -381,28 +376,22 @@ def test_images_stay_in_order_and_few_wait():
 def test_other_settings_are_refused(toys, source, vae, cache, tmp_path):
     out = shutil.copytree(cache, tmp_path / "train")
     before = contents(out)
+    other = load_vae(tiny_vae(tmp_path / "other", seed=1))
+    smaller_shards = dataclasses.replace(source, per_shard=4)
+    larger = dataclasses.replace(CFG, image_size=32)
+    bf16 = dataclasses.replace(CFG, precision="bf16")
     calls = {
-        "vae.": lambda: cache_latents(
-            source, out, load_vae(tiny_vae(tmp_path / "other", seed=1)), CFG
-        ),
-        "image_size": lambda: cache_latents(
-            source, out, vae, dataclasses.replace(CFG, image_size=32)
-        ),
-        "precision": lambda: cache_latents(
-            source, out, vae, dataclasses.replace(CFG, precision="bf16")
-        ),
-        "source.per_shard": lambda: cache_latents(
-            dataclasses.replace(source, per_shard=4), out, vae, CFG
-        ),
+        "vae.": (source, out, other, CFG),
+        "image_size": (source, out, vae, larger),
+        "precision": (source, out, vae, bf16),
+        "source.per_shard": (smaller_shards, out, vae, CFG),
     }
-    for name, call in calls.items():
+    for name, args in calls.items():
         with pytest.raises(BitflowError, match=f"made with {name}"):
-            call()
+            cache_latents(*args)
     assert contents(out) == before
-    shutil.copytree(toys / "vae", tmp_path / "moved")
-    assert cache_latents(source, out, load_vae(tmp_path / "moved"), CFG)["total"] == 30, (
-        "the same weights from another folder are the same autoencoder"
-    )
+    shutil.copytree(toys / "vae", tmp_path / "moved")  # the same weights, the same autoencoder
+    assert cache_latents(source, out, load_vae(tmp_path / "moved"), CFG)["total"] == 30
 
 
 def test_weights_decide_not_names(source, toys, cache, tmp_path):
@@ -494,16 +483,16 @@ def test_draws_have_the_stored_mean_and_spread(cache, vae):
 
 def test_damaged_latents_are_refused_and_named(cache, tmp_path):
     out = shutil.copytree(cache, tmp_path / "train")
-    shard = out / "shards" / "00002.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-10])
+    path = shard(out, 2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
     with pytest.raises(BitflowError, match="00002.safetensors has"):
         Latents(out)
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     Latents(out)
     with pytest.raises(BitflowError, match="00002.safetensors was changed"):
         Latents(out, verify=True)
-    shard.unlink()
+    path.unlink()
     with pytest.raises(BitflowError, match="00002.safetensors has 0 bytes"):
         Latents(out)
     (out / "index.json").write_text("{")
@@ -514,9 +503,8 @@ def test_damaged_latents_are_refused_and_named(cache, tmp_path):
 def test_load_data_gives_latents_that_fit(cache):
     cfg, root = DataConfig("imagenet-latents", 8, 4, 2), cache.parent
     data = load_data(cfg, "train", root)
-    assert (
-        isinstance(data, Latents) and len(data) == 30 and data.classes == ("n01440764", "n01443537")
-    )
+    assert isinstance(data, Latents) and len(data) == 30
+    assert data.classes == ("n01440764", "n01443537")
     for changed, what in (({"image_size": 32}, "8x8x4"), ({"num_classes": 1}, "label 1")):
         with pytest.raises(BitflowError, match=what):
             load_data(dataclasses.replace(cfg, **changed), "train", root)
@@ -549,11 +537,8 @@ def test_gradients_reach_the_latents_and_not_the_autoencoder(toys, which):
         assert d.shape == (5,) and (d[:2] > 0).all() and not d[2:].any()
         grads.append(torch.autograd.grad(d.mean(), (a, b), allow_unused=True))
     assert torch.allclose(grads[0][0], grads[1][0], atol=1e-7)
-    assert (
-        grads[0][0][:2].flatten(1).any(dim=1).all()
-        and not grads[0][0][2:].any()
-        and grads[0][1] is None
-    )
+    of_a, of_b = grads[0]
+    assert of_a[:2].flatten(1).any(dim=1).all() and not of_a[2:].any() and of_b is None
     assert not any(p.requires_grad or p.grad is not None for p in vae.parameters())
 
 
@@ -582,9 +567,8 @@ def test_units_of_the_two_decoders(toys, vae):
     assert torch.equal(decode(small, x), small.decode(x).sample)
     for one in (vae, small):
         images = decode_all(one, 10 * x, batch_size=2)
-        assert (
-            images.shape == (3, 3, 16, 16) and images.abs().max() <= 1 and not images.requires_grad
-        )
+        assert images.shape == (3, 3, 16, 16) and images.abs().max() <= 1
+        assert not images.requires_grad
         assert torch.allclose(images, decode(one, 10 * x).clamp(-1, 1), atol=1e-5)
 
 
@@ -636,8 +620,9 @@ def test_tiny_autoencoders_have_unit_latents(tmp_path, factor):
 
 
 def test_the_objective_sees_decoded_images(tmp_path):
-    """`objective.decoder`: the perceptual distances of a preset compare decoded images, adaptive weights inside; MSE stays in latents."""
+    """Where `objective.decoder` is set, perceptual distances compare decoded images."""
     from dataclasses import replace
+
     from bitflow_edu import pipeline
     from bitflow_edu.config import ObjectiveConfig
 
@@ -645,13 +630,13 @@ def test_the_objective_sees_decoded_images(tmp_path):
     plain = ObjectiveConfig(feature_weight=1.0, adaptive_power=1.0)
     coloured = replace(plain, decoder=str(latents.tiny_vae(tmp_path / "vae")), decoded_images=3)
     seen = []
-    pixel = lambda u, v: seen.append(u.shape) or (u - v).square().mean(dim=(1, 2, 3))
+
+    def pixel(u, v):
+        seen.append(u.shape)
+        return mse(u, v)
+
     with pytest.MonkeyPatch.context() as m:
         m.setattr(pipeline, "find_distance", lambda name, device: pixel)
         pipeline.image_distance(coloured)(a, b).mean().backward()
-    assert (
-        all(shape == (3, 3, 16, 16) for shape in seen)
-        and seen
-        and a.grad.isfinite().all()
-        and a.grad.abs().sum() > 0
-    )
+    assert set(seen) == {(3, 3, 16, 16)}
+    assert a.grad.isfinite().all() and a.grad.abs().sum() > 0

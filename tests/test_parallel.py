@@ -1,4 +1,4 @@
-"""Many processes (gloo, on the CPU): the same numbers as one, a lost process, another number of them, and whole figures."""
+"""Many processes (gloo, on the CPU): the same numbers as one, a lost process, whole figures."""
 
 import json
 import os
@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from conftest import small_flow
+from PIL import Image
 
 from bitflow_edu.data import BitflowError
 from bitflow_edu.parallel import find_ranks, lost_contact
@@ -31,43 +32,23 @@ from bitflow_edu.transformer import compile_layers
 
 pytest.importorskip("accelerate")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-SIX = [
-    "--train-forward.batch-size",
-    "24",
-    "--train-forward.pieces",
-    "6",
-    "--train-forward.precision",
-    "fp32",
-    "--train-forward.log-every",
-    "1",
-]
-FORWARD = [
-    "train",
-    "forward",
-    "--preset",
-    "mnist-mini-smoke",
-    "--device",
-    "cpu",
-    "--steps",
-    "12",
-    "--train-forward.checkpoint-every",
-    "4",
-    *SIX,
-]
+SIX = (
+    "--train-forward.batch-size 24 --train-forward.pieces 6 --train-forward.precision fp32 "
+    "--train-forward.log-every 1"
+).split()
+
+
+FORWARD = "train forward --preset mnist-mini-smoke --device cpu --steps 12".split()
+FORWARD += ["--train-forward.checkpoint-every", "4", *SIX]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def start(n, *words):
     """The command on n processes, one of them without torchrun."""
-    launcher = (
-        [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    )
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "bitflow_edu.cli", *map(str, words)],
-        env=ENV,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    launcher = [sys.executable] if n == 1 else [*TORCHRUN, f"--nproc-per-node={n}"]
+    command = [*launcher, "-m", "bitflow_edu.cli", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=ENV, text=True, **pipes)
 
 
 def run(n, *words):
@@ -84,8 +65,9 @@ def losses(folder):
 
 def weights(folder):
     """All tensors of the newest checkpoint: averages, weights and moments."""
-    averaged, training, step, _ = read_state(newest_checkpoint(folder))
-    return {**{f"averaged.{k}": v for k, v in averaged.items()}, **training}, step
+    saved = read_state(newest_checkpoint(folder))
+    averaged = {f"averaged.{k}": v for k, v in saved["averaged"].items()}
+    return {**averaged, **saved["training"]}, saved["step"]
 
 
 def assert_same_run(a, b, within=1e-5):
@@ -93,11 +75,9 @@ def assert_same_run(a, b, within=1e-5):
     assert losses(a).shape == losses(b).shape and (losses(a) - losses(b)).abs().max() < within
     (one, step), (other, same) = weights(a), weights(b)
     assert step == same and one.keys() == other.keys()
-    assert all(
-        torch.allclose(one[k], other[k], atol=2e-4, rtol=1e-2)
-        for k in one
-        if not k.startswith("adam")
-    )
+    for name in one:
+        if not name.startswith("adam"):
+            assert torch.allclose(one[name], other[name], atol=2e-4, rtol=1e-2), name
 
 
 @pytest.fixture(scope="module")
@@ -110,42 +90,36 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("n, sharding", [(2, "none"), (2, "full")])
 def test_the_same_run_on_more_processes(alone, tmp_path, n, sharding):
-    """One batch, cut into six pieces with noise of their own: who computes which does not matter."""
+    """One batch in six pieces with noise of their own: who computes which does not matter."""
     said = run(n, *FORWARD, "--out", tmp_path / "f", "--sharding", sharding)
     assert_same_run(alone, tmp_path / "f")
     assert said.count("F is in") == 1, "one process speaks"
-    assert (
-        len((tmp_path / "f" / "starts.jsonl").read_text().splitlines()) == 1
-        and (tmp_path / "f" / "samples").exists()
-    )
+    assert len((tmp_path / "f" / "starts.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "f" / "samples").exists()
 
 
 def test_a_lost_process_and_another_number_of_them(alone, tmp_path):
-    """Kill one of two: the end is clear and the checkpoint whole; three go on from it, and come to the weights of the one that was alone."""
+    """One of two is killed: a clear end, a whole checkpoint; three go on from it as one would."""
     folder = tmp_path / "f"
     process = start(2, *FORWARD, "--out", folder)
     deadline = time.monotonic() + 200
     while not (folder / "checkpoints" / "step-00000004").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    workers = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    victim = next(
-        int(p) for p in workers if b"\0RANK=1\0" in open(f"/proc/{p}/environ", "rb").read()
-    )
-    os.kill(victim, signal.SIGKILL)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    for worker in found.stdout.split():
+        if b"\0RANK=1\0" in Path(f"/proc/{worker}/environ").read_bytes():
+            os.kill(int(worker), signal.SIGKILL)
     said, _ = process.communicate(timeout=100)
     assert process.returncode != 0 and "exitcode  : -9" in said
-    assert "start again with --resume" in said or "Signal 15" in said, said[
-        -3000:
-    ]  # the other process notices by itself, or is stopped first
+    # the other process notices by itself, or is stopped first
+    assert "start again with --resume" in said or "Signal 15" in said, said[-3000:]
     assert newest_checkpoint(folder).name < "step-00000012", "it was killed on the way"
     run(3, *FORWARD, "--out", folder, "--resume", "--sharding", "full")
     assert_same_run(alone, folder)
 
 
 def test_sharded_weights_go_on_alone(alone, tmp_path):
-    """A checkpoint knows nothing of the number of processes that wrote it. And G, which is run through `walk` and twice a step, shards too."""
+    """A checkpoint knows nothing of the number of processes that wrote it."""
     folder = tmp_path / "f"
     run(2, *FORWARD, "--out", folder, "--sharding", "full")
     shutil.rmtree(folder / "checkpoints" / "step-00000012")
@@ -154,21 +128,9 @@ def test_sharded_weights_go_on_alone(alone, tmp_path):
 
 
 def test_the_second_stage_on_two_processes(alone, tmp_path):
-    """G with guidance in training is run through `walk`, twice a step, and not through `forward`: both ways of sharing see all its weights."""
-    words = [
-        "train",
-        "reverse",
-        "--preset",
-        "mnist-mini-smoke",
-        "--device",
-        "cpu",
-        "--forward",
-        alone,
-        "--steps",
-        "4",
-        "--reverse.max-guidance",
-        "3",
-    ]
+    """Guidance runs G through `walk`, twice a step, not `forward`: all its weights are seen."""
+    words = "train reverse --preset mnist-mini-smoke --device cpu --steps 4".split()
+    words += ["--forward", alone, "--reverse.max-guidance", "3"]
     words += [w.replace("train-forward", "train-reverse") for w in SIX]
     for n, sharding, name in ((1, "none", "one"), (2, "none", "copies"), (2, "full", "shards")):
         run(n, *words, "--out", tmp_path / name, "--sharding", sharding)
@@ -184,7 +146,8 @@ ranks = find_ranks("cpu")
 mine = torch.arange(7)[ranks.rank::ranks.size].double()
 assert ranks.gather(mine).tolist() == [0, 2, 4, 6, 1, 3, 5] and ranks.total(mine.sum()).item() == 21
 assert ranks.mean([ranks.rank, torch.tensor(2.0)]) == [0.5, 2.0]
-assert ranks.agree(f"from {ranks.rank}") == "from 0" and ranks.on_main(lambda: 5) == (5 if ranks.main else None)
+assert ranks.agree(f"from {ranks.rank}") == "from 0"
+assert ranks.on_main(lambda: 5) == (5 if ranks.main else None)
 def full():
     raise BitflowError("the disk is full")
 try:
@@ -200,171 +163,76 @@ end(0)
 def test_what_processes_tell_each_other(tmp_path):
     """Sums, means, lists in order; and a mistake of the main process is everybody's."""
     (tmp_path / "s.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            tmp_path / "s.py",
-        ],
-        env=ENV,
-        capture_output=True,
-        text=True,
-    )
+    command = [*TORCHRUN, "--nproc-per-node=2", tmp_path / "s.py"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert all(done.stdout.count(f"process {rank}: the disk is full") == 1 for rank in (0, 1)), (
-        "each, once, though perhaps on one line"
-    )
+    for rank in (0, 1):  # each, once, though perhaps on one line
+        assert done.stdout.count(f"process {rank}: the disk is full") == 1
 
 
 def test_mistakes(monkeypatch):
     """An unknown sharding; pieces that cannot be shared; errors that are no lost contact."""
+    lost = RuntimeError("Connection closed by peer [127.0.0.1]")
     with pytest.raises(BitflowError, match="unknown sharding 'half'; choose none or full"):
         find_ranks("cpu", "half")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert (
-        find_ranks("cpu", "full") is ALONE
-        and lost_contact(RuntimeError("Connection closed by peer")) is None
-    )
+    assert find_ranks("cpu", "full") is ALONE and lost_contact(lost) is None
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert (
-        "lost contact" in lost_contact(RuntimeError("Connection closed by peer [127.0.0.1]"))
-        and lost_contact(RuntimeError("shapes differ")) is None
-    )
+    assert "lost contact" in lost_contact(lost)
+    assert lost_contact(RuntimeError("shapes differ")) is None
 
     class Three(Alone):
         size = 3
 
-    with pytest.raises(
-        BitflowError,
-        match="4 pieces of a batch cannot be shared equally by 3 processes; set pieces to a multiple of 3",
-    ):
+    says = "4 pieces of a batch cannot be shared equally by 3 processes; set pieces to a multiple"
+    with pytest.raises(BitflowError, match=f"{says} of 3"):
         check_shares(TrainConfig(pieces=4), Three())
     with pytest.raises(BitflowError, match="batch of 64 cannot be cut into 6 equal pieces"):
         TrainConfig(pieces=6)
 
 
+def trained(cfg, data, folder):
+    """A small flow, always from the same start."""
+    torch.manual_seed(0)
+    flow = small_flow(side=8, patch=2, num_classes=10).train()
+    return train(flow, forward_loss, data, cfg, folder)
+
+
 def test_pieces_and_checkpointing_change_no_gradient(tmp_path, digits):
-    """Layers that are computed again give the same weights; a batch in pieces is a batch with other noise, of the same size."""
+    """Layers computed again give the same weights; pieces have other noise, of the same size."""
     cfg = TrainConfig(steps=3, batch_size=12, precision="fp32", checkpoint_every=3)
-    made = {}
-    for name, change in (
-        ("plain", {}),
-        ("again", {"checkpointing": True}),
-        ("pieces", {"pieces": 3}),
-    ):
-        torch.manual_seed(0)
-        made[name] = train(
-            small_flow(side=8, patch=2, num_classes=10).train(),
-            forward_loss,
-            digits[:40],
-            replace(cfg, **change),
-            tmp_path / name,
-        )
-    plain, again, pieces = (
-        torch.cat([p.flatten() for p in made[n].parameters()]) for n in ("plain", "again", "pieces")
-    )
-    assert (
-        torch.equal(plain, again)
-        and not torch.equal(plain, pieces)
-        and (plain - pieces).abs().max() < 0.05
-    )
+    configs = {"plain": cfg, "again": replace(cfg, checkpointing=True)}
+    configs["pieces"] = replace(cfg, pieces=3)
+    made = {name: trained(c, digits[:40], tmp_path / name) for name, c in configs.items()}
+    plain, again, pieces = (torch.cat([p.flatten() for p in m.parameters()]) for m in made.values())
+    assert torch.equal(plain, again) and not torch.equal(plain, pieces)
+    assert (plain - pieces).abs().max() < 0.05
 
 
 def test_the_whole_path_to_imagenet_on_two_processes(tmp_path):
-    """Pictures → latents → F → G (sharded) → figures of exactly n samples → decoded pictures, each command on two processes."""
+    """Pictures → latents → F → G (sharded) → figures of n samples → pictures, on two processes."""
     pytest.importorskip("diffusers")
     from bitflow_edu.latents import synthetic_images, tiny_vae
 
+    images, latents, vae = tmp_path / "images", tmp_path / "latents", tiny_vae(tmp_path / "vae")
+    f, g, vae_on_cpu = tmp_path / "f", tmp_path / "g", ["--vae", vae, "--device", "cpu"]
+    cache = ["cache-latents", "--source", images, "--image-size", 16, "--per-shard", 16]
     for split, n in (("train", 80), ("test", 30)):
-        synthetic_images(tmp_path / "images", n, split)
-    vae, latents, preset = (
-        tiny_vae(tmp_path / "vae"),
-        tmp_path / "latents",
-        ["--preset", "imagenet256-b2-smoke", "--device", "cpu"],
-    )
-    for split in ("train", "test"):
-        run(
-            2,
-            "cache-latents",
-            "--source",
-            tmp_path / "images",
-            "--split",
-            split,
-            "--vae",
-            vae,
-            "--image-size",
-            16,
-            "--per-shard",
-            16,
-            "--out",
-            latents,
-            "--device",
-            "cpu",
-        )
-    data = [*preset, "--data-root", latents]
-    run(2, "train", "forward", *data, "--steps", 4, "--out", tmp_path / "f")
-    run(
-        2,
-        "train",
-        "reverse",
-        *data,
-        "--steps",
-        4,
-        "--forward",
-        tmp_path / "f",
-        "--out",
-        tmp_path / "g",
-        "--sharding",
-        "full",
-    )
-    run(
-        2,
-        "evaluate",
-        *data,
-        "--forward",
-        tmp_path / "f",
-        "--reverse",
-        tmp_path / "g",
-        "--vae",
-        vae,
-        "--features",
-        "effnet-lite0",
-        "--rows",
-        "one-pass",
-        "--images",
-        25,
-        "--no-timing",
-        "--work",
-        tmp_path / "work",
-        "--out",
-        tmp_path / "e.json",
-    )
-    found = {m["metric"]: m for m in json.loads((tmp_path / "e.json").read_text())["measurements"]}
-    assert (
-        found["fd[effnet-lite0]"]["n"] == 25
-        and 0 < found["fd[effnet-lite0]"]["value"] < 1e4
-        and (tmp_path / "e.png").exists()
-    )
-    run(
-        2,
-        "sample",
-        "--checkpoint",
-        tmp_path / "g",
-        "--vae",
-        vae,
-        "--images",
-        20,
-        "--out",
-        tmp_path / "s.png",
-        "--device",
-        "cpu",
-    )
-    assert Image.open(tmp_path / "s.png").size[0] > 10 * 16, (
-        "ten pictures of 16 pixels side by side, decoded"
-    )
+        synthetic_images(images, n, split)
+        run(2, *cache, "--split", split, "--out", latents, *vae_on_cpu)
+    data = ["--preset", "imagenet256-b2-smoke", "--device", "cpu", "--data-root", latents]
+    run(2, "train", "forward", *data, "--steps", 4, "--out", f)
+    reverse = ["train", "reverse", *data, "--steps", 4, "--forward", f]
+    run(2, *reverse, "--out", g, "--sharding", "full")
+    evaluate = ["evaluate", *data, "--forward", f, "--reverse", g, "--vae", vae, "--images", 25]
+    evaluate += ["--features", "effnet-lite0", "--rows", "one-pass", "--no-timing"]
+    run(2, *evaluate, "--work", tmp_path / "work", "--out", tmp_path / "e.json")
+    lines = json.loads((tmp_path / "e.json").read_text())["measurements"]
+    found = {m["metric"]: m for m in lines}["fd[effnet-lite0]"]
+    assert found["n"] == 25 and 0 < found["value"] < 1e4 and (tmp_path / "e.png").exists()
+    run(2, "sample", "--checkpoint", g, "--images", 20, "--out", tmp_path / "s.png", *vae_on_cpu)
+    width = Image.open(tmp_path / "s.png").size[0]
+    assert width > 10 * 16, "ten pictures of 16 pixels side by side, decoded"
 
 
 @pytest.mark.skipif(
@@ -372,22 +240,14 @@ def test_the_whole_path_to_imagenet_on_two_processes(tmp_path):
     reason="torch.compile needs a C++ compiler here",
 )
 def test_compiled_layers_train_the_same_model(tmp_path, digits):
-    """The same weights up to rounding, under the same names; the averaged model is an ordinary one."""
+    """The same weights up to rounding, under the same names; the averaged model is ordinary."""
     cfg = TrainConfig(steps=2, batch_size=8, precision="fp32", checkpoint_every=2)
-    made = {}
-    for name, compiled in (("plain", False), ("compiled", True)):
-        torch.manual_seed(0)
-        made[name] = train(
-            small_flow(side=8, patch=2, num_classes=10).train(),
-            forward_loss,
-            digits[:20],
-            replace(cfg, compile=compiled),
-            tmp_path / name,
-        ).state_dict()
-    assert made["plain"].keys() == made["compiled"].keys()
-    assert all(
-        torch.allclose(made["plain"][k], made["compiled"][k], atol=1e-4) for k in made["plain"]
+    plain, compiled = (
+        trained(replace(cfg, compile=yes), digits[:20], tmp_path / str(yes)).state_dict()
+        for yes in (False, True)
     )
+    assert plain.keys() == compiled.keys()
+    assert all(torch.allclose(plain[k], compiled[k], atol=1e-4) for k in plain)
 
 
 def test_compiling_without_a_compiler_says_what_to_install(monkeypatch):

@@ -1,6 +1,9 @@
-"""Experiments as lists of commands: every one can be parsed, is skipped when its result stands, and the page shows what the files hold."""
+"""Experiments as lists of commands: each can be parsed, and is skipped when its result stands.
+
+The page shows what the files hold."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,16 +24,21 @@ from bitflow_edu.reproduce import (
 )
 
 
+def save_score(folder, preset):
+    """A results file that has the name of the experiment `mnist-full`."""
+    command, found = f"bitflow evaluate --preset {preset}", [measurement("exact", "fid", 1.0)]
+    save_results(folder, "mnist-full", preset, command, {}, found, 1.0)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_command_can_be_typed(name, budget, tmp_path):
-    """Presets, options and fields of every experiment exist; each stage reads what the one before writes."""
-    commands = [
-        cli.parse(words) for words in commands_of(name, budget, tmp_path / "runs", tmp_path)
-    ]
-    assert len(commands) == len(EXPERIMENTS[name].commands[budget]) and set(
-        EXPERIMENTS[name].minutes
-    ) == set(BUDGETS)
+    """Presets, options and fields exist; each stage reads what the one before writes."""
+    experiment = EXPERIMENTS[name]
+    typed = commands_of(name, budget, tmp_path / "runs", tmp_path)
+    commands = [cli.parse(words) for words in typed]
+    assert len(commands) == len(experiment.commands[budget])
+    assert set(experiment.minutes) == set(BUDGETS)
     for command in commands:
         if isinstance(command, (cli.TrainForward, cli.TrainReverse)):
             stage = "forward" if isinstance(command, cli.TrainForward) else "reverse"
@@ -40,69 +48,42 @@ def test_every_command_can_be_typed(name, budget, tmp_path):
 
 
 def test_an_experiment_from_end_to_end(tmp_path, capsys):
-    """`bitflow reproduce mnist-full --budget smoke`: trains, measures, marks its size; the second time nothing is done again; the page has it all."""
-    words = [
-        "reproduce",
-        "mnist-full",
-        "--budget",
-        "smoke",
-        "--out",
-        str(tmp_path / "runs"),
-        "--results",
-        str(tmp_path / "results"),
-        "--device",
-        "cpu",
-    ]
+    """Trains, measures and marks its size; the second time nothing is done again."""
+    results = tmp_path / "results"
+    folders = f"--out {tmp_path}/runs --results {results}"
+    words = shlex.split(f"reproduce mnist-full --budget smoke {folders} --device cpu")
     assert cli.main(words) == 0
-    result = json.loads((tmp_path / "results" / "mnist-full.json").read_text())
-    assert (result["budget"], result["experiment"], result["preset"]) == (
-        "smoke",
-        "mnist-full",
-        "mnist-mini-smoke",
-    )
-    assert {m["metric"] for m in result["measurements"]} >= {
-        "train_steps",
-        "fd[mnist-cnn]",
-        "ms_per_image",
-    } and (tmp_path / "results" / "mnist-full.png").exists()
+    result = json.loads((results / "mnist-full.json").read_text())
+    assert (result["budget"], result["experiment"]) == ("smoke", "mnist-full")
+    assert result["preset"] == "mnist-mini-smoke"
+    metrics = {m["metric"] for m in result["measurements"]}
+    assert metrics >= {"train_steps", "fd[mnist-cnn]", "ms_per_image"}
+    assert (results / "mnist-full.png").exists()
     capsys.readouterr()
     assert cli.main(words) == 0 and "mnist-full.json stands" in capsys.readouterr().out
-    page = (tmp_path / "results" / "README.md").read_text()
-    assert (
-        "budget `smoke`" in page
-        and "![mnist-full](mnist-full.png)" in page
-        and "exact+denoise" in page
-    )
-    index = json.loads((tmp_path / "results" / "index.json").read_text())
-    assert [(e["name"], e["budget"], e["picture"]) for e in index] == [
-        ("mnist-full", "smoke", "mnist-full.png")
-    ]
+    page = (results / "README.md").read_text()
+    for text in ("budget `smoke`", "![mnist-full](mnist-full.png)", "exact+denoise"):
+        assert text in page
+    (line,) = json.loads((results / "index.json").read_text())
+    assert (line["name"], line["budget"]) == ("mnist-full", "smoke")
+    assert line["picture"] == "mnist-full.png"
 
 
 def test_a_command_that_fails_stops_the_experiment(tmp_path):
     """What is done stays done, and the message says which command to mend."""
     said = []
+
+    def fail_at_reverse(words):
+        said.append(words[1])
+        return 2 if words[1] == "reverse" else 0
+
     with pytest.raises(BitflowError, match="cifar10-main stopped at: bitflow train reverse"):
-        run_experiment(
-            "cifar10-main",
-            "cpu",
-            tmp_path,
-            tmp_path,
-            lambda words: said.append(words) or 2 * (words[1] == "reverse"),
-        )
-    assert [w[1] for w in said] == ["forward", "reverse"]
+        run_experiment("cifar10-main", "cpu", tmp_path, tmp_path, fail_at_reverse)
+    assert said == ["forward", "reverse"]
 
 
 def test_a_result_of_another_command_is_not_taken_for_ours(tmp_path):
-    save_results(
-        tmp_path,
-        "mnist-full",
-        "cifar10",
-        "bitflow evaluate --preset cifar10",
-        {},
-        [measurement("exact", "fid", 1.0)],
-        1.0,
-    )
+    save_score(tmp_path, "cifar10")
     words = commands_of("mnist-full", "cpu", tmp_path, tmp_path)[-1]
     with pytest.raises(BitflowError, match="was made by another command .*move it away"):
         stands(words, "cpu")
@@ -110,71 +91,55 @@ def test_a_result_of_another_command_is_not_taken_for_ours(tmp_path):
 
 def test_a_result_of_another_size_is_not_taken_for_ours(tmp_path):
     """It is named before anything is trained."""
-    save_results(
-        tmp_path,
-        "mnist-full",
-        "mnist",
-        "bitflow evaluate --preset mnist",
-        {},
-        [measurement("exact", "fid", 1.0)],
-        1.0,
-    )
+    save_score(tmp_path, "mnist")
     mark(tmp_path / "mnist-full.json", "mnist-full", "cpu")
     with pytest.raises(BitflowError, match="was made with --budget cpu, not gpu; move it away"):
-        run_experiment(
-            "mnist-full", "gpu", tmp_path, tmp_path, lambda words: pytest.fail("something ran")
-        )
+        run_experiment("mnist-full", "gpu", tmp_path, tmp_path, pytest.fail)
     assert stands(commands_of("mnist-full", "cpu", tmp_path, tmp_path)[-1], "cpu")
 
 
-def test_mistakes(tmp_path, capsys):
-    assert (
-        cli.main(["reproduce", "mnist-ful", "--results", str(tmp_path)]) == 2
-        and "did you mean mnist-full?" in capsys.readouterr().err
-    )
-    assert (
-        cli.main(["reproduce", "mnist-full", "--budget", "tpu"]) == 2
-        and "choose gpu, cpu, smoke" in capsys.readouterr().err
-    )
-    assert (
-        cli.main(["reproduce", "--check", "--results", str(tmp_path)]) == 2
-        and "measure it first" in capsys.readouterr().err
-    )
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("mnist-ful", "did you mean mnist-full?"),
+        ("mnist-full --budget tpu", "choose gpu, cpu, smoke"),
+        ("--check", "measure it first"),
+    ],
+)
+def test_mistakes(tmp_path, capsys, words, said):
+    assert cli.main(["reproduce", *words.split(), "--results", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_page_shows_every_seed_and_no_mean(tmp_path):
-    found = [
-        measurement("naive", "fid", 4.0, seed=0),
-        measurement("naive", "fid", 5.0, seed=1),
-        measurement("naive", "mean fid", 4.5),
-        measurement("exact", "ms_per_image", 2.0, "ms", batch=64),
-    ]
+    found = [measurement("naive", "fid", value, seed=i) for i, value in enumerate((4.0, 5.0))]
+    found += [measurement("naive", "mean fid", 4.5)]
+    found += [measurement("exact", "ms_per_image", 2.0, "ms", batch=64)]
     save_results(tmp_path, "t", "mnist-mini", "bitflow ablate", {}, found, 1.0)
     table = markdown_table(json.loads((tmp_path / "t.json").read_text()))
-    assert (
-        "| naive | 4; 5 | – |" in table and "| exact | – | 2 ms |" in table and "mean" not in table
-    )
+    assert "| naive | 4; 5 | – |" in table and "| exact | – | 2 ms |" in table
+    assert "mean" not in table
     (tmp_path / "other.json").write_text("[]")
-    assert (
-        "## t" in write_index(tmp_path).read_text()
-        and len(json.loads((tmp_path / "index.json").read_text())) == 1
-    )
+    assert "## t" in write_index(tmp_path).read_text()
+    assert len(json.loads((tmp_path / "index.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_command_is_listed(name, budget, tmp_path):
+    write_index(tmp_path)
     listed = (tmp_path / "EXPERIMENTS.md").read_text()
-    assert all(
-        f"bitflow {' '.join(words)}" in listed
-        for name in EXPERIMENTS
-        for budget in BUDGETS
-        for words in commands_of(name, budget, Path("runs/reproduce"), Path("results"))
-    )
+    for words in commands_of(name, budget, Path("runs/reproduce"), Path("results")):
+        assert f"bitflow {' '.join(words)}" in listed
 
 
-def test_the_guard_sees_what_moved():
-    """Within four standard deviations of the stored seeds, or not; the limit grows with the spread."""
-    stored = {
-        "measurements": [measurement("one-pass", "fid", v) for v in (1.0, 1.1, 0.9, 1.05, 0.95)]
-    }
-    fine = lambda v: compare_guard(stored, [measurement("one-pass", "fid", v)])[0][-1]
-    assert fine(1.2) and not fine(1.5) and not fine(0.5)
+@pytest.mark.parametrize("value, fine", [(1.2, True), (1.5, False), (0.5, False)])
+def test_the_guard_sees_what_moved(value, fine):
+    """Within four standard deviations of the stored seeds, or not."""
+    values = (1.0, 1.1, 0.9, 1.05, 0.95)
+    stored = {"measurements": [measurement("one-pass", "fid", v) for v in values]}
+    compared = compare_guard(stored, [measurement("one-pass", "fid", value)])
+    assert compared[0][-1] == fine
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from bitflow_edu.speed import Cost, Limits, Machine, Way
 from bitflow_edu.tarflow import TARFlow
 
 MACHINE = Machine(peak=1e12, bandwidth=1e11)
+COSTS = {"flops_per_image", "bytes_per_image", "nfe", "serial_steps"}
 
 
 class FakeGpu:
@@ -53,9 +54,7 @@ def test_on_a_gpu_its_own_clock_is_read_and_waited_for_once(monkeypatch):
         gpu.clock += next(work)
 
     t = timed(call, repeats=5, warmup=2)
-    assert (
-        t["median_ms"] == 5.0 and t["low_ms"] == 3.5 and t["high_ms"] == 6.5 and t["repeats"] == 5
-    )
+    assert t == {"median_ms": 5.0, "low_ms": 3.5, "high_ms": 6.5, "repeats": 5}
     assert gpu.waited == [2025.0]
 
 
@@ -74,33 +73,25 @@ def test_on_a_processor_the_wall_clock_is_read_without_the_first_calls():
 def test_traffic_of_a_linear_layer_and_of_a_convolution_is_operands_and_results():
     layer, conv = torch.nn.Linear(6, 4), torch.nn.Conv2d(3, 5, 3, padding=1)
     assert speed.bytes_moved(lambda: layer(torch.zeros(7, 6))) == 4 * (6 * 4 + 4 + 7 * 6 + 7 * 4)
-    assert speed.bytes_moved(lambda: conv(torch.zeros(2, 3, 8, 8))) == 4 * (
-        5 * 3 * 9 + 5 + 2 * 3 * 64 + 2 * 5 * 64
-    )
-    assert speed.bytes_moved(lambda: layer(torch.zeros(7, 6)).exp() + 1) == speed.bytes_moved(
-        lambda: layer(torch.zeros(7, 6))
-    )
+    weights, operands = 5 * 3 * 9 + 5, 2 * 3 * 64 + 2 * 5 * 64
+    assert speed.bytes_moved(lambda: conv(torch.zeros(2, 3, 8, 8))) == 4 * (weights + operands)
+    alone = speed.bytes_moved(lambda: layer(torch.zeros(7, 6)))
+    assert speed.bytes_moved(lambda: layer(torch.zeros(7, 6)).exp() + 1) == alone
 
 
 def test_costs_follow_from_shapes():
     preset = find_preset("imagenet256-b2")
     one, many = (speed.pair_costs(preset.forward, preset.reverse, n) for n in (1, 64))
     half = speed.pair_costs(preset.forward, preset.reverse, 1, torch.bfloat16)
-    weights = sum(
-        p.nbytes
-        for b in on_meta(TARFlow, preset.forward).blocks
-        for name, p in b.named_parameters()
-        if p.dim() == 2 and name != "pos_embed"
-    )
+    weights = 0
+    for name, p in on_meta(TARFlow, preset.forward).blocks.named_parameters():
+        if p.dim() == 2 and not name.endswith("pos_embed"):
+            weights += p.nbytes
     assert one["exact"].serial == 8 * 255 and one["one-pass"].serial == 1
-    assert (
-        one["exact"].flops
-        == many["exact"].flops
-        == inverse_flops(preset.forward, one["density"].flops)
-    )
-    assert one["exact"].moved == pytest.approx(
-        255 * weights, rel=0.05
-    )  # every step reads a block's weights
+    flops = inverse_flops(preset.forward, one["density"].flops)
+    assert one["exact"].flops == many["exact"].flops == flops
+    # every step reads a block's weights
+    assert one["exact"].moved == pytest.approx(255 * weights, rel=0.05)
     assert many["exact"].moved < 64 * 0.2 * one["exact"].moved  # and a batch shares them
     assert weights < one["density"].moved < 3 * weights  # once, with T tokens of activations
     assert half["exact"].moved == pytest.approx(one["exact"].moved / 2, rel=0.05)
@@ -114,9 +105,8 @@ def test_jacobi_is_charged_for_the_passes_it_took():
         states, how = way.call()
         cost, density = way.after((states, how)), speed.pair_costs(F.cfg, G.cfg, 2)["density"]
         assert cost.serial == sum(sum(h.iterations) for h in how)
-        assert cost.flops == round(
-            density.flops * sum(sum(h.iterations) / len(h.iterations) for h in how) / 2
-        )
+        passes = sum(sum(h.iterations) / len(h.iterations) for h in how)
+        assert cost.flops == round(density.flops * passes / 2)
         assert cost.moved >= density.moved
 
 
@@ -132,35 +122,19 @@ def test_slow_broken_and_hopeless_rows_are_named_not_dropped():
         "hopeless": Way(lambda: ran.append(1), Cost(1, 1, 1, 10**12)),
         "good": Way(lambda: time.sleep(0.01), Cost(1, 2, 10**9, 1000)),
     }
-    found = {
-        row: speed.time_way(row, way, 4, MACHINE, Limits(repeats=4, row_s=0.5), math.inf, False)
-        for row, way in ways.items()
-    }
-    for row, part in (
-        ("slow", "a call takes 0.2"),
-        ("broken", "out of memory"),
-        ("hopeless", "roofline"),
-    ):
+    limits, found = Limits(repeats=4, row_s=0.5), {}
+    for row, way in ways.items():
+        found[row] = speed.time_way(row, way, 4, MACHINE, limits, math.inf, False)
+    reasons = {"slow": "a call takes 0.2", "broken": "out of memory", "hopeless": "roofline"}
+    for row, part in reasons.items():
         m, *cost = found[row]
-        assert {x["metric"] for x in cost} == {
-            "flops_per_image",
-            "bytes_per_image",
-            "nfe",
-            "serial_steps",
-        }
-        assert (
-            m["metric"] == "left_out"
-            and part in m["why"]
-            and m["batch"] == 4
-            and "long story" not in m["why"]
-        )
+        assert {x["metric"] for x in cost} == COSTS
+        assert m["metric"] == "left_out" and m["batch"] == 4
+        assert part in m["why"] and "long story" not in m["why"]
     of = {m["metric"]: m for m in found["good"]}
     seconds = of["ms_per_image"]["value"] * 4 / 1000
-    assert (
-        not ran
-        and of["mfu"]["value"] == pytest.approx(4e9 / seconds / 1e12)
-        and of["bytes_per_image"]["value"] == 250
-    )
+    assert not ran and of["bytes_per_image"]["value"] == 250
+    assert of["mfu"]["value"] == pytest.approx(4e9 / seconds / 1e12)
     assert of["ms_per_image"]["n"] == 4 and of["serial_steps"]["value"] == 2
 
 
@@ -168,9 +142,8 @@ def test_a_run_that_is_over_starts_nothing():
     F = random_flow(geometry("mnist-mini-smoke"))
     found = speed.bench_geometry("mnist-mini-smoke", F, batches=(1,), limits=Limits(2, 1.0, 0.0))
     rows = [m for m in found if m["row"] != "machine"]
-    assert {m["row"] for m in rows} >= {"one-pass", "exact", "jacobi"} and not any(
-        m["metric"] == "ms_per_image" for m in rows
-    )
+    assert {m["row"] for m in rows} >= {"one-pass", "exact", "jacobi"}
+    assert "ms_per_image" not in {m["metric"] for m in rows}
     assert all("run were over" in m["why"] for m in rows if m["metric"] == "left_out")
 
 
@@ -178,34 +151,17 @@ def test_bench_of_a_latent_preset_has_every_row_and_metric():
     pytest.importorskip("diffusers")
     F = random_flow(geometry("imagenet256-b2-smoke"))
     before = {name: p.clone() for name, p in F.named_parameters()}
-    found = speed.bench_geometry(
-        "imagenet256-b2-smoke", F, "bf16", (2,), limits=Limits(2, 20.0, 60.0)
-    )
+    limits = Limits(2, 20.0, 60.0)
+    found = speed.bench_geometry("imagenet256-b2-smoke", F, "bf16", (2,), limits=limits)
     at = {(m["row"], m["metric"]): m["value"] for m in found}
-    for row in (
-        "one-pass",
-        "exact",
-        "jacobi",
-        "gs-jacobi",
-        "score-step",
-        "vae-decoder",
-        "tiny-decoder",
-    ):
-        assert {
-            "ms_per_image",
-            "mfu",
-            "flops_per_image",
-            "bytes_per_image",
-            "nfe",
-            "serial_steps",
-        } <= {m for r, m in at if r == row}, row
+    decoders, backs = ("vae-decoder", "tiny-decoder"), ("exact", "jacobi", "gs-jacobi")
+    for row in ("one-pass", "score-step", *backs, *decoders):
+        assert COSTS | {"ms_per_image", "mfu"} <= {m for r, m in at if r == row}, row
     assert ("packed", "ms_per_image") not in at and ("plain", "ms_per_image") not in at
-    assert at["one-pass", "speedup_vs_exact"] == pytest.approx(
-        at["exact", "ms_per_image"] / at["one-pass", "ms_per_image"]
-    )
-    assert at["machine", "measured_peak_tflops"] > 0 and all(
-        torch.equal(p, before[name]) for name, p in F.named_parameters()
-    )
+    ratio = at["exact", "ms_per_image"] / at["one-pass", "ms_per_image"]
+    assert at["one-pass", "speedup_vs_exact"] == pytest.approx(ratio)
+    assert at["machine", "measured_peak_tflops"] > 0
+    assert all(torch.equal(p, before[name]) for name, p in F.named_parameters())
     assert at["vae-decoder", "flops_per_image"] > 5 * at["tiny-decoder", "flops_per_image"]
 
 
@@ -215,17 +171,18 @@ def test_the_decoder_has_the_published_size():
     with torch.device("meta"):
         decoder = speed.latent_decoders("meta")["vae-decoder"]
     assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(49e6, rel=0.03)
-    assert count_flops(
-        lambda: decoder.decode(torch.empty(1, 4, 32, 32, device="meta"))
-    ) / 2 == pytest.approx(308e9, rel=0.02)
+    latent = torch.empty(1, 4, 32, 32, device="meta")
+    assert count_flops(lambda: decoder.decode(latent)) / 2 == pytest.approx(308e9, rel=0.02)
 
 
 def test_parts_that_the_plain_version_does_not_know_keep_it_out():
     modern, old = geometry("imagenet256-b2-smoke"), geometry("mnist-mini-smoke")
     assert is_original(old) and not is_original(modern) and not is_original(replace(old, clip=2.0))
-    ways = lambda cfg: inverse_ways(
-        random_flow(cfg), *speed.example(random_flow(cfg), 1), 0.0, 1e-4, 2
-    )
+
+    def ways(cfg):
+        flow = random_flow(cfg)
+        return inverse_ways(flow, *speed.example(flow, 1), 0.0, 1e-4, 2)
+
     assert next(iter(ways(old))) == "plain" and next(iter(ways(modern))) == "exact"
     results = [call() for call in ways(modern).values()]
     assert all(torch.allclose(results[0], x, atol=1e-3) for x in results)
@@ -234,25 +191,16 @@ def test_parts_that_the_plain_version_does_not_know_keep_it_out():
 def test_names_that_do_not_exist_are_refused():
     with pytest.raises(BitflowError, match="fp8.*bf16"):
         speed.find_type("fp8", "cpu")
-    assert (
-        speed.find_type("auto", "cuda") is torch.bfloat16
-        and speed.find_type("auto", "cpu") is torch.float32
-    )
+    assert speed.find_type("auto", "cuda") is torch.bfloat16
+    assert speed.find_type("auto", "cpu") is torch.float32
     assert speed.reverse_for("64-tokens", geometry("64-tokens")).num_tokens == 64
 
 
 @pytest.fixture
 def result():
     """A results file with the paper's times: one pass 0.29 ms, decoder 1.3 ms."""
-    ms = {
-        "one-pass": 0.5,
-        "one-pass, compiled": 0.29,
-        "exact": 202.0,
-        "graph": 101.0,
-        "score-step": 3.0,
-        "vae-decoder": 1.3,
-        "tiny-decoder": 0.1,
-    }
+    ms = {"one-pass": 0.5, "one-pass, compiled": 0.29, "exact": 202.0, "graph": 101.0}
+    ms |= {"score-step": 3.0, "vae-decoder": 1.3, "tiny-decoder": 0.1}
     found = [
         measurement("machine", "measured_peak_tflops", 100.0),
         measurement("machine", "measured_bandwidth_gbs", 1000.0),
@@ -268,15 +216,11 @@ def result():
 
 def test_the_table_gives_the_papers_ratios(result):
     table = speed.with_decoders(result, 8)
-    assert table["one pass"] == {
-        "alone": 0.29,
-        "+ small decoder": pytest.approx(0.39),
-        "+ VAE decoder": pytest.approx(1.59),
-    }
-    assert table["exact, by default"]["alone"] / 0.29 == pytest.approx(697, abs=1)
-    assert table["exact, by default"]["+ VAE decoder"] / table["one pass"][
-        "+ VAE decoder"
-    ] == pytest.approx(128, abs=1)
+    ours, exact = table["one pass"], table["exact, by default"]
+    small, large = "+ small decoder", "+ VAE decoder"
+    assert ours == {"alone": 0.29, small: pytest.approx(0.39), large: pytest.approx(1.59)}
+    assert exact["alone"] / 0.29 == pytest.approx(697, abs=1)
+    assert exact[large] / ours[large] == pytest.approx(128, abs=1)
     assert table["exact, fastest + score step"]["alone"] == 104.0
     text = speed.speed_table(result)
     assert "696.55 ×" in text and "left out: exact at batch 256: too slow" in text
@@ -287,9 +231,8 @@ def test_pictures_come_from_a_results_file_alone(result):
     assert (intensity, batch) == (100, 8) and reached == pytest.approx(2.0)  # 10⁹ in 0.5 ms
     ax = speed.plot_roofline(result)
     x, y = ax.lines[0].get_data()
-    assert max(y) == pytest.approx(100.0) and y[0] == pytest.approx(
-        x[0]
-    )  # 1000 GB/s: 1 operation a byte is 1 TFLOP/s
+    assert max(y) == pytest.approx(100.0)
+    assert y[0] == pytest.approx(x[0])  # 1000 GB/s: 1 operation a byte is 1 TFLOP/s
     fig = speed.plot_speed(result)
     texts = [t.get_text() for t in fig.axes[0].texts]
     assert "697×" in texts and "128×" in texts

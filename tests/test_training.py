@@ -71,33 +71,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, data):
     train(new_flow(), forward_loss, data, CFG, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
-    assert [m["step"] for m in parts] == list(range(1, 9)) and [m["loss"] for m in whole] == [
-        m["loss"] for m in parts
-    ]
+    assert [m["step"] for m in parts] == list(range(1, 9))
+    assert [m["loss"] for m in whole] == [m["loss"] for m in parts]
 
 
 def test_kill_9_and_resume(tmp_path):
-    """As a user would: start the command, kill it hard in the middle, start it again with --resume."""
+    """As a user would: start the command, kill it hard in the middle, start it with --resume."""
 
     def command(name, *more):
         bitflow = Path(sys.executable).with_name("bitflow")
-        return [
-            bitflow,
-            "train",
-            "forward",
-            "--preset",
-            "mnist-mini-smoke",
-            "--steps",
-            "60",
-            "--out",
-            str(tmp_path / name),
-            *more,
-        ]
+        words = "train forward --preset mnist-mini-smoke --steps 60 --out".split()
+        return [bitflow, *words, str(tmp_path / name), *more]
 
     subprocess.run(command("whole"), check=True, capture_output=True)
-    process = subprocess.Popen(
-        command("parts"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command("parts"), **quiet)
     deadline = time.time() + 120
     while not list((tmp_path / "parts").glob("checkpoints/step-*")) and time.time() < deadline:
         time.sleep(0.02)
@@ -110,20 +98,15 @@ def test_kill_9_and_resume(tmp_path):
 
 
 def test_a_run_is_never_overwritten(tmp_path, data):
-    train(new_flow(), forward_loss, data, replace(CFG, steps=2), tmp_path / "run")
-    before = weights(tmp_path / "run")
+    run, cfg = tmp_path / "run", replace(CFG, steps=2)
+    train(new_flow(), forward_loss, data, cfg, run)
+    before = weights(run)
     with pytest.raises(BitflowError, match="--resume"):
-        train(new_flow(), forward_loss, data, replace(CFG, steps=2), tmp_path / "run")
+        train(new_flow(), forward_loss, data, cfg, run)
+    other = replace(CFG, steps=4, lr=1e-4)
     with pytest.raises(BitflowError, match="was made with"):
-        train(
-            new_flow(),
-            forward_loss,
-            data,
-            replace(CFG, steps=4, lr=1e-4),
-            tmp_path / "run",
-            resume=True,
-        )
-    assert same(before, weights(tmp_path / "run"))
+        train(new_flow(), forward_loss, data, other, run, resume=True)
+    assert same(before, weights(run))
 
 
 def test_nan_stops_with_step_and_checkpoint(tmp_path, data):
@@ -160,20 +143,16 @@ def test_minutes_are_a_budget(tmp_path, data):
 
 def test_schedule():
     cfg = replace(CFG, lr=1.0, warmup=0.1)
-    assert learning_rate(0, cfg) == 0 and abs(learning_rate(0.05, cfg) - 0.5) < 1e-9
-    assert (
-        abs(learning_rate(0.1, cfg) - 1) < 1e-9
-        and abs(learning_rate(0.55, cfg) - 0.5) < 1e-9
-        and learning_rate(1.0, cfg) < 1e-9
-    )
+    assert learning_rate(0, cfg) == 0 and learning_rate(1.0, cfg) < 1e-9
+    for progress, rate in ((0.05, 0.5), (0.1, 1), (0.55, 0.5)):
+        assert abs(learning_rate(progress, cfg) - rate) < 1e-9
 
 
 def test_an_epoch_shows_every_image_once():
     seen = torch.cat([batch_indices(64, 16, seed=3, step=s) for s in range(4)])
     assert sorted(seen.tolist()) == list(range(64))
-    assert not torch.equal(batch_indices(64, 16, 3, 0), batch_indices(64, 16, 3, 4)), (
-        "another order in the next epoch"
-    )
+    first, later = batch_indices(64, 16, 3, 0), batch_indices(64, 16, 3, 4)
+    assert not torch.equal(first, later), "another order in the next epoch"
 
 
 def test_labels_are_dropped_at_the_rate_asked_for():
@@ -190,14 +169,8 @@ def test_ema_is_the_average_it_claims():
 
 @pytest.mark.parametrize(
     "field,value",
-    [
-        ("steps", 0),
-        ("steps", -5),
-        ("batch_size", 0),
-        ("lr", -1.0),
-        ("ema", 1.0),
-        ("precision", "fp16"),
-    ],
+    [("steps", 0), ("steps", -5), ("batch_size", 0), ("lr", -1.0), ("ema", 1.0)]
+    + [("precision", "fp16")],
 )
 def test_bad_training_options(field, value):
     with pytest.raises(BitflowError, match=str(value)):
@@ -270,22 +243,20 @@ def test_pictures_are_drawn_while_it_runs(tmp_path):
     preset = find_preset("mnist-mini-smoke")
     preset = replace(preset, train_forward=replace(preset.train_forward, steps=4, sample_every=2))
     train_forward(preset, load_data(preset.data)[:100], tmp_path / "run")
-    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == [
-        "step-00000002.png",
-        "step-00000004.png",
-    ]
+    names = [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())]
+    assert names == ["step-00000002.png", "step-00000004.png"]
     assert isinstance(load_data(preset.data)[:3], Images)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(p.parent.name for p in asset("chapters").glob("*/config.json"))
-)
+CHAPTERS = asset("chapters")
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in CHAPTERS.glob("*/config.json")))
 def test_small_models_of_the_chapters_load_untrained(name, monkeypatch):
-    """What a chapter asks for comes with the course, with its metrics, and nothing is trained unless RETRAIN says so."""
+    """What a chapter asks for comes with the course; nothing is trained unless RETRAIN says so."""
     monkeypatch.delenv("RETRAIN", raising=False)
-    kind = {"TARFlow": TARFlow, "ReverseModel": ReverseModel}[
-        json.loads((asset("chapters") / name / "config.json").read_text())["kind"]
-    ]
+    kind = json.loads((CHAPTERS / name / "config.json").read_text())["kind"]
+    kind = {"TARFlow": TARFlow, "ReverseModel": ReverseModel}[kind]
     model, log = kept_model(name, kind, lambda folder: pytest.fail("it was trained"))
     assert not model.training and next(model.parameters()).dtype == torch.float32
     assert log[-1]["step"] >= 100 and log[-1]["loss"] < log[0]["loss"]
