@@ -11,7 +11,7 @@ parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 groups = ("notebooks", "perceptual", "scale", "dev")
 extras = {name: cfg[f"{name}_requirements"].split() for name in groups}
-# data/ travels inside the package, where bitflow_edu.data.asset finds it
+# data/ travels inside the package, where bitflow_edu.io.files.asset finds it
 assets = "*.npz */*.json */*.safetensors */*/*.json */*/*.safetensors */*/*.jsonl */README.md"
 
 setup(

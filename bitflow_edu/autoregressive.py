@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .bijections import Bijection, Compose, Inverse, safe_exp
 from .coupling import bounded
-from .data import BitflowError
+from .io.files import BitflowError
 
 # %% auto #0
-__all__ = ['made_degrees', 'made_masks', 'MaskedLinear', 'MADE', 'one_by_one', 'MAF', 'IAF', 'Flip', 'maf_points']
+__all__ = ['made_masks', 'MADE', 'one_by_one', 'MAF', 'IAF', 'maf_points']
 
 # %% ../nbs/03_autoregressive_flows.ipynb #d3e61edd
 def made_degrees(
@@ -90,18 +90,18 @@ class MAF(Bijection):
         super().__init__()
         self.made = MADE(dims, hidden, bound)
 
-    def advice(self, x):
+    def alpha_mu(self, x):
         "α (bounded) and μ, each `(N, D)`."
         return self.made(x)
 
     def forward(self, x):
         "Points `(N, D)` to z, and log|det| = −Σ α `(N,)`: one pass, the Jacobian is triangular."
-        alpha, mu = self.advice(x)
+        alpha, mu = self.alpha_mu(x)
         return (x - mu) * safe_exp(-alpha), -alpha.sum(dim=1)
 
     def inverse(self, z):
         "z `(N, D)` to points, in D passes: number d needs those before it."
-        return one_by_one(self.advice, z)
+        return one_by_one(self.alpha_mu, z)
 
 # %% ../nbs/03_autoregressive_flows.ipynb #e51f7659
 class IAF(Inverse):

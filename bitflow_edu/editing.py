@@ -12,18 +12,16 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torch import Tensor
 
-from .data import BitflowError, Images, check_labels, patchify
+from .data import Images, check_labels, image_grid, patchify
 from .guidance import guided_pass
 from .inverse_strategies import check_pair
-from .plotting import image_grid
+from .io.files import BitflowError
 from .reverse_model import ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, check_input, log_prob
 
 # %% auto #0
-__all__ = ['check_edit', 'encode', 'decode', 'edit_class', 'reconstruct', 'lerp', 'slerp', 'interpolate', 'check_mask',
-           'token_mask', 'paste', 'hide', 'inpaint', 'keep_known', 'fill_hole', 'refine', 'influence', 'drift',
-           'strangeness', 'roc_curve', 'auc', 'Editor', 'as_png', 'editor_png', 'widgets_library', 'cell_colors',
-           'cell_buttons', 'controls', 'editor', 'connect', 'listen']
+__all__ = ['check_edit', 'encode', 'decode', 'edit_class', 'reconstruct', 'interpolate', 'check_mask', 'token_mask', 'paste',
+           'hide', 'inpaint', 'influence', 'roc_curve', 'auc']
 
 # %% ../nbs/15_editing.ipynb #6e63cdb5
 def check_edit(forward: TARFlow, x: Tensor, c: Tensor):

@@ -3,33 +3,23 @@
 # %% ../nbs/06_evaluation.ipynb #992e5019
 from __future__ import annotations
 
-import inspect
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from .data import BitflowError, asset, to_model_range, to_pixels
-from .training import load_model, write_atomically
+from .data import to_model_range, to_pixels
+from .io.files import BitflowError, asset
+from .io.models import load_model
 
 # %% auto #0
-__all__ = ['ClassifierConfig', 'conv_stage', 'at_size', 'Classifier', 'augment', 'classifier_loss', 'in_batches', 'as_stored',
-           'accuracy', 'load_classifier', 'check_features', 'moments', 'matrix_sqrt', 'frechet_distance',
-           'distance_of_moments', 'fd', 'covered', 'precision_recall', 'polynomial_kernel', 'kid', 'inception_score',
-           'wall_times', 'event_times', 'call_times', 'timed', 'processor', 'hardware', 'versions', 'git', 'commit',
-           'measurement', 'results_text', 'now', 'save_results', 'measured', 'figure', 'load_result', 'rows_of',
-           'table_text']
+__all__ = ['ClassifierConfig', 'Classifier', 'in_batches', 'as_stored', 'accuracy', 'load_classifier', 'check_features',
+           'moments', 'frechet_distance', 'distance_of_moments', 'fd', 'covered', 'precision_recall',
+           'polynomial_kernel', 'kid', 'inception_score', 'wall_times', 'event_times', 'call_times', 'timed']
 
 # %% ../nbs/06_evaluation.ipynb #3c301848
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ def conv_stage(in_channels: int, out_channels: int) -> nn.Sequential:
     second = nn.Conv2d(out_channels, out_channels, 3, padding=1, stride=2)
     return nn.Sequential(first, norm, nn.ReLU(), second, nn.GroupNorm(8, out_channels), nn.ReLU())
 
-# %% ../nbs/06_evaluation.ipynb #2b95edda
+
 def at_size(
     x: Tensor,  # images `(N, C, H, W)`
     size: int,  # pixels a side
@@ -116,7 +106,7 @@ def in_batches(
     "Apply a function to many images without filling the memory."
     return torch.cat([fn(part) for part in x.split(batch_size)])
 
-# %% ../nbs/06_evaluation.ipynb #428f9fcd
+
 def as_stored(
     x: Tensor,  # images `(N, C, H, W)`
 ) -> Tensor:  # the middles of the 8-bit bins, float32 in (-1, 1)
@@ -229,7 +219,7 @@ def covered(
     radius = in_batches(lambda part: distance(part).kthvalue(k + 1, dim=1).values, cloud)
     return in_batches(lambda part: (distance(part) <= radius).any(dim=1), queries)
 
-# %% ../nbs/06_evaluation.ipynb #dfd5c353
+
 def precision_recall(
     real_features: Tensor,  # `(N, K)`
     fake_features: Tensor,  # `(M, K)`
@@ -247,7 +237,7 @@ def polynomial_kernel(
     "The similarity of each pair of features, k(u, v) = (u·v/K + 1)³ (arXiv 1801.01401)."
     return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
 
-# %% ../nbs/06_evaluation.ipynb #a3abc7b1
+
 def kid(
     a: Tensor,  # features `(N, K)`, N ≥ 2
     b: Tensor,  # features `(M, K)`, M ≥ 2
@@ -275,8 +265,8 @@ def inception_score(
     return (torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1).mean().exp().item()
 
 # %% ../nbs/06_evaluation.ipynb #5d59f517
-def wall_times(fn, repeats: int) -> list:
-    "Milliseconds of every call, by the clock on the wall."
+def wall_times(fn, repeats: int) -> list[float]:
+    "Milliseconds of every call, wall time."
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -285,7 +275,7 @@ def wall_times(fn, repeats: int) -> list:
     return times
 
 
-def event_times(fn, repeats: int) -> list:
+def event_times(fn, repeats: int) -> list[float]:
     "Milliseconds between marks that the GPU passes, one after every call; waits once, at the end."
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
@@ -296,11 +286,11 @@ def event_times(fn, repeats: int) -> list:
     return [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
 
 
-def call_times(fn, repeats: int) -> list:
+def call_times(fn, repeats: int) -> list[float]:
     "Milliseconds of every call: on the GPU where this process uses one, else wall time."
     return event_times(fn, repeats) if torch.cuda.is_initialized() else wall_times(fn, repeats)
 
-# %% ../nbs/06_evaluation.ipynb #33be571a
+
 def timed(
     fn,  # called without arguments
     repeats: int = 15,  # measured calls, at least 2
@@ -311,159 +301,3 @@ def timed(
         fn()
     low, median, high = statistics.quantiles(call_times(fn, repeats), n=4)
     return {"median_ms": median, "low_ms": low, "high_ms": high, "repeats": repeats}
-
-# %% ../nbs/06_evaluation.ipynb #03f3ef57
-def processor() -> str:
-    "The processor's name."
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-# %% ../nbs/06_evaluation.ipynb #020e9f16
-def hardware() -> dict:
-    "The machine that a figure was measured on."
-    memory = gpu = None
-    if hasattr(os, "sysconf"):
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
-    found = {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {**found, "gpu": gpu, "memory_gb": memory}
-
-# %% ../nbs/06_evaluation.ipynb #ee87e7a2
-def versions() -> dict:
-    "The software that a figure was measured with."
-    python, own = platform.python_version(), version("bitflow_edu")
-    return {"python": python, "torch": torch.__version__, "bitflow_edu": own}
-
-# %% ../nbs/06_evaluation.ipynb #64c8e003
-def git(
-    *words: str,  # the command and its arguments
-) -> str | None:  # what it printed; None where it failed or git is not installed
-    "Ask git about the folder that the package lies in."
-    folder = Path(inspect.getfile(BitflowError)).resolve().parent
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
-    except OSError:
-        return None
-    return None if done.returncode else done.stdout.strip()
-
-# %% ../nbs/06_evaluation.ipynb #8f39b10d
-def commit() -> str:
-    "The repository's commit, `+changes` if the package differs; `unknown` outside a repository."
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head is None or git("ls-files", "--error-unmatch", "data.py") is None:
-        return "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
-    return f"{head}+changes" if changed else head
-
-# %% ../nbs/06_evaluation.ipynb #5423c6e2
-def measurement(row, metric, value, unit="1", n=None, seed=None, batch=None, **more) -> dict:
-    "One line of a results file: `row` names the method, `n` counts the samples."
-    what = {"row": row, "metric": metric, "value": value, "unit": unit}
-    return {**what, "n": n, "seed": seed, "batch": batch, **more}
-
-# %% ../nbs/06_evaluation.ipynb #2447badb
-def results_text(
-    head: dict,  # everything but the measurements
-    measurements: list,  # of `measurement`
-) -> str:  # JSON
-    "A results file's text: one measurement a line, so that a changed figure is a changed line."
-    lines = ",\n".join("  " + json.dumps(m) for m in measurements)
-    return f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n{lines}\n ]\n}}\n'
-
-# %% ../nbs/06_evaluation.ipynb #7fd6811e
-def now() -> str:
-    "Date and time, UTC, to the second."
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def save_results(
-    folder: Path,  # usually `results/`
-    name: str,  # file name without .json
-    preset: str,  # configuration it ran with
-    command: str,  # that reproduces it
-    config: dict,  # the whole configuration
-    measurements: list,  # of `measurement`
-    wall_s: float,  # seconds it all took
-) -> Path:  # the file
-    "Write a results file: every figure that the project shows comes from one."
-    head = {"name": name, "preset": preset, "command": command, "commit": commit(), "date": now()}
-    head.update(wall_s=round(wall_s, 1), hardware=hardware(), versions=versions(), config=config)
-    path = folder / f"{name}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, results_text(head, measurements))
-    return path
-
-# %% ../nbs/06_evaluation.ipynb #b2f309f4
-def measured(
-    result: dict,  # a results file, loaded
-    row: str,  # method
-    metric: str,  # metric
-    batch: int = None,  # where there are several
-) -> list:  # of measurements, empty where there are none
-    "The lines of a results file for one method and metric."
-    found = [m for m in result["measurements"] if (m["row"], m["metric"]) == (row, metric)]
-    return [m for m in found if batch in (None, m["batch"])]
-
-# %% ../nbs/06_evaluation.ipynb #6ad23bf7
-def figure(
-    result: dict,  # a results file, loaded
-    row: str,  # method
-    metric: str,  # metric
-    batch: int = None,  # where there are several
-):  # its value
-    "Look a value up in a results file. Raises `BitflowError`, naming what it has, for another."
-    if found := measured(result, row, metric, batch):
-        return found[0]["value"]
-    lines, at_batch = result["measurements"], f" at batch {batch}" if batch else ""
-    has = {m["metric"] for m in lines if m["row"] == row} or {m["row"] for m in lines}
-    missing = f"{result['name']} has no {metric} of {row}{at_batch}"
-    raise BitflowError(f"{missing}; it has {', '.join(sorted(has))}")
-
-# %% ../nbs/06_evaluation.ipynb #93d6dd28
-def load_result(
-    name: str,  # of a file in the folder, without .json
-    folder="../results",  # where results are kept; as seen from a notebook of this course
-) -> dict:
-    "A results file. `BitflowError` where it is missing."
-    try:
-        return json.loads((Path(folder) / f"{name}.json").read_text())
-    except FileNotFoundError as e:
-        raise BitflowError(
-            f"there is no {e.filename}; measure it first, or name another folder"
-        ) from None
-
-# %% ../nbs/06_evaluation.ipynb #rowsof01
-def rows_of(
-    result: dict,  # a table of `bitflow ablate`, loaded
-    metric: str = "fd[mnist-cnn]",
-) -> dict:  # row → (every seed's values, their mean, the paper's or None), in the table's order
-    "A table's rows for one metric; rows without it are left out."
-    rows = {}
-    for name in dict.fromkeys(m["row"] for m in result["measurements"]):
-        if seeds := measured(result, name, metric):
-            mean = figure(result, name, f"mean {metric}")
-            rows[name] = [m["value"] for m in seeds], mean, seeds[0]["paper"]
-    return rows
-
-# %% ../nbs/06_evaluation.ipynb #tabtxt01
-def table_text(
-    result: dict,  # a table of `bitflow ablate`, loaded
-    *metrics: str,
-) -> str:  # a line for each row
-    "A table in letters: the mean over seeds, and in brackets every seed's value."
-    columns = [rows_of(result, metric) for metric in metrics]
-    lines = [["", *metrics]]
-    for name in columns[0]:
-        found = [column[name] for column in columns]
-        seeds = [", ".join(f"{v:.4g}" for v in values) for values, _, _ in found]
-        lines.append([name, *(f"{mean:.4g} ({s})" for (_, mean, _), s in zip(found, seeds))])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [[f"{text:{width}}" for text, width in zip(line, widths)] for line in lines]
-    return "\n".join("   ".join(line).rstrip() for line in padded)

@@ -3,25 +3,20 @@
 # %% ../nbs/08_exact_inverse.ipynb #656a0ce0
 from __future__ import annotations
 
-import copy
-import warnings
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from .data import BitflowError, unpatchify
+from .data import unpatchify
+from .io.files import BitflowError
 from .tarflow import FlowBlock, TARFlow, log_prob
-from .transformer import KVCache
 
 # %% auto #0
-__all__ = ['GUIDANCE', 'invert_block_uncached', 'Walk', 'ask', 'start_walk', 'invert_block', 'check_noise', 'exact_trajectory',
-           'undo_blocks', 'to_images', 'exact_inverse', 'round_trip_error', 'serial_steps', 'score_denoise', 'linear',
-           'variance_aware', 'Guidance', 'Convergence', 'check_iteration', 'solve_segment', 'solve_in_segments',
-           'fall_back', 'invert_block_jacobi', 'segment_counts', 'jacobi_trajectory', 'jacobi_inverse', 'FixedCache',
-           'next_token', 'compile_blocks', 'capture_inverse', 'PackedLinear', 'lay_out', 'pack']
+__all__ = ['invert_block_uncached', 'BlockDecoder', 'decode_step', 'start_decoding', 'invert_block', 'check_noise',
+           'exact_trajectory', 'invert_blocks', 'to_images', 'exact_inverse', 'round_trip_error', 'serial_steps',
+           'score_denoise']
 
 # %% ../nbs/08_exact_inverse.ipynb #7988bc3d
 @torch.no_grad()
@@ -34,44 +29,46 @@ def invert_block_uncached(
     y = block.order(y)
     x = y.clone()
     for t in range(1, y.shape[1]):
-        alpha, mu = block.parameters_of(x, c)
+        alpha, mu = block.affine_params(x, c)
         x_t = y[:, t : t + 1] * alpha[:, t : t + 1].exp() + mu[:, t : t + 1]
         x = torch.cat([x[:, :t], x_t, y[:, t + 1 :]], dim=1)
     return block.order(x)
 
 # %% ../nbs/08_exact_inverse.ipynb #fe9a631e
 @dataclass(frozen=True)
-class Walk:
+class BlockDecoder:
     "What stays the same while a block is inverted: its inputs' offsets, and the guidance."
 
     block: FlowBlock
     offset: Tensor  # position and class embeddings `(N or 2N, T, width)`, in the block's order
     place: Tensor  # t/(T−1) of the tokens that get α and μ, t = 1 … T−1, `(T−1, 1)`
     temperature: Tensor  # of each image's attention `(N or 2N, 1, 1, 1)`; None: 1 for all
-    guidance: Guidance = None
+    guidance: object = None  # a `Guidance` (lesson 14)
 
-    def advice(self, tokens, cache):
+    def alpha_mu(self, tokens, cache):
         "α and μ of the S tokens that follow `tokens` `(N, S, D)`, like them; the longer cache."
         now = slice(cache.length, cache.length + tokens.shape[1])
         offset, place = self.offset[:, now], self.place[now]
-        return ask(self.block, self.guidance, tokens, offset, place, self.temperature, cache)
+        return decode_step(
+            self.block, self.guidance, tokens, offset, place, self.temperature, cache
+        )
 
 # %% ../nbs/08_exact_inverse.ipynb #0b91371c
-def ask(block: FlowBlock, guidance, tokens, offset, place, temperature, cache):
-    "One step of a `Walk`, with the offsets and places of these tokens alone."
+def decode_step(block: FlowBlock, guidance, tokens, offset, place, temperature, cache):
+    "One step of a `BlockDecoder`, with the offsets and places of these tokens alone."
     both = tokens if guidance is None else torch.cat([tokens, tokens])
     h, cache = block.transformer.step(block.proj_in(both) + offset, cache, block.flip, temperature)
     alpha, mu = block.read_out(h, tokens.dtype)
     if guidance is not None:
-        alpha, mu = guidance.push(alpha, mu, place)
+        alpha, mu = guidance.cfg_extrapolate(alpha, mu, place)
     return alpha, mu, cache
 
 # %% ../nbs/08_exact_inverse.ipynb #3e2b5991
-def start_walk(
+def start_decoding(
     block: FlowBlock,
     c: Tensor,  # labels `(N,)`, −1: none
-    guidance: Guidance = None,  # puts both branches in one batch: with labels, then without
-) -> tuple:  # a `Walk`, and an empty cache for it
+    guidance=None,  # a `Guidance` (lesson 14): both branches in one batch, with labels first
+) -> tuple:  # a `BlockDecoder`, and an empty cache for it
     "Get ready to invert a block."
     labels = c if guidance is None else torch.cat([c, -torch.ones_like(c)])
     offset = block.order(block.pos_embed) + block.class_embed(labels)
@@ -81,8 +78,8 @@ def start_walk(
         labelled = torch.arange(len(labels), device=c.device) < len(c)
         temperature = torch.where(labelled, 1.0, guidance.temperature).to(offset.dtype)
         temperature = temperature[:, None, None, None]
-    walk = Walk(block, offset, place, temperature, guidance)
-    return walk, block.transformer.empty_cache(len(labels))
+    decoder = BlockDecoder(block, offset, place, temperature, guidance)
+    return decoder, block.transformer.empty_cache(len(labels))
 
 # %% ../nbs/08_exact_inverse.ipynb #58b58df0
 @torch.no_grad()
@@ -90,19 +87,19 @@ def invert_block(
     block: FlowBlock,
     y: Tensor,  # x^{i+1} `(N, T, D)`
     c: Tensor,  # labels `(N,)`
-    guidance: Guidance = None,
+    guidance=None,  # a `Guidance` (lesson 14)
 ) -> Tensor:  # x^i `(N, T, D)`
     "f_i⁻¹ with a KV cache: x_t = y_t·exp(α_t) + μ_t, each step runs one new token."
     y = block.order(y)
-    walk, cache = start_walk(block, c, guidance)
+    decoder, cache = start_decoding(block, c, guidance)
     x = [y[:, :1]]
     for t in range(1, y.shape[1]):
-        alpha, mu, cache = walk.advice(x[-1], cache)
+        alpha, mu, cache = decoder.alpha_mu(x[-1], cache)
         x.append(y[:, t : t + 1] * alpha.exp() + mu)
     return block.order(torch.cat(x, dim=1))
 
 # %% ../nbs/08_exact_inverse.ipynb #46145d05
-def check_noise(model: TARFlow, z: Tensor, c: Tensor, guidance: Guidance | None):
+def check_noise(model: TARFlow, z: Tensor, c: Tensor, guidance=None):
     "Refuse noise of another shape, and guidance where the model never saw a hidden label."
     T, D = model.cfg.num_tokens, model.cfg.token_dim
     if z.shape[1:] != (T, D):
@@ -120,14 +117,14 @@ def exact_trajectory(
     z: Tensor,  # noise tokens `(N, T, D)`
     c: Tensor,  # labels `(N,)`, −1: none
     invert=invert_block,  # (block, y, c) → x: how one block is inverted
-    guidance: Guidance = None,  # passed on to `invert` where given
+    guidance=None,  # a `Guidance` (lesson 14), passed on to `invert` where given
 ) -> list[Tensor]:  # x^0 … x^B, each `(N, T, D)`
     "All states of the inverse of F: B blocks of T−1 serial steps."
     check_noise(model, z, c, guidance)
-    return undo_blocks(model, z, c, invert, guidance)
+    return invert_blocks(model, z, c, invert, guidance)
 
-# %% ../nbs/08_exact_inverse.ipynb #783cf8d5
-def undo_blocks(model, z, c, invert, guidance):
+
+def invert_blocks(model, z, c, invert, guidance):
     "`exact_trajectory` without a check of its arguments."
     if guidance is not None:
         invert = partial(invert, guidance=guidance)
@@ -149,9 +146,16 @@ def exact_inverse(
     model: TARFlow,
     z: Tensor,  # noise tokens `(N, T, D)`
     c: Tensor,  # labels `(N,)`, −1: none
-    guidance: Guidance = None,
+    guidance=None,  # a `Guidance` (lesson 14)
 ) -> Tensor:  # noisy images x̃ `(N, C, H, W)`
-    "F⁻¹(z), exact but serial; with guidance, of the flow that it makes of F."
+    """F⁻¹(z), exact but serial; with guidance, of the flow that it makes of F.
+
+    >>> F = TARFlow(TARFlow.Config(image_size=8, patch_size=4))
+    >>> z, c = torch.randn(2, 4, 16), torch.tensor([3, -1])
+    >>> x = exact_inverse(F, z, c)
+    >>> x.shape, torch.allclose(F(x, c).z, z)
+    (torch.Size([2, 1, 8, 8]), True)
+    """
     return to_images(model, exact_trajectory(model, z, c, guidance=guidance)[0])
 
 # %% ../nbs/08_exact_inverse.ipynb #a0154dbb
@@ -180,287 +184,3 @@ def score_denoise(
         x = x.detach().requires_grad_(True)
         score = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)[0]
     return (x + model.cfg.noise_std**2 * score).detach()
-
-# %% ../nbs/08_exact_inverse.ipynb #046f97c6
-def linear(alpha, mu, alpha_u, mu_u, g):
-    "a + g·(a − a_u) for α and for μ: extrapolates from no label beyond the label (TARFlow)."
-    return alpha + g * (alpha - alpha_u), mu + g * (mu - mu_u)
-
-
-def variance_aware(alpha, mu, alpha_u, mu_u, w):
-    "STARFlow's rule (arXiv 2506.06276): p_c^(1+w) / p_u^w of Gaussians; σ = exp(α) only shrinks."
-    s = (2 * (alpha - alpha_u).clamp(max=0)).exp()
-    share = 1 + w - w * s
-    return alpha - 0.5 * share.log(), mu + w * s / share * (mu - mu_u)
-
-
-GUIDANCE = {"linear": linear, "annealed": linear, "variance-aware": variance_aware}
-
-# %% ../nbs/08_exact_inverse.ipynb #e198b8b8
-@dataclass(frozen=True)
-class Guidance:
-    "How far α and μ are extrapolated away from what they would be without a label."
-
-    scale: float = 1.0  # g, or w of the variance-aware rule; 0 changes nothing
-    kind: str = "linear"  # "linear", "annealed" (g·t/(T−1) at token t) or "variance-aware"
-    temperature: float = 1.0  # of the attention without label; acts even where there are no labels
-
-    def __post_init__(self):
-        if self.kind not in GUIDANCE:
-            choices = ", ".join(GUIDANCE)
-            raise BitflowError(f"unknown kind of guidance {self.kind!r}; choose {choices}")
-        g, t = self.scale, self.temperature
-        if not (0 <= g < float("inf") and 0 < t < float("inf")):
-            raise BitflowError(f"guidance scale {g} must be at least 0, temperature {t} above 0")
-
-    def push(self, alpha, mu, place):
-        "α, μ `(2N, S, D)` of both branches, places t/(T−1) `(S, 1)`, to guided α, μ `(N, S, D)`."
-        (a, a_u), (m, m_u) = alpha.chunk(2), mu.chunk(2)
-        scale = self.scale * place if self.kind == "annealed" else self.scale
-        return GUIDANCE[self.kind](a, m, a_u, m_u, scale)
-
-# %% ../nbs/08_exact_inverse.ipynb #d5754506
-@dataclass(frozen=True)
-class Convergence:
-    "How the fixed-point iteration of a block went."
-
-    iterations: tuple[int, ...]  # passes that each segment took
-    change: float  # largest change in a segment's last pass, in units of x
-    fell_back: bool = False  # it did not converge, and the block was decoded token by token
-
-
-def check_iteration(tolerance, segments, max_iterations, T):
-    "Refuse what no iteration can use."
-    if not 0 <= tolerance < float("inf"):
-        what = f"tolerance is {tolerance}; it must not be negative"
-        raise BitflowError(f"{what} (units of x; 0 goes on until nothing changes)")
-    if not 1 <= segments <= max(T - 1, 1):
-        choices = f"1 (Jacobi) to {max(T - 1, 1)} (token by token)"
-        raise BitflowError(f"{segments} segments do not fit {T} tokens; choose {choices}")
-    if max_iterations is not None and max_iterations < 1:
-        raise BitflowError(f"max_iterations is {max_iterations}; at least one pass is needed")
-
-# %% ../nbs/08_exact_inverse.ipynb #17728643
-def solve_segment(
-    walk: Walk,
-    cache,  # of all tokens before the segment but the last
-    before: Tensor,  # the last known token `(N, 1, D)`
-    y: Tensor,  # the segment's tokens of x^{i+1} `(N, S, D)`
-    guess: Tensor,  # a first guess of x^i, like y
-    tolerance: float,  # largest change of a pass that counts as none
-    max_iterations: int,  # S passes are always enough
-) -> tuple:  # x^i `(N, S, D)`, the longer cache, passes, last change
-    "Jacobi: all α and μ of the segment at the present guess give the next, until it stays."
-    for i in range(1, max_iterations + 1):
-        alpha, mu, after = walk.advice(torch.cat([before, guess[:, :-1]], dim=1), cache)
-        new = y * alpha.exp() + mu
-        change, guess = (new - guess).abs().max().item(), new
-        if change <= tolerance or change != change or i == max_iterations:  # != itself: NaN
-            return guess, after, i, change
-
-# %% ../nbs/08_exact_inverse.ipynb #27e3be6d
-def solve_in_segments(walk, cache, y, guess, tolerance, segments, max_iterations):
-    "One segment after the other: x^i `(N, T, D)`, short where one failed, and its `Convergence`."
-    T = y.shape[1]
-    edges = [1 + (T - 1) * s // segments for s in range(segments + 1)] if T > 1 else []
-    x, passes, changes = [y[:, :1]], [], [0.0]
-    for a, b in zip(edges[:-1], edges[1:]):
-        given = x[-1][:, -1:], y[:, a:b], guess[:, a:b]
-        limit = b - a if max_iterations is None else min(max_iterations, b - a)
-        part, cache, i, change = solve_segment(walk, cache, *given, tolerance, limit)
-        x.append(part)
-        passes.append(i)
-        changes.append(change)
-        if change != change or (change > tolerance and limit < b - a):  # not a number, or too slow
-            return torch.cat(x, dim=1), Convergence(tuple(passes), change, fell_back=True)
-    return torch.cat(x, dim=1), Convergence(tuple(passes), max(changes))
-
-# %% ../nbs/08_exact_inverse.ipynb #a687d967
-def fall_back(block, y, c, guidance, tolerance, how):
-    "Warn that the iteration did not converge, and invert token by token: x^i `(N, T, D)`."
-    warnings.warn(
-        f"Jacobi did not converge (change {how.change:.3g} after {how.iterations[-1]} passes, "
-        f"tolerance {tolerance:g}); undoing the block token by token",
-        stacklevel=4,  # the caller's caller, behind no_grad's wrapper
-    )
-    return invert_block(block, y, c, guidance)
-
-# %% ../nbs/08_exact_inverse.ipynb #6317f1c1
-@torch.no_grad()
-def invert_block_jacobi(
-    block: FlowBlock,
-    y: Tensor,  # x^{i+1} `(N, T, D)`
-    c: Tensor,  # labels `(N,)`
-    tolerance: float = 1e-4,  # largest change of a pass that counts as none, in units of x
-    segments: int = 1,  # 1: Jacobi; more: Gauss–Seidel–Jacobi; T − 1: token by token
-    max_iterations: int = None,  # passes per segment; default its number of tokens: always enough
-    start: Tensor = None,  # first guess of x^i `(N, T, D)`; default y
-    guidance: Guidance = None,
-) -> tuple:  # x^i `(N, T, D)`, and its `Convergence`
-    """f_i⁻¹ as a fixed point of x = y·exp(α(x)) + μ(x) (arXiv 2505.12849).
-    Where that does not converge, it warns and decodes token by token."""
-    check_iteration(tolerance, segments, max_iterations, y.shape[1])
-    if segments == y.shape[1] - 1:  # nothing is left to iterate
-        return invert_block(block, y, c, guidance), Convergence((1,) * segments, 0.0)
-    given = block.order(y), block.order(y if start is None else start)
-    walk = start_walk(block, c, guidance)
-    x, how = solve_in_segments(*walk, *given, tolerance, segments, max_iterations)
-    if how.fell_back:
-        return fall_back(block, y, c, guidance, tolerance, how), how
-    return block.order(x), how
-
-# %% ../nbs/08_exact_inverse.ipynb #849e663e
-def segment_counts(model: TARFlow, segments) -> list:
-    "Segments of each block, near the data first, from one number or one for each."
-    B = model.cfg.num_blocks
-    counts = [segments] * B if isinstance(segments, int) else list(segments)
-    if len(counts) != B:
-        what = f"{len(counts)} numbers of segments for {B} blocks"
-        raise BitflowError(f"{what}; give one number, or one for each block")
-    return counts
-
-# %% ../nbs/08_exact_inverse.ipynb #8eeff922
-def jacobi_trajectory(
-    model: TARFlow,
-    z: Tensor,  # noise tokens `(N, T, D)`
-    c: Tensor,  # labels `(N,)`, −1: none
-    tolerance: float = 1e-4,  # as in `invert_block_jacobi`
-    segments=1,  # for every block, or one number per block, near the data first
-    starts: list = None,  # guesses of x^0 … x^{B−1}: a warm start
-    guidance: Guidance = None,
-) -> tuple:  # x^0 … x^B, each `(N, T, D)`, and a `Convergence` for each block
-    "All states of the inverse of F by fixed-point iteration."
-    check_noise(model, z, c, guidance)
-    states, found, counts = [z], [], segment_counts(model, segments)
-    for i in reversed(range(model.cfg.num_blocks)):
-        given = model.blocks[i], states[-1], c, tolerance, counts[i]
-        start = None if starts is None else starts[i]
-        x, how = invert_block_jacobi(*given, start=start, guidance=guidance)
-        states.append(x)
-        found.append(how)
-    return states[::-1], found[::-1]
-
-# %% ../nbs/08_exact_inverse.ipynb #7575f79e
-def jacobi_inverse(
-    model: TARFlow, z: Tensor, c: Tensor, tolerance=1e-4, segments=1, guidance: Guidance = None
-) -> Tensor:
-    "F⁻¹(z) `(N, C, H, W)` by fixed-point iteration; arguments as in `jacobi_trajectory`."
-    states, _ = jacobi_trajectory(model, z, c, tolerance, segments, guidance=guidance)
-    return to_images(model, states[0])
-
-# %% ../nbs/08_exact_inverse.ipynb #5291353d
-class FixedCache(KVCache):
-    "A cache for compiled steps of one token: `length` is a tensor `(1,)`, empty slots are masked."
-
-    def __init__(self, k, v, length):
-        vars(self).update(k=k, v=v, length=length)
-
-    def attend(self, layer, q, k, v, causal):
-        "Take in the token's k and v, and attend to all slots that are filled."
-        keys = self.k[layer].index_copy_(2, self.length, k)
-        values = self.v[layer].index_copy_(2, self.length, v)
-        filled = torch.arange(keys.shape[2], device=k.device)[None] <= self.length
-        scores = ((keys * q).sum(-1) * q.shape[-1] ** -0.5).masked_fill(~filled, float("-inf"))
-        # sums, not products of matrices: compiled, they are one loop
-        return (scores.softmax(-1)[..., None] * values).sum(2, keepdim=True)
-
-    def own(self, table, S, flip):
-        "The row of a table `(T, …)` that belongs to the token."
-        return table[len(table) - 1 - self.length if flip else self.length]
-
-    def advance(self, tokens=1):
-        "One token longer."
-        return FixedCache(self.k, self.v, self.length + tokens)
-
-# %% ../nbs/08_exact_inverse.ipynb #5491ec8a
-def next_token(block: FlowBlock, guidance, token, y, offset, place, temperature, k, v, length):
-    "x_t from x_{t−1} and y_t, each `(N, 1, D)`: a whole step in tensors of fixed shapes."
-    cache = FixedCache(k, v, length)
-    alpha, mu, _ = ask(block, guidance, token, offset, place, temperature, cache)
-    return y * alpha.exp() + mu
-
-# %% ../nbs/08_exact_inverse.ipynb #8e50dd31
-def compile_blocks(model: TARFlow):
-    """A compiled `invert` for `exact_trajectory`, best for few images. Needs a C++ compiler;
-    the first call, and each new batch size or guidance, takes seconds."""
-    compiled = partial(torch.compile, dynamic=False)
-    steps = {block: compiled(partial(next_token, block)) for block in model.blocks}
-
-    def by_token(v):  # token t's values are one piece of memory
-        return v.transpose(0, 1).unsqueeze(2).contiguous()
-
-    @torch.no_grad()
-    def invert(block, y, c, guidance=None):
-        walk, cache = start_walk(block, c, guidance)
-        y, offset, place = by_token(block.order(y)), by_token(walk.offset), walk.place
-        at, x = torch.arange(len(y), device=y.device)[:, None], [y[0]]
-        fixed = walk.temperature, cache.k, cache.v
-        for t in range(1, len(y)):
-            given = x[-1], y[t], offset[t - 1], place[t - 1]
-            x.append(steps[block](guidance, *given, *fixed, at[t - 1]))
-        return block.order(torch.cat(x, dim=1))
-
-    return invert
-
-# %% ../nbs/08_exact_inverse.ipynb #5e6dfa46
-def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, labelled: bool = True):
-    """The exact inverse of `batch` images as one CUDA graph: a function (z, c) → x^0 `(N, T, D)`.
-    `labelled`: whether any label is not −1. `BitflowError` where the model is not on a GPU."""
-    like, T, D = model.blocks[0].pos_embed, model.cfg.num_tokens, model.cfg.token_dim
-    if like.device.type != "cuda":
-        what = f"a CUDA graph needs a model on a GPU; this one is on {like.device}"
-        raise BitflowError(f"{what}: `compile_blocks` and `pack` are for processors")
-    z = torch.zeros(batch, T, D, device=like.device, dtype=like.dtype)
-    c = torch.full((batch,), 0 if labelled else -1, device=like.device)
-    exact_trajectory(model, z, c, guidance=guidance)  # checks, and warms up
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        x = undo_blocks(model, z, c, invert_block, guidance)[0]
-
-    def replay(noise, labels):
-        z.copy_(noise)
-        c.copy_(labels)
-        graph.replay()
-        return x.clone()
-
-    return replay
-
-# %% ../nbs/08_exact_inverse.ipynb #4432a65f
-class PackedLinear(nn.Module):
-    "A linear layer for inference on many rows, its weights in oneDNN's own order."
-
-    def __init__(self, linear: nn.Linear, rows: int):
-        super().__init__()
-        weight = linear.weight.detach()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        "`(…, in)` to `(…, out)`."
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-# %% ../nbs/08_exact_inverse.ipynb #ab296330
-def lay_out(part: nn.Module, rows: int):
-    "Rearrange the weights of a module's linear layers, in place, for products with so many rows."
-    for module in list(part.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and rows >= 32:
-                setattr(module, name, PackedLinear(child, rows))
-            elif isinstance(child, nn.Linear):
-                # column by column, which suits a few rows
-                child.weight.data = child.weight.data.t().contiguous().t()
-
-# %% ../nbs/08_exact_inverse.ipynb #7f763197
-def pack(model: nn.Module, rows) -> nn.Module:
-    """A copy for inference on a CPU in float32; `BitflowError` for another model.
-    `rows`: images × tokens of a product, one number or one for each of `model.blocks`."""
-    weight = next(model.parameters())
-    suits = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if not suits or not torch.backends.mkldnn.is_available():
-        this = f"this one is {weight.dtype} on {weight.device}"
-        raise BitflowError(f"only float32 models on a CPU, with oneDNN, can be packed; {this}")
-    packed = copy.deepcopy(model).requires_grad_(False).eval()
-    parts = [(packed, rows)] if isinstance(rows, int) else zip(packed.blocks, rows, strict=True)
-    for part, n in parts:
-        lay_out(part, n)
-    return packed

@@ -3,32 +3,72 @@
 # %% ../nbs/14_guidance.ipynb #2d8c25ba
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .data import BitflowError
+from .io.files import BitflowError
 from .reverse_model import ReverseModel, ReverseOutput, per_block
 
 # %% auto #0
-__all__ = ['push', 'unpush', 'both_branches', 'guided_pass', 'draw_scales', 'guided_run']
+__all__ = ['GUIDANCE', 'linear', 'variance_aware', 'Guidance', 'cfg_extrapolate', 'cfg_recover', 'guided_pass', 'guided_run']
+
+# %% ../nbs/14_guidance.ipynb #046f97c6
+def linear(alpha, mu, alpha_u, mu_u, g):
+    "a + g·(a − a_u) for α and for μ: extrapolates from no label beyond the label (TARFlow)."
+    return alpha + g * (alpha - alpha_u), mu + g * (mu - mu_u)
+
+
+def variance_aware(alpha, mu, alpha_u, mu_u, w):
+    "STARFlow's rule (arXiv 2506.06276): p_c^(1+w) / p_u^w of Gaussians; σ = exp(α) only shrinks."
+    s = (2 * (alpha - alpha_u).clamp(max=0)).exp()
+    share = 1 + w - w * s
+    return alpha - 0.5 * share.log(), mu + w * s / share * (mu - mu_u)
+
+
+GUIDANCE = {"linear": linear, "annealed": linear, "variance-aware": variance_aware}
+
+# %% ../nbs/14_guidance.ipynb #e198b8b8
+@dataclass(frozen=True)
+class Guidance:
+    "How far α and μ are extrapolated away from what they would be without a label."
+
+    scale: float = 1.0  # g, or w of the variance-aware rule; 0 changes nothing
+    kind: str = "linear"  # "linear", "annealed" (g·t/(T−1) at token t) or "variance-aware"
+    temperature: float = 1.0  # of the attention without label; acts even where there are no labels
+
+    def __post_init__(self):
+        if self.kind not in GUIDANCE:
+            choices = ", ".join(GUIDANCE)
+            raise BitflowError(f"unknown kind of guidance {self.kind!r}; choose {choices}")
+        g, t = self.scale, self.temperature
+        if not (0 <= g < float("inf") and 0 < t < float("inf")):
+            raise BitflowError(f"guidance scale {g} must be at least 0, temperature {t} above 0")
+
+    def cfg_extrapolate(self, alpha, mu, place):
+        "α, μ `(2N, S, D)` of both branches, places t/(T−1) `(S, 1)`, to guided α, μ `(N, S, D)`."
+        (a, a_u), (m, m_u) = alpha.chunk(2), mu.chunk(2)
+        scale = self.scale * place if self.kind == "annealed" else self.scale
+        return GUIDANCE[self.kind](a, m, a_u, m_u, scale)
 
 # %% ../nbs/14_guidance.ipynb #fdb02346
-def push(with_label, without, w):
+def cfg_extrapolate(with_label, without, w):
     "Past the state with a label, away from that without: (1 + w)·a − w·b (PAPER: at inference)."
     return (1 + w) * with_label - w * without
 
 
-def unpush(with_label, without, w):
-    "The inverse of `push`: a = (p + w·b)/(1 + w) from p = push(a, b, w) (PAPER: in training)."
+def cfg_recover(with_label, without, w):
+    "The inverse of `cfg_extrapolate`: (p + w·b)/(1 + w) gives a back (PAPER: in training)."
     return (with_label + w * without) / (1 + w)
 
 # %% ../nbs/14_guidance.ipynb #edffe098
-def both_branches(
+def cfg_apply_block(
     model: ReverseModel,
     c: Tensor,  # labels `(N,)`, −1: none
     w: Tensor,  # guidance scales `(N, B + 1)`, the denoising block last
-    combine,  # (a, b, w) → one state of two: `push` or `unpush`
-):  # run(block, h, i), for `ReverseModel.walk`
+    combine,  # (a, b, w) → one state of two: `cfg_extrapolate` or `cfg_recover`
+):  # run(block, h, i), for `ReverseModel.run_blocks`
     "How a block is applied when it is asked twice, with labels and without, in one batch."
     twice = torch.cat([c, -torch.ones_like(c)])
 
@@ -47,14 +87,14 @@ def guided_pass(
     c: Tensor,  # labels `(N,)`
     w,  # guidance scale: a number, `(N,)`, or `(N, B + 1)` with the denoising block last
 ) -> Tensor:  # images `(N, C, H, W)`
-    "Guidance at inference, 2-NFE: `push` in every block (PAPER). w = 0 is `one_pass`."
+    "Guidance at inference, 2-NFE: `cfg_extrapolate` in every block (PAPER). w = 0 is `one_pass`."
     if model.cfg.max_guidance:
         raise BitflowError(
             "this G takes w as an input, so one pass is guided already; "
             "use one_pass(model, z, c, w)"
         )
     scales = per_block(w, len(z), model.cfg.num_blocks, z)
-    return model.walk(z, both_branches(model, c, scales, push)).image
+    return model.run_blocks(z, cfg_apply_block(model, c, scales, cfg_extrapolate)).image
 
 # %% ../nbs/14_guidance.ipynb #decf5397
 def draw_scales(
@@ -81,6 +121,6 @@ def guided_run(
 
     def run(model, z, c, generator) -> ReverseOutput:
         w = draw_scales(model.cfg, len(z), per_block, generator, z.device)
-        return model.walk(z, both_branches(model, c, w, unpush))
+        return model.run_blocks(z, cfg_apply_block(model, c, w, cfg_recover))
 
     return run

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .data import BitflowError
 from .exact_inverse import invert_block
+from .io.files import BitflowError
 from .tarflow import TARFlow, TARFlowConfig
 from .transformer import MODERN
 
 # %% auto #0
-__all__ = ['BlockReport', 'report_blocks', 'with_parts', 'improved', 'deep_shallow', 'variants']
+__all__ = ['improved']
 
 # %% ../nbs/09_improved_tarflow.ipynb #0243edc3
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def report_blocks(
     back = states[-1]
     for i in reversed(range(len(model.blocks))):
         block, before, after = model.blocks[i], states[i], states[i + 1]
-        alpha, mu = block.parameters_of(block.order(before), c)
+        alpha, mu = block.affine_params(block.order(before), c)
         back, alone = invert_block(block, back, c), invert_block(block, after, c)
         errors = largest(alone - before), largest(back - before)
         size = after.square().mean().sqrt().item()

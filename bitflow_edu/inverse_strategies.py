@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import BitflowError, add_noise
+from .data import add_noise
+from .io.files import BitflowError
 from .reverse_model import ReverseModel, ReverseOutput
 from .tarflow import TARFlow, Trajectory, rms, trajectory_norms
 
 # %% auto #0
-__all__ = ['STRATEGIES', 'mse', 'StrategyLoss', 'naive_distillation', 'hidden_alignment', 'hidden_distillation', 'find_strategy',
-           'check_pair', 'needs_token_states', 'check_strategy', 'reading_norms', 'reverse_loss', 'normalised']
+__all__ = ['STRATEGIES', 'mse', 'StrategyLoss', 'naive_distillation', 'hidden_alignment', 'find_strategy', 'check_pair',
+           'needs_token_states', 'check_strategy', 'reverse_loss', 'normalised']
 
 # %% ../nbs/11_inverse_strategies.ipynb #9213e753
 def mse(

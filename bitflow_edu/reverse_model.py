@@ -11,13 +11,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .data import BitflowError, unpatchify
+from .data import unpatchify
+from .io.files import BitflowError
 from .tarflow import ClassEmbedding, TokenGeometry, check_geometry
 from .transformer import NORMS, Transformer, TransformerConfig
 
 # %% auto #0
-__all__ = ['sample_noise', 'check_reverse', 'ReverseConfig', 'ReverseBlock', 'projection', 'ReverseOutput', 'per_block',
-           'guidance_scales', 'with_labels', 'ReverseModel', 'one_pass']
+__all__ = ['sample_noise', 'ReverseConfig', 'ReverseBlock', 'ReverseOutput', 'per_block', 'guidance_scales', 'with_labels',
+           'ReverseModel', 'one_pass']
 
 # %% ../nbs/10_reverse_model.ipynb #a6cd2110
 def sample_noise(
@@ -133,7 +134,13 @@ def with_labels(cfg: ReverseConfig, c: Tensor, w=None):
 
 # %% ../nbs/10_reverse_model.ipynb #a3822b66
 class ReverseModel(nn.Module):
-    "G: noise tokens and labels to a clean image, in one pass (BiFlow, arXiv 2512.10953)."
+    """G: noise tokens and labels to a clean image, in one pass (BiFlow, arXiv 2512.10953).
+
+    >>> G = ReverseModel(ReverseConfig(num_blocks=2))
+    >>> out = G(sample_noise(G.cfg, 2), torch.tensor([3, 7]))
+    >>> tuple(out.image.shape), len(out.hidden)
+    ((2, 1, 16, 16), 3)
+    """
 
     Config = ReverseConfig
 
@@ -143,7 +150,7 @@ class ReverseModel(nn.Module):
         self.cfg, self.proj_in = cfg, nn.Linear(D, width)
         self.pos_embed = nn.Parameter(cfg.embed_std * torch.randn(cfg.num_tokens, width))
         self.blocks = nn.ModuleList([ReverseBlock(cfg) for _ in range(B)])
-        self.heads = nn.ModuleList([projection(cfg) for _ in range(B)])
+        self.projections = nn.ModuleList([projection(cfg) for _ in range(B)])
         self.lifts = nn.ModuleList([nn.Linear(D, width) for _ in range(B * cfg.token_states)])
         self.denoiser = ReverseBlock(cfg) if cfg.denoise else None
         self.out = projection(cfg) if cfg.denoise else None
@@ -152,10 +159,10 @@ class ReverseModel(nn.Module):
         "h^B: the noise enters the model's width."
         return self.proj_in(z) + self.pos_embed
 
-    def undo(self, i, h, run):
+    def reverse_block(self, i, h, run):
         "One block back: h^i and φ_i(h^i); with `token_states`, h^i is what φ_i let through."
         h = run(self.blocks[i], h, i)
-        projected = self.heads[i](h)
+        projected = self.projections[i](h)
         if self.cfg.token_states:
             h = self.lifts[i](projected) + self.pos_embed
         return h, projected
@@ -166,12 +173,12 @@ class ReverseModel(nn.Module):
             projected = self.out(run(self.denoiser, h, self.cfg.num_blocks))
         return unpatchify(projected, self.cfg.patch_size, self.cfg.channels)
 
-    def walk(self, z, run):
+    def run_blocks(self, z, run):
         """Noise tokens `(N, T, D)` to a `ReverseOutput`, where `run(block, h, i)` applies block i;
         the denoising block is number B."""
         hidden, projected = [self.embed(z)], []
         for i in reversed(range(self.cfg.num_blocks)):
-            h, tokens = self.undo(i, hidden[-1], run)
+            h, tokens = self.reverse_block(i, hidden[-1], run)
             hidden.append(h)
             projected.append(tokens)
         image = self.finish(hidden[-1], projected[-1], run)
@@ -180,7 +187,7 @@ class ReverseModel(nn.Module):
     def forward(self, z, c, w=None):
         """Noise tokens `(N, T, D)`, labels `(N,)` (−1: none) and guidance scales
         (see `with_labels`) to a `ReverseOutput`."""
-        return self.walk(z, with_labels(self.cfg, c, w))
+        return self.run_blocks(z, with_labels(self.cfg, c, w))
 
 # %% ../nbs/10_reverse_model.ipynb #f8d0452a
 @torch.no_grad()
@@ -190,11 +197,16 @@ def one_pass(
     c: Tensor,  # labels `(N,)`, −1: none
     w=None,  # guidance scale, where G takes one; see `with_labels`
 ) -> Tensor:  # clean images x' `(N, C, H, W)`
-    "Sample: one forward pass of G, 1-NFE. States that only training looks at are not computed."
+    """Sample: one forward pass of G, 1-NFE. States that only training looks at are not computed.
+
+    >>> G = ReverseModel(ReverseConfig(num_blocks=2))
+    >>> tuple(one_pass(G, sample_noise(G.cfg, 2), torch.tensor([3, 7])).shape)
+    (2, 1, 16, 16)
+    """
     h, cfg, run = model.embed(z), model.cfg, with_labels(model.cfg, c, w)
     for i in reversed(range(cfg.num_blocks)):
         if cfg.token_states or not (cfg.denoise or i):
-            h, tokens = model.undo(i, h, run)
+            h, tokens = model.reverse_block(i, h, run)
         else:
             h, tokens = run(model.blocks[i], h, i), None
     return model.finish(h, tokens, run)

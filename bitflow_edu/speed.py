@@ -3,77 +3,68 @@
 # %% ../nbs/16_speed.ipynb #7df1e90b
 from __future__ import annotations
 
-import copy
-import time
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
-from torch import Tensor, nn
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from .evaluation import timed
+from .excursions.compiled import PackedLinear
 
 # %% auto #0
-__all__ = ['STABLE_DIFFUSION', 'PATIENT', 'BACK', 'PRECISIONS', 'DEFAULT_BATCHES', 'ROOFLINE', 'Machine', 'large_products',
-           'measure_machine', 'Traffic', 'bytes_moved', 'Cost', 'walk_bytes', 'pair_costs', 'Way', 'example',
-           'jacobi_cost', 'eager_ways', 'reverse_for', 'compiled_copy', 'compiled_ways', 'latent_decoders',
-           'decoder_ways', 'Limits', 'left_out', 'timed_within', 'peak_memory_mb', 'cost_lines', 'lines_of', 'time_way',
-           'speedups', 'bench_speed', 'find_type', 'frozen', 'bench_geometry', 'roofline_points', 'machine_of',
-           'plot_roofline', 'times_of', 'batches_of', 'methods', 'with_decoders', 'speed_table', 'plot_methods',
-           'plot_speed']
-
-# %% ../nbs/16_speed.ipynb #d03f5e4b
-from .bench import jacobi_ways, passing_ways, walking_ways
-from .budget import meta_batch, on_meta, pass_flops
-from .config import PRESETS, find_preset
-from .data import BitflowError, unpatchify
-from .evaluation import call_times, measurement, timed
-from .exact_inverse import PackedLinear, score_denoise, serial_steps, start_walk
-from .inverse_strategies import check_pair
-from .pipeline import build, count_flops, grid_labels, time_per_image
-from .plotting import PALETTE
-from .reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
-from .tarflow import TARFlow, TARFlowConfig
-from .transformer import compile_layers
+__all__ = ['Machine', 'measure_machine', 'count_flops', 'bytes_moved']
 
 # %% ../nbs/16_speed.ipynb #b3b454e9
 @dataclass(frozen=True)
 class Machine:
     "What a machine can do at most, measured in the same run as all the rest."
 
-    peak: float  # floating point operations a second, in a large matrix product
-    bandwidth: float  # bytes a second, read and written, in a large copy
+    peak: float  # floating point operations per second, in a large matrix product
+    bandwidth: float  # bytes per second, read and written, in a large copy
 
     @property
-    def ridge(self):
-        "Operations a byte above which arithmetic is the limit, and below which memory is."
+    def ridge(self) -> float:
+        "Operations per byte above which arithmetic is the limit, and below which memory is."
         return self.peak / self.bandwidth
 
-    def least_s(self, flops, moved):
+    def least_s(self, flops: float, moved: float) -> float:
         "The roofline (Williams et al. 2009): the least seconds for these operations and bytes."
         return max(flops / self.peak, moved / self.bandwidth)
 
-# %% ../nbs/16_speed.ipynb #3a5ca963
-def large_products(side: int, device: str, dtype: torch.dtype) -> list:
+# %% ../nbs/16_speed.ipynb #c8f15a72
+def large_products(side: int, device: str, dtype: torch.dtype) -> list[Callable]:
     "Calls that multiply two large matrices: on a CPU also with weights in oneDNN's order."
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
-    if device != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return [lambda: a @ b]
-    packed = PackedLinear(nn.Linear(side, side, bias=False).requires_grad_(False), side)
-    return [lambda: a @ b, lambda: packed(a)]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    calls = [partial(torch.matmul, a, b)]
+    if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        linear = nn.Linear(side, side, bias=False).requires_grad_(False)
+        calls.append(partial(PackedLinear(linear, side), a))
+    return calls
 
-
+# %% ../nbs/16_speed.ipynb #3a5ca963
 def measure_machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
     "Limits, from the faster calls of large products in `dtype` and of a copy beyond any cache."
     side, size = (8192, 2**30) if device.startswith("cuda") else (1536, 2**28)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     product = min(timed(call, 15, 2)["low_ms"] for call in large_products(side, device, dtype))
-    copied = timed(lambda: target.copy_(source), 15, 2)["low_ms"]
+    copied = timed(partial(target.copy_, source), 15, 2)["low_ms"]
     return Machine(2e3 * side**3 / product, 2e3 * size / copied)
+
+# %% ../nbs/16_speed.ipynb #37c991ce
+def count_flops(fn: Callable) -> int:
+    "Floating point operations of the matrix products and convolutions in a call of `fn`."
+    # attention as plain products: the counter knows these on every device and in every version
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        fn()
+    return counter.get_total_flops()
 
 # %% ../nbs/16_speed.ipynb #7acb5966
 class Traffic(TorchDispatchMode):
@@ -91,468 +82,8 @@ class Traffic(TorchDispatchMode):
         return out
 
 # %% ../nbs/16_speed.ipynb #e098d1a6
-def bytes_moved(call) -> int:
-    "The traffic of a call; it may run on meta, where only shapes are."
+def bytes_moved(call: Callable) -> int:
+    "The traffic of a call, in bytes; it may run on meta, where only shapes are."
     with Traffic() as traffic:
         call()
     return traffic.moved
-
-# %% ../nbs/16_speed.ipynb #ae9ed566
-@dataclass(frozen=True)
-class Cost:
-    "What a way takes for a batch, on any machine."
-
-    nfe: float  # passes through a whole network; the exact inverse counts T, as the paper does
-    serial: int  # steps that have to wait for one another
-    flops: int  # operations, an image
-    moved: int  # bytes to and from memory, the whole batch
-
-# %% ../nbs/16_speed.ipynb #b154c923
-@torch.no_grad()
-def walk_bytes(
-    F: TARFlow,  # on meta
-    z: Tensor,  # noise `(N, T, D)`, on meta
-    c: Tensor,  # labels `(N,)`, on meta
-) -> int:
-    "Bytes of the exact inverse: T−1 steps a block, each as with a KV cache that is half full."
-    total = 0
-    for block in F.blocks:
-        walk, cache = start_walk(block, c)
-        half = replace(cache, length=z.shape[1] // 2)
-        total += (z.shape[1] - 1) * bytes_moved(partial(walk.advice, z[:, :1], half))
-    return total
-
-# %% ../nbs/16_speed.ipynb #beac86b7
-@cache
-def pair_costs(
-    forward: TARFlowConfig, reverse: ReverseConfig, batch: int, dtype: torch.dtype = torch.float32
-) -> dict:
-    "Row → `Cost` of one pass, exact inverse, score step, and F's own direction, from shapes alone."
-    F = on_meta(TARFlow, replace(forward, logit_alpha=0.0))
-    G = on_meta(ReverseModel, replace(reverse, max_guidance=0.0))
-    flops = pass_flops(F, G)
-    score = flops.get("exact+denoise", flops["exact"]) - flops["exact"]
-    F, G = F.to(dtype), G.to(dtype)
-    x, z, c = meta_batch(forward, batch)
-    x, z = x.to(dtype), z.to(dtype)
-    with torch.no_grad():
-        density = bytes_moved(lambda: F(x, c))
-    return {
-        "one-pass": Cost(1, 1, flops["one-pass"], bytes_moved(lambda: one_pass(G, z, c))),
-        "exact": Cost(forward.num_tokens, serial_steps(F), flops["exact"], walk_bytes(F, z, c)),
-        "score-step": Cost(2, 2, score, bytes_moved(lambda: score_denoise(F, x, c))),
-        "density": Cost(1, 1, flops["density"], density),
-    }
-
-# %% ../nbs/16_speed.ipynb #3e4b92b9
-@dataclass(frozen=True)
-class Way:
-    "One way to do something for a batch."
-
-    call: object  # without arguments
-    cost: Cost  # before it ran: what it takes at least
-    after: object = None  # from what `call` gave to the `Cost` it took; None: `cost`
-    prepares: bool = False  # the first call compiles or records something, so it takes longer
-
-# %% ../nbs/16_speed.ipynb #98523bd5
-def example(F: TARFlow, batch: int) -> tuple:
-    "Noise `(N, T, D)` in the type of F's weights, and labels `(N,)`."
-    like = next(F.parameters())
-    z = sample_noise(F.cfg, batch, device=like.device).to(like.dtype)
-    return z, grid_labels(F.cfg, batch).to(like.device)
-
-# %% ../nbs/16_speed.ipynb #2e2f3fef
-def jacobi_cost(
-    density: Cost,  # of F's own direction
-    weights: int,  # bytes of F's blocks
-    how: list,  # a `Convergence` for each block
-) -> Cost:
-    "The cost of an iteration: each pass reads a block's weights and computes a segment's tokens."
-    serial, B = sum(sum(h.iterations) for h in how), len(how)
-    passes = sum(sum(h.iterations) / len(h.iterations) for h in how) / B
-    moved = passes * (density.moved - weights) + serial / B * weights
-    return Cost(passes, serial, round(passes * density.flops), round(moved))
-
-# %% ../nbs/16_speed.ipynb #c894ce5e
-def eager_ways(
-    F: TARFlow, G: ReverseModel, batch: int, segments=2, tolerance: float = 1e-4
-) -> dict:
-    "Row → `Way`: one pass, the score step, and every way back that needs no compiler."
-    z, c = example(F, batch)
-    cost = pair_costs(F.cfg, G.cfg, batch, z.dtype)
-    density, weights = cost["density"], sum(p.nbytes for p in F.blocks.parameters())
-    x = unpatchify(z, F.cfg.patch_size, F.cfg.channels)
-    ways = {}
-    for how, call in passing_ways(G, z, c, None, compiled=False).items():
-        ways[f"one-pass{how}"] = Way(call, cost["one-pass"], prepares=bool(how))
-    ways["score-step"] = Way(partial(score_denoise, F, x, c), cost["score-step"])
-    for row, call in walking_ways(F, z, c, 0.0, compiled=False).items():
-        ways[row] = Way(call, cost["exact"], prepares=row == "graph")
-    for row, call in jacobi_ways(F, z, c, 0.0, tolerance, segments).items():
-        ways[row] = Way(call, density, lambda found: jacobi_cost(density, weights, found[1]))
-    ways.pop("plain", None)
-    return ways
-
-# %% ../nbs/16_speed.ipynb #21c7e83b
-def reverse_for(name: str, cfg: TARFlowConfig) -> ReverseConfig:
-    "The G of a preset without w, or for another shape a G of F's own transformer."
-    preset = find_preset(name) if name in PRESETS else None
-    if preset and preset.reverse:
-        return replace(preset.reverse, max_guidance=0.0)
-    same = ("image_size", "channels", "patch_size", "num_classes", "num_blocks", "transformer")
-    return ReverseConfig(**{field: getattr(cfg, field) for field in same})
-
-# %% ../nbs/16_speed.ipynb #6ab0d60a
-def compiled_copy(model: nn.Module) -> nn.Module:
-    "A copy whose layers are compiled: once for all of them, since they are alike."
-    model = copy.deepcopy(model)
-    compile_layers(model)
-    return model
-
-# %% ../nbs/16_speed.ipynb #5acb2ffd
-def compiled_ways(F: TARFlow, G: ReverseModel, batch: int) -> dict:
-    "Row → `Way`: compiled for this batch, and native programs. Needs a C++ compiler on a CPU."
-    torch._dynamo.reset()  # shapes of another batch would make it look for code that fits both
-    z, c = example(F, batch)
-    x = unpatchify(z, F.cfg.patch_size, F.cfg.channels)
-    cost = pair_costs(F.cfg, G.cfg, batch, z.dtype)
-    way = partial(Way, prepares=True)
-    ours = partial(one_pass, compiled_copy(G), z, c)
-    step = partial(score_denoise, compiled_copy(F), x, c)
-    ways = {"one-pass, compiled": way(ours, cost["one-pass"])}
-    ways["score-step, compiled"] = way(step, cost["score-step"])
-    walks = walking_ways(F, z, c, 0.0, compiled=True)
-    passes = passing_ways(G, z, c, None, compiled=True)
-    for row in ("native", "compiled"):
-        if row in walks:
-            ways[row] = way(walks[row], cost["exact"])
-    if ", native" in passes:
-        ways["one-pass, native"] = way(passes[", native"], cost["one-pass"])
-    return ways
-
-# %% ../nbs/16_speed.ipynb #9114ac21
-STABLE_DIFFUSION = {"layers_per_block": 2, "latent_channels": 4, "sample_size": 256}
-STABLE_DIFFUSION |= {"block_out_channels": (128, 256, 512, 512)}
-STABLE_DIFFUSION |= {"down_block_types": ("DownEncoderBlock2D",) * 4}
-STABLE_DIFFUSION |= {"up_block_types": ("UpDecoderBlock2D",) * 4}
-
-
-def latent_decoders(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
-    "Row → decoder with random weights: AutoencoderKL's, the tiny one. `BitflowError` if missing."
-    try:
-        from diffusers import AutoencoderKL, AutoencoderTiny
-    except ImportError:
-        raise BitflowError(
-            "the decoders of latents come from diffusers, which is not installed: "
-            "pip install diffusers"
-        ) from None
-    found = {"vae-decoder": AutoencoderKL(**STABLE_DIFFUSION), "tiny-decoder": AutoencoderTiny()}
-    for model in found.values():
-        model.encoder = None
-        nn.Module.to(model.requires_grad_(False).eval(), device, dtype)
-    return found
-
-# %% ../nbs/16_speed.ipynb #4f2d9c27
-def decoder_ways(decoders: dict, F: TARFlow, batch: int) -> dict:
-    "Row → `Way`, of latents of F's shape to images."
-    z = unpatchify(example(F, batch)[0], F.cfg.patch_size, F.cfg.channels)
-    shape, ways = torch.empty_like(z, device="meta"), {}
-    for row, model in decoders.items():
-        ghost = nn.Module.to(copy.deepcopy(model), "meta")
-        flops = count_flops(partial(ghost.decode, shape[:1]))
-        cost = Cost(1, 1, flops, bytes_moved(partial(ghost.decode, shape)))
-        ways[row] = Way(lambda model=model: model.decode(z).sample, cost)
-    return ways
-
-# %% ../nbs/16_speed.ipynb #c1d54e04
-@dataclass(frozen=True)
-class Limits:
-    "How long a measurement may take."
-
-    repeats: int = 15  # timed calls of a row
-    row_s: float = 8.0  # seconds for a row's timed calls; a row that cannot make 3 is left out
-    run_s: float = 180.0  # seconds after which no further row is started
-
-
-PATIENT = Limits(row_s=120.0, run_s=1200.0)  # for a processor
-
-
-def left_out(row: str, batch: int, why: str) -> dict:
-    "The line of a results file that says what was not measured."
-    return measurement(row, "left_out", None, "", batch=batch, why=why)
-
-# %% ../nbs/16_speed.ipynb #76bc8c81
-def timed_within(way: Way, limits: Limits) -> tuple:
-    "What a way gives, and `timed` within the limits. `BitflowError` where a call is too slow."
-    found = []
-    seconds = call_times(lambda: found.append(way.call()), 1)[0] / 1000
-    if way.prepares or seconds < 1:
-        seconds = call_times(way.call, 1)[0] / 1000
-    if 3 * seconds > limits.row_s:
-        raise BitflowError(
-            f"a call takes {seconds:.3g} s, three of them more than the {limits.row_s:g} s of a row"
-        )
-    repeats = min(limits.repeats, int(limits.row_s / seconds) - 1)
-    return found[0], timed(way.call, max(2, repeats), warmup=0)
-
-# %% ../nbs/16_speed.ipynb #acf98354
-def peak_memory_mb(call) -> float:
-    "The most GPU memory that a call takes, in MiB, beyond what was taken before, e.g. by weights."
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-# %% ../nbs/16_speed.ipynb #894bd439
-def cost_lines(row: str, cost: Cost, batch: int) -> list:
-    "A `Cost` as measurements."
-    return [
-        measurement(row, "flops_per_image", cost.flops, "FLOP", batch=batch),
-        measurement(row, "bytes_per_image", cost.moved / batch, "B", batch=batch),
-        measurement(row, "nfe", cost.nfe, "1", batch=batch),
-        measurement(row, "serial_steps", cost.serial, "1", batch=batch),
-    ]
-
-
-def lines_of(row: str, t: dict, cost: Cost, batch: int, machine: Machine) -> list:
-    "A timed way as measurements."
-    mfu = measurement(
-        row, "mfu", cost.flops * batch / machine.peak * 1000 / t["median_ms"], batch=batch
-    )
-    return [time_per_image(row, t, batch), mfu, *cost_lines(row, cost, batch)]
-
-# %% ../nbs/16_speed.ipynb #15c5c5a6
-def time_way(
-    row: str, way: Way, batch: int, machine: Machine, limits: Limits, until: float, on_gpu: bool
-) -> list:
-    "All lines of one way, or why it is left out; none starts after `until` (`time.perf_counter`)."
-    least = machine.least_s(way.cost.flops * batch, way.cost.moved)
-    slow = f"three of them more than the {limits.row_s:g} s of a row"
-    try:
-        if time.perf_counter() > until:
-            raise BitflowError(f"the {limits.run_s:g} s of the run were over")
-        if 3 * least > limits.row_s:
-            raise BitflowError(f"a call takes {least:.3g} s or more by the roofline, {slow}")
-        found, t = timed_within(way, limits)
-        memory = peak_memory_mb(way.call) if on_gpu else None
-    except (RuntimeError, BitflowError) as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        known = [] if way.after else cost_lines(row, way.cost, batch)
-        return [left_out(row, batch, why), *known]
-    lines = lines_of(row, t, way.after(found) if way.after else way.cost, batch, machine)
-    if on_gpu:
-        lines.append(measurement(row, "peak_memory_mb", memory, "MB", batch=batch))
-    return lines
-
-# %% ../nbs/16_speed.ipynb #d363d9f2
-BACK = ("exact", "packed", "native", "graph", "compiled", "jacobi", "gs-jacobi")  # exact inverses
-
-
-def speedups(found: list) -> list:
-    "How much faster each way back is than `exact`, where both were measured at a batch."
-    ms = {(m["row"], m["batch"]): m["value"] for m in found if m["metric"] == "ms_per_image"}
-    lines = []
-    for (row, batch), value in ms.items():
-        if (row in BACK or row.startswith("one-pass")) and ("exact", batch) in ms:
-            ratio = ms["exact", batch] / value
-            lines.append(measurement(row, "speedup_vs_exact", ratio, "×", batch=batch))
-    return lines
-
-# %% ../nbs/16_speed.ipynb #de149d57
-def bench_speed(
-    F: TARFlow,
-    G: ReverseModel,
-    decoders: dict = None,  # as from `latent_decoders`; all on one device, in one type
-    batches: tuple = (1, 16),
-    compiled: bool = False,
-    segments=2,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
-) -> list:
-    "Measure time, arithmetic, traffic and memory of every way from noise to an image."
-    like, until = next(F.parameters()), time.perf_counter() + limits.run_s
-    machine = measure_machine(like.device.type, like.dtype)
-    rate = partial(measurement, "machine")
-    found = [rate("measured_peak_tflops", machine.peak / 1e12, "TFLOP/s", dtype=str(like.dtype))]
-    found += [rate("measured_bandwidth_gbs", machine.bandwidth / 1e9, "GB/s")]
-
-    def eager(batch):
-        return eager_ways(F, G, batch, segments) | decoder_ways(decoders or {}, F, batch)
-
-    for ways in (eager, partial(compiled_ways, F, G)) if compiled else (eager,):
-        for batch in batches:
-            for row, way in ways(batch).items():
-                found += time_way(row, way, batch, machine, limits, until, like.is_cuda)
-    return found + speedups(found)
-
-# %% ../nbs/16_speed.ipynb #e7152e14
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def find_type(precision: str, device: str) -> torch.dtype:
-    "The type of weights and tokens: fp32, bf16, or auto (bf16 on a GPU). Raises `BitflowError`."
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
-    if precision not in PRECISIONS:
-        choices = ", ".join(PRECISIONS)
-        raise BitflowError(f"unknown precision {precision!r}; choose {choices} or auto")
-    return PRECISIONS[precision]
-
-# %% ../nbs/16_speed.ipynb #05e38b2c
-def frozen(model: nn.Module) -> nn.Module:
-    "The model without gradients: a compiled score step would else compute those of the weights."
-    return model.requires_grad_(False).eval()
-
-# %% ../nbs/16_speed.ipynb #60ec876b
-DEFAULT_BATCHES = {"cuda": (1, 16, 64, 256), "cpu": (1, 16)}  # images at once
-
-
-def bench_geometry(
-    name: str,  # a preset or a geometry
-    F: TARFlow,
-    precision: str = "auto",
-    batches: tuple = None,
-    compiled: bool = False,
-    segments=2,
-    limits: Limits = None,
-) -> list:
-    "`bench_speed` of F and a G with random weights; with decoders where F has 4 channels."
-    device = next(F.parameters()).device.type
-    dtype = find_type(precision, device)
-    limits = limits or (Limits() if device == "cuda" else PATIENT)
-    batches = batches or DEFAULT_BATCHES.get(device, DEFAULT_BATCHES["cpu"])
-    G = build(ReverseModel, reverse_for(name, F.cfg), 0, device).to(dtype)
-    check_pair(F, G)
-    decoders = latent_decoders(device, dtype) if F.cfg.channels == 4 else {}
-    own = copy.deepcopy(F).to(dtype)  # the caller's F stays as it is
-    return bench_speed(frozen(own), frozen(G), decoders, batches, compiled, segments, limits)
-
-# %% ../nbs/16_speed.ipynb #92dfcabd
-def roofline_points(result: dict) -> dict:
-    "Row → (operations a byte, 10¹² operations a second, batch) of every measured batch."
-    of = {(m["row"], m["metric"], m["batch"]): m["value"] for m in result["measurements"]}
-    found = {}
-    for (row, metric, batch), ms in of.items():
-        if metric == "ms_per_image":
-            flops = of[row, "flops_per_image", batch]
-            intensity = flops / of[row, "bytes_per_image", batch]
-            found.setdefault(row, []).append((intensity, flops / ms / 1e9, batch))
-    return found
-
-# %% ../nbs/16_speed.ipynb #c7e98de0
-ROOFLINE = {"exact": "o", "native": "h", "compiled": "s", "graph": "D", "jacobi": "v"}  # row → mark
-ROOFLINE |= {"one-pass": "^", "score-step": "P", "vae-decoder": "*"}
-
-
-def machine_of(result: dict) -> Machine:
-    "The machine as it was measured in a results file's run."
-    of = {m["metric"]: m["value"] for m in result["measurements"] if m["row"] == "machine"}
-    return Machine(of["measured_peak_tflops"] * 1e12, of["measured_bandwidth_gbs"] * 1e9)
-
-# %% ../nbs/16_speed.ipynb #a1c9785b
-def plot_roofline(result: dict, ax=None):
-    "Reached operations a second over operations a byte, with the machine's limits; returns axes."
-    machine, ax = machine_of(result), ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
-    points = {row: p for row, p in roofline_points(result).items() if row in ROOFLINE}
-    at = [machine.ridge, *(x for p in points.values() for x, _, _ in p)]
-    ends = torch.tensor([min(at) / 2, max(at) * 2]).log10().tolist()
-    x = torch.logspace(*ends, 200)
-    limit = (x * machine.bandwidth).clamp(max=machine.peak) / 1e12
-    ax.plot(x, limit, color="black", label="the machine's limit")
-    for (row, p), color in zip(points.items(), PALETTE):
-        intensities, reached, batches = zip(*p)
-        ax.plot(intensities, reached, ROOFLINE[row], color=color, label=row, linestyle="none")
-        for place, batch in zip(zip(intensities, reached), batches):
-            ax.annotate(str(batch), place, (5, -9), textcoords="offset points", fontsize=7)
-    ax.set(xscale="log", yscale="log", xlabel="operations a byte moved", title="Roofline")
-    ax.set_ylabel("10¹² operations a second")
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
-    return ax
-
-# %% ../nbs/16_speed.ipynb #55169962
-def times_of(result: dict, batch: int) -> dict:
-    "Row → milliseconds an image at a batch, from a results file of `bench_speed`."
-    lines = [m for m in result["measurements"] if m["metric"] == "ms_per_image"]
-    return {m["row"]: m["value"] for m in lines if m["batch"] == batch}
-
-
-def batches_of(result: dict) -> list:
-    "The batches at which one pass was measured."
-    lines = [m for m in result["measurements"] if m["metric"] == "ms_per_image"]
-    return [m["batch"] for m in lines if m["row"] == "one-pass"]
-
-# %% ../nbs/16_speed.ipynb #62768a44
-def methods(ms: dict) -> dict:
-    "Method → milliseconds, from `times_of`: the fastest way of each, and `exact` by default."
-
-    def least(rows):
-        return min((ms[row] for row in rows if row in ms), default=None)
-
-    ours = least(row for row in ms if row.startswith("one-pass"))
-    score = least(row for row in ms if row.startswith("score"))
-    back = least(BACK)
-    found = {"one pass": ours, "exact, by default": ms.get("exact"), "exact, fastest": back}
-    if score and back:
-        found["exact, fastest + score step"] = back + score
-    return {name: value for name, value in found.items() if value}
-
-# %% ../nbs/16_speed.ipynb #32373700
-def with_decoders(result: dict, batch: int) -> dict:
-    "Method → decoder (`alone` for none) → milliseconds for each image."
-    ms = times_of(result, batch)
-    names = {"tiny-decoder": "+ small decoder", "vae-decoder": "+ VAE decoder"}
-    extra = {"alone": 0.0} | {name: ms[row] for row, name in names.items() if row in ms}
-    table = {}
-    for method, value in methods(ms).items():
-        table[method] = {name: value + more for name, more in extra.items()}
-    return table
-
-# %% ../nbs/16_speed.ipynb #24de7055
-def speed_table(result: dict) -> str:
-    "Milliseconds an image and, in brackets, their ratio to one pass, as text; what was left out."
-    lines = []
-    for batch in batches_of(result):
-        table = with_decoders(result, batch)
-        ours = table["one pass"]
-        lines.append(f"batch {batch:<3d} {'':24s}" + "".join(f"{name:>28s}" for name in ours))
-        for method, row in table.items():
-            cells = [f"{ms:12.4g} ms ({ms / ours[name]:8.2f} ×)" for name, ms in row.items()]
-            lines.append(f"  {method:32s}" + "".join(f"{cell:>28s}" for cell in cells))
-    for m in result["measurements"]:
-        if m["metric"] == "left_out":
-            lines.append(f"left out: {m['row']} at batch {m['batch']}: {m['why']}")
-    return "\n".join(lines)
-
-# %% ../nbs/16_speed.ipynb #512c047d
-def plot_methods(table: dict, ax):
-    "Dots for the times of `with_decoders`, a line for each method; numbers: times one pass."
-    for i, row in enumerate(table.values()):
-        for j, (name, value) in enumerate(row.items()):
-            place, ratio = (value, i - 0.22 * j), value / table["one pass"][name]
-            ax.plot(*place, "o", color=PALETTE[j], label=name if i == 0 else None)
-            text = {"fontsize": 8, "va": "center", "textcoords": "offset points"}
-            ax.annotate(f"{ratio:.3g}×", place, (6, 0), **text)
-    ax.set(xlabel="ms an image", xscale="log", yticks=range(len(table)), yticklabels=list(table))
-    ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
-    ax.xaxis.set(minor_formatter=NullFormatter())
-    ax.margins(x=0.2, y=0.2)
-    ax.grid(alpha=0.3, axis="x")
-
-# %% ../nbs/16_speed.ipynb #43cd14d4
-def plot_speed(result: dict):
-    "Milliseconds an image of each method, with and without decoders, a panel a batch; the figure."
-    tables = {batch: with_decoders(result, batch) for batch in batches_of(result)}
-    if not tables:
-        raise BitflowError(
-            f"{result['name']} holds no time of one pass; "
-            "see what it left out with `speed_table`, and measure with longer limits"
-        )
-    n, size = len(tables), (2.5 + 4 * len(tables), 3.6)
-    fig, axes = plt.subplots(1, n, figsize=size, squeeze=False, layout="constrained")
-    for ax, (batch, table) in zip(axes[0], tables.items()):
-        plot_methods(table, ax)
-        ax.set(title=f"batch {batch}", ylim=(len(table) - 0.5, -0.9))
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return fig

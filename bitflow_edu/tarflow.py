@@ -3,8 +3,6 @@
 # %% ../nbs/07_tarflow.ipynb #58d9fbee
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,14 +11,13 @@ from torch import Tensor
 
 from .bijections import Compose, Identity, StandardNormal
 from .coupling import ActNorm, Logit
-from .data import BitflowError, add_noise, patchify
+from .data import add_noise, patchify
+from .io.files import BitflowError
 from .transformer import Transformer, TransformerConfig
 
 # %% auto #0
-__all__ = ['TokenGeometry', 'TARFlowConfig', 'check_geometry', 'ClassEmbedding', 'shifted', 'FlowBlock', 'Trajectory',
-           'check_input', 'block_config', 'TARFlow', 'log_prob', 'nll_per_dim', 'rms', 'trajectory_norms',
-           'forward_loss', 'to_apple_name', 'apple_shapes', 'apple_config', 'check_apple', 'load_apple_state_dict',
-           'apple_state_dict']
+__all__ = ['TokenGeometry', 'check_geometry', 'TARFlowConfig', 'ClassEmbedding', 'FlowBlock', 'Trajectory', 'check_input',
+           'TARFlow', 'log_prob', 'nll_per_dim', 'rms', 'trajectory_norms', 'forward_loss']
 
 # %% ../nbs/07_tarflow.ipynb #a9a0c3a7
 class TokenGeometry:
@@ -28,13 +25,26 @@ class TokenGeometry:
 
     @property
     def num_tokens(self):
-        "T, tokens an image."
+        "T, tokens per image."
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def token_dim(self):
-        "D = C·p², values a token."
+        "D = C·p², values per token."
         return self.channels * self.patch_size**2
+
+
+def check_geometry(
+    cfg: TokenGeometry,  # with image_size, channels, patch_size and num_classes
+):
+    "Refuse image and patch sizes that do not tile."
+    size, patch, C, K = cfg.image_size, cfg.patch_size, cfg.channels, cfg.num_classes
+    if min(size, C, K) < 1:
+        sizes = f"image_size {size}, channels {C} and num_classes {K}"
+        raise BitflowError(f"{sizes} must be at least 1")
+    if patch < 1 or size % patch:
+        wrong = f"patch size {patch} does not divide the image size {size}"
+        raise BitflowError(f"{wrong}; choose a divisor")
 
 # %% ../nbs/07_tarflow.ipynb #645ec76f
 @dataclass(frozen=True)
@@ -71,18 +81,10 @@ class TARFlowConfig(TokenGeometry):
             wanted = f"must name at least 1 layer for each of the {B} blocks"
             raise BitflowError(f"block_layers {depths} {wanted}")
 
-# %% ../nbs/07_tarflow.ipynb #dbafb255
-def check_geometry(
-    cfg: TokenGeometry,  # with image_size, channels, patch_size and num_classes
-):
-    "Refuse image and patch sizes that do not tile."
-    size, patch, C, K = cfg.image_size, cfg.patch_size, cfg.channels, cfg.num_classes
-    if min(size, C, K) < 1:
-        sizes = f"image_size {size}, channels {C} and num_classes {K}"
-        raise BitflowError(f"{sizes} must be at least 1")
-    if patch < 1 or size % patch:
-        wrong = f"patch size {patch} does not divide the image size {size}"
-        raise BitflowError(f"{wrong}; choose a divisor")
+    def of_block(self, i: int) -> TARFlowConfig:
+        "The config of block i: the flow's, with the block's own number of layers."
+        layers = self.block_layers[i] if self.block_layers else self.transformer.num_layers
+        return replace(self, transformer=replace(self.transformer, num_layers=layers))
 
 # %% ../nbs/07_tarflow.ipynb #1bd4ff40
 class ClassEmbedding(nn.Module):
@@ -99,10 +101,10 @@ class ClassEmbedding(nn.Module):
 
 # %% ../nbs/07_tarflow.ipynb #f7e49f1b
 def shifted(
-    advice: Tensor,  # α or μ as the transformer puts them out, `(N, T, D)`
+    params: Tensor,  # α or μ as the transformer puts them out, `(N, T, D)`
 ) -> Tensor:  # `(N, T, D)`
     "Moved on by one token: the output at token t is for token t + 1, and the first token gets 0."
-    return torch.cat([torch.zeros_like(advice[:, :1]), advice[:, :-1]], dim=1)
+    return torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
 
 # %% ../nbs/07_tarflow.ipynb #2d8fb649
 class FlowBlock(nn.Module):
@@ -131,7 +133,7 @@ class FlowBlock(nn.Module):
         "Raster order to the block's own, or back: odd blocks read from the end. `(…, T, D)`."
         return tokens.flip(-2) if self.flip else tokens
 
-    def parameters_of(self, x, c):
+    def affine_params(self, x, c):
         "α and μ, each `(N, T, D)`, from tokens in the block's order; zero for the first token."
         h = self.proj_in(x) + self.order(self.pos_embed) + self.class_embed(c)
         alpha, mu = self.read_out(self.transformer(h, self.flip), x.dtype)
@@ -141,13 +143,19 @@ class FlowBlock(nn.Module):
         """x^i `(N, T, D)` and labels `(N,)` to x^{i+1}, and log|det ∂f_i/∂x^i| `(N,)`,
         summed over dimensions."""
         x = self.order(x)
-        alpha, mu = self.parameters_of(x, c)
+        alpha, mu = self.affine_params(x, c)
         return self.order((x - mu) * torch.exp(-alpha)), -alpha.sum(dim=(1, 2))
 
 # %% ../nbs/07_tarflow.ipynb #4f098ecb
 @dataclass(frozen=True)
 class Trajectory:
-    "What F did to a batch: token states x^0 … x^B `(N, T, D)`, and log|det| `(N,)`, summed."
+    """What F did to a batch: token states x^0 … x^B `(N, T, D)`, and log|det| `(N,)`, summed.
+
+    >>> F = TARFlow(TARFlowConfig(image_size=8, patch_size=4, num_blocks=2))
+    >>> trajectory = F(torch.randn(3, 1, 8, 8), torch.tensor([0, 1, -1]))
+    >>> len(trajectory.states), trajectory.z.shape, trajectory.logdet.shape
+    (3, torch.Size([3, 4, 16]), torch.Size([3]))
+    """
 
     states: tuple[Tensor, ...]
     logdet: Tensor
@@ -169,15 +177,15 @@ def check_input(
         raise BitflowError(f"{built} and got {tuple(x.shape)}; resize the images")
     return x
 
-# %% ../nbs/07_tarflow.ipynb #5f2fa887
-def block_config(cfg: TARFlowConfig, i: int) -> TARFlowConfig:
-    "The config of block i: the flow's, with the block's own number of layers."
-    layers = cfg.block_layers[i] if cfg.block_layers else cfg.transformer.num_layers
-    return replace(cfg, transformer=replace(cfg.transformer, num_layers=layers))
-
 # %% ../nbs/07_tarflow.ipynb #6e35016e
 class TARFlow(nn.Module):
-    "F = f_{B−1} ∘ … ∘ f_0, data to noise (Zhai et al., arXiv 2412.06329)."
+    """F = f_{B−1} ∘ … ∘ f_0, data to noise (Zhai et al., arXiv 2412.06329).
+
+    >>> F = TARFlow(TARFlowConfig(image_size=8, patch_size=4))
+    >>> x, c = torch.randn(2, 1, 8, 8), torch.tensor([3, -1])
+    >>> F(x, c).z.shape, F.log_prob(x, c).shape
+    (torch.Size([2, 4, 16]), torch.Size([2]))
+    """
 
     Config = TARFlowConfig
 
@@ -188,7 +196,7 @@ class TARFlow(nn.Module):
             self.to_line = Compose(Logit(cfg.logit_alpha), ActNorm(cfg.channels))
         else:
             self.to_line = Identity()
-        blocks = [FlowBlock(block_config(cfg, i), flip=i % 2 == 1) for i in range(cfg.num_blocks)]
+        blocks = [FlowBlock(cfg.of_block(i), flip=i % 2 == 1) for i in range(cfg.num_blocks)]
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x, c):
@@ -210,7 +218,7 @@ def log_prob(trajectory: Trajectory) -> Tensor:  # nats `(N,)`
     "log p(x) = log p_0(z) + log|det|, with p_0 = N(0, I)."
     return StandardNormal().log_prob(trajectory.z) + trajectory.logdet
 
-# %% ../nbs/07_tarflow.ipynb #c018b75f
+
 def nll_per_dim(trajectory: Trajectory) -> Tensor:  # scalar, nats per dimension
     """The training loss 0.5·mean(z²) − mean(logdet)/dims: minus the mean log-likelihood
     per dimension, less a constant."""
@@ -227,7 +235,7 @@ def trajectory_norms(trajectory: Trajectory) -> dict:  # state_rms_0 … state_r
     "The rms of every state x^0 … x^B, to be logged: here growth without end shows up first."
     return {f"state_rms_{i}": rms(state) for i, state in enumerate(trajectory.states)}
 
-# %% ../nbs/07_tarflow.ipynb #b5af407a
+
 def forward_loss(
     model: TARFlow,  # F
     x: Tensor,  # clean images `(N, C, H, W)`
@@ -237,107 +245,3 @@ def forward_loss(
     "Stage 1: maximum likelihood on x̃ = x + σ ε."
     trajectory = model(add_noise(x, model.cfg.noise_std, generator), c)
     return nll_per_dim(trajectory), {"z_rms": rms(trajectory.z), **trajectory_norms(trajectory)}
-
-# %% ../nbs/07_tarflow.ipynb #b3cdcc02
-def to_apple_name(name: str) -> str:
-    "Our name of a parameter, as apple/ml-tarflow writes it."
-    name = name.replace(".transformer.layers.", ".attn_blocks.")
-    return name.replace(".class_embed.weight", ".class_embed")
-
-
-def apple_shapes(cfg: TARFlowConfig) -> dict:
-    "Published name → shape, of all that a published checkpoint of this config has to hold."
-    with torch.device("meta"):
-        state = TARFlow(cfg).state_dict()
-    return {to_apple_name(name): tuple(t.shape) for name, t in state.items()}
-
-# %% ../nbs/07_tarflow.ipynb #d6f0b2a9
-def apple_geometry(state: dict, channels: int) -> tuple[int, int]:  # tokens a side, patch size
-    "Read off the first block of a published state dict; `BitflowError` where that cannot be."
-    for name in ("blocks.0.proj_in.weight", "blocks.0.pos_embed"):
-        if name not in state:
-            advice = "give the one inside a checkpoint of apple/ml-tarflow"
-            raise BitflowError(f"{name!r} is missing: this is no TARFlow state dict; {advice}")
-    _, token_dim = state["blocks.0.proj_in.weight"].shape
-    num_tokens = len(state["blocks.0.pos_embed"])
-    side, patch = math.isqrt(num_tokens), math.isqrt(token_dim // channels)
-    if channels * patch**2 != token_dim or side**2 != num_tokens:
-        found = f"{num_tokens} tokens of {token_dim} values are no square image"
-        raise BitflowError(f"{found} with {channels} channels; give its channels")
-    return side, patch
-
-# %% ../nbs/07_tarflow.ipynb #ec7867b1
-def apple_config(
-    state: dict,  # a published state dict
-    channels: int = 3,  # C of the images
-    head_dim: int = 64,  # published: 64
-    noise_std: float = 0.07,  # σ it was trained with; not in the state dict
-) -> TARFlowConfig:
-    """The shape of a published checkpoint, read off its tensors. `BitflowError` where a first block
-    is missing or fits no square image."""
-
-    def count(pattern):
-        return len({m.group(1) for m in map(re.compile(pattern).match, state) if m})
-
-    side, patch = apple_geometry(state, channels)
-    width = len(state["blocks.0.proj_in.weight"])
-    blocks, layers = count(r"blocks\.(\d+)\."), count(r"blocks\.0\.attn_blocks\.(\d+)\.")
-    embed = state.get("blocks.0.class_embed")
-    classes = 1 if embed is None else len(embed)
-    parts = TransformerConfig(width, layers, head_dim)
-    sizes = side * patch, channels, patch, classes, blocks
-    return TARFlowConfig(*sizes, noise_std=noise_std, transformer=parts)
-
-# %% ../nbs/07_tarflow.ipynb #1ddafda3
-def check_apple(state: dict, cfg: TARFlowConfig):
-    "Refuse a published state dict that does not fit, with every wrong name and shape."
-    wanted = apple_shapes(cfg)
-    found = {name: tuple(t.shape) for name, t in state.items() if not name.endswith("attn_mask")}
-    wrong = [f"not known {name}" for name in found if name not in wanted and name != "var"]
-    if "var" in state and bool((state["var"] != 1).any()):
-        wrong.append("var is not 1 everywhere, but the prior of this F is N(0, I)")
-    for name, shape in wanted.items():
-        unlabelled = cfg.num_classes == 1 and name.endswith("class_embed")
-        if name in found and found[name] != shape:
-            wrong.append(f"{name} is {found[name]}, not {shape}")
-        elif name not in found and not unlabelled:
-            wrong.append(f"missing {name}")
-    if wrong:
-        raise BitflowError("the state dict does not fit this TARFlow: " + "; ".join(sorted(wrong)))
-
-# %% ../nbs/07_tarflow.ipynb #89fdc9a1
-def load_apple_state_dict(
-    state: dict,  # published name → tensor
-    cfg: TARFlowConfig = None,  # default: `apple_config(state)`
-) -> TARFlow:  # in evaluation mode
-    """A TARFlow with published weights (apple/ml-tarflow, `transformer_flow.Model`).
-    `BitflowError` listing all names that do not fit."""
-    cfg = cfg or apple_config(state)
-    check_apple(state, cfg)
-    model = TARFlow(cfg)
-    own = {}
-    for name, tensor in model.state_dict().items():
-        theirs = state.get(to_apple_name(name))
-        # a model without labels has no class embedding: zero is the same
-        own[name] = torch.zeros_like(tensor) if theirs is None else theirs.to(tensor.dtype)
-    model.load_state_dict(own)
-    return model.eval()
-
-# %% ../nbs/07_tarflow.ipynb #88cae351
-def apple_state_dict(model: TARFlow) -> dict:
-    "A flow in the original architecture under the published names, masks and `var` included."
-    cfg, parts = model.cfg, model.cfg.transformer
-    plain = TransformerConfig(parts.width, parts.num_layers, parts.head_dim)
-    if cfg.clip or cfg.block_layers or cfg.logit_alpha or parts != plain:
-        raise BitflowError(
-            "the published code knows neither clipping, logits, deep–shallow blocks "
-            "nor modern parts; only the original architecture can be written"
-        )
-    own = {to_apple_name(name): t.detach().clone() for name, t in model.state_dict().items()}
-    labels = [name for name in own if name.endswith("class_embed")]
-    if cfg.num_classes == 1 and not any(own[name].any() for name in labels):
-        for name in labels:  # it came without labels
-            del own[name]
-    T = cfg.num_tokens
-    masks = {f"blocks.{i}.attn_mask": torch.ones(T, T).tril() for i in range(cfg.num_blocks)}
-    return {"var": torch.ones(T, cfg.token_dim), **own, **masks}

@@ -5,37 +5,34 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
-import os
-import shutil
-import tempfile
 import time
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from tqdm import tqdm
+import torch.nn as nn
+from torch import Tensor
 
-from .data import BitflowError, Images, asset
+from .data import Dataset
+from .io.checkpoints import gathered, open_run, restore, save_checkpoint
+from .io.files import BitflowError
+from .io.models import checkpoints_of, load_tensors
+from bitflow_edu.io.processes import (
+    SINGLE_PROCESS,
+    SingleProcess,
+    distribute_like,
+    full_tensor,
+    to_local,
+)
+from .io.progress import draw_grid, log_step, open_logs, progress_bar, whole_model
 from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
-__all__ = ['ALONE', 'REMOVED', 'RENAMED', 'DEFAULTS', 'TrainConfig', 'check_budget', 'check_rates', 'learning_rate',
-           'step_generator', 'epoch_order', 'batch_indices', 'drop_labels', 'piece_indices', 'training_batch',
-           'own_part', 'put_together', 'spread_like', 'update_ema', 'fast_bf16', 'autocast', 'Alone', 'TrainState',
-           'averaged_copy', 'new_state', 'progress_of', 'forward_backward', 'optimizer_step', 'to_disk',
-           'write_atomically', 'save_tensors', 'writing', 'save_model', 'modern_fields', 'to_config', 'field_value',
-           'read_config', 'read_tensors', 'load_tensors', 'checkpoints_of', 'newest_checkpoint', 'load_model',
-           'gathered', 'write_state', 'discard', 'write_checkpoint', 'save_checkpoint', 'put_in_place',
-           'clear_leftovers', 'read_state', 'restore', 'first_difference', 'check_same_run', 'open_run', 'read_metrics',
-           'MetricsLog', 'check_shares', 'lighten', 'begin', 'step_or_stop', 'stopped', 'due', 'log_step', 'save_grid',
-           'progress_bar', 'whole_model', 'draw_grid', 'training_loop', 'train', 'kept_model']
+__all__ = ['TrainConfig', 'update_ema', 'fast_bf16', 'autocast', 'TrainState', 'averaged_copy', 'new_state', 'progress_of',
+           'forward_backward', 'clip_and_step', 'train']
 
 # %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
@@ -54,8 +51,8 @@ class TrainConfig:
     label_dropout: float = 0.1  # share of labels replaced by −1, "no label"
     precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto": bf16 where it is fast
     compile: bool = False  # torch.compile each layer; needs a C++ compiler on a CPU
-    pieces: int = 1  # microbatches of a batch: one after the other, or spread over processes
-    checkpointing: bool = False  # compute activations again: less memory, a third more time
+    num_microbatches: int = 1  # parts of a batch: one after the other, or spread over processes
+    activation_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     seed: int = 0  # of data order, dropped labels and noise; callers seed the weights with it
     log_every: int = 20  # steps between lines of metrics.jsonl
     sample_every: int = 500  # steps between sample grids
@@ -74,17 +71,15 @@ def check_budget(cfg: TrainConfig):
             f"(steps {cfg.steps}, minutes {cfg.minutes})"
         )
     positive = ["steps", "minutes", "batch_size", "lr", "grad_clip"]
-    for name in [*positive, "log_every", "sample_every", "checkpoint_every", "pieces"]:
+    for name in [*positive, "log_every", "sample_every", "checkpoint_every", "num_microbatches"]:
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
             raise BitflowError(f"{name} is {value}; it must be greater than 0 and finite")
-    if cfg.batch_size % cfg.pieces:
-        raise BitflowError(
-            f"a batch of {cfg.batch_size} cannot be cut into {cfg.pieces} equal pieces; "
-            "change batch_size or pieces"
-        )
+    if cfg.batch_size % cfg.num_microbatches:
+        cut = f"a batch of {cfg.batch_size} cannot be cut into {cfg.num_microbatches}"
+        raise BitflowError(f"{cut} equal microbatches; change batch_size or num_microbatches")
 
-# %% ../nbs/05_training.ipynb #29f2d07b
+
 def check_rates(cfg: TrainConfig):
     "Refuse shares and decays outside their range, and unknown precisions."
     if cfg.precision not in ("fp32", "bf16", "auto"):
@@ -117,18 +112,19 @@ def step_generator(
     seed: int,  # the run's seed
     step: int,  # optimiser step
     device: str = "cpu",  # where the random numbers are needed
-    piece: int = 0,  # of the batch
+    microbatch: int = 0,  # number of it in the batch
 ) -> torch.Generator:
-    "A fresh generator for each step and piece: a resumed run needs no saved random state."
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step + piece * 2_147_483_647)
+    "A fresh generator for each step and microbatch: a resumed run needs no saved random state."
+    own = seed * 1_000_003 + step + microbatch * 2_147_483_647
+    return torch.Generator(device).manual_seed(own)
 
 # %% ../nbs/05_training.ipynb #dfed0bfc
 @lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    "The order of the images in one epoch."
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    "The order of the images in one epoch: a permutation of 0 … n − 1."
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
 
-# %% ../nbs/05_training.ipynb #25f97a07
+
 def batch_indices(
     n: int,  # images in the data
     batch_size: int,  # images a batch, at most n
@@ -158,44 +154,26 @@ def drop_labels(
     return torch.where(dropped, -torch.ones_like(c), c)
 
 # %% ../nbs/05_training.ipynb #3fb104f5
-def piece_indices(data, cfg: TrainConfig, step: int, piece: int) -> Tensor:
-    "The images of one piece of a step's batch; data smaller than a batch make a smaller batch."
-    n = len(data)
-    size = min(cfg.batch_size, n) // cfg.pieces
+def microbatch_indices(data: Dataset, cfg: TrainConfig, step: int, microbatch: int) -> Tensor:
+    "The images of one microbatch of a step; data smaller than a batch make a smaller batch."
+    n, parts = len(data), cfg.num_microbatches
+    size = min(cfg.batch_size, n) // parts
     if size < 1:
-        hint = f"set pieces to at most {n}"
-        raise BitflowError(f"{n} images cannot be cut into {cfg.pieces} pieces; {hint}")
-    order = getattr(data, "epoch_order", None)
-    batch = batch_indices(n, size * cfg.pieces, cfg.seed, step, order)
-    return batch[piece * size : (piece + 1) * size]
+        hint = f"set num_microbatches to at most {n}"
+        raise BitflowError(f"{n} images cannot be cut into {parts} microbatches; {hint}")
+    batch = batch_indices(n, size * parts, cfg.seed, step, data.epoch_order)
+    return batch[microbatch * size : (microbatch + 1) * size]
 
 
-def training_batch(data: Images, cfg: TrainConfig, step: int, device: str, piece: int = 0) -> tuple:
-    "Images, labels (some dropped) and generator of a step's piece; by `data.draw`, if it is there."
-    index = piece_indices(data, cfg, step, piece)
-    generator = step_generator(cfg.seed, step, device, piece)
+def training_batch(
+    data: Dataset, cfg: TrainConfig, step: int, device: str, microbatch: int = 0
+) -> tuple[Tensor, Tensor, torch.Generator]:
+    "Images, labels (some dropped) and the generator of a microbatch."
+    index = microbatch_indices(data, cfg, step, microbatch)
+    generator = step_generator(cfg.seed, step, device, microbatch)
     c = drop_labels(data.labels[index].to(device), cfg.label_dropout, generator)
-    x = data.draw(index, generator) if hasattr(data, "draw") else data[index].x
+    x = data.draw(index, generator)
     return x.to(device), c, generator
-
-# %% ../nbs/05_training.ipynb #a9c88894
-def own_part(t: Tensor) -> Tensor:
-    "This process's part of a tensor that is spread over processes; any other tensor itself."
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
-def put_together(t: Tensor) -> Tensor:
-    "The whole of a tensor that is spread over processes (all must ask at once), or t itself."
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def spread_like(t: Tensor, own: Tensor) -> Tensor:
-    "The opposite: a whole tensor, spread as `own` is."
-    if not hasattr(own, "device_mesh"):
-        return t
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(t.to(own.device), own.device_mesh, own.placements)
 
 # %% ../nbs/05_training.ipynb #6cda87b6
 @torch.no_grad()
@@ -207,8 +185,8 @@ def update_ema(
 ):
     "Move the averaged weights towards the current ones; early on faster, to forget the start."
     d = min(decay, (1 + step) / (10 + step))
-    own = [own_part(p) for p in averaged.parameters()]
-    current = [own_part(p) for p in model.parameters()]
+    own = [to_local(p) for p in averaged.parameters()]
+    current = [to_local(p) for p in model.parameters()]
     torch._foreach_lerp_(own, current, 1 - d)
     for buffer, now in zip(averaged.buffers(), model.buffers()):
         buffer.copy_(now)
@@ -226,58 +204,14 @@ def fast_bf16(
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
-# %% ../nbs/05_training.ipynb #673386ee
+
 def autocast(
     precision: str,  # "fp32", "bf16" or "auto"
     device: str,  # "cpu", "cuda" or "mps"
 ):
     "The context in which a loss is computed: matrix products in bfloat16, or nothing changed."
-    on = precision == "bf16" or precision == "auto" and fast_bf16(device)
+    on = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     return torch.autocast(device, torch.bfloat16, enabled=on)
-
-# %% ../nbs/05_training.ipynb #519b8b3b
-class Alone:
-    "How a process sees the others when there are none; `parallel.Ranks` is the same for many."
-
-    rank, size, main = 0, 1, True
-
-    def share(self, n):
-        "The numbers below n that are this process's to do."
-        return range(self.rank, n, self.size)
-
-    def prepare(self, model, averaged, loss_fn):
-        "The loss function that trains `model` together with the other processes."
-        return loss_fn
-
-    def apart(self, yes):
-        "The context in which gradients are not yet shared."
-        return nullcontext()
-
-    def on_main(self, fn):
-        "What `fn()` gives on the main process, None elsewhere; all fail where it fails."
-        return fn()
-
-    def agree(self, value):
-        "The main process's value, on all."
-        return value
-
-    def mean(self, values):
-        "The mean over processes of a list of scalars, as floats."
-        return [float(v) for v in values]
-
-    def total(self, t):
-        "The sum of a tensor over processes."
-        return t
-
-    def gather(self, t):
-        "The tensors of all processes, one after the other."
-        return t
-
-    def barrier(self):
-        "Wait until all are here."
-
-
-ALONE = Alone()
 
 # %% ../nbs/05_training.ipynb #fb8eec51
 @dataclass
@@ -289,7 +223,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0  # steps done
     seconds: float = 0.0  # wall time spent, earlier parts of a resumed run counted in
-    ranks: Alone = ALONE  # the processes that train it together
+    processes: SingleProcess = SINGLE_PROCESS  # the processes that train it together
 
     def state_dict(self) -> dict:
         "Step, seconds and tensors, whole and on the main process's CPU. Every process must ask."
@@ -297,8 +231,8 @@ class TrainState:
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"adam.{key}.{name}"] = value.reshape(-1) if value.ndim == 0 else value
-        averaged = gathered(self.averaged.state_dict(), self.ranks)
-        training = gathered(tensors, self.ranks)
+        averaged = gathered(self.averaged.state_dict(), self.processes)
+        training = gathered(tensors, self.processes)
         counters = {"step": self.step, "seconds": self.seconds}
         return {"averaged": averaged, "training": training, **counters}
 
@@ -313,8 +247,8 @@ class TrainState:
             keys = {key: f"adam.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
             moments = {key: tensors[k].to(p.device) for key, k in keys.items() if k in tensors}
             if moments:  # a weight that never had a gradient has none
-                spread = {key: spread_like(moments[key], p) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": moments["step"].reshape(()), **spread}
+                parts = {k: distribute_like(moments[k], p) for k in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": moments["step"].reshape(()), **parts}
         self.step, self.seconds = saved["step"], saved["seconds"]
 
 # %% ../nbs/05_training.ipynb #e05da1bf
@@ -324,28 +258,35 @@ def averaged_copy(model: nn.Module) -> nn.Module:
 
 
 def new_state(
-    model: nn.Module, cfg: TrainConfig, averaged: nn.Module = None, ranks: Alone = ALONE
+    model: nn.Module,
+    cfg: TrainConfig,
+    averaged: nn.Module | None = None,
+    processes: SingleProcess = SINGLE_PROCESS,
 ) -> TrainState:
     "A fresh optimiser, and averaged weights: a copy where none are given."
+    if averaged is None:
+        averaged = averaged_copy(model)
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     rates = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=fused)
-    return TrainState(model.train(), averaged or averaged_copy(model), optimizer, ranks=ranks)
+    return TrainState(model.train(), averaged, optimizer, processes=processes)
 
-# %% ../nbs/05_training.ipynb #b61a9fec
+
 def progress_of(state: TrainState, cfg: TrainConfig) -> float:
     "Share of the budget used, in steps or in wall time."
     return state.step / cfg.steps if cfg.steps else state.seconds / (60 * cfg.minutes)
 
 # %% ../nbs/05_training.ipynb #117a9fe6
-def forward_backward(state: TrainState, loss_fn, data: Images, cfg: TrainConfig) -> tuple:
-    "Loss and metrics of the step that is due, means over this process's pieces; adds up gradients."
-    device, mine = next(state.model.parameters()).device, state.ranks.share(cfg.pieces)
-    total, means = 0.0, {}
-    for piece in mine:
-        with state.ranks.apart(piece != mine[-1]):  # processes share gradients with the last one
+def forward_backward(
+    state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig
+) -> tuple[Tensor, dict]:
+    "Loss and metrics of the step that is due, means over own microbatches; adds up gradients."
+    device, processes = next(state.model.parameters()).device, state.processes
+    mine, total, means = processes.share(cfg.num_microbatches), 0.0, {}
+    for microbatch in mine:
+        with processes.no_sync(microbatch != mine[-1]):  # gradients are shared with the last
             with autocast(cfg.precision, device.type):
-                batch = training_batch(data, cfg, state.step, device, piece)
+                batch = training_batch(data, cfg, state.step, device, microbatch)
                 loss, found = loss_fn(state.model, *batch)
                 loss = loss / len(mine)
             loss.backward()
@@ -355,376 +296,40 @@ def forward_backward(state: TrainState, loss_fn, data: Images, cfg: TrainConfig)
     return total, means
 
 # %% ../nbs/05_training.ipynb #257ce8cb
-def optimizer_step(
+def clip_and_step(
     state: TrainState,  # its model holds the gradients
     loss: Tensor,  # scalar
     cfg: TrainConfig,
 ) -> Tensor:  # the gradient's norm before clipping, a scalar
-    "Clipping, AdamW, moving average; `FloatingPointError`, weights untouched, if not finite."
-    norm = put_together(nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip))
+    "Clipping and AdamW's update; `FloatingPointError`, weights untouched, if not finite."
+    norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip))
     if not torch.isfinite(norm + loss.detach()):
         raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(progress_of(state, cfg), cfg)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    update_ema(state.averaged, state.model, cfg.ema, state.step)
     return norm
 
-# %% ../nbs/05_training.ipynb #aae11db3
-def to_disk(path: Path):
-    "Wait until a file, or a folder's list of names, is on the disk and no longer only in memory."
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-# %% ../nbs/05_training.ipynb #fa9606ec
-def write_atomically(path: Path, text: str):
-    "Write a text file so that a reader finds the old one or the new one, never half of one."
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    to_disk(part)
-    os.replace(part, path)
-
-# %% ../nbs/05_training.ipynb #6b0ec17b
-def save_tensors(tensors: dict, path: Path):
-    "Write named tensors as a safetensors file, as atomically as `write_atomically` does text."
-    part = path.with_name(f"{path.name}.part")
-    save_file(tensors, part)
-    to_disk(part)
-    os.replace(part, path)
-
-# %% ../nbs/05_training.ipynb #0a28ba30
-@contextmanager
-def writing(where: Path):
-    "Say in one line which folder could not be written and why. Raises `BitflowError`."
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        why = getattr(e, "strerror", None) or e
-        way_out = "make room, or name another folder with --out"
-        raise BitflowError(f"cannot write to {where} ({why}); {way_out}") from e
-
-# %% ../nbs/05_training.ipynb #5c348f59
-def save_model(
-    model: nn.Module,  # built as `type(model)(model.cfg)`
-    folder: Path,  # created
-    weights: dict = None,  # tensors to store instead of the model's own
-    dtype: torch.dtype = None,  # storage type of floats, e.g. `torch.bfloat16`
-):
-    "Write what `load_model` needs, `config.json` and `model.safetensors`, or raise `BitflowError`."
-    folder, stored = Path(folder), {}
-    for name, t in (weights or model.state_dict()).items():
-        to = dtype if t.is_floating_point() else None
-        stored[name] = t.detach().to("cpu", to).contiguous()
-    config = {"kind": type(model).__name__, "config": dataclasses.asdict(model.cfg)}
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(stored, folder / "model.safetensors")
-        write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
-
-# %% ../nbs/05_training.ipynb #06c8bd49
-REMOVED = {"prior_var": False}  # fields of earlier versions, and the only value that still fits
-RENAMED = {}  # fields of earlier versions → their names today
-
-
-def modern_fields(values: dict) -> dict:
-    "A config's fields as this version names them; earlier ones wrote a few more."
-    kept = {k: v for k, v in values.items() if k not in REMOVED or v != REMOVED[k]}
-    return {RENAMED.get(k, k): v for k, v in kept.items()}
-
-
-def to_config(
-    cls: type,  # a config dataclass
-    values: dict,  # its fields, as JSON gave them
-    where: str = "config",
-):  # an instance of cls
-    "Build a (nested) config from a dict. Raises `BitflowError` for fields that do not fit."
-    fields, kind = {f.name: f for f in dataclasses.fields(cls)}, cls.__name__
-    try:
-        values = modern_fields(values)
-        if unknown := set(values) - set(fields):
-            has = f"{kind} has {', '.join(fields)}"
-            raise BitflowError(f"{where}: unknown field {sorted(unknown)[0]!r}; {has}")
-        return cls(**{k: field_value(fields[k], v, where) for k, v in values.items()})
-    except (TypeError, AttributeError) as e:
-        raise BitflowError(f"{where} describes no {kind} ({e}); correct it or use another") from e
-
-# %% ../nbs/05_training.ipynb #654f1308
-def field_value(field, value, where):
-    "A config's field from JSON: an object becomes the dataclass of its default, a list a tuple."
-    if isinstance(value, dict):
-        return to_config(type(field.default_factory()), value, where)
-    return tuple(value) if isinstance(value, list) else value
-
-# %% ../nbs/05_training.ipynb #7a426def
-def read_config(folder: Path, kind: type):
-    "The `config.json` of a checkpoint, refused when it describes another kind of model."
-    path, needed = folder / "config.json", kind.__name__
-    try:
-        saved = json.loads(path.read_text())
-        found, values = saved["kind"], saved["config"]
-    except (FileNotFoundError, NotADirectoryError):
-        hint = "name a run folder or a checkpoint folder"
-        raise BitflowError(f"no checkpoint in {folder}: config.json is missing; {hint}") from None
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        raise BitflowError(f"{path} is damaged ({e}); use another checkpoint") from e
-    if found != needed:
-        hint = "name the other checkpoint"
-        raise BitflowError(f"{folder} holds a {found}, but a {needed} is needed here; {hint}")
-    return to_config(kind.Config, values, str(path))
-
-# %% ../nbs/05_training.ipynb #257e2055
-def read_tensors(path: Path) -> dict:
-    "The tensors of a safetensors file; pickles and damaged files are refused."
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        what = "the checkpoint is incomplete; use another one"
-        raise BitflowError(f"{path} is missing: {what}") from None
-    except (SafetensorError, OSError, ValueError) as e:
-        hint = "use another checkpoint (pickles are never loaded)"
-        raise BitflowError(f"{path} is no intact safetensors file ({e}); {hint}") from e
-
-# %% ../nbs/05_training.ipynb #b3bd0697
-def load_tensors(model: nn.Module, tensors: dict, where: Path):
-    "Put tensors into a model, naming the first that does not fit."
-    own = model.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        needed, found = (tuple(d[name].shape) if name in d else None for d in (own, tensors))
-        if needed != found:
-            what = f"{name} should have shape {needed}, the file has {found}"
-            raise BitflowError(f"{where} does not fit its config: {what}")
-    model.load_state_dict({name: spread_like(t, own[name]) for name, t in tensors.items()})
-
-# %% ../nbs/05_training.ipynb #2ffd8bef
-def checkpoints_of(run: Path) -> list:
-    "The finished checkpoints of a run, oldest first."
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
-# %% ../nbs/05_training.ipynb #7667e138
-def newest_checkpoint(folder: Path) -> Path:
-    "The folder itself where it is a checkpoint, else the newest checkpoint of a run."
-    if not folder.exists():
-        raise BitflowError(
-            f"checkpoint {folder} does not exist; name a run folder or a checkpoint folder"
-        )
-    found = checkpoints_of(folder)
-    return found[-1] if found else folder
-
-# %% ../nbs/05_training.ipynb #cc7b9f05
-def load_model(
-    folder: str | Path,  # a checkpoint, or a run (its newest checkpoint is taken)
-    kind: type,  # the class expected there, e.g. `TARFlow`
-    device: str = "cpu",
-) -> nn.Module:  # in evaluation mode, float32
-    "Load a model. Raises `BitflowError` if it is missing, damaged, or of another kind or shape."
-    folder = newest_checkpoint(Path(folder))
-    cfg, path = read_config(folder, kind), folder / "config.json"
-    try:
-        model = kind(cfg)
-    except (TypeError, RuntimeError) as e:
-        why = str(e).splitlines()[0]
-        raise BitflowError(f"no {kind.__name__} can be built from {path} ({why})") from e
-    tensors = read_tensors(folder / "model.safetensors")
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    load_tensors(model, tensors, folder)
-    return model.to(device).eval()
-
-# %% ../nbs/05_training.ipynb #cbcbad3d
-def gathered(tensors: dict, ranks: Alone) -> dict:
-    "Whole copies of named tensors on the main process's CPU, made one by one; empty elsewhere."
-    kept = {}
-    for name, t in tensors.items():
-        t = put_together(t.detach())
-        if ranks.main:
-            kept[name] = t.cpu().clone().contiguous()
-    return kept
-
-# %% ../nbs/05_training.ipynb #e0a9e5f0
-def write_state(
-    model: nn.Module,  # the averaged one
-    saved: dict,  # what `TrainState.state_dict` gave
-    folder: Path,
-):
-    "Write everything a checkpoint holds, and wait until it is on the disk."
-    counters = {"step": saved["step"], "seconds": saved["seconds"]}
-    counters["threads"] = torch.get_num_threads()
-    save_model(model, folder, saved["averaged"])
-    save_tensors(saved["training"], folder / "training_state.safetensors")
-    write_atomically(folder / "training_state.json", json.dumps(counters))
-    to_disk(folder)
-
-# %% ../nbs/05_training.ipynb #81b8be1a
-def discard(folder: Path):
-    "Hide a folder, then delete it: half of a deleted one must not look like a checkpoint."
-    hidden = folder.with_name(f".{folder.name}.old")
-    os.rename(folder, hidden)
-    shutil.rmtree(hidden)
-
-# %% ../nbs/05_training.ipynb #871b5b73
-def write_checkpoint(model: nn.Module, saved: dict, folder: Path, keep: int) -> Path:
-    "Write a checkpoint under another name, flush it, then rename it: there is never half of one."
-    final = folder / "checkpoints" / f"step-{saved['step']:08d}"
-    part = final.with_name(f".{final.name}.part")
-    with writing(folder):
-        clear_leftovers(folder)
-        write_state(model, saved, part)
-        put_in_place(part, final)
-        for old in checkpoints_of(folder)[:-keep]:
-            discard(old)
-    return final
-
-# %% ../nbs/05_training.ipynb #9b5fd1fe
-def save_checkpoint(
-    state: TrainState,
-    folder: Path,  # the run
-    keep: int = 2,  # newest checkpoints to keep
-) -> Path:
-    "A checkpoint of a run: put together by all processes, written by the main one."
-    saved = state.state_dict()
-    return state.ranks.on_main(lambda: write_checkpoint(state.averaged, saved, folder, keep))
-
-# %% ../nbs/05_training.ipynb #fe193ca7
-def put_in_place(part: Path, final: Path):
-    "Give a finished folder its name; one of that name (the same step, written again) makes way."
-    if final.exists():
-        discard(final)
-    os.rename(part, final)
-    to_disk(final.parent)
-
-# %% ../nbs/05_training.ipynb #bcbe5687
-def clear_leftovers(run: Path):
-    "Delete what interrupted writes and deletions left behind."
-    for left in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(left)
-
-# %% ../nbs/05_training.ipynb #2d7d3e3a
-def read_state(checkpoint: Path) -> dict:
-    "What `TrainState.load_state_dict` takes, read from a checkpoint in one go."
-    path = checkpoint / "training_state.json"
-    try:
-        counters = json.loads(path.read_text())
-        counters = {"step": int(counters["step"]), "seconds": float(counters["seconds"])}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BitflowError(f"{path} is missing or damaged ({e}); use another checkpoint") from e
-    averaged = read_tensors(checkpoint / "model.safetensors")
-    training = read_tensors(checkpoint / "training_state.safetensors")
-    return {"averaged": averaged, "training": training, **counters}
-
-# %% ../nbs/05_training.ipynb #9a806ce6
-def restore(state: TrainState, checkpoint: Path) -> TrainState:
-    "Take up a checkpoint, or say which one to delete."
-    try:
-        state.load_state_dict(read_state(checkpoint), checkpoint)
-    except BitflowError as e:
-        way_out = f"Delete {checkpoint} to go on from the one before it"
-        raise BitflowError(f"cannot go on from the newest checkpoint: {e}\n{way_out}") from e
-    return state
-
-# %% ../nbs/05_training.ipynb #fc76c726
-def first_difference(old, new, name: str = "") -> tuple:
-    "Where two nested dicts differ first: dotted name, old value, new value."
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return name, old, new
-    a, b = ({k: d.get(k, "nothing") for k in sorted(old.keys() | new.keys())} for d in (old, new))
-    key = next(k for k in a if a[k] != b[k])
-    return first_difference(a[key], b[key], f"{name}.{key}".lstrip("."))
-
-# %% ../nbs/05_training.ipynb #4e72e8f8
-def check_same_run(folder: Path, describe: dict, defaults: dict):
-    "Refuse a run that was made with other settings, and a folder that does not hold a run."
-    path, other = folder / "run.json", "name another folder with --out"
-    if not path.exists():
-        if any(p.suffix != ".part" for p in folder.iterdir()):
-            raise BitflowError(f"{folder} holds files but no run.json: it is no run; {other}")
-        return
-    try:
-        old = json.loads(path.read_text())
-    except ValueError as e:
-        raise BitflowError(f"{path} is damaged ({e}); {other}") from e
-    # an older version knew fewer fields, and other names
-    old = {**old, "train": {**defaults, **modern_fields(old.get("train", {}))}}
-    old["model"] = modern_fields(old.get("model", {}))
-    describe = {**describe, "train": {**defaults, **describe.get("train", {})}}
-    if old != describe:
-        key, was, now = first_difference(old, describe)
-        way_out = f"use the old setting, or {other}"
-        raise BitflowError(f"{folder} was made with {key} = {was}, not {now}; {way_out}")
-
-# %% ../nbs/05_training.ipynb #9b39dd0d
-def open_run(
-    folder: Path,  # the run's folder
-    describe: dict,  # what the run is: written to run.json, compared when it goes on
-    resume: bool,  # go on with what is there
-    defaults: dict = None,  # of describe["train"]: what an older run.json does not say
-) -> Path | None:  # the checkpoint to go on from
-    "Make a run folder, or take one up again. An existing run is never overwritten."
-    describe, defaults = json.loads(json.dumps([describe, defaults or {}]))
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not resume:
-            hint = "go on with --resume, or name another folder with --out"
-            raise BitflowError(f"{folder} exists already; {hint}")
-        check_same_run(folder, describe, defaults)
-        write_atomically(folder / "run.json", json.dumps(describe, indent=1) + "\n")
-    return checkpoints_of(folder)[-1] if checkpoints_of(folder) else None
-
-# %% ../nbs/05_training.ipynb #9057ca16
-def read_metrics(path: Path) -> list[dict]:
-    "The lines of a metrics file; a last line cut short by a crash is left out."
-    try:
-        lines = Path(path).read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except OSError as e:
-        hint = "name the metrics.jsonl of a run"
-        raise BitflowError(f"cannot read {path} ({e.strerror}); {hint}") from e
-    except ValueError as e:
-        raise BitflowError(f"{path} is damaged ({e}); remove the broken line") from e
-
-# %% ../nbs/05_training.ipynb #dffe8edb
-class MetricsLog:
-    "Metrics as JSON lines; a resumed run drops lines newer than its checkpoint."
-
-    def __init__(self, path: Path, step: int):
-        old = read_metrics(path) if path.exists() else []
-        with writing(path):
-            write_atomically(path, "".join(json.dumps(m) + "\n" for m in old if m["step"] <= step))
-            self.file = path.open("a", buffering=1)
-
-    def write(self, **metrics):
-        "Add a line, at once."
-        with writing(self.file.name):
-            self.file.write(json.dumps(metrics) + "\n")
-
-    def close(self):
-        "Nothing more will be written."
-        self.file.close()
-
 # %% ../nbs/05_training.ipynb #4e34dd36
-def check_shares(cfg: TrainConfig, ranks: Alone):
-    "Refuse processes that cannot have equally many pieces."
-    if cfg.pieces % ranks.size:
+DEFAULTS = dataclasses.asdict(TrainConfig())  # of what an older run.json does not say
+
+
+def check_shares(cfg: TrainConfig, processes: SingleProcess):
+    "Refuse processes that cannot have equally many microbatches."
+    if cfg.num_microbatches % processes.size:
         raise BitflowError(
-            f"{cfg.pieces} pieces of a batch cannot be shared equally by {ranks.size} processes; "
-            f"set pieces to a multiple of {ranks.size}"
+            f"{cfg.num_microbatches} microbatches cannot be shared equally by {processes.size} "
+            f"processes; set num_microbatches to a multiple of {processes.size}"
         )
 
 
-def lighten(model: nn.Module, cfg: TrainConfig):
+def apply_compile_and_checkpointing(model: nn.Module, cfg: TrainConfig):
     "Compile and checkpoint the layers of a model in training, as the config says."
-    if cfg.checkpointing:
+    if cfg.activation_checkpointing:
         checkpoint_layers(model)
     if cfg.compile:
         compile_layers(model)
-
-# %% ../nbs/05_training.ipynb #3f6d9a10
-DEFAULTS = dataclasses.asdict(TrainConfig())  # of what an older run.json does not say
 
 # %% ../nbs/05_training.ipynb #85b4af39
 def begin(
@@ -732,119 +337,57 @@ def begin(
     cfg: TrainConfig,
     folder: Path,
     resume: bool,
-    describe: dict,
+    describe: dict | None,
     loss_fn=None,
-    ranks: Alone = ALONE,
+    processes: SingleProcess = SINGLE_PROCESS,
 ) -> tuple:  # the state, fresh or from the newest checkpoint; the loss function to train with
-    "Open the run's folder."
+    "Open the run's folder, or take it up again."
     run = {"train": dataclasses.asdict(cfg), "model": dataclasses.asdict(model.cfg)}
     run.update(describe or {})
-    check_shares(cfg, ranks)
-    checkpoint = ranks.agree(ranks.on_main(lambda: open_run(folder, run, resume, DEFAULTS)))
+    check_shares(cfg, processes)
+    opened = processes.on_rank_zero(lambda: open_run(folder, run, resume, DEFAULTS))
+    checkpoint = processes.broadcast(opened)
     averaged = averaged_copy(model)
-    lighten(model, cfg)
-    loss_fn = ranks.prepare(model, averaged, loss_fn)
-    state = new_state(model, cfg, averaged, ranks)
+    apply_compile_and_checkpointing(model, cfg)
+    loss_fn = processes.prepare(model, averaged, loss_fn)
+    state = new_state(model, cfg, averaged, processes)
     return (restore(state, checkpoint) if checkpoint else state), loss_fn
 
-# %% ../nbs/05_training.ipynb #901c39cb
-def step_or_stop(state: TrainState, loss: Tensor, cfg: TrainConfig, folder: Path) -> Tensor:
-    "`optimizer_step`, or a `BitflowError` that names the step and the last good checkpoint."
-    try:
-        return optimizer_step(state, loss, cfg)
-    except FloatingPointError as e:
-        raise BitflowError(stopped(state, e, folder)) from e
-
 # %% ../nbs/05_training.ipynb #5630bca7
-def stopped(state: TrainState, error: Exception, folder: Path) -> str:
-    "What to tell the user when the loss is no longer finite."
-    good = checkpoints_of(folder)
-    last = good[-1] if good else "none yet"
-    way_out = "load its weights and train them" if good else "train"
-    return (
-        f"training stopped at step {state.step}: {error}. Last good checkpoint: {last}; "
-        f"{way_out} in another folder, with a lower learning rate or a longer warm-up"
-    )
+@contextmanager
+def explain_divergence(state: TrainState, folder: Path):
+    "A `FloatingPointError` inside becomes a `BitflowError` that says where to go on from."
+    try:
+        yield
+    except FloatingPointError as e:
+        good = checkpoints_of(folder)
+        last = good[-1] if good else "none yet"
+        way_out = "load its weights and train them" if good else "train"
+        raise BitflowError(
+            f"training stopped at step {state.step}: {e}. Last good checkpoint: {last}; "
+            f"{way_out} in another folder, with a lower learning rate or a longer warm-up"
+        ) from e
 
 # %% ../nbs/05_training.ipynb #b92a691d
 def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
     "Whether what happens every so many steps, and at the end of the budget, happens now."
     return state.step % every == 0 or progress_of(state, cfg) >= 1
 
-# %% ../nbs/05_training.ipynb #5591a74b
-def log_step(
-    log: MetricsLog, bar, state: TrainState, loss: Tensor, norm: Tensor, metrics: dict, watcher=None
-):
-    "A line of metrics.jsonl with the means over all processes, and the loss on the progress bar."
-    mean_loss, *means = state.ranks.mean([loss.detach(), *metrics.values()])
-    line = {"step": state.step, "loss": mean_loss, "grad_norm": norm.item()}
-    line["lr"] = state.optimizer.param_groups[0]["lr"]
-    line["seconds"] = round(state.seconds, 3)
-    for name, value in zip(metrics, means):
-        line.setdefault(name, value)
-    if state.ranks.main:
-        log.write(**line)
-        if watcher:
-            watcher.metrics(state.step, line)
-    bar.set_postfix(loss=f"{mean_loss:.4f}")
-
-# %% ../nbs/05_training.ipynb #a15efc3f
-def save_grid(
-    image,  # uint8 `(H, W, 3)`
-    path: Path,  # folders on the way are made
-):
-    "Write a uint8 `(H, W, 3)` picture as PNG."
-    from PIL import Image
-
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-
-# %% ../nbs/05_training.ipynb #77790daf
-def progress_bar(state: TrainState, cfg: TrainConfig):
-    "A bar on the error output that counts steps."
-    name, hidden = type(state.averaged).__name__, not state.ranks.main
-    steps = {"total": cfg.steps, "initial": state.step, "unit": "step"}
-    return tqdm(**steps, desc=name, mininterval=1.0, disable=hidden)
-
-# %% ../nbs/05_training.ipynb #054c4be5
-def whole_model(state: TrainState) -> nn.Module:
-    "The averaged model, put together on the main process where it is spread. All must ask."
-    if not any(hasattr(p, "full_tensor") for p in state.averaged.parameters()):
-        return state.averaged
-    tensors = gathered(state.averaged.state_dict(), state.ranks)
-    if not state.ranks.main:
-        return state.averaged
-    model = type(state.averaged)(state.averaged.cfg)
-    model.load_state_dict(tensors)
-    return model.to(next(state.averaged.parameters()).device).eval().requires_grad_(False)
-
-# %% ../nbs/05_training.ipynb #6a290c91
-def draw_grid(state: TrainState, sampler, folder: Path, watcher=None):
-    "A sample grid of the averaged model, drawn by the main process; the samples to the watcher."
-    model, path = whole_model(state), folder / "samples" / f"step-{state.step:08d}.png"
-
-    def draw():
-        drawn = sampler(model)
-        save_grid(getattr(drawn, "picture", drawn), path)
-        if watcher:
-            watcher.samples(state.step, drawn.x)
-
-    state.ranks.on_main(draw)
-
 # %% ../nbs/05_training.ipynb #0ebca292
 def training_loop(
-    state: TrainState, loss_fn, data: Images, cfg: TrainConfig, folder: Path, log, sampler, watcher
+    state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig, folder: Path, log, sampler, watcher
 ):
     "From the state's step to the end of the budget."
     start = time.perf_counter() - state.seconds
-    with progress_bar(state, cfg) as bar:
+    with progress_bar(state, cfg.steps) as bar:
         while progress_of(state, cfg) < 1:
             loss, metrics = forward_backward(state, loss_fn, data, cfg)
-            norm = step_or_stop(state, loss, cfg, folder)
+            with explain_divergence(state, folder):
+                norm = clip_and_step(state, loss, cfg)
+            update_ema(state.averaged, state.model, cfg.ema, state.step)
             state.step, state.seconds = state.step + 1, time.perf_counter() - start
             if cfg.minutes:  # the schedule follows one clock
-                state.seconds = state.ranks.mean([state.seconds])[0]
+                state.seconds = state.processes.all_reduce_mean([state.seconds])[0]
             bar.update()
             if due(state, cfg, cfg.log_every):
                 log_step(log, bar, state, loss, norm, metrics, watcher)
@@ -853,69 +396,33 @@ def training_loop(
             if due(state, cfg, cfg.checkpoint_every):
                 save_checkpoint(state, folder)
 
-# %% ../nbs/05_training.ipynb #6c2a91d7
-@contextmanager
-def instruments(state: TrainState, folder: Path, watch):
-    "The metrics log and the watcher of a run, open; None where this process has none."
-    ranks = state.ranks
-    log = ranks.on_main(lambda: MetricsLog(folder / "metrics.jsonl", state.step))
-    watcher = ranks.on_main(lambda: watch(folder, state.step)) if watch else None
-    with closing(log) if log else nullcontext(), closing(watcher) if watcher else nullcontext():
-        yield log, watcher
-
 # %% ../nbs/05_training.ipynb #fd37ff52
 def train(
     model: nn.Module,  # trained in place
     loss_fn,  # (model, x, c, generator) → (loss, dict of scalars to log)
-    data: Images,  # training images
+    data: Dataset,  # training images
     cfg: TrainConfig,
-    folder: Path,  # the run: run.json, metrics.jsonl, checkpoints/, samples/
+    folder: str | Path,  # the run: run.json, metrics.jsonl, checkpoints/, samples/
     resume: bool = False,  # go on from the newest checkpoint
     sampler=None,  # (averaged model) → image grid, uint8 `(H, W, 3)`, drawn while training
-    describe: dict = None,  # more to write to run.json
+    describe: dict | None = None,  # more to write to run.json
     on_start=None,  # called with (folder, step) once the run is open
-    ranks: Alone = ALONE,  # the processes that train together
-    watch=None,  # (folder, step) → who sees metrics and samples meanwhile: `watching.Watcher`
+    processes: SingleProcess = SINGLE_PROCESS,  # the processes that train together
+    watch=None,  # (folder, step) → who sees metrics and samples meanwhile: `scale.watching.Watcher`
 ) -> nn.Module:  # the averaged model, in evaluation mode
-    "The loop of both stages. Raises `BitflowError` when the loss is no longer finite."
+    """The loop of both stages. Raises `BitflowError` when the loss is no longer finite.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from bitflow_edu import TARFlow, find_preset, load_data
+    >>> from bitflow_edu.tarflow import forward_loss
+    >>> preset, cfg = find_preset("mnist-mini-smoke"), TrainConfig(steps=2)
+    >>> with TemporaryDirectory() as run:
+    ...     F = train(TARFlow(preset.forward), forward_loss, load_data(preset.data), cfg, run)
+    """
     folder = Path(folder)
-    state, loss_fn = begin(model, cfg, folder, resume, describe, loss_fn, ranks)
+    state, loss_fn = begin(model, cfg, folder, resume, describe, loss_fn, processes)
     if on_start:
-        ranks.on_main(lambda: on_start(folder, state.step))
-    with instruments(state, folder, watch) as (log, watcher):
+        processes.on_rank_zero(lambda: on_start(folder, state.step))
+    with open_logs(state, folder, watch) as (log, watcher):
         training_loop(state, loss_fn, data, cfg, folder, log, sampler, watcher)
     return whole_model(state)
-
-# %% ../nbs/05_training.ipynb #0d77a137
-def kept_model(
-    name: str,  # below `data/chapters/`, e.g. "11-naive"
-    kind: type,  # its class
-    fit,  # (folder) → the model, trained there by `train`
-) -> tuple[nn.Module, list[dict]]:  # in evaluation mode; the metrics of its training
-    "A chapter's small model: the course's own or, where RETRAIN is set, one trained by `fit`."
-    wanted = os.environ.get("RETRAIN", "")
-    if wanted == "1":
-        with tempfile.TemporaryDirectory() as room:
-            run = Path(room) / "run"
-            return fit(run), read_metrics(run / "metrics.jsonl")
-    if wanted in ("", "0"):
-        try:
-            folder = asset(f"chapters/{name}")
-        except BitflowError:
-            hint = "set RETRAIN=1 to train it"
-            raise BitflowError(f"no model {name!r} comes with the course; {hint}") from None
-    else:
-        folder = fit_into(Path(wanted) / name, fit)
-    return load_model(folder, kind), read_metrics(folder / "metrics.jsonl")
-
-# %% ../nbs/05_training.ipynb #5b1f0c4e
-def fit_into(folder: Path, fit) -> Path:
-    "Train a chapter's small model and store it, with its metrics, in a new folder."
-    if folder.exists():
-        raise BitflowError(f"{folder} exists already; set RETRAIN to another folder, or remove it")
-    with tempfile.TemporaryDirectory() as room:
-        run = Path(room) / "run"
-        save_model(fit(run), folder, dtype=torch.float16)
-        with writing(folder):
-            shutil.copy(run / "metrics.jsonl", folder)
-    return folder

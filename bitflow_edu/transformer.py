@@ -13,12 +13,11 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .data import BitflowError
+from .io.files import BitflowError
 
 # %% auto #0
-__all__ = ['NORMS', 'MLPS', 'MODERN', 'attend', 'RMSNorm', 'GeluMLP', 'SwiGLU', 'TransformerConfig', 'raster_coordinates',
-           'rotary_angles', 'rotate', 'Attention', 'Layer', 'Transformer', 'KVCache', 'checkpoint_layers',
-           'find_compiler', 'compile_layers']
+__all__ = ['NORMS', 'MLPS', 'MODERN', 'attend', 'RMSNorm', 'SwiGLU', 'TransformerConfig', 'rotary_angles', 'rotate', 'Layer',
+           'Transformer', 'KVCache', 'checkpoint_layers', 'find_compiler', 'compile_layers']
 
 # %% ../nbs/04_transformer.ipynb #c84e4146
 def attend(
@@ -54,7 +53,7 @@ class RMSNorm(nn.Module):
         "Tokens `(…, width)` to the same shape."
         return nnf.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
-# %% ../nbs/04_transformer.ipynb #721c24fa
+
 NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 # %% ../nbs/04_transformer.ipynb #e9a96461
@@ -86,7 +85,7 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
         return self.down(nnf.silu(gate) * up)
 
-# %% ../nbs/04_transformer.ipynb #21f8cc43
+
 MLPS = {"gelu": GeluMLP, "swiglu": SwiGLU}
 MODERN = dict(norm="rms", mlp="swiglu", rotary=True, qk_norm=True)
 

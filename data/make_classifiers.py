@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as nnf
 
-from bitflow_edu.data import DataConfig, load_data
+from bitflow_edu.data import load_data
 from bitflow_edu.distances import FeatureNet, FeatureNetConfig, load_feature_net
 from bitflow_edu.evaluation import (
     Classifier,
@@ -27,10 +27,11 @@ from bitflow_edu.evaluation import (
     accuracy,
     classifier_loss,
     load_classifier,
-    measurement,
-    save_results,
 )
-from bitflow_edu.training import TrainConfig, save_model, train
+from bitflow_edu.io.datasets import DataConfig
+from bitflow_edu.io.models import save_model
+from bitflow_edu.io.results import measurement, save_results
+from bitflow_edu.training import TrainConfig, train
 
 HERE = Path(__file__).resolve().parent
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from bitflow_edu.cli import load_any
-from bitflow_edu.evaluation import load_result
-from bitflow_edu.hub import Pair, model_card, save_pretrained
+from bitflow_edu.cli.describe import load_any
+from bitflow_edu.io.results import load_result
+from bitflow_edu.lab.hub import Pair, save_pretrained
+from bitflow_edu.lab.model_card import model_card
 
 HERE = Path(__file__).resolve().parent
 

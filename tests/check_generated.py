@@ -1,8 +1,10 @@
-"""Fail when nbdev_clean, nbdev_export or the README would leave a difference: new files count.
+"""Fail when nbdev_clean, nbdev_export or the README would leave a difference, in any folder.
 
-What is compared is the state before and after, so that uncommitted work does not matter.
+New files count, and so do modules that no notebook writes any more. What is compared is the
+state before and after, so that uncommitted work does not matter.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,16 @@ def state():
     return found
 
 
+def orphans():
+    """Modules whose notebook was moved or deleted: nbdev_export leaves them where they are."""
+    found = []
+    for path in sorted((ROOT / "bitflow_edu").rglob("*.py")):
+        source = re.search(r"File to edit: (\S+\.ipynb)", path.read_text(encoding="utf-8"))
+        if source and not (path.parent / source[1]).exists():
+            found.append(str(path.relative_to(ROOT)))
+    return found
+
+
 def main():
     """Run the generators and name what they changed."""
     before, bin_ = state(), Path(sys.executable).parent
@@ -33,6 +45,8 @@ def main():
     if changed:
         by = "changed by nbdev_clean, nbdev_export or make_readme.py, commit the result: "
         sys.exit(by + ", ".join(changed))
+    if left := orphans():
+        sys.exit("no notebook writes these any more, delete them: " + ", ".join(left))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ import os
 os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
+from commands import GLOW, SMOKE, run
 
-from bitflow_edu.data import DataConfig, load_data
-from bitflow_edu.pipeline import build
+from bitflow_edu.data import load_data
+from bitflow_edu.io.datasets import DataConfig
+from bitflow_edu.io.models import build
 from bitflow_edu.reverse_model import ReverseConfig, ReverseModel
 from bitflow_edu.tarflow import TARFlow, TARFlowConfig
 from bitflow_edu.transformer import MODERN, TransformerConfig
@@ -70,3 +72,21 @@ def small_reverse(flow, modern=True, seed=1, **kw):
 def digits():
     """The embedded test images at the preset's size."""
     return load_data(DataConfig("mnist-mini", 16), "test")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """F and G of the smoke preset, trained by the commands."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(f"train forward {SMOKE} --steps 10 --out {folder}/f")
+    run(f"train reverse {SMOKE} --steps 10 --forward {folder}/f --out {folder}/g")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glow(tmp_path_factory):
+    """A coupling flow, trained for its likelihood and gone on with."""
+    folder = tmp_path_factory.mktemp("glow") / "glow"
+    run(f"train forward {GLOW} --steps 4 --out {folder}")
+    run(f"train forward {GLOW} --steps 4 --out {folder} --resume")
+    return folder

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Count the false alarms of `bitflow_edu.watching`; writes results/watching.json.
+"""Count the false alarms of `bitflow_edu.scale.alarms`; writes results/watching.json.
 
 Usage: survey_alarms.py RUNS [RUNS …] [--data-root DATA] [--results DIR]
 RUNS are folders of trainings (searched for metrics.jsonl); DATA holds CIFAR-10, left out without.
@@ -11,23 +11,25 @@ from pathlib import Path
 
 import torch
 
-from bitflow_edu.data import BitflowError, DataConfig, described, load_data
-from bitflow_edu.evaluation import measurement, save_results
-from bitflow_edu.hub import load_pretrained
-from bitflow_edu.pipeline import draw, noise_for
-from bitflow_edu.training import read_metrics
-from bitflow_edu.watching import (
+from bitflow_edu.data import load_data
+from bitflow_edu.io.checkpoints import read_metrics
+from bitflow_edu.io.datasets import DataConfig, described
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.results import measurement, save_results
+from bitflow_edu.lab.hub import load_pretrained
+from bitflow_edu.lab.sampling import draw, exact_sampler, noise_for, one_pass_sampler
+from bitflow_edu.scale.alarms import (
     EXCURSION,
     GROUPS,
     LEAST,
-    SPREADS,
     WINDOW,
     alike,
     check_samples,
-    reference_of,
     restlessness,
+    sample_reference_of,
     watch_labels,
 )
+from bitflow_edu.scale.failures import SPREADS
 
 
 def kind_of(path: str) -> str:
@@ -80,11 +82,11 @@ def of_digits() -> list:
     """Real digits, and samples of the pair that comes with the course."""
     train, test = (load_data(DataConfig(), split) for split in ("train", "test"))
     (F, G), labels = load_pretrained("mnist-mini"), watch_labels(train.labels)
-    clean = reference_of(train, labels, F.cfg.patch_size)
-    noisy = reference_of(train, labels, F.cfg.patch_size, F.cfg.noise_std)
+    clean = sample_reference_of(train, labels, F.cfg.patch_size)
+    noisy = sample_reference_of(train, labels, F.cfg.patch_size, F.cfg.noise_std)
     z = [noise_for(F.cfg, len(labels), seed) for seed in range(50)]
-    one_pass = [draw("one-pass", F, G, noise, labels) for noise in z]
-    exact = [draw("exact", F, G, noise, labels) for noise in z[:10]]
+    one_pass = [draw(one_pass_sampler(G), noise, labels) for noise in z]
+    exact = [draw(exact_sampler(F), noise, labels) for noise in z[:10]]
     return [
         *of_groups("100 test digits", clean, groups_of(test, labels, 200)),
         *of_groups("100 samples of G", clean, one_pass),
@@ -104,7 +106,7 @@ def of_photographs(root: Path) -> list:
     train, test = (load_data(cfg, split, root) for split in ("train", "test"))
     labels = watch_labels(train.labels)
     name = "CIFAR-10 (JPEG copy)" if "copy" in described(cfg, root) else "CIFAR-10"
-    normal, groups = reference_of(train, labels, 4), groups_of(test, labels, 100)
+    normal, groups = sample_reference_of(train, labels, 4), groups_of(test, labels, 100)
     return of_groups(f"100 test images of {name}", normal, groups)
 
 

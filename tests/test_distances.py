@@ -5,20 +5,22 @@ import importlib
 import pytest
 import torch
 
-from bitflow_edu import distances
-from bitflow_edu.config import ObjectiveConfig
-from bitflow_edu.data import BitflowError
+import bitflow_edu.distances as distances
 from bitflow_edu.distances import (
     DISTANCES,
     OFFLINE,
+    adaptive,
     as_photos,
     feature_distance,
-    fetched,
     find_distance,
     load_feature_net,
+    load_weights,
+    mixture,
 )
 from bitflow_edu.inverse_strategies import mse
-from bitflow_edu.pipeline import image_distance
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.lab.presets import ObjectiveConfig
+from bitflow_edu.lab.recipes import image_distance
 
 SHIFT_TOLERANT = ("stlpips_pytorch", "torchsummary", "IPython")
 PACKAGES = {
@@ -103,7 +105,7 @@ def test_a_failure_without_a_word_is_still_told():
         raise OSError
 
     with pytest.raises(BitflowError, match="OSError"):
-        fetched(speechless, "weights")
+        load_weights(speechless, "weights")
 
 
 def test_small_images_are_enlarged_and_large_ones_left():
@@ -130,3 +132,31 @@ def test_a_distance_of_ones_own_trains_by_its_name(monkeypatch):
     assert image_distance(both, "cpu")(a, b).isfinite().all() and asked == ["cpu"] * 3
     without = image_distance(ObjectiveConfig(features=("mine",)), "cpu")
     assert without(a, b).equal(mse(a, b)) and len(asked) == 3, "weight 0 asks for none"
+
+
+def test_adaptive_weights_pull_alike_whatever_the_unit():
+    a, b = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+
+    def pull(distance):
+        return torch.autograd.grad(distance(a, b).sum(), a)[0]
+
+    torch.testing.assert_close(pull(adaptive(mse, p=0.0)), pull(mse))
+    d = mse(a, b).detach()
+    weighted = pull(mse) * (d + 0.1)[:, None] ** -0.5
+    torch.testing.assert_close(pull(adaptive(mse, p=0.5, c=0.1)), weighted)
+
+    def in_another_unit(u, v):
+        return 100 * mse(u, v)
+
+    scaled, plain = (adaptive(d, p=1.0, c=0.0) for d in (in_another_unit, mse))
+    torch.testing.assert_close(pull(scaled), pull(plain))
+
+
+def test_feature_distance_and_mixture(digits):
+    d = feature_distance(load_feature_net())
+    x = digits.x[:6]
+    torch.testing.assert_close(d(x, x), torch.zeros(6), atol=1e-5, rtol=0)
+    same, other = d(x, x + 0.05), d(x, x.flip(0))
+    assert d(x, x).shape == (6,) and (other > same).all()
+    mixed = mixture((2.0, mse), (0.5, d))
+    torch.testing.assert_close(mixed(x, x.flip(0)), 2 * mse(x, x.flip(0)) + 0.5 * other)

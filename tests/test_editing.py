@@ -6,11 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import small_flow, small_reverse
 from PIL import Image
 
 from bitflow_edu import editing
-from bitflow_edu.data import BitflowError, Images, patchify
+from bitflow_edu.data import Images, patchify
 from bitflow_edu.editing import (
     Editor,
     auc,
@@ -38,7 +37,9 @@ from bitflow_edu.editing import (
 from bitflow_edu.exact_inverse import exact_inverse
 from bitflow_edu.guidance import guided_pass
 from bitflow_edu.inverse_strategies import mse
+from bitflow_edu.io.files import BitflowError
 from bitflow_edu.reverse_model import one_pass
+from conftest import small_flow, small_reverse
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,24 @@
-"""Metrics against references, the judge, and the results file."""
+"""Metrics against references, and the judge."""
 
-import json
+import time
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from bitflow_edu.data import BitflowError, DataConfig, load_data
+from bitflow_edu.data import load_data
 from bitflow_edu.evaluation import (
     accuracy,
     as_stored,
     fd,
-    figure,
     frechet_distance,
     load_classifier,
     matrix_sqrt,
-    measurement,
-    save_results,
     timed,
 )
+from bitflow_edu.io.datasets import DataConfig
+from bitflow_edu.io.files import BitflowError
 
 
 def scipy_fd(a, b):
@@ -75,23 +74,20 @@ def test_the_judge_notices_what_it_should(digits):
     assert floor < noisy[0] < noisy[1] and floor < no_sevens
 
 
-def test_results_file_has_the_shape_everything_reads(tmp_path):
-    found = [
-        measurement("exact", "ms_per_image", 2.5, "ms", 15, batch=1),
-        measurement("exact", "ms_per_image", 0.5, "ms", 15, batch=64),
-    ]
-    run = ("try", "mnist-mini", "bitflow demo", {"a": 1})
-    path = save_results(tmp_path / "results", *run, found, 1.23)
-    result = json.loads(path.read_text())
-    keys = "name preset command commit date wall_s hardware versions config measurements"
-    assert list(result) == keys.split()
-    assert figure(result, "exact", "ms_per_image", 64) == 0.5 and result["measurements"] == found
-    with pytest.raises(BitflowError, match="one-pass"):
-        figure(result, "one-pass", "ms_per_image")
+def test_timed_gives_median_and_quartiles(monkeypatch):
+    """On a clock that the calls themselves move: 5 ms each to warm up, then 10, 20, … 70 ms."""
+    clock, durations = [0.0], iter([5, 5, *range(10, 80, 10)])
+    monkeypatch.setattr("bitflow_edu.evaluation.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+
+    def call():
+        clock[0] += next(durations) / 1000
+
+    t = timed(call, repeats=7, warmup=2)
+    assert (t["low_ms"], t["median_ms"], t["high_ms"]) == pytest.approx((20, 40, 60))
+    assert t["repeats"] == 7 and next(durations, None) is None
 
 
 def test_timed_measures_time():
-    import time
-
     t = timed(lambda: time.sleep(0.01), repeats=10, warmup=1)
-    assert 10 <= t["low_ms"] <= t["median_ms"] <= t["high_ms"] < 100 and t["repeats"] == 10
+    assert 10 <= t["low_ms"] <= t["median_ms"] <= t["high_ms"] and t["repeats"] == 10

@@ -5,14 +5,21 @@ import warnings
 
 import pytest
 import torch
-from conftest import small_flow, small_reverse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitflow_edu.data import BitflowError
-from bitflow_edu.guidance import both_branches, draw_scales, guided_pass, guided_run, push, unpush
+from bitflow_edu.guidance import (
+    cfg_apply_block,
+    cfg_extrapolate,
+    cfg_recover,
+    draw_scales,
+    guided_pass,
+    guided_run,
+)
 from bitflow_edu.inverse_strategies import reverse_loss
+from bitflow_edu.io.files import BitflowError
 from bitflow_edu.reverse_model import one_pass, sample_noise
+from conftest import small_flow, small_reverse
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +52,20 @@ scale = st.floats(0, 20)
 @given(scale, st.integers(0, 1000))
 def test_push_and_unpush_are_inverse(w, seed):
     a, b = torch.randn(2, 3, 5, generator=generator(seed), dtype=torch.float64)
-    assert torch.allclose(push(unpush(a, b, w), b, w), a)
-    assert torch.allclose(unpush(push(a, b, w), b, w), a)
-    assert torch.allclose(push(a, b, w) - b, (1 + w) * (a - b))
-    assert torch.allclose(push(a, a, w), a)
-    assert torch.equal(push(a, b, 0), a) and torch.equal(unpush(a, b, 0), a)
+    assert torch.allclose(cfg_extrapolate(cfg_recover(a, b, w), b, w), a)
+    assert torch.allclose(cfg_recover(cfg_extrapolate(a, b, w), b, w), a)
+    assert torch.allclose(cfg_extrapolate(a, b, w) - b, (1 + w) * (a - b))
+    assert torch.allclose(cfg_extrapolate(a, a, w), a)
+    assert torch.equal(cfg_extrapolate(a, b, 0), a) and torch.equal(cfg_recover(a, b, 0), a)
 
 
 @settings(max_examples=50, deadline=None)
 @given(scale, scale)
 def test_pushing_twice_multiplies(w, v):
     a, b = torch.randn(2, 7, generator=generator(), dtype=torch.float64)
-    assert torch.allclose(push(push(a, b, w), b, v), push(a, b, w + v + w * v))
+    assert torch.allclose(
+        cfg_extrapolate(cfg_extrapolate(a, b, w), b, v), cfg_extrapolate(a, b, w + v + w * v)
+    )
 
 
 def test_scale_zero_is_one_pass(plain):
@@ -74,10 +83,12 @@ def test_every_block_is_pushed(flow, options):
     none, w = -torch.ones_like(c), torch.rand(4, flow.cfg.num_blocks + 1, generator=generator())
 
     def by_hand(block, h, i):
-        return push(block(h, c), block(h, none), w[:, i, None, None])
+        return cfg_extrapolate(block(h, c), block(h, none), w[:, i, None, None])
 
     with torch.no_grad():
-        assert torch.allclose(guided_pass(model, z, c, w), model.walk(z, by_hand).image, atol=1e-5)
+        assert torch.allclose(
+            guided_pass(model, z, c, w), model.run_blocks(z, by_hand).image, atol=1e-5
+        )
 
 
 def test_one_scale_is_the_same_scale_for_each_block(plain):
@@ -164,9 +175,11 @@ def test_the_compared_state_is_the_weighted_mean(guided):
         h = guided.embed(z)
         a, b = (guided.blocks[last](h, k, w[:, last]) for k in (c, -torch.ones_like(c)))
         out = guided_run(True)(guided, z, c, generator())
-        assert torch.allclose(out.hidden[last], unpush(a, b, w[:, last, None, None]), atol=1e-5)
-        state = both_branches(guided, c, w, push)(guided.blocks[last], h, last)
-    assert torch.allclose(state, push(a, b, w[:, last, None, None]), atol=1e-5)
+        assert torch.allclose(
+            out.hidden[last], cfg_recover(a, b, w[:, last, None, None]), atol=1e-5
+        )
+        state = cfg_apply_block(guided, c, w, cfg_extrapolate)(guided.blocks[last], h, last)
+    assert torch.allclose(state, cfg_extrapolate(a, b, w[:, last, None, None]), atol=1e-5)
 
 
 def test_training_teaches_w_and_leaves_F_alone(flow, guided):

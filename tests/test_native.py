@@ -1,6 +1,7 @@
 """The native inverse and one pass against the same in PyTorch."""
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -8,19 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitflow_edu import bench
-from bitflow_edu.data import BitflowError, asset
-from bitflow_edu.exact_inverse import GUIDANCE, Guidance, exact_trajectory, pack
-from bitflow_edu.native import NativeInverse, NativePass, build_library
-from bitflow_edu.pipeline import build
+from bitflow_edu.exact_inverse import exact_trajectory
+from bitflow_edu.excursions.compiled import pack
+from bitflow_edu.excursions.native import NativeInverse, NativePass, build_library
+from bitflow_edu.guidance import GUIDANCE, Guidance
+from bitflow_edu.io.files import BitflowError, asset
+from bitflow_edu.io.models import build, load_model
+from bitflow_edu.lab import bench
 from bitflow_edu.reverse_model import ReverseConfig, ReverseModel, one_pass, sample_noise
 from bitflow_edu.tarflow import TARFlow, TARFlowConfig
-from bitflow_edu.training import load_model
 from bitflow_edu.transformer import MODERN, TransformerConfig, find_compiler
+from conftest import shake
 
 SMALL = dict(image_size=6, patch_size=2, num_classes=3, num_blocks=2)
 
@@ -47,7 +49,7 @@ def assert_same(flow, N, guidance=None, *flags):
 @needs_compiler
 @pytest.mark.parametrize("width,head_dim,num_layers", [(32, 16, 2), (96, 48, 2), (64, 64, 3)])
 @pytest.mark.parametrize("guidance", GUIDANCES)
-def test_it_is_the_walk(width, head_dim, num_layers, guidance):
+def test_it_is_token_by_token_decoding(width, head_dim, num_layers, guidance):
     assert_same(small_flow(width, head_dim, num_layers), 5, guidance)
 
 
@@ -160,7 +162,7 @@ def test_what_it_cannot_do_is_refused():
 def test_noise_of_another_shape_is_refused():
     flow = small_flow()
     for z in (torch.randn(2, 3, 4), torch.randn(3, 9, 4), torch.randn(2, 9, 4).double()):
-        with pytest.raises(BitflowError, match="does not fit"):
+        with pytest.raises(BitflowError, match=re.escape(str(tuple(z.shape)))):
             NativeInverse(flow)(z, torch.tensor([0, 1]))
 
 
@@ -224,7 +226,7 @@ def test_a_failing_compiler_is_quoted():
 def test_import_builds_nothing():
     """A course that runs without a compiler must import without one."""
     without = "import shutil; shutil.which = lambda *a: None"
-    program = f"{without}; import bitflow_edu.native, bitflow_edu.bench"
+    program = f"{without}; import bitflow_edu.excursions.native, bitflow_edu.lab.bench"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -235,12 +237,14 @@ def test_the_benches_know_it():
     cfg = ReverseConfig(**SMALL, transformer=flow.cfg.transformer)
     G = shake(build(ReverseModel, cfg, 0))
     z, c = sample_noise(flow.cfg, 2), torch.tensor([0, 2])
-    ways = bench.pair_ways(flow, G, z, c, 0.0, 1e-4, 2, compiled=True)
-    torch.testing.assert_close(ways["native"](), ways["exact"](), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ways["one pass, native"](), ways["one pass"](), rtol=1e-4, atol=1e-4)
-    assert "native" not in bench.walking_ways(flow, z, c, 0.0, compiled=False)
+    calls = bench.inverse_calls(flow, z, c, 0.0, 1e-4, 2, compiled=True)
+    calls |= bench.one_pass_calls(G, z, c) | bench.compiled_one_pass_calls(G, z, c)
+    torch.testing.assert_close(calls["native"](), calls["exact"](), rtol=1e-4, atol=1e-4)
+    native, plain = calls["one-pass, native"](), calls["one-pass"]()
+    torch.testing.assert_close(native, plain, rtol=1e-4, atol=1e-4)
+    assert "native" not in bench.decoding_calls(flow, z, c)
     narrow = small_flow(width=16, head_dim=8)
-    assert "native" not in bench.walking_ways(narrow, z, c, 0.0, compiled=True)
+    assert "native" not in bench.compiled_decoding_calls(narrow, z, c)
 
 
 @needs_compiler

@@ -1,0 +1,58 @@
+"""`bitflow info`: presets of every size, files, checkpoints, and what they cost."""
+
+import re
+
+import pytest
+from commands import refused, run
+
+from bitflow_edu.cli.main import main
+from bitflow_edu.lab.preset_fields import read_preset
+from bitflow_edu.lab.presets import PRESETS, find_preset
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_info(preset, capsys):
+    run(f"info --preset {preset}")
+    said = capsys.readouterr().out
+    assert "parameters" in said and "FLOP" in said
+
+
+def test_info_of_a_checkpoint(runs, capsys):
+    run(f"info --checkpoint {runs}/g")
+    assert "ReverseModel" in capsys.readouterr().out
+
+
+def test_info_writes_reads_and_lists(tmp_path, capsys):
+    path = tmp_path / "new" / "p.yaml"
+    clipped = ["--preset", "imagenet256-b2-smoke", "--forward.clip", "2"]
+    assert main(["info", *clipped, "--yaml", str(path)]) == 0
+    assert read_preset(path, find_preset("mnist-mini")).forward.clip == 2
+    assert main(["info", "--config", str(path)]) == 0
+    assert "imagenet256-b2-smoke" in capsys.readouterr().out
+    assert main(["info", "--config", str(path), "--fields"]) == 0
+    said = capsys.readouterr().out
+    for words in ("--forward.transformer.width INT", "features a token", "default: 64"):
+        assert words in said
+    refused(f"info --yaml {path}", capsys, "exists already", "--yaml")
+    refused(f"info --config {tmp_path}/none.yaml", capsys, "none.yaml", "--yaml")
+    meant = "did you mean forward.transformer.width"
+    refused("info --forward.transformer.widht 3", capsys, meant, "--fields")
+    refused("info --mfu 1.5", capsys, "--mfu 1.5")
+    refused("info --peak-tflops 0", capsys, "--peak-tflops 0")
+    sample = "sample --checkpoint x --data.image-size 3"
+    refused(sample, capsys, "--data.image-size", "sample")
+
+
+def test_info_of_the_largest(capsys):
+    """Size, assumptions and what is inferred are said; twice the utilisation, half the hours."""
+    hours, sizes = [], ["256 of 16 values", "published F: 690M", "within 3 %", "activations"]
+    for mfu in ("0.2", "0.4"):
+        words = ["--preset", "imagenet256-xl2", "--mfu", mfu, "--peak-tflops", "312"]
+        assert main(["info", *words]) == 0
+        said = capsys.readouterr().out
+        found = re.search(r"800000 steps: ([\d,.]+) GPU-hours", said).group(1)
+        hours.append(float(found.replace(",", "")))
+        peak = f"312 TFLOP/s at {float(mfu):.0%}"
+        for words in (*sizes, peak, "inferred", "forward.transformer"):
+            assert words in said, said
+    assert hours[0] == pytest.approx(2 * hours[1], rel=1e-3)

@@ -1,0 +1,101 @@
+"""`bitflow demo` and `bitflow bench`: what they measure and write, and what they refuse."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import SMOKE, measurements, refused, run
+
+from bitflow_edu.lab import bench
+
+
+def test_the_demo_from_end_to_end(tmp_path):
+    command = [Path(sys.executable).with_name("bitflow"), "demo", *SMOKE.split()]
+    command += ["--out", "runs/demo"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("report: runs/demo/report.html")
+    report = (tmp_path / "runs/demo/report.html").read_text()
+    assert len(report) < 3_000_000 and report.count("data:image/png;base64,") == 4
+    assert not re.search(r'(src|href)="(?!data:)', report)
+    result = json.loads((tmp_path / "results/demo-mnist-mini-smoke.json").read_text())
+    assert (tmp_path / "results/demo-mnist-mini-smoke.png").exists()
+    assert result["command"].startswith("bitflow demo --preset mnist-mini-smoke")
+    assert str(tmp_path) not in json.dumps(result)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2 and "--resume" in again.stderr
+    resumed = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert resumed.returncode == 0 and "report.html" in resumed.stdout
+    assert (tmp_path / "runs/demo/report.html").read_text() == report, "nothing is overwritten"
+    rows = {(m["row"], m["metric"], m["batch"]) for m in result["measurements"]}
+    metrics = ("fd[mnist-cnn]", "label_accuracy", "params", "serial_steps", "flops_per_image")
+    for row in ("exact", "exact+denoise", "one-pass"):
+        assert {(row, metric, None) for metric in metrics} <= rows
+        assert {(row, "ms_per_image", 1), (row, "ms_per_image", 64)} <= rows
+    assert ("real", "fd[mnist-cnn]", None) in rows
+    assert {("exact", "bits_per_dim", None), ("exact", "round_trip_max_error", None)} <= rows
+
+
+def test_bench(tmp_path, runs, monkeypatch):
+    monkeypatch.setitem(bench.GEOMETRIES, "mnist", (8, 4))
+    metrics = {"inverse": "speedup_vs_plain", "training": "training_speedup_vs_plain"}
+    for what, metric in metrics.items():
+        run(f"bench --what {what} --out {tmp_path}/{what}.json")
+        lines = measurements(tmp_path / f"{what}.json")
+        found = {m["row"]: m["value"] for m in lines if m["metric"] == metric}
+        assert set(found) >= {"plain", "exact"}
+        assert all(m["value"] == 1 for m in lines if (m["metric"], m["row"]) == (metric, "plain"))
+    lines = measurements(tmp_path / "inverse.json")
+    differences = [m["value"] for m in lines if m["metric"] == "max_difference_from_plain"]
+    assert len(differences) == 20 and max(differences) < 1e-3
+    run(f"bench --checkpoint {runs}/f --out {tmp_path}/c.json")
+
+
+def test_bench_of_a_pair(tmp_path):
+    """What G gains, counted from the milliseconds that stand in the same file."""
+    run(f"bench --what pair --geometry mnist-mini-smoke --out {tmp_path}/p.json")
+    lines = [m for m in measurements(tmp_path / "p.json") if m["batch"] == 64]
+    lines = [m for m in lines if m.get("guidance") == 1.0]
+    ms = {m["row"]: m["value"] for m in lines if m["metric"] == "ms_per_image"}
+    gain = {m["metric"]: m["value"] for m in lines if m["row"] == "one-pass"}
+    denoised = (ms["exact"] + ms["score-step"]) / ms["one-pass"]
+    assert gain["speedup_vs_exact+denoise"] == pytest.approx(denoised)
+    ours = min(v for row, v in ms.items() if row.startswith("one-pass"))
+    exact = min(v for row, v in ms.items() if not row.startswith(("one-pass", "score-step")))
+    assert gain["speedup_vs_exact, fastest"] == pytest.approx(exact / ours)
+    assert "one-pass, packed" in ms
+
+
+def test_mistakes_with_bench(tmp_path, capsys):
+    bench_to = f"bench --out {tmp_path}/x.json"
+    pair = f"{bench_to} --what pair --geometry"
+    refused(f"{pair} 64-tokens", capsys, "64-tokens", "mnist-mini")
+    refused(f"{pair} mnist-glow", capsys, "mnist-glow")
+    refused(f"{bench_to} --what coffee", capsys, "coffee", "tokens")
+    refused(f"{bench_to} --segments 1,two", capsys, "1,two")
+    refused(f"{bench_to} --geometry mnits", capsys, "mnits", "256-tokens")
+    (tmp_path / "x.json").touch()
+    refused(bench_to, capsys, "exists already")
+
+
+def test_bench_counts_tokens_and_memory():
+    found = bench.bench_tokens(sides=(2, 4), repeats=2)
+    assert {m["row"] for m in found} == {"training", "exact", "jacobi", "dense"}
+    assert all(m["value"] > 0 for m in found)
+    memory = [m for m in found if m["metric"] == "peak_mb"]
+    peak = {(m["row"], m["tokens"]): m["value"] * 2**20 for m in memory}
+    for side in (2, 4):
+        cache = 2 * 2 * side**2 * 128 * 4  # k and v of 2 layers, one block at a time
+        assert cache < peak["exact", side**2] < cache + 200_000
+    assert peak["training", 4] > peak["dense", 4] > 0
+
+    def call():
+        # two tensors alive at most; the third takes the first one's place
+        a, b = torch.zeros(1000), torch.zeros(1000)
+        del a
+        torch.zeros(500), b.view(10, 100)
+
+    assert bench.peak_bytes(call) == 8000

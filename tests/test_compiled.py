@@ -1,0 +1,64 @@
+"""Compiled, packed and captured decoding against the plain one."""
+
+import shutil
+
+import pytest
+import torch
+
+from bitflow_edu.exact_inverse import exact_trajectory
+from bitflow_edu.excursions.compiled import PackedLinear, capture_inverse, compile_blocks, pack
+from bitflow_edu.guidance import Guidance
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.reverse_model import sample_noise
+from conftest import small_flow
+
+
+def compiled_against_plain(modern, guidance):
+    """x^0 of compiled decoding against plain decoding, for an F with or without modern parts."""
+    flow, c = small_flow(modern=modern), torch.tensor([1, 2, 0])
+    z = sample_noise(flow.cfg, 3)
+    found = exact_trajectory(flow, z, c, compile_blocks(flow), guidance)[0]
+    wanted = exact_trajectory(flow, z, c, guidance=guidance)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("guidance", [None, Guidance(1.0, "annealed", temperature=1.5)])
+def test_a_step_of_fixed_shapes_is_the_step(modern, guidance, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    compiled_against_plain(modern, guidance)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_decoding_is_decoding():
+    compiled_against_plain(False, Guidance(1.0))
+
+
+@pytest.mark.parametrize("rows", [3, 64])
+def test_packed_weights_give_the_same_and_leave_the_model_alone(rows):
+    flow, c = small_flow(), torch.arange(rows) % 3
+    z, before = sample_noise(flow.cfg, rows), {k: v.clone() for k, v in flow.state_dict().items()}
+    packed = pack(flow, rows)
+    found, wanted = exact_trajectory(packed, z, c)[0], exact_trajectory(flow, z, c)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert any(isinstance(m, PackedLinear) for m in packed.modules()) == (rows >= 32)
+    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
+    assert all(p.requires_grad for p in flow.parameters())
+
+
+def test_what_cannot_be_packed_or_captured():
+    with pytest.raises(BitflowError, match="float64 on cpu"):
+        pack(small_flow(dtype=torch.float64), 1)
+    with pytest.raises(BitflowError, match="this one is on cpu"):
+        capture_inverse(small_flow(), 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("guidance", [None, Guidance(1.0)])
+def test_captured_decoding_is_decoding(guidance):
+    flow = small_flow().cuda()
+    replay, c = capture_inverse(flow, 3, guidance), torch.tensor([1, 2, 0], device="cuda")
+    for seed in range(2):
+        z = sample_noise(flow.cfg, 3, seed, device="cuda")
+        wanted = exact_trajectory(flow, z, c, guidance=guidance)[0]
+        torch.testing.assert_close(replay(z, c), wanted, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,261 @@
+"""Run folders: what goes wrong in a long run, and that the last good checkpoint survives it."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitflow_edu.cli.main import main
+from bitflow_edu.io import checkpoints, models
+from bitflow_edu.io.checkpoints import MetricsLog, load_or_train, open_run, read_metrics, read_state
+from bitflow_edu.io.files import BitflowError, asset
+from bitflow_edu.io.models import checkpoints_of, load_model, newest_checkpoint
+from bitflow_edu.reverse_model import ReverseModel
+from bitflow_edu.tarflow import TARFlow, forward_loss
+from bitflow_edu.training import TrainConfig, train
+from conftest import small_flow
+
+CFG = TrainConfig(steps=8, batch_size=16, log_every=1, checkpoint_every=3, precision="fp32")
+
+KILLED = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from bitflow_edu.data import load_data
+from bitflow_edu.io.datasets import DataConfig
+from bitflow_edu.tarflow import TARFlow, TARFlowConfig, forward_loss
+from bitflow_edu.training import TrainConfig, train
+from bitflow_edu.transformer import TransformerConfig
+
+data = load_data(DataConfig("mnist-mini", 8))[:100]
+
+def run(folder, die_at):
+    def loss(model, x, c, generator):
+        seen.append(c)
+        if len(seen) == die_at:
+            os.kill(os.getpid(), 9)
+        return forward_loss(model, x, c, generator)
+    seen = []
+    torch.manual_seed(0)
+    tiny = TransformerConfig(width=16, head_dim=8, num_layers=1)
+    model = TARFlow(TARFlowConfig(image_size=8, num_blocks=2, transformer=tiny))
+    cfg = TrainConfig(steps=120, batch_size=16, checkpoint_every=7, log_every=1, precision="fp32")
+    train(model, loss, data, cfg, folder, resume=True)
+
+for die_at in map(int, sys.argv[2:]):
+    child = os.fork()
+    if not child:
+        run(sys.argv[1], die_at)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), end=" ")
+"""
+
+
+def killed_at(folder, steps):
+    """One training, in processes each killed some steps after it took up; how they ended."""
+    (folder / "s.py").write_text(KILLED)
+    command = [sys.executable, folder / "s.py", folder / "run", *map(str, steps)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    return done.stdout.split(), folder / "run"
+
+
+def curve(run):
+    return [(m["step"], m["loss"]) for m in read_metrics(run / "metrics.jsonl")]
+
+
+def test_killed_twenty_times(tmp_path):
+    """kill -9 at 20 random steps: tensors and logged losses are those of the unbroken run."""
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    _, whole = killed_at(tmp_path / "whole", [10**9])
+    steps = [random.Random(0).randint(1, 12) for _ in range(20)]
+    codes, parts = killed_at(tmp_path / "parts", [*steps, 10**9])
+    assert codes[:20].count("-9") >= 15 and codes[-1] == "0", f"most hit an unfinished run: {codes}"
+    a, b = (read_state(newest_checkpoint(run)) for run in (whole, parts))
+    assert a["step"] == b["step"] == 120
+    for kind in ("averaged", "training"):
+        assert all(torch.equal(a[kind][k], b[kind][k]) for k in a[kind])
+    assert curve(whole) == curve(parts)
+
+
+def flow():
+    torch.manual_seed(0)
+    return small_flow(side=8, patch=2, num_classes=10).train()
+
+
+@pytest.fixture
+def data(digits):
+    return digits[:40]
+
+
+@pytest.mark.parametrize(
+    "code, says",
+    [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")],
+)
+@pytest.mark.parametrize(
+    "home, what",
+    [(models, "save_file"), (models, "write_atomically"), (checkpoints, "write_atomically")],
+)
+def test_a_disk_that_fails_later(tmp_path, data, monkeypatch, code, says, home, what):
+    """It stops with the reason; the checkpoint of step 3 is whole, and the run goes on from it."""
+    real, calls = getattr(home, what), []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        if any(".step-00000006" in str(a) for a in args):
+            raise OSError(code, os.strerror(code))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(home, what, fails)
+    with pytest.raises(BitflowError, match=f"{says}.*make room, or name another folder"):
+        train(flow(), forward_loss, data, CFG, tmp_path / "run")
+    assert newest_checkpoint(tmp_path / "run").name == "step-00000003"
+    load_model(tmp_path / "run", TARFlow)
+    monkeypatch.setattr(home, what, real)
+    train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
+    train(flow(), forward_loss, data, CFG, tmp_path / "whole")
+    a, b = (
+        load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("run", "whole")
+    )
+    assert all(torch.equal(a[k], b[k]) for k in a) and not list(
+        (tmp_path / "run" / "checkpoints").glob(".*")
+    )
+
+
+def test_an_output_that_cannot_be_written(data):
+    """/proc takes no folders: nobody, not even root, can write there."""
+    with pytest.raises(BitflowError, match="cannot write to /proc/nobody"):
+        train(flow(), forward_loss, data, CFG, Path("/proc/nobody/run"))
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path, data):
+    """What an old run.json does not say (pieces, compile, checkpointing) was the default."""
+    train(flow(), forward_loss, data, CFG, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    run = json.loads(path.read_text())
+    for new in ("num_microbatches", "compile", "activation_checkpointing"):
+        del run["train"][new]
+    path.write_text(json.dumps(run))
+    newest = newest_checkpoint(tmp_path / "run")
+    checkpoints.discard(newest)
+    train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
+    assert newest_checkpoint(tmp_path / "run") == newest
+    run["train"]["num_microbatches"] = 4
+    path.write_text(json.dumps(run))
+    with pytest.raises(BitflowError, match="made with train.num_microbatches = 4, not 1"):
+        train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_of_another_version(tmp_path, data):
+    """An unknown field or weight is named, with what to do; the checkpoint before it is whole."""
+    train(flow(), forward_loss, data, CFG, tmp_path / "run")
+    newest, before = checkpoints_of(tmp_path / "run")[::-1][:2]
+    path = newest / "training_state.safetensors"
+    save_file({**load_file(path), "weights.blocks.0.new_part": torch.zeros(2)}, path)
+    says = f"(?s)new_part should have shape None, the file has.*Delete {newest} to go on from"
+    with pytest.raises(BitflowError, match=f"{says} the one before"):
+        train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
+    config = json.loads((newest / "config.json").read_text())
+    config["config"]["wings"] = 2
+    (newest / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitflowError, match="unknown field 'wings'; TARFlowConfig has"):
+        load_model(newest, TARFlow)
+    load_model(before, TARFlow)
+
+
+def test_a_run_folder_says_how_to_repeat_it(tmp_path):
+    """Config, versions, commit, machine and command are there; the YAML starts the same run."""
+    first, again, words = (
+        tmp_path / "f",
+        tmp_path / "again",
+        ["train", "forward", "--device", "cpu"],
+    )
+    smoke = [*words, "--preset", "mnist-mini-smoke", "--steps", "2", "--out", str(first)]
+    assert main(smoke) == 0
+    assert main([*smoke, "--resume"]) == 0
+    starts = [json.loads(line) for line in (first / "starts.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in starts] == [0, 2]
+    for start in starts:
+        assert {"command", "commit", "versions", "hardware", "date"} <= start.keys()
+    assert main([*words, "--config", str(first / "preset.yaml"), "--out", str(again)]) == 0
+    a, b = (load_file(newest_checkpoint(run) / "model.safetensors") for run in (first, again))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_is_compared_before_it_goes_on(tmp_path):
+    run, settings = tmp_path / "run", {"train": {"steps": 10, "lr": 0.1}, "model": {"width": 8}}
+    assert open_run(run, settings, resume=False) is None
+    before = (run / "run.json").read_text()
+    assert open_run(run, settings, resume=True) is None
+    with pytest.raises(BitflowError, match="run exists already"):
+        open_run(run, settings, resume=False)
+    for part, changed in (
+        ("train.lr = 0.1", {"train": {"steps": 10, "lr": 0.2}}),
+        ("model.width = 8", {"model": {"width": 9}}),
+    ):
+        with pytest.raises(BitflowError, match=f"{run}.*{part}, not"):
+            open_run(run, {**settings, **changed}, resume=True)
+    assert (run / "run.json").read_text() == before
+    (run / "run.json").write_text("{")
+    with pytest.raises(BitflowError, match="run.json.*damaged"):
+        open_run(run, settings, resume=True)
+    (run / "run.json").unlink()
+    (run / "photograph.jpg").write_text("")
+    with pytest.raises(BitflowError, match="no run.json"):
+        open_run(run, settings, resume=True)
+
+
+def test_metrics_drop_what_is_newer_than_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "loss": 3.0}\n{"step": 20, "loss": 2.0}\n{"step": 30, "lo')
+    assert [m["step"] for m in read_metrics(path)] == [10, 20]
+    log = MetricsLog(path, step=10)
+    log.write(step=20, loss=2.5)
+    log.close()
+    assert [m["loss"] for m in read_metrics(path)] == [3.0, 2.5]
+    path.write_text('{"step": 10\n{"step": 20}\n')
+    with pytest.raises(BitflowError, match="metrics.jsonl is damaged"):
+        read_metrics(path)
+    with pytest.raises(BitflowError, match="none.jsonl"):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+CHAPTERS = asset("chapters")
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in CHAPTERS.glob("*/config.json")))
+def test_small_models_of_the_chapters_load_untrained(name, monkeypatch):
+    """What a chapter asks for comes with the course; nothing is trained unless RETRAIN says so."""
+    monkeypatch.delenv("RETRAIN", raising=False)
+    kind = json.loads((CHAPTERS / name / "config.json").read_text())["kind"]
+    kind = {"TARFlow": TARFlow, "ReverseModel": ReverseModel}[kind]
+    model, log = load_or_train(name, kind, lambda folder: pytest.fail("it was trained"))
+    assert not model.training and next(model.parameters()).dtype == torch.float32
+    assert log[-1]["step"] >= 100 and log[-1]["loss"] < log[0]["loss"]
+
+
+def test_small_models_are_trained_where_asked(tmp_path, data, monkeypatch):
+    def fit(folder):
+        return train(flow(), forward_loss, data, CFG, folder)
+
+    monkeypatch.setenv("RETRAIN", str(tmp_path))
+    kept, log = load_or_train("try", TARFlow, fit)
+    assert [m["step"] for m in log] == list(range(1, 9)) and (tmp_path / "try").is_dir()
+    with pytest.raises(BitflowError, match="try exists already"):
+        load_or_train("try", TARFlow, fit)
+    monkeypatch.setenv("RETRAIN", "1")
+    trained, again = load_or_train("try", TARFlow, fit)
+    assert [m["loss"] for m in again] == [m["loss"] for m in log]
+    for p, q in zip(trained.state_dict().values(), kept.state_dict().values()):
+        torch.testing.assert_close(p, q, atol=1e-3, rtol=1e-3)
+    monkeypatch.delenv("RETRAIN")
+    with pytest.raises(BitflowError, match="'try'"):
+        load_or_train("try", TARFlow, fit)

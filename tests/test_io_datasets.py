@@ -1,0 +1,137 @@
+"""Loaders: from files to arrays, and what is said where a file is damaged or missing."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bitflow_edu.data import load_data
+from bitflow_edu.io.datasets import DataConfig, check_arrays, described, resize
+from bitflow_edu.io.files import BitflowError, asset
+
+
+def test_embedded_digits():
+    cfg = DataConfig("mnist-mini", 28)
+    train, test = load_data(cfg), load_data(cfg, "test")
+    assert (len(train), len(test)) == (10_000, 2_000)
+    assert torch.bincount(train.labels).tolist() == [1000] * 10
+    assert torch.bincount(test.labels).tolist() == [200] * 10
+    assert train.pixels.dtype == torch.uint8 and train.pixels.shape[1:] == (1, 28, 28)
+    assert asset("mnist-mini.npz").stat().st_size <= 3_000_000
+    both = {t.numpy().tobytes() for t in train.pixels} & {t.numpy().tobytes() for t in test.pixels}
+    assert not both, "no image in both splits"
+
+
+def test_resize_averages():
+    pixels = torch.full((1, 1, 28, 28), 200, dtype=torch.uint8)
+    assert torch.equal(resize(pixels, 16), torch.full((1, 1, 16, 16), 200, dtype=torch.uint8))
+
+
+def make_folder(root, size=20, channels=3, classes=("cat", "dog"), per_class=3):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                shape = (size, size + 4, 3) if channels == 3 else (size, size + 4)
+                pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_folder(tmp_path, channels):
+    make_folder(tmp_path)
+    data = load_data(DataConfig("image-folder", 8, channels, num_classes=2), "train", tmp_path)
+    assert data.pixels.shape == (6, channels, 8, 8)
+    assert data.classes == ("cat", "dog") and data.labels.tolist() == [0] * 3 + [1] * 3
+
+
+def test_cifar10_jpeg_copy(tmp_path):
+    rng, blobs = np.random.default_rng(0), []
+    for _ in range(4):
+        buffer = io.BytesIO()
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, format="JPEG")
+        blobs.append(buffer.getvalue())
+    arrays = {"classes": np.array([f"class{i}" for i in range(10)])}
+    for split in ("train", "test"):
+        arrays |= {
+            f"{split}_jpeg": np.frombuffer(b"".join(blobs), dtype=np.uint8),
+            f"{split}_labels": np.arange(4),
+            f"{split}_offsets": np.cumsum([0] + [len(b) for b in blobs]),
+        }
+    np.savez(tmp_path / "cifar10_jpeg.npz", **arrays)
+    data = load_data(DataConfig("cifar10", 32, 3), "test", tmp_path)
+    assert data.pixels.shape == (4, 3, 32, 32) and data.labels.tolist() == [0, 1, 2, 3]
+
+
+def corrupt(tmp_path, how):
+    path = tmp_path / "mnist-mini.npz"
+    if how == "truncated":
+        path.write_bytes(asset("mnist-mini.npz").read_bytes()[:5000])
+    elif how == "empty file":
+        path.write_bytes(b"")
+    elif how == "pickle":
+        np.save(tmp_path / "x.npy", np.array([{}], dtype=object), allow_pickle=True)
+        shutil.move(tmp_path / "x.npy", path)
+    elif how == "other arrays":
+        np.savez(path, a=np.zeros(3))
+    return tmp_path
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty file", "pickle", "other arrays"])
+def test_corrupt_data_files(tmp_path, how):
+    with pytest.raises(BitflowError, match="mnist-mini.npz is damaged") as e:
+        load_data(DataConfig("mnist-mini", 16), "train", corrupt(tmp_path, how))
+    assert str(tmp_path) in str(e.value) and len(str(e.value).splitlines()) <= 2
+
+
+def test_other_bad_data(tmp_path, monkeypatch):
+    with pytest.raises(BitflowError, match="nowhere"):
+        load_data(DataConfig("mnist-mini", 16), "train", tmp_path / "nowhere")
+    monkeypatch.setenv("BITFLOW_DATA", str(tmp_path / "gone"))
+    with pytest.raises(BitflowError, match="gone"):
+        load_data(DataConfig("mnist-mini", 16))
+    monkeypatch.delenv("BITFLOW_DATA")
+    with pytest.raises(BitflowError, match="no mnist in"):
+        load_data(DataConfig("mnist", 28), "train", tmp_path)
+    with pytest.raises(BitflowError, match="train/"):
+        load_data(DataConfig("image-folder", 8, 3), "train", tmp_path)
+    with pytest.raises(BitflowError, match="unknown dataset 'mnits'"):
+        DataConfig("mnits")
+    with pytest.raises(BitflowError, match="2 channels"):
+        DataConfig(channels=2)
+
+
+def test_an_image_folder_with_a_mistake_is_refused(tmp_path):
+    cfg = DataConfig("image-folder", 8, 3, num_classes=3)
+    make_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(BitflowError, match="bad.png"):
+        load_data(cfg, "train", tmp_path)
+    (tmp_path / "train" / "eel").mkdir()
+    with pytest.raises(BitflowError, match="eel"):
+        load_data(cfg, "train", tmp_path)
+    (tmp_path / "test" / "fox").mkdir()
+    with pytest.raises(BitflowError, match="'fox'"):
+        load_data(cfg, "test", tmp_path)
+
+
+def test_arrays_that_are_no_images_are_refused():
+    images, labels = np.zeros((2, 1, 4, 4), np.uint8), np.zeros(2, int)
+    check_arrays(images, labels, "toy")
+    wrong = [(images.astype(float), labels), (images[0], labels), (images, labels[:1])]
+    for pixels, c in [*wrong, (images, labels.astype(float)), (images[:0], labels[:0])]:
+        with pytest.raises(BitflowError, match="toy"):
+            check_arrays(pixels, c, "toy")
+
+
+def test_a_lossy_copy_is_named(tmp_path):
+    cfg = DataConfig("cifar10", 32, 3)
+    assert described(cfg, tmp_path) == "cifar10"
+    (tmp_path / "cifar10_jpeg.npz").write_bytes(b"")
+    assert described(cfg, tmp_path) == "cifar10, JPEG copy"

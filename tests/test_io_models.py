@@ -1,0 +1,167 @@
+"""Models on disk: they come back as they were, damage is named, and a pickle is never run."""
+
+import dataclasses
+import json
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.models import (
+    build,
+    find_device,
+    load_model,
+    load_tensors,
+    modern_fields,
+    newest_checkpoint,
+    num_parameters,
+    read_tensors,
+    save_model,
+    to_config,
+)
+from bitflow_edu.reverse_model import ReverseModel
+from bitflow_edu.tarflow import TARFlow, TARFlowConfig, forward_loss
+from bitflow_edu.training import TrainConfig, train
+from conftest import small_flow, small_reverse
+
+
+def new_flow():
+    return small_flow(side=3, patch=2, num_classes=10).train()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def saved(tmp_path, model=None):
+    save_model(model or new_flow(), tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_models_come_back_as_they_were(tmp_path):
+    flow = new_flow()
+    folder = saved(tmp_path, flow)
+    assert same(load_model(folder, TARFlow).state_dict(), flow.state_dict())
+    G = small_reverse(flow, token_states=True)
+    save_model(G, tmp_path / "g", dtype=torch.bfloat16)
+    back = load_model(tmp_path / "g", ReverseModel)
+    assert back.cfg == G.cfg and all(p.dtype == torch.float32 for p in back.parameters())
+    assert not back.training
+
+
+def test_bad_checkpoints(tmp_path):
+    with pytest.raises(BitflowError, match="does not exist"):
+        load_model(tmp_path / "none", TARFlow)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BitflowError, match="config.json is missing"):
+        load_model(tmp_path / "empty", TARFlow)
+    folder = saved(tmp_path)
+    with pytest.raises(BitflowError, match="holds a TARFlow, but a ReverseModel"):
+        load_model(folder, ReverseModel)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BitflowError, match="no intact safetensors"):
+        load_model(folder, TARFlow)
+    (folder / "model.safetensors").write_bytes(pickle.dumps({"weights": os.system}))
+    with pytest.raises(BitflowError, match="pickles are never loaded"):
+        load_model(folder, TARFlow)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BitflowError, match="missing"):
+        load_model(folder, TARFlow)
+    (folder / "model.safetensors").write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["num_blocks"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitflowError, match="does not fit its config"):
+        load_model(folder, TARFlow)
+    config["config"]["depth"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitflowError, match="unknown field 'depth'"):
+        load_model(folder, TARFlow)
+    for text in ("{", "[]", '{"kind": "TARFlow"}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(BitflowError, match="config.json.*damaged"):
+            load_model(folder, TARFlow)
+
+
+def test_weights_that_do_not_fit_change_nothing(tmp_path):
+    """The first that does not fit is named, and not one was put in."""
+    flow = new_flow()
+    before = {k: t.clone() for k, t in flow.state_dict().items()}
+    wrong = {k: torch.zeros_like(t) for k, t in before.items()}
+    name = sorted(wrong)[-1]
+    for changed in ({k: t for k, t in wrong.items() if k != name}, {**wrong, name: torch.ones(1)}):
+        with pytest.raises(BitflowError, match=name):
+            load_tensors(flow, changed, tmp_path)
+        assert same(flow.state_dict(), before)
+    with pytest.raises(BitflowError, match="extra"):
+        load_tensors(flow, {**wrong, "extra": torch.ones(1)}, tmp_path)
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path, digits):
+    cfg = TrainConfig(steps=3, batch_size=16, log_every=1, checkpoint_every=3)
+    train(small_flow(side=8, num_classes=10), forward_loss, digits[:40], cfg, tmp_path)
+    (tmp_path / "checkpoints" / ".step-00000009.part").mkdir()
+    (tmp_path / "checkpoints" / ".step-00000009.part" / "config.json").write_text("{}")
+    assert newest_checkpoint(tmp_path).name == "step-00000003"
+
+
+def test_checkpoints_are_sorted_by_number(tmp_path):
+    for step in ("00000500", "99999999", "100000000", "later"):
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    assert newest_checkpoint(tmp_path).name == "step-100000000"
+
+
+def test_configs_come_back_from_json():
+    cfg = TrainConfig(steps=77, betas=(0.8, 0.9), num_microbatches=2)
+    flow = replace(small_flow(modern=True).cfg, block_layers=(1, 2, 1))
+    for c in (cfg, flow):
+        assert to_config(type(c), json.loads(json.dumps(dataclasses.asdict(c)))) == c
+    for wrong, says in (({"steps": "many"}, "TrainConfig"), ({"stepz": 3}, "'stepz'")):
+        with pytest.raises(BitflowError, match=says):
+            to_config(TrainConfig, wrong)
+    with pytest.raises(BitflowError, match="somewhere"):
+        to_config(TrainConfig, ["steps"], "somewhere")
+
+
+def test_fields_of_earlier_versions_are_read():
+    old = {"pieces": 4, "checkpointing": True, "lr": 0.1}
+    cfg = to_config(TrainConfig, old)
+    assert (cfg.num_microbatches, cfg.activation_checkpointing, cfg.lr) == (4, True, 0.1)
+    assert modern_fields({"prior_var": False, "clip": 0.0}) == {"clip": 0.0}
+    assert to_config(TARFlowConfig, {"prior_var": False}) == TARFlowConfig()
+    with pytest.raises(BitflowError, match="'prior_var'"):
+        to_config(TARFlowConfig, {"prior_var": True})
+
+
+def test_tensors_of_earlier_versions_are_read(tmp_path):
+    """G's projections were called heads; a name that only ends so stays."""
+    G = small_reverse(new_flow())
+    folder = saved(tmp_path, G)
+    path = folder / "model.safetensors"
+    new = load_file(path)
+    old = {k.replace("projections.", "heads."): t for k, t in new.items()}
+    assert old.keys() != new.keys()
+    save_file({**old, "fore.overheads.w": torch.zeros(1)}, path)
+    assert read_tensors(path).keys() == {*new, "fore.overheads.w"}
+    save_file(old, path)
+    assert same(load_model(folder, ReverseModel).state_dict(), new)
+
+
+def test_models_depend_on_the_seed_alone():
+    cfg = TARFlowConfig(image_size=8, num_blocks=2)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    a, b, c = (build(TARFlow, cfg, seed).state_dict() for seed in (0, 0, 1))
+    assert same(a, b) and not same(a, c) and torch.equal(torch.get_rng_state(), state)
+    assert num_parameters(torch.nn.Linear(3, 2)) == 8
+
+
+def test_a_device_that_is_not_there_is_named():
+    assert find_device("cpu") == "cpu" and find_device() in ("cpu", "cuda", "mps")
+    with pytest.raises(BitflowError, match="'tpu'"):
+        find_device("tpu")

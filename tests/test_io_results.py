@@ -1,0 +1,74 @@
+"""Results files: written in one shape, looked up, and honest about the code they come from."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bitflow_edu.io import results
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.results import (
+    commit,
+    figure,
+    load_result,
+    measured,
+    measurement,
+    rows_of,
+    save_results,
+    table_text,
+    time_per_image,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_results_file_has_the_shape_everything_reads(tmp_path):
+    found = [
+        measurement("exact", "ms_per_image", 2.5, "ms", 15, batch=1),
+        measurement("exact", "ms_per_image", 0.5, "ms", 15, batch=64),
+    ]
+    run = ("try", "mnist-mini", "bitflow demo", {"a": 1})
+    path = save_results(tmp_path / "results", *run, found, 1.23)
+    result = json.loads(path.read_text())
+    keys = "name preset command commit date wall_s hardware versions config measurements"
+    assert list(result) == keys.split() and result == load_result("try", tmp_path / "results")
+    assert figure(result, "exact", "ms_per_image", 64) == 0.5 and result["measurements"] == found
+    assert measured(result, "exact", "ms_per_image") == found
+    lines = path.read_text().splitlines()
+    assert [json.loads(line.strip().rstrip(",")) for line in lines[-4:-2]] == found
+    with pytest.raises(BitflowError, match="one-pass"):
+        figure(result, "one-pass", "ms_per_image")
+
+
+def test_a_results_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "half.json").write_text('{"name": ')
+    for name in ("half", "none"):
+        with pytest.raises(BitflowError, match=f"{name}.json.*measure it"):
+            load_result(name, tmp_path)
+
+
+def test_the_commit_is_that_of_the_package(monkeypatch):
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True)
+    if head.returncode:
+        assert commit() == "unknown"
+    else:
+        assert commit().removesuffix("+changes") == head.stdout.strip()
+    monkeypatch.setattr(results, "git", lambda *words: None)
+    assert commit() == "unknown"
+
+
+def test_a_time_is_per_image():
+    t = {"median_ms": 6.4, "low_ms": 3.2, "high_ms": 12.8, "repeats": 15}
+    line = time_per_image("exact", t, batch=64, chip="cpu")
+    assert (line["value"], line["low"], line["high"]) == (0.1, 0.05, 0.2)
+    assert (line["n"], line["batch"], line["unit"], line["chip"]) == (15, 64, "ms", "cpu")
+
+
+def test_a_table_has_every_seed_and_the_mean():
+    lines = [measurement("a", "d", v, seed=s, paper=3.0) for s, v in enumerate((1.0, 2.0))]
+    lines += [measurement("b", "other", 1.0), measurement("a", "mean d", 1.5)]
+    result = {"name": "made up", "measurements": lines}
+    assert rows_of(result, "d") == {"a": ([1.0, 2.0], 1.5, 3.0)}
+    assert table_text(result, "d").splitlines()[1].split() == ["a", "1.5", "(1,", "2)"]

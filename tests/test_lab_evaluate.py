@@ -1,0 +1,376 @@
+"""The evaluator: in memory, on disk, of a pair and of a flow alone."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitflow_edu.data import Images
+from bitflow_edu.evaluation import (
+    accuracy,
+    as_stored,
+    frechet_distance,
+    in_batches,
+    load_classifier,
+)
+from bitflow_edu.excursions.glow import CouplingConfig, CouplingFlow
+from bitflow_edu.inverse_strategies import check_pair
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.models import build
+from bitflow_edu.lab import sampling
+from bitflow_edu.lab.evaluate import (
+    Judge,
+    evaluate,
+    evaluate_flow,
+    indexed_noise,
+    judge_samplers,
+    network_for,
+    sampler_source,
+    stream_config,
+)
+from bitflow_edu.lab.hub import load_pretrained
+from bitflow_edu.lab.presets import find_preset
+from bitflow_edu.lab.recipes import stage_one_loss
+from bitflow_edu.lab.sampling import (
+    SAMPLERS,
+    draw_all,
+    exact_sampler,
+    guided_samplers,
+    noise_for,
+    one_pass_sampler,
+    pair_samplers,
+)
+from bitflow_edu.reverse_model import ReverseModel
+from bitflow_edu.scale.feature_networks import mnist_cnn_network
+from bitflow_edu.scale.fid import evaluate_stream, reference_in_memory
+from bitflow_edu.scale.streaming import StreamConfig, collect
+from bitflow_edu.tarflow import TARFlow
+from bitflow_edu.transformer import TransformerConfig
+from conftest import small_flow, small_reverse
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The pair that comes with the course."""
+    return load_pretrained("mnist-mini")
+
+
+def numbers(measurements):
+    return {(m["row"], m["metric"]): m["value"] for m in measurements}
+
+
+def seen(x):
+    """Features by the functions of lesson 06."""
+    return in_batches(load_classifier().features, as_stored(x), 100)
+
+
+# In memory
+
+
+@pytest.fixture(scope="module")
+def small_evaluation(pair, digits):
+    """130 samples: batches that are no whole hundreds."""
+    samplers = pair_samplers(*pair) + guided_samplers(pair[1], (0.5,))
+    return evaluate(*pair, digits[200:600], digits[:200], 130, 3, timing=False, samplers=samplers)
+
+
+def test_distances_and_accuracies_are_those_of_lesson_06_to_the_bit(pair, digits, small_evaluation):
+    F, G = pair
+    drawn = draw_all(pair_samplers(F, G) + guided_samplers(G, (0.5,)), 130, seed=3)
+    found, test = numbers(small_evaluation.measurements), seen(digits[:200].x)
+    labels = torch.arange(130) % 10
+    assert list(drawn) == ["exact", "exact+denoise", "one-pass", "guided, w = 0.5"]
+    for row, x in drawn.items():
+        assert found[row, "fd[mnist-cnn]"] == frechet_distance(seen(x), test)
+        assert found[row, "label_accuracy"] == accuracy(load_classifier(), x, labels)
+        assert torch.equal(small_evaluation.samples[row], x[:10])
+    assert list(small_evaluation.samples) == list(drawn)
+
+
+def test_the_floor_is_a_random_choice_of_training_images(digits, small_evaluation):
+    found, train = numbers(small_evaluation.measurements), digits[200:600]
+    pick = torch.randperm(400, generator=torch.Generator().manual_seed(3))[:130]
+    floor = frechet_distance(seen(train[pick].x), seen(digits[:200].x))
+    assert found["real", "fd[mnist-cnn]"] == floor
+    right = accuracy(load_classifier(), train[pick].x, train.labels[pick])
+    assert found["real", "label_accuracy"] == right
+
+
+def test_every_distance_says_how_many_and_what_it_is_compared_with(small_evaluation):
+    distances = [m for m in small_evaluation.measurements if m["metric"] == "fd[mnist-cnn]"]
+    assert len(distances) == 5
+    for m in distances:
+        assert (m["n"], m["seed"], m["reference"]) == (130, 3, "200 test images")
+
+
+def test_a_demo_measures_what_the_stored_one_measured(pair, digits, monkeypatch):
+    """Every row and metric, in the same order. The times themselves are made up."""
+
+    def once(fn, repeats):
+        fn()
+        return {"median_ms": 2.0, "low_ms": 1.0, "high_ms": 3.0, "repeats": repeats}
+
+    monkeypatch.setattr(sampling, "timed", once)
+
+    def name(m):
+        return m["row"], m["metric"], m["batch"]
+
+    stored = json.loads((RESULTS / "demo-mnist-mini.json").read_text())["measurements"]
+    expected = [name(m) for m in stored if m["row"] != "demo"]
+    found = evaluate(*pair, digits, digits[:50], n=12).measurements
+    names = list(map(name, found))
+    assert [n for n in names if n in expected] == expected
+    more = {metric for _, metric, _ in names} - {metric for _, metric, _ in expected}
+    kinds = {"kid[mnist-cnn]", "precision[mnist-cnn]", "recall[mnist-cnn]"}
+    assert more == {*kinds, "inception_score[mnist-cnn]", "nfe"}
+    cost = {
+        n: m["value"] for n, m in zip(names, found) if m["metric"] in ("params", "serial_steps")
+    }
+    assert cost.items() <= {name(m): m["value"] for m in stored}.items()
+
+
+def test_in_memory_and_on_disk_are_the_same_bits(pair, digits, tmp_path):
+    """The same noise; the folder holds parts, is interrupted, and goes on."""
+    G, network = pair[1], mnist_cnn_network()
+    cfg = replace(stream_config(130, seed=3), batch_size=50)
+    reference = reference_in_memory(digits[:200], network, cfg, "200 test images")
+    source = sampler_source(one_pass_sampler(G), 3, None, noise_for(G.cfg, 130, 3), True)
+    in_memory = evaluate_stream(source, reference, network, cfg)
+    calls = []
+
+    def breaks(index):
+        calls.append(index)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return source(index)
+
+    run = dict(reference=reference, network=network, cfg=cfg, folder=tmp_path / "one-pass")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_stream(breaks, **run)
+    on_disk = evaluate_stream(breaks, **run, resume=True)
+    assert on_disk.measurements == in_memory.measurements and len(calls) == 4
+    assert torch.equal(on_disk.first, in_memory.first)
+
+
+def test_other_images_than_digits_have_no_judge(digits):
+    """Samples are drawn, and the rest is measured."""
+    flow = small_flow(channels=3, side=4, patch=4, num_classes=10)
+    pixels = digits.pixels[:40].expand(-1, 3, -1, -1).contiguous()
+    colour = Images(pixels, digits.labels[:40], tuple("abcdefghij"))
+    done = evaluate(flow, small_reverse(flow), colour, colour, n=12, timing=False)
+    assert {m["metric"] for m in done.measurements} == {
+        "bits_per_dim",
+        "round_trip_max_error",
+        "reconstruction_mse",
+    }
+    assert list(done.samples) == ["exact", "exact+denoise", "one-pass"]
+    assert done.samples["exact"].shape == (10, 3, 16, 16)
+
+
+def test_who_judges(digits):
+    classes = ("0 zero", *"123456789")
+    assert network_for(replace(digits, classes=classes), 1).name == "mnist-cnn"
+    letters = replace(digits, classes=tuple("abcdefghij"))
+    assert network_for(letters, 1) is None and network_for(digits, 4) is None
+
+
+def test_photographs_are_not_compared_where_the_network_is_not_installed(digits, monkeypatch):
+    def missing():
+        raise BitflowError("install it")
+
+    monkeypatch.setattr("bitflow_edu.lab.evaluate.effnet_lite0_network", missing)
+    assert network_for(digits, 3) is None
+
+
+def test_too_few_samples_and_a_pair_that_does_not_fit_are_refused(pair, digits):
+    with pytest.raises(BitflowError, match="1 finite samples"):
+        evaluate(*pair, digits, digits, n=1, timing=False)
+    with pytest.raises(BitflowError, match="guidance scales 0.5 are for G"):
+        guided_samplers(None, (0.5,))
+    other = small_reverse(small_flow())
+    with pytest.raises(BitflowError):
+        evaluate(pair[0], other, digits, digits, n=2, timing=False)
+
+
+# A flow alone
+
+
+def test_a_coupling_flow_alone(digits):
+    """Without labels, so that none are asked for."""
+    flow = build(CouplingFlow, CouplingConfig(kind="nice", image_size=16, width=8), 0).eval()
+    done = evaluate_flow(flow, digits[200:400], digits[:50], n=130, seed=2, timing=False)
+    found, drawn = numbers(done.measurements), draw_all([exact_sampler(flow)], 130, 2)["exact"]
+    distance = frechet_distance(seen(drawn), seen(digits[:50].x))
+    assert found["exact", "fd[mnist-cnn]"] == distance
+    assert not any(metric == "label_accuracy" for _, metric in found)
+    assert found["exact", "broken_samples"] == 0 and found["exact", "serial_steps"] == 1
+    stored = json.loads((RESULTS / "evaluate-mnist-glow.json").read_text())["measurements"]
+    expected = [m["metric"] for m in stored if m["row"] == "exact" and m["unit"] not in ("ms", "s")]
+    names = [m["metric"] for m in done.measurements if m["row"] == "exact"]
+    assert [n for n in expected if n not in ("train_steps", "broken_samples")] == [
+        n for n in names if n in expected and n != "broken_samples"
+    ]
+
+
+def test_labels_are_asked_for_where_the_likelihood_has_them(pair, digits):
+    done = evaluate_flow(pair[0], digits, digits[:50], n=20, conditional=True, timing=False)
+    found, drawn = numbers(done.measurements), draw_all([exact_sampler(pair[0])], 20, 0)["exact"]
+    labels = torch.arange(20) % 10
+    assert found["exact", "label_accuracy"] == accuracy(load_classifier(), drawn, labels)
+
+
+def test_a_tarflow_alone_goes_through_the_same_steps(digits):
+    """On logits, without labels: the preset of lesson 07's table, at the digits' size."""
+    transformer = TransformerConfig(width=16, head_dim=8, num_layers=1)
+    cfg = find_preset("mnist-tarflow").forward
+    small = replace(cfg, image_size=16, transformer=transformer)
+    flow = build(TARFlow, small, 0).train()
+    x, c, generator = digits.x[:8], torch.full((8,), -1), torch.Generator().manual_seed(0)
+    loss, _ = stage_one_loss(small)(flow, x, c, generator)
+    done = evaluate_flow(flow.eval(), digits, digits[:50], n=10, timing=False)
+    found = {m["metric"]: m["value"] for m in done.measurements if m["row"] == "exact"}
+    assert torch.isfinite(loss) and found["bits_per_dim[8 draws]"] < found["bits_per_dim"]
+    assert found["round_trip_max_error"] < 1e-3
+    assert found["serial_steps"] == 4 * 15 and found["broken_samples"] == 0
+    reverse = find_preset("mnist-mini").reverse
+    with pytest.raises(BitflowError, match="logit"):
+        check_pair(flow, build(ReverseModel, reverse, 0))
+
+
+@pytest.fixture
+def broken_inverse(monkeypatch):
+    """Without clipping an inverse can overflow: every fifth sample does, or all do."""
+    whole = sampling.invert_flow
+
+    def break_some(which):
+        def inverse(model, z, c, guidance=None):
+            number = torch.arange(len(z))[:, None, None, None]
+            return torch.where(which(number), torch.nan, whole(model, z, c))
+
+        monkeypatch.setattr(sampling, "invert_flow", inverse)
+
+    return break_some
+
+
+def test_samples_that_overflow_are_counted(digits, broken_inverse):
+    """The likelihood is measured all the same, and the share of such samples stands beside it.
+
+    The others keep their labels, and the floor has as many images as they are."""
+    cfg = replace(find_preset("mnist-mini-smoke").forward, noise_std=0.0)
+    flow = build(TARFlow, cfg, 0).eval()
+    drawn = draw_all([exact_sampler(flow)], 20, 0)["exact"]
+    broken_inverse(lambda i: i % 5 == 0)
+    done = evaluate_flow(flow, digits, digits[:50], n=20, conditional=True, timing=False)
+    found = {(m["row"], m["metric"]): m for m in done.measurements}
+    whole = torch.arange(20) % 5 != 0
+    assert found["exact", "broken_samples"]["value"] == 1 - whole.float().mean().item()
+    assert found["exact", "fd[mnist-cnn]"]["n"] == found["real", "fd[mnist-cnn]"]["n"] == 16
+    right = accuracy(load_classifier(), drawn[whole], (torch.arange(20) % 10)[whole])
+    assert found["exact", "label_accuracy"]["value"] == pytest.approx(right)
+    assert found["exact", "bits_per_dim"]["value"] > 0
+    assert done.samples["exact"].isfinite().all()
+    broken_inverse(lambda i: i >= 0)
+    with pytest.raises(BitflowError, match="0 finite samples"):
+        evaluate_flow(flow, digits, digits[:50], n=20, timing=False)
+
+
+def test_samples_that_overflow_are_counted_where_nobody_judges(digits, broken_inverse):
+    flow = small_flow(channels=3, side=4, patch=4, num_classes=10)
+    pixels = digits.pixels[:40].expand(-1, 3, -1, -1).contiguous()
+    colour = Images(pixels, digits.labels[:40], tuple("abcdefghij"))
+    broken_inverse(lambda i: i % 4 == 0)
+    found = numbers(evaluate_flow(flow, colour, colour, n=20, timing=False).measurements)
+    assert found["exact", "broken_samples"] == 0.25
+    broken_inverse(lambda i: i > 0)
+    with pytest.raises(BitflowError, match="1 finite samples"):
+        evaluate_flow(flow, colour, colour, n=20, timing=False)
+
+
+# Samples by number, and a judge with a folder
+
+
+@pytest.mark.parametrize("method, w", [*((name, 0.0) for name in SAMPLERS), ("guided", 0.5)])
+def test_a_sample_depends_on_its_number_alone(method, w):
+    flow = small_flow(modern=True)
+    source = sampler_source(SAMPLERS[method](flow, small_reverse(flow), w), seed=3)
+    together, labels = source(torch.arange(7))
+    apart = torch.cat([source(torch.arange(4, 7))[0], source(torch.tensor([1]))[0]])
+    assert together.shape == (7, 1, 6, 6) and labels is None
+    assert torch.allclose(together[[4, 5, 6, 1]], apart, atol=1e-4)
+
+
+def test_the_classes_are_asked_for_in_turn():
+    flow = small_flow()
+    _, labels = sampler_source(exact_sampler(flow), labelled=True)(torch.tensor([4, 2, 3]))
+    assert labels.tolist() == [1, 2, 0]
+
+
+def test_noise_by_number_is_normal_and_differs_with_the_seed():
+    cfg = CouplingConfig(image_size=8)
+    z = indexed_noise(cfg, torch.arange(300), 0)
+    assert z.shape == (300, 64) and len(z.unique(dim=0)) == 300
+    assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
+    assert not torch.equal(z, indexed_noise(cfg, torch.arange(300), 1))
+
+
+def test_a_decoder_turns_latents_into_images():
+    def decoder(x):
+        return x.repeat_interleave(8, -1).repeat_interleave(8, -2)
+
+    source = sampler_source(exact_sampler(small_flow()), decoder=decoder)
+    assert source(torch.arange(2))[0].shape == (2, 1, 48, 48)
+
+
+def test_samplers_are_judged_in_a_folder_and_the_work_goes_on(pair, digits, tmp_path):
+    """Each has a folder of its own; what is finished is not drawn again."""
+    F, G = pair
+    cfg = StreamConfig(n=60, batch_size=20, seed=3, keep=30, subsets=3, splits=2)
+    network = mnist_cnn_network()
+    reference = reference_in_memory(digits[:200], network, cfg, "200 test images")
+    judge = Judge(network, reference, cfg, tmp_path, about={"forward": "F"})
+    samplers = [one_pass_sampler(G), *guided_samplers(G, (0.5,))]
+    done = judge_samplers(judge, samplers, digits[200:240], labelled=True, timing=True)
+    folders = sorted(p.name for p in tmp_path.iterdir())
+    assert folders == ["guided-w0.5", "one-pass", "real"]
+    rows = {m["row"]: [] for m in done.measurements}
+    for m in done.measurements:
+        rows[m["row"]].append(m["metric"])
+    judged = ["fd[mnist-cnn]", "label_accuracy", "inception_score[mnist-cnn]", "kid[mnist-cnn]"]
+    judged += ["precision[mnist-cnn]", "recall[mnist-cnn]"]
+    assert rows == {
+        "one-pass": [*judged, "nfe", "ms_per_image"],
+        "guided, w = 0.5": [*judged, "nfe", "ms_per_image"],
+        "real": judged,
+    }
+    settings = json.loads((tmp_path / "guided-w0.5" / "settings.json").read_text())
+    assert settings["w"] == 0.5 and settings["forward"] == "F" and settings["row"] in rows
+    assert list(done.samples) == list(rows) and len(done.samples["real"]) == 10
+    source = sampler_source(samplers[0], 3, labelled=True)
+    stats = collect(source, network, cfg)
+    found = numbers(done.measurements)
+    assert found["one-pass", "label_accuracy"] == pytest.approx(stats.right / 60)
+
+    def never(z, c):
+        pytest.fail("a finished row is not drawn again")
+
+    resumed = [replace(sampler, sample=never) for sampler in samplers]
+    again = judge_samplers(replace(judge, resume=True), resumed, digits[200:240], labelled=True)
+    assert again.measurements == done.measurements
+    with pytest.raises(BitflowError, match="forward = F, not other"):
+        other = replace(judge, resume=True, about={"forward": "other"})
+        judge_samplers(other, samplers)
+
+
+def test_the_floor_of_a_stream_is_its_first_images(digits, tmp_path):
+    """Read in order, and at most as many as there are."""
+    cfg, network = StreamConfig(n=60, batch_size=20, subsets=2, splits=1), mnist_cnn_network()
+    reference = reference_in_memory(digits[:200], network, cfg, "200 test images")
+    done = judge_samplers(Judge(network, reference, cfg, tmp_path), [], digits[200:240])
+    distance = frechet_distance(seen(digits[200:240].x), seen(digits[:200].x))
+    assert math.isclose(done.measurements[0]["value"], distance, rel_tol=1e-5)
+    assert torch.equal(done.samples["real"], digits[200:210].x)

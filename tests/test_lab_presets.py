@@ -1,0 +1,88 @@
+"""Presets: their parts, their twins, and the sizes published for them."""
+
+import doctest
+from dataclasses import replace
+
+import pytest
+
+from bitflow_edu.data import load_data
+from bitflow_edu.io import models
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.lab import presets, recipes
+from bitflow_edu.lab.preset_fields import as_tree, to_words
+from bitflow_edu.lab.presets import INFERRED, PAIRS, against_published, find_preset
+from bitflow_edu.reverse_model import ReverseModel
+from bitflow_edu.scale.costs import on_meta
+from bitflow_edu.tarflow import TARFlow
+
+BASE = find_preset("mnist-mini")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_smoke_twin_has_the_same_kinds_of_parts(name):
+    """Sizes and budgets differ, everything else does not; and it is small."""
+    big, twin = (to_words(as_tree(find_preset(n))) for n in (name, f"{name}-smoke"))
+    assert big.keys() == twin.keys()
+    sizes = "name num_samples image_size num_classes num_blocks width num_layers head_dim steps "
+    sizes += "batch_size lr ema log_every sample_every checkpoint_every compile num_microbatches"
+    different = {field for field in big if big[field] != twin[field]}
+    assert {field.rpartition(".")[2] for field in different} <= set(sizes.split())
+    assert "data.name" not in different
+    p = find_preset(f"{name}-smoke")
+    assert p.train_forward.steps == p.train_reverse.steps == 30
+    assert models.num_parameters(on_meta(TARFlow, p.forward)) < 300_000
+    assert p.forward.num_tokens <= 64
+
+
+def test_the_twin_of_the_embedded_digits_trains(digits, tmp_path):
+    """A preset with clipping and modern blocks trains as a pair, through the same code."""
+    p, changed = find_preset("imagenet64-smoke"), {}
+    for part in ("forward", "reverse"):
+        changed[part] = replace(getattr(p, part), channels=1, num_classes=10)
+        train = getattr(p, f"train_{part}")
+        changed[f"train_{part}"] = replace(train, steps=2, batch_size=4, precision="fp32")
+    p = replace(p, **changed)
+    flow = recipes.train_forward(p, digits[:8], tmp_path / "f")
+    reverse = recipes.train_reverse(p, flow, digits[:8], tmp_path / "g")
+    assert all(t.isfinite().all() for t in reverse.parameters())
+
+
+def test_latents_say_how_they_are_made():
+    for name in ("imagenet256-b2", "imagenet256-xl2-smoke"):
+        cfg = find_preset(name).data
+        assert cfg.channels == 4
+        with pytest.raises(BitflowError, match="AutoencoderKL"):
+            load_data(cfg)
+    with pytest.raises(BitflowError, match="4 channels"):
+        replace(BASE.data, channels=4)
+
+
+def test_published_sizes():
+    """F-B/2 120M, F-XL/2 690M, G-B/2 133M (arXiv 2512.10953), within 3 %; from shapes alone."""
+    found = {}
+    for name in ("imagenet256-b2", "imagenet256-xl2"):
+        p = find_preset(name)
+        F, G = on_meta(TARFlow, p.forward), on_meta(ReverseModel, p.reverse)
+        params = {"F": models.num_parameters(F), "G": models.num_parameters(G)}
+        for model, _, published, _, right in against_published(p, params):
+            found[name, model] = published, right
+        assert name in INFERRED
+    assert found == {
+        ("imagenet256-b2", "F"): (120e6, True),
+        ("imagenet256-b2", "G"): (133e6, True),
+        ("imagenet256-xl2", "F"): (690e6, True),
+    }
+    wider = against_published(find_preset("imagenet256-b2"), {"F": 124e6, "G": 133e6})
+    assert not wider[0][-1] and wider[1][-1]
+
+
+def test_the_example_of_find_preset_runs():
+    examples = doctest.DocTestFinder().find(find_preset, globs=vars(presets).copy())
+    failed, tried = doctest.DocTestRunner().run(examples[0])
+    assert failed == 0 < tried
+
+
+def test_the_nearest_name_is_offered():
+    with pytest.raises(BitflowError, match="mnist-mini") as e:
+        find_preset("mnist-mimi")
+    assert "mnist-mimi" in str(e.value)

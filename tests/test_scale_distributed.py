@@ -1,0 +1,250 @@
+"""Many processes (gloo, on the CPU): the same numbers as one, a lost process, whole results."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bitflow_edu.io.checkpoints import read_metrics, read_state
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.models import newest_checkpoint
+from bitflow_edu.io.processes import SINGLE_PROCESS, SingleProcess
+from bitflow_edu.scale.distributed import find_processes, lost_contact
+from bitflow_edu.tarflow import forward_loss
+from bitflow_edu.training import TrainConfig, check_shares, train
+from bitflow_edu.transformer import compile_layers
+from conftest import small_flow
+
+pytest.importorskip("accelerate")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SIX = (
+    "--train-forward.batch-size 24 --train-forward.num-microbatches 6 "
+    "--train-forward.precision fp32 --train-forward.log-every 1"
+).split()
+FORWARD = "train forward --preset mnist-mini-smoke --device cpu --steps 12".split()
+FORWARD += ["--train-forward.checkpoint-every", "4", *SIX]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def start(n, *words):
+    """The command on n processes, one of them without torchrun."""
+    launcher = [sys.executable] if n == 1 else [*TORCHRUN, f"--nproc-per-node={n}"]
+    command = [*launcher, "-m", "bitflow_edu.cli", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=ENV, text=True, **pipes)
+
+
+def run(n, *words):
+    """The same, waited for: its output."""
+    process = start(n, *words)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-3000:]
+    return out
+
+
+def losses(folder):
+    return torch.tensor([m["loss"] for m in read_metrics(folder / "metrics.jsonl")])
+
+
+def weights(folder):
+    """All tensors of the newest checkpoint: averages, weights and moments."""
+    saved = read_state(newest_checkpoint(folder))
+    averaged = {f"averaged.{k}": v for k, v in saved["averaged"].items()}
+    return {**averaged, **saved["training"]}, saved["step"]
+
+
+def assert_same_run(a, b, within=1e-5):
+    """Loss curves agree to 1e-5, and weights as far as rounding lets Adam's division agree."""
+    assert losses(a).shape == losses(b).shape and (losses(a) - losses(b)).abs().max() < within
+    (one, step), (other, same) = weights(a), weights(b)
+    assert step == same and one.keys() == other.keys()
+    for name in one:
+        if not name.startswith("adam"):
+            assert torch.allclose(one[name], other[name], atol=2e-4, rtol=1e-2), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process that the others are compared with."""
+    folder = tmp_path_factory.mktemp("alone") / "f"
+    run(1, *FORWARD, "--out", folder)
+    return folder
+
+
+@pytest.mark.parametrize("n, sharding", [(2, "none"), (2, "full")])
+def test_the_same_run_on_more_processes(alone, tmp_path, n, sharding):
+    """Six microbatches with noise of their own: who computes which does not matter."""
+    said = run(n, *FORWARD, "--out", tmp_path / "f", "--sharding", sharding)
+    assert_same_run(alone, tmp_path / "f")
+    assert said.count("F is in") == 1, "one process speaks"
+    assert len((tmp_path / "f" / "starts.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "f" / "samples").exists()
+
+
+def test_a_lost_process_and_another_number_of_them(alone, tmp_path):
+    """One of two is killed: a clear end, a whole checkpoint; three go on from it as one would."""
+    folder = tmp_path / "f"
+    process = start(2, *FORWARD, "--out", folder)
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / "step-00000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    for worker in found.stdout.split():
+        if b"\0RANK=1\0" in Path(f"/proc/{worker}/environ").read_bytes():
+            os.kill(int(worker), signal.SIGKILL)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode != 0 and "exitcode  : -9" in said
+    # the other process notices by itself, or is stopped first
+    assert "start again with --resume" in said or "Signal 15" in said, said[-3000:]
+    assert newest_checkpoint(folder).name < "step-00000012", "it was killed on the way"
+    run(3, *FORWARD, "--out", folder, "--resume", "--sharding", "full")
+    assert_same_run(alone, folder)
+
+
+def test_sharded_weights_go_on_alone(alone, tmp_path):
+    """A checkpoint knows nothing of the number of processes that wrote it."""
+    folder = tmp_path / "f"
+    run(2, *FORWARD, "--out", folder, "--sharding", "full")
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    run(1, *FORWARD, "--out", folder, "--resume")
+    assert_same_run(alone, folder)
+
+
+def test_the_second_stage_on_two_processes(alone, tmp_path):
+    """Guidance runs G through `run_blocks`, twice a step, not `forward`: all weights are seen."""
+    words = "train reverse --preset mnist-mini-smoke --device cpu --steps 4".split()
+    words += ["--forward", alone, "--reverse.max-guidance", "3"]
+    words += [w.replace("train-forward", "train-reverse") for w in SIX]
+    for n, sharding, name in ((1, "none", "one"), (2, "none", "copies"), (2, "full", "shards")):
+        run(n, *words, "--out", tmp_path / name, "--sharding", sharding)
+    assert_same_run(tmp_path / "one", tmp_path / "copies")
+    assert_same_run(tmp_path / "one", tmp_path / "shards")
+
+
+SCRIPT = """
+import sys, torch
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.scale.distributed import end, find_processes, together
+processes = find_processes("cpu")
+mine = torch.arange(7)[processes.rank::processes.size].double()
+assert processes.all_gather(mine).tolist() == [0, 2, 4, 6, 1, 3, 5]
+assert processes.all_reduce_sum(mine.sum()).item() == 21
+assert processes.all_reduce_mean([processes.rank, torch.tensor(2.0)]) == [0.5, 2.0]
+assert processes.broadcast(f"from {processes.rank}") == "from 0"
+assert processes.on_rank_zero(lambda: 5) == (5 if processes.main else None)
+def full():
+    raise BitflowError("the disk is full")
+try:
+    processes.on_rank_zero(full)
+except BitflowError as e:
+    print(f"process {processes.rank}: {e}", flush=True)
+processes.barrier()
+together()
+end(0)
+"""
+
+
+def test_what_processes_tell_each_other(tmp_path):
+    """Sums, means, lists in order; and a mistake of the main process is everybody's."""
+    (tmp_path / "s.py").write_text(SCRIPT)
+    command = [*TORCHRUN, "--nproc-per-node=2", tmp_path / "s.py"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):  # each, once, though perhaps on one line
+        assert done.stdout.count(f"process {rank}: the disk is full") == 1
+
+
+def test_mistakes(monkeypatch):
+    """An unknown sharding; microbatches that cannot be shared; errors that are no lost contact."""
+    lost = RuntimeError("Connection closed by peer [127.0.0.1]")
+    with pytest.raises(BitflowError, match="'half'.*none.*full"):
+        find_processes("cpu", "half")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert find_processes("cpu", "full") is SINGLE_PROCESS and lost_contact(lost) is None
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "lost contact" in lost_contact(lost)
+    assert lost_contact(RuntimeError("shapes differ")) is None
+
+    class Three(SingleProcess):
+        size = 3
+
+    with pytest.raises(BitflowError, match="4 microbatches.* 3 processes; .*num_microbatches"):
+        check_shares(TrainConfig(num_microbatches=4), Three())
+    with pytest.raises(BitflowError, match="64 .*6 .*microbatches"):
+        TrainConfig(num_microbatches=6)
+
+
+def trained(cfg, data, folder):
+    """A small flow, always from the same start."""
+    torch.manual_seed(0)
+    flow = small_flow(side=8, patch=2, num_classes=10).train()
+    return train(flow, forward_loss, data, cfg, folder)
+
+
+def test_microbatches_and_checkpointing_change_no_gradient(tmp_path, digits):
+    """Recomputed layers give the same weights; microbatches have other noise, of the same size."""
+    cfg = TrainConfig(steps=3, batch_size=12, precision="fp32", checkpoint_every=3)
+    configs = {"plain": cfg, "again": replace(cfg, activation_checkpointing=True)}
+    configs["three"] = replace(cfg, num_microbatches=3)
+    made = {name: trained(c, digits[:40], tmp_path / name) for name, c in configs.items()}
+    plain, again, three = (torch.cat([p.flatten() for p in m.parameters()]) for m in made.values())
+    assert torch.equal(plain, again) and not torch.equal(plain, three)
+    assert (plain - three).abs().max() < 0.05
+
+
+def test_the_whole_path_to_imagenet_on_two_processes(tmp_path):
+    """Pictures → latents → F → G (sharded) → metrics of n samples → pictures, on two processes."""
+    pytest.importorskip("diffusers")
+    from bitflow_edu.scale.autoencoder import tiny_vae
+    from bitflow_edu.scale.image_sources import synthetic_images
+
+    images, latents, vae = tmp_path / "images", tmp_path / "latents", tiny_vae(tmp_path / "vae")
+    f, g, vae_on_cpu = tmp_path / "f", tmp_path / "g", ["--vae", vae, "--device", "cpu"]
+    cache = ["cache-latents", "--source", images, "--image-size", 16, "--per-shard", 16]
+    for split, n in (("train", 80), ("test", 30)):
+        synthetic_images(images, n, split)
+        run(2, *cache, "--split", split, "--out", latents, *vae_on_cpu)
+    data = ["--preset", "imagenet256-b2-smoke", "--device", "cpu", "--data-root", latents]
+    run(2, "train", "forward", *data, "--steps", 4, "--out", f)
+    reverse = ["train", "reverse", *data, "--steps", 4, "--forward", f]
+    run(2, *reverse, "--out", g, "--sharding", "full")
+    evaluate = ["evaluate", *data, "--forward", f, "--reverse", g, "--vae", vae, "--images", 25]
+    evaluate += ["--features", "effnet-lite0", "--rows", "one-pass", "--no-timing"]
+    run(2, *evaluate, "--work", tmp_path / "work", "--out", tmp_path / "e.json")
+    lines = json.loads((tmp_path / "e.json").read_text())["measurements"]
+    found = {m["metric"]: m for m in lines}["fd[effnet-lite0]"]
+    assert found["n"] == 25 and 0 < found["value"] < 1e4 and (tmp_path / "e.png").exists()
+    run(2, "sample", "--checkpoint", g, "--images", 20, "--out", tmp_path / "s.png", *vae_on_cpu)
+    width = Image.open(tmp_path / "s.png").size[0]
+    assert width > 10 * 16, "ten pictures of 16 pixels side by side, decoded"
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="torch.compile needs a C++ compiler here",
+)
+def test_compiled_layers_train_the_same_model(tmp_path, digits):
+    """The same weights up to rounding, under the same names; the averaged model is ordinary."""
+    cfg = TrainConfig(steps=2, batch_size=8, precision="fp32", checkpoint_every=2)
+    plain, compiled = (
+        trained(replace(cfg, compile=yes), digits[:20], tmp_path / str(yes)).state_dict()
+        for yes in (False, True)
+    )
+    assert plain.keys() == compiled.keys()
+    assert all(torch.allclose(plain[k], compiled[k], atol=1e-4) for k in plain)
+
+
+def test_compiling_without_a_compiler_says_what_to_install(monkeypatch):
+    """A CPU without g++ is told so, and not shown a page of traceback."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(BitflowError, match="C\\+\\+ compiler.*g\\+\\+"):
+        compile_layers(small_flow())

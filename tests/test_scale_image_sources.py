@@ -1,0 +1,142 @@
+"""Squares as ADM cuts them, folders and tars read piece by piece."""
+
+import io
+import shutil
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.scale import image_sources
+from bitflow_edu.scale.image_sources import (
+    FolderSource,
+    TarSource,
+    as_jpeg,
+    braces,
+    center_crop,
+    find_source,
+    read_tar,
+    synthetic_images,
+    synthetic_picture,
+    synthetic_tar,
+)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """A folder with pictures."""
+    folder = tmp_path_factory.mktemp("toys")
+    synthetic_images(folder / "pictures", 30)
+    return folder
+
+
+def stored(pixels, kind, mode="RGB"):
+    """Pixels `(H, W, 3)` as the bytes of an image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def test_square_is_adms():
+    """Halved by boxes while twice too large, then bicubic, then the centre; any mode to RGB."""
+    wide = np.zeros((64, 128, 3), np.uint8)
+    wide[:, 32:96] = (200, 100, 50)  # exactly the centred square
+    for mode in ("RGB", "L", "CMYK", "P"):
+        got = center_crop(stored(wide, "TIFF", mode), 16)
+        assert got.shape == (3, 16, 16) and got.dtype == torch.uint8
+    colour = torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None]
+    assert torch.equal(center_crop(stored(wide, "PNG"), 16), colour.expand(3, 16, 16))
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    boxes = torch.from_numpy(noise).float().reshape(16, 2, 16, 2, 3).mean(dim=(1, 3))
+    assert (center_crop(stored(noise, "PNG"), 16).float() - boxes.permute(2, 0, 1)).abs().max() <= 1
+
+
+def test_folder_is_listed_once_and_shuffled(toys, tmp_path, monkeypatch):
+    source = FolderSource(str(toys / "pictures"), per_shard=8)
+    pieces = source.open(tmp_path)
+    first = [list(pieces.read(k)) for k in range(len(pieces.names))]
+    assert [len(p) for p in first] == [8, 8, 8, 6] and pieces.classes == ("n01440764", "n01443537")
+    assert all({r.label for r in piece} == {0, 1} for piece in first), "a shard mixes classes"
+    assert all(r.name.startswith(pieces.classes[r.label]) for piece in first for r in piece)
+    assert len({r.name for piece in first for r in piece}) == 30
+    monkeypatch.setattr(image_sources, "list_folder", lambda *_: pytest.fail("listed again"))
+    assert [r.name for r in source.open(tmp_path).read(0)] == [r.name for r in first[0]]
+
+
+def test_empty_or_missing_folders_are_refused(tmp_path):
+    with pytest.raises(BitflowError, match="has no train/"):
+        FolderSource(str(tmp_path)).open(tmp_path)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(BitflowError, match="holds no"):
+        FolderSource(str(tmp_path)).open(tmp_path)
+
+
+def test_train_numbers_the_classes_of_every_split(toys, tmp_path):
+    shutil.copytree(toys / "pictures", tmp_path / "p")
+    shutil.copytree(tmp_path / "p" / "train" / "n01443537", tmp_path / "p" / "val" / "n01443537")
+    pieces = FolderSource(str(tmp_path / "p"), "val").open(tmp_path)
+    assert len(pieces.classes) == 2 and {raw.label for raw in pieces.read(0)} == {1}
+
+
+def test_a_file_that_is_gone_is_named(toys, tmp_path):
+    shutil.copytree(toys / "pictures", tmp_path / "p")
+    pieces = FolderSource(str(tmp_path / "p")).open(tmp_path)
+    gone = next((tmp_path / "p").rglob("*.JPEG"))
+    gone.unlink()
+    with pytest.raises(BitflowError, match=gone.name):
+        list(pieces.read(0))
+
+
+def test_braces():
+    assert braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert braces("{x,y}/{0..1}") == ["x/0", "x/1", "y/0", "y/1"]
+    assert braces("plain.tar") == ["plain.tar"]
+
+
+def test_what_a_source_is(tmp_path):
+    assert isinstance(find_source(tmp_path), FolderSource)
+    for where in ("s3://bucket/a.tar", "a-{0..3}.tar", "a-*.tar", tmp_path / "a.tar", "a.tar.gz"):
+        assert isinstance(find_source(where), TarSource), where
+
+
+def test_tars_from_disk_and_from_object_storage(tmp_path):
+    for i in range(3):
+        data = synthetic_tar(range(5 * i, 5 * i + 5))
+        (tmp_path / f"t-{i:03d}.tar").write_bytes(data)
+        with fsspec.open(f"memory://b/t-{i:03d}.tar", "wb") as f:
+            f.write(data)
+    names = ("t-{000..002}.tar", "t-*.tar")
+    for pattern in [f"{where}/{name}" for where in (tmp_path, "memory://b") for name in names]:
+        pieces = TarSource(pattern, 2).open()
+        found = [raw for k in range(len(pieces.names)) for raw in pieces.read(k)]
+        assert [r.label for r in found] == [i % 2 for i in range(15)]
+        assert all(r.data == as_jpeg(synthetic_picture(i)) for i, r in enumerate(found))
+
+
+def test_a_tar_cut_anywhere_is_refused_and_named(tmp_path):
+    data, path = synthetic_tar(range(3)), tmp_path / "cut.tar"
+    end = len(data.rstrip(b"\0"))
+    for cut in [0, 1, 100, *range(512, end, 512), end - 3, end + 1]:
+        path.write_bytes(data[:cut])
+        with pytest.raises(BitflowError, match=r"cut\.tar"):
+            list(read_tar(str(path), 2))
+    path.write_bytes(data)
+    assert len(list(read_tar(str(path), 2))) == 3
+
+
+def test_bad_tars_are_refused(tmp_path):
+    (tmp_path / "label.tar").write_bytes(synthetic_tar(range(2)))
+    with pytest.raises(BitflowError, match="000001.cls says '1'"):
+        list(read_tar(str(tmp_path / "label.tar"), 1))
+    with pytest.raises(BitflowError, match="none.tar"):
+        list(read_tar(str(tmp_path / "none.tar"), 2))
+    (tmp_path / "no.tar").write_bytes(b"this is no tar" * 1000)
+    with pytest.raises(BitflowError, match="no.tar"):
+        list(read_tar(str(tmp_path / "no.tar"), 2))
+    with pytest.raises(BitflowError, match="no tar is named"):
+        TarSource(f"{tmp_path}/x-*.tar").open()
+    with pytest.raises(BitflowError, match="nothing://"):
+        list(read_tar("nothing://bucket/a.tar", 2))

@@ -1,0 +1,280 @@
+"""The cache of latents: resumed, shared, refused for other settings, few images left out."""
+
+import dataclasses
+import errno
+import resource
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="latents need diffusers")
+from latent_toys import CFG, contents, make_cache, make_toys, pictures_of, shard
+
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.processes import SingleProcess
+from bitflow_edu.io.shards import Latents, sha256_of
+from bitflow_edu.scale import latents
+from bitflow_edu.scale.autoencoder import load_vae, tiny_vae
+from bitflow_edu.scale.image_sources import FolderSource, TarSource, center_crop, synthetic_tar
+from bitflow_edu.scale.latents import CacheConfig, cache_latents
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    return make_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="module")
+def vae(toys):
+    return load_vae(toys / "vae")
+
+
+@pytest.fixture
+def source(toys):
+    return pictures_of(toys)
+
+
+@pytest.fixture(scope="module")
+def cache(toys, vae, tmp_path_factory):
+    return make_cache(toys, vae, tmp_path_factory.mktemp("cache") / "train")
+
+
+class Two(SingleProcess):
+    """One of two processes, played by threads, with what `Distributed` has of them."""
+
+    size = 2
+
+    def __init__(self, rank, meet, said):
+        self.rank, self.main, self.meet, self.said = rank, rank == 0, meet, said
+
+    def barrier(self):
+        self.meet.wait(60)
+
+    def on_rank_zero(self, fn):
+        value = fn() if self.main else None
+        self.barrier()
+        return value
+
+    def broadcast(self, value):
+        if self.main:
+            self.said["value"] = value
+        self.barrier()
+        return self.said["value"]
+
+
+def on_two(call):
+    """`call(processes)` by two processes at once; what each gave."""
+    meet, said, found = threading.Barrier(2), {}, {}
+
+    def work(rank):
+        try:
+            found[rank] = call(Two(rank, meet, said))
+        except Exception as e:
+            found[rank] = e
+            meet.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return found
+
+
+def test_moments_are_the_encoders(toys, vae, cache):
+    """What is stored is what diffusers says of the same square, mirror image included."""
+    data = Latents(cache)
+    raw = next(iter(FolderSource(str(toys / "pictures"), per_shard=8).open(cache).read(0)))
+    pixels = center_crop(raw.data, 16)[None]
+    x = (pixels.float() + 0.5) / 128 - 1
+    for mirrored, image in enumerate((x, x.flip(-1))):
+        with torch.no_grad():
+            want = vae.encode(image).latent_dist
+        mean, std = data.moments(torch.tensor([0]), torch.tensor([mirrored]))[0].float()
+        assert torch.allclose(mean, want.mean[0], atol=2e-3)
+        assert torch.allclose(std, want.std[0], atol=1e-3, rtol=1e-2)
+    assert data.labels[0] == raw.label
+
+
+def test_resume_after_an_interruption_is_exact(source, vae, cache, tmp_path, monkeypatch):
+    out, encode, calls = tmp_path / "train", latents.encode_piece, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(latents, "encode_piece", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(source, out, vae, CFG)
+    assert not (out / "index.json").exists() and len(list(out.rglob("*.safetensors"))) == 2
+    shard(out, 1).write_bytes(b"half")  # and one of the two was damaged since
+    cache_latents(source, out, vae, CFG)
+    assert len(calls) == 6, "the interrupted, the damaged and the last one; shard 0 left alone"
+    assert contents(out) == contents(cache)
+
+
+def test_two_processes_write_what_one_does(source, vae, cache, tmp_path, monkeypatch):
+    encode, calls = latents.encode_piece, []
+
+    def counted(*args):
+        calls.append(1)
+        return encode(*args)
+
+    monkeypatch.setattr(latents, "encode_piece", counted)
+    found = on_two(lambda processes: cache_latents(source, tmp_path / "train", vae, CFG, processes))
+    assert found[0] == found[1] and found[0]["total"] == 30
+    assert contents(tmp_path / "train") == contents(cache) and len(calls) == 4, "no piece twice"
+
+
+def test_corrupt_images_are_counted_named_and_limited(toys, vae, tmp_path):
+    shutil.copytree(toys / "pictures", tmp_path / "p")
+    bad = sorted((tmp_path / "p").rglob("*.JPEG"))[:2]
+    bad[0].write_bytes(bad[0].read_bytes()[:300])
+    bad[1].write_bytes(b"")
+    source = FolderSource(str(tmp_path / "p"), per_shard=8)
+    index = cache_latents(source, tmp_path / "ok", vae, CFG)
+    assert index["total"] == 28 == len(Latents(tmp_path / "ok")) and len(index["corrupt"]) == 2
+    assert all(any(b.name in name for name in index["corrupt"]) for b in bad)
+    assert cache_latents(source, tmp_path / "ok", vae, CFG)["corrupt"] == index["corrupt"]
+    one = dataclasses.replace(CFG, max_corrupt=1)
+    with pytest.raises(BitflowError, match="max_corrupt = 1"):
+        cache_latents(source, tmp_path / "strict", vae, one)
+    with pytest.raises(BitflowError, match="max_corrupt = 1"):
+        cache_latents(source, tmp_path / "ok", vae, one)  # also when the shards are there already
+
+
+def test_corrupt_images_of_finished_shards_count_at_once(toys, vae, tmp_path):
+    """A second start does not encode for hours before it finds that too much is corrupt."""
+    shutil.copytree(toys / "pictures", tmp_path / "p")
+    source, out = FolderSource(str(tmp_path / "p"), per_shard=8), tmp_path / "out"
+    spoilt = [raw.name for raw in source.open(tmp_path).read(0)][:2]
+    for name in spoilt:
+        (tmp_path / "p" / "train" / name).write_bytes(b"no image")
+    cache_latents(source, out, vae, CFG)
+    shard(out, 3).unlink()
+    with pytest.raises(BitflowError, match="max_corrupt = 1"):
+        cache_latents(source, out, vae, dataclasses.replace(CFG, max_corrupt=1))
+    assert not shard(out, 3).exists()
+
+
+def test_corrupt_images_of_all_processes_count(toys, vae, tmp_path):
+    """Each process sees one; together they are too many."""
+    shutil.copytree(toys / "pictures", tmp_path / "p")
+    source = FolderSource(str(tmp_path / "p"), per_shard=15)
+    one = dataclasses.replace(CFG, max_corrupt=1)
+    pieces = source.open(tmp_path)
+    for k in range(2):
+        (tmp_path / "p" / "train" / next(iter(pieces.read(k))).name).write_bytes(b"no image")
+    found = on_two(lambda processes: cache_latents(source, tmp_path / "out", vae, one, processes))
+    errors = [str(e) for e in found.values() if isinstance(e, BitflowError)]
+    assert any("2 images cannot be decoded" in e for e in errors)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_truncated_tar_leaves_finished_shards(vae, tmp_path):
+    for i in range(2):
+        (tmp_path / f"t-{i}.tar").write_bytes(synthetic_tar(range(4 * i, 4 * i + 4)))
+    whole = (tmp_path / "t-1.tar").read_bytes()
+    (tmp_path / "t-1.tar").write_bytes(whole[: whole.rindex(b"000007.jpg")])
+    source, out = TarSource(f"{tmp_path}/t-{{0..1}}.tar", 2), tmp_path / "out"
+    with pytest.raises(BitflowError, match=r"t-1\.tar is cut off"):
+        cache_latents(source, out, vae, CFG)
+    first = sha256_of(shard(out, 0))
+    (tmp_path / "t-1.tar").write_bytes(whole)
+    index = cache_latents(source, out, vae, CFG)
+    assert index["total"] == 8 and index["shards"][0]["sha256"] == first
+    assert Latents(out, verify=True).labels.tolist() == [0, 1] * 4
+
+
+def test_images_stay_in_order_and_few_wait():
+    """However the threads run, results come in order, and the source is not read far ahead."""
+    taken = []
+
+    def items():
+        for i in range(40):
+            taken.append(i)
+            yield i
+
+    def slowly(i):
+        time.sleep(0.002 * (i % 3))
+        return i
+
+    with ThreadPoolExecutor(4) as pool:
+        for done, i in enumerate(latents.prefetch(items(), slowly, pool, 5)):
+            assert i == done and len(taken) <= done + 6
+    assert len(taken) == 40
+
+
+def test_other_settings_are_refused(toys, source, vae, cache, tmp_path):
+    out = shutil.copytree(cache, tmp_path / "train")
+    before = contents(out)
+    other = load_vae(tiny_vae(tmp_path / "other", seed=1))
+    smaller_shards = dataclasses.replace(source, per_shard=4)
+    larger = dataclasses.replace(CFG, image_size=32)
+    bf16 = dataclasses.replace(CFG, precision="bf16")
+    calls = {
+        "vae.": (source, out, other, CFG),
+        "image_size": (source, out, vae, larger),
+        "precision": (source, out, vae, bf16),
+        "source.per_shard": (smaller_shards, out, vae, CFG),
+    }
+    for name, args in calls.items():
+        with pytest.raises(BitflowError, match=f"made with {name}"):
+            cache_latents(*args)
+    assert contents(out) == before
+    shutil.copytree(toys / "vae", tmp_path / "moved")  # the same weights, the same autoencoder
+    assert cache_latents(source, out, load_vae(tmp_path / "moved"), CFG)["total"] == 30
+
+
+def test_weights_decide_not_names(source, toys, cache, tmp_path):
+    """Another autoencoder with the same scaling factor is another."""
+    out, other = shutil.copytree(cache, tmp_path / "train"), load_vae(toys / "vae")
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.01)
+    with pytest.raises(BitflowError, match="vae.weights"):
+        cache_latents(source, out, other, CFG)
+
+
+def test_a_full_disk_is_a_clear_end(source, vae, cache, tmp_path):
+    """The file-size limit of the process plays the disk that is full."""
+    out, soft = tmp_path / "train", resource.getrlimit(resource.RLIMIT_FSIZE)
+    (out / "shards").mkdir(parents=True)
+    for name in ("settings.json", "listing.tsv", "shards/00000.safetensors", "shards/00000.json"):
+        shutil.copy(cache / name, out / name)
+    before = contents(out)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, soft[1]))
+        with pytest.raises(BitflowError, match="cannot write to"):
+            cache_latents(source, out, vae, CFG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    after = contents(out)
+    assert {name: after[name] for name in before} == before and not (out / "index.json").exists()
+    cache_latents(source, out, vae, CFG)
+    assert contents(out) == contents(cache)
+
+
+def test_an_output_that_cannot_be_written(source, vae, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BitflowError, match="cannot write to"):
+        cache_latents(source, tmp_path / "file" / "out", vae, CFG)
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(latents, "save_tensors", read_only)
+    with pytest.raises(BitflowError, match="Read-only file system"):
+        cache_latents(source, tmp_path / "out", vae, CFG)
+
+
+def test_sizes_that_do_not_fit_are_refused(source, vae, tmp_path):
+    with pytest.raises(BitflowError, match="multiple of 2"):
+        cache_latents(source, tmp_path / "out", vae, dataclasses.replace(CFG, image_size=17))
+    with pytest.raises(BitflowError, match="nothing can be encoded"):
+        CacheConfig(precision="fp8")
