@@ -44,6 +44,7 @@ class _Package(ModuleType):
 
     @property
     def exact_inverse(self):
+        "The function, not the module that holds it."
         return import_module("bitflow_edu.exact_inverse").exact_inverse
 
     @exact_inverse.setter

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitflow_edu.data import (
+    Images,
     add_noise,
     check_labels,
     dequantize,
@@ -84,3 +85,7 @@ def test_a_grid_keeps_every_pixel():
     assert grid.shape == (5, 5, 3) and (grid[2] == 255).all() and (grid[:, 2] == 255).all()
     assert grid[:2, 3:, 0].tolist() == [[80, 100], [120, 140]]
     assert grid[3:, :2, 1].tolist() == [[160, 180], [200, 220]]
+
+
+def test_a_part_of_a_split_is_a_split(digits):
+    assert isinstance(digits[:3], Images) and len(digits[:3]) == 3

@@ -20,7 +20,6 @@ from bitflow_edu.distances import (
 from bitflow_edu.inverse_strategies import mse
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.lab.presets import ObjectiveConfig
-from bitflow_edu.lab.recipes import image_distance
 
 SHIFT_TOLERANT = ("stlpips_pytorch", "torchsummary", "IPython")
 PACKAGES = {
@@ -114,24 +113,6 @@ def test_small_images_are_enlarged_and_large_ones_left():
     assert as_photos(large) is large
     flat = torch.full((1, 1, 16, 16), 0.3)
     torch.testing.assert_close(as_photos(flat), torch.full((1, 3, 64, 64), 0.3))
-
-
-def test_a_distance_of_ones_own_trains_by_its_name(monkeypatch):
-    asked = []
-
-    def mine(device):
-        asked.append(device)
-        return lambda a, b: (a - b).abs().flatten(1).mean(dim=1)
-
-    monkeypatch.setitem(DISTANCES, "mine", mine)
-    a, b = images(8, 3), images(8, 3).flip(0)
-    objective = ObjectiveConfig(features=("mine",), feature_weight=0.5)
-    expected = mse(a, b) + 0.5 * (a - b).abs().flatten(1).mean(dim=1)
-    torch.testing.assert_close(image_distance(objective, "cpu")(a, b), expected)
-    both = ObjectiveConfig(features=("mine", "mine"), feature_weight=1.0, adaptive_power=1.0)
-    assert image_distance(both, "cpu")(a, b).isfinite().all() and asked == ["cpu"] * 3
-    without = image_distance(ObjectiveConfig(features=("mine",)), "cpu")
-    assert without(a, b).equal(mse(a, b)) and len(asked) == 3, "weight 0 asks for none"
 
 
 def test_adaptive_weights_pull_alike_whatever_the_unit():

@@ -8,7 +8,7 @@ import pytest
 from bitflow_edu.data import load_data
 from bitflow_edu.io import models
 from bitflow_edu.io.files import BitflowError
-from bitflow_edu.lab import presets, recipes
+from bitflow_edu.lab import presets
 from bitflow_edu.lab.preset_fields import as_tree, to_words
 from bitflow_edu.lab.presets import INFERRED, PAIRS, against_published, find_preset
 from bitflow_edu.reverse_model import ReverseModel
@@ -32,19 +32,6 @@ def test_the_smoke_twin_has_the_same_kinds_of_parts(name):
     assert p.train_forward.steps == p.train_reverse.steps == 30
     assert models.num_parameters(on_meta(TARFlow, p.forward)) < 300_000
     assert p.forward.num_tokens <= 64
-
-
-def test_the_twin_of_the_embedded_digits_trains(digits, tmp_path):
-    """A preset with clipping and modern blocks trains as a pair, through the same code."""
-    p, changed = find_preset("imagenet64-smoke"), {}
-    for part in ("forward", "reverse"):
-        changed[part] = replace(getattr(p, part), channels=1, num_classes=10)
-        train = getattr(p, f"train_{part}")
-        changed[f"train_{part}"] = replace(train, steps=2, batch_size=4, precision="fp32")
-    p = replace(p, **changed)
-    flow = recipes.train_forward(p, digits[:8], tmp_path / "f")
-    reverse = recipes.train_reverse(p, flow, digits[:8], tmp_path / "g")
-    assert all(t.isfinite().all() for t in reverse.parameters())
 
 
 def test_latents_say_how_they_are_made():

@@ -14,13 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from bitflow_edu import training
-from bitflow_edu.data import Images, load_data
+from bitflow_edu.data import load_data
 from bitflow_edu.io.checkpoints import read_metrics
 from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import newest_checkpoint
-from bitflow_edu.lab.presets import find_preset
-from bitflow_edu.lab.recipes import train_forward
 from bitflow_edu.tarflow import forward_loss
 from bitflow_edu.training import (
     TrainConfig,
@@ -184,15 +182,6 @@ def test_bad_training_options(field, value):
         replace(CFG, minutes=1.0)
     with pytest.raises(BitflowError, match="minutes"):
         replace(CFG, steps=None, minutes=-1.0)
-
-
-def test_pictures_are_drawn_while_it_runs(tmp_path):
-    preset = find_preset("mnist-mini-smoke")
-    preset = replace(preset, train_forward=replace(preset.train_forward, steps=4, sample_every=2))
-    train_forward(preset, load_data(preset.data)[:100], tmp_path / "run")
-    names = [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())]
-    assert names == ["step-00000002.png", "step-00000004.png"]
-    assert isinstance(load_data(preset.data)[:3], Images)
 
 
 def test_microbatches_are_the_batch_in_its_order(data):
