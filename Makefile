@@ -5,13 +5,16 @@ PYTHON ?= python3
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 ENV    := $(or $(ACTIVE),$(CURDIR)/.venv)
 BIN    := $(ENV)/bin
-STAMP  := $(ENV)/.bitflow_edu-installed
+# folders may have spaces in their names: recipes quote them, targets escape them
+SPACE  := $(subst ,, )
+TARGET := $(subst $(SPACE),\ ,$(ENV))
+STAMP  := $(TARGET)/.bitflow_edu-installed
 NB     ?= $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' | sort)
 RUFFED := nbs tests data setup.py
 
 # test-matrix: one environment for each Python; on the oldest, the oldest torch of settings.ini
 PYTHONS ?= 3.10 3.11 3.12 3.13
-MATRIX  := $(CURDIR)/build/matrix
+MATRIX  := build/matrix
 OLDEST  := 3.10
 OLDEST_TORCH := torch==2.6.0 torchvision==0.21.0
 
@@ -23,70 +26,70 @@ export PATH := $(BIN):$(PATH)
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-$(ENV)/bin/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"bitflow_edu needs Python 3.10 or newer; $(PYTHON) is {v[0]}.{v[1]}. Name another with: make PYTHON=python3.12 ...")'
+$(TARGET)/bin/python:
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"bitflow_edu needs Python 3.10 or newer; $(PYTHON) is {v[0]}.{v[1]}. Name another with: make PYTHON=python3.12 ...")'
 	@echo "No active environment: making .venv with $(PYTHON)"
-	$(PYTHON) -m venv $(ENV)
+	"$(PYTHON)" -m venv "$(ENV)"
 
-$(STAMP): $(ENV)/bin/python settings.ini setup.py
+$(STAMP): $(TARGET)/bin/python settings.ini setup.py
 	@echo "Installing bitflow_edu and what it needs into $(ENV) (PyTorch is large: this takes some minutes, once)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[notebooks,dev]"
-	@touch $@
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e ".[notebooks,dev]"
+	@touch "$@"
 
 setup: $(STAMP)  ## make or use an environment and install everything
 
 demo: $(STAMP)  ## train F and G on real digits (about 5 minutes on 2 cores), write runs/demo/report.html
 	@echo "Training on the embedded digits; the figures go to results/, the report to runs/demo/report.html"
-	$(BIN)/bitflow demo --resume
+	"$(BIN)/bitflow" demo --resume
 
 test: $(STAMP)  ## everything that CI runs: style, generated files, pytest, every notebook
 	@echo "1/4 style: ruff check and ruff format; make format mends most of it"
 	@$(MAKE) --no-print-directory lint
 	@echo "2/4 generated files: nbdev_clean, nbdev_export and the README must leave nothing changed"
-	@$(BIN)/python tests/check_generated.py
+	@"$(BIN)/python" tests/check_generated.py
 	@echo "3/4 tests"
-	$(BIN)/python -m pytest -q tests
+	"$(BIN)/python" -m pytest -q tests
 	@echo "4/4 notebooks; small models that come with the course are trained anew, for a few steps"
-	RETRAIN=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	RETRAIN=1 OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers 2 --timing
 
 test-matrix:  ## make test on every Python found, each in build/matrix (PYTHONS="3.10 3.13": only those)
 	@mkdir -p $(MATRIX) && printf '%s\n' $(OLDEST_TORCH) > $(MATRIX)/oldest.txt
 	@ran=; for v in $(PYTHONS); do \
-	  found=; for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python; do \
-	    if $$p -c '' 2> /dev/null; then found=$$p; break; fi; done; \
+	  found=; for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python; do \
+	    if "$$p" -c '' 2> /dev/null; then found=$$p; break; fi; done; \
 	  if [ -z "$$found" ]; then echo "Python $$v was not found: skipped"; continue; fi; \
 	  pins=; if [ $$v = $(OLDEST) ]; then pins=$(MATRIX)/oldest.txt; fi; \
 	  echo "Python $$v$${pins:+ with $(OLDEST_TORCH)}"; \
-	  [ -x $(MATRIX)/$$v/bin/python ] || $$found -m venv $(MATRIX)/$$v || exit 1; \
-	  PIP_CONSTRAINT=$$pins $(MAKE) --no-print-directory test VIRTUAL_ENV=$(MATRIX)/$$v || exit 1; \
+	  [ -x $(MATRIX)/$$v/bin/python ] || "$$found" -m venv $(MATRIX)/$$v || exit 1; \
+	  PIP_CONSTRAINT=$$pins $(MAKE) --no-print-directory test VIRTUAL_ENV="$(CURDIR)/$(MATRIX)/$$v" || exit 1; \
 	  ran="$$ran $$v"; done; \
 	if [ -z "$$ran" ]; then echo "none of these Pythons was found: $(PYTHONS)"; exit 1; fi; \
 	echo "passed on Python$$ran"
 
 lint: $(STAMP)  ## the style of notebooks, tests and scripts; changes nothing
-	@$(BIN)/ruff check $(RUFFED)
-	@$(BIN)/ruff format --check $(RUFFED)
+	@"$(BIN)/ruff" check $(RUFFED)
+	@"$(BIN)/ruff" format --check $(RUFFED)
 
 format: $(STAMP)  ## ruff: format notebooks, tests and scripts, and mend what it can
-	$(BIN)/ruff check --fix --exit-zero $(RUFFED)
-	$(BIN)/ruff format $(RUFFED)
+	"$(BIN)/ruff" check --fix --exit-zero $(RUFFED)
+	"$(BIN)/ruff" format $(RUFFED)
 
 lab: $(STAMP)  ## start JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir nbs
+	"$(BIN)/jupyter" lab --notebook-dir nbs
 
 notebooks: $(STAMP)  ## execute every notebook at reading scale and store its outputs (NB=nbs/07*.ipynb: only that)
 	@for nb in $(NB); do echo "executing $$nb"; \
-	  $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace $$nb || exit 1; done
-	$(BIN)/nbdev_clean
-	$(BIN)/python nbs/make_readme.py
+	  "$(BIN)/jupyter" nbconvert --log-level ERROR --to notebook --execute --inplace "$$nb" || exit 1; done
+	"$(BIN)/nbdev_clean"
+	"$(BIN)/python" nbs/make_readme.py
 
 export: $(STAMP)  ## write bitflow_edu/ and README.md from the notebooks
-	$(BIN)/nbdev_clean
-	$(BIN)/nbdev_export
-	$(BIN)/python nbs/make_readme.py
+	"$(BIN)/nbdev_clean"
+	"$(BIN)/nbdev_export"
+	"$(BIN)/python" nbs/make_readme.py
 
 readme: $(STAMP)  ## write README.md from nbs/index.ipynb
-	$(BIN)/python nbs/make_readme.py
+	"$(BIN)/python" nbs/make_readme.py
 
 weights: $(STAMP)  ## copy the models of runs/demo into data/mnist-mini, where the lessons load them
-	$(BIN)/python data/make_weights.py runs/demo --to mnist-mini --results results/demo-mnist-mini.json
+	"$(BIN)/python" data/make_weights.py runs/demo --to mnist-mini --results results/demo-mnist-mini.json

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +34,11 @@ from ..lab.evaluate import Evaluation, evaluate
 from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..lab.report import draw_rows, sample_rows, write_report
 from ..tarflow import TARFlow
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 # %% auto #0
 __all__ = []
@@ -201,8 +205,10 @@ def run_reproduce(args: Reproduce, main: Callable):
     print(f"all figures: {reproduce.write_results_index(args.results)}")
 
 # %% ../../nbs/cli/lab.ipynb #da325fee
-def peak_process_memory_mb() -> float:
-    "The most memory this process has held, in MB."
+def peak_process_memory_mb() -> float | None:
+    "The most memory this process has held, in MB; None where the system does not say."
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, Linux kibibytes
     return peak / (2**20 if sys.platform == "darwin" else 1024)
@@ -216,8 +222,9 @@ def train_pair(preset: Preset, train, out: Path, device: str, resume: bool):
 # %% ../../nbs/cli/lab.ipynb #46039c97
 def save_demo(args: Demo, preset: Preset, done: Evaluation, test, start: float) -> Path:
     "Write and print a demo's figures, and a picture of its samples; gives the results file."
-    memory = measurement("demo", "peak_memory_mb", peak_process_memory_mb(), "MB")
-    found, config = [*done.measurements, memory], dataclasses.asdict(preset)
+    found, config = list(done.measurements), dataclasses.asdict(preset)
+    if memory := peak_process_memory_mb():
+        found.append(measurement("demo", "peak_memory_mb", memory, "MB"))
     name, command = f"demo-{preset.name}", command_line(args)
     took = time.perf_counter() - start
     path = save_results(args.results, name, preset.name, command, config, found, took)
