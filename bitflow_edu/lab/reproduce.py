@@ -345,8 +345,9 @@ LIST = """# The experiments
 Written by `bitflow reproduce` from the list that it runs. `bitflow reproduce NAME --budget gpu` \
 (or `cpu`, or `smoke`) carries out the commands below in order, goes on where it stopped, and \
 skips what stands;
-each can also be run alone. The same seed gives the same figures on the same machine. What has \
-been done, and what came out, is on [the page of all figures](README.md).
+each can also be run alone. The same seed gives the same figures on the same machine \
+with the same number of threads. What has been done, and what came out, is on \
+[the page of all figures](README.md).
 
 `gpu` is the experiment as it should be. `cpu` has the same data and the same parts for far fewer \
 steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in seconds that the \
