@@ -116,16 +116,25 @@ class Distributed(SingleProcess):
 # %% ../../nbs/scale/distributed.ipynb #93efa5aa
 SHARDING = ("none", "full")
 
+# %% ../../nbs/scale/distributed.ipynb #5c7e19b2
+def can_shard(device: str) -> bool:
+    "Whether PyTorch's FSDP2 runs on a device; on a CPU it does since PyTorch 2.7."
+    return device != "cpu" or hasattr(torch.cpu.Stream, "record_event")
+
 # %% ../../nbs/scale/distributed.ipynb #407c24ad
 def find_processes(
     device: str = "cpu",  # "cpu" or "cuda"
     sharding: str = "none",  # "none": each process holds a replica of the model, "full": a shard
 ) -> SingleProcess:
-    "The processes that `torchrun` started, or `SINGLE_PROCESS`; `BitflowError` without accelerate."
+    """The processes that `torchrun` started, or `SINGLE_PROCESS`.
+    `BitflowError` without accelerate, or where FSDP2 cannot run."""
     if sharding not in SHARDING:
         raise BitflowError(f"unknown sharding {sharding!r}; choose {' or '.join(SHARDING)}")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return SINGLE_PROCESS
+    if sharding == "full" and not can_shard(device):
+        here = f"full sharding on a CPU needs PyTorch 2.7 or newer, this is {torch.__version__}"
+        raise BitflowError(f"{here}; update it, or choose sharding none")
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ImportError as e:
