@@ -24,7 +24,7 @@ import tarfile
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.update(MPLBACKEND="agg", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1")
@@ -61,7 +61,7 @@ class Case:
     rng: random.Random
     home: Path  # of this case; only `out` below it may be written to
     material: Path  # intact files, never to be changed
-    said: list = field(default_factory=list)  # the description, in parts
+    log: Path  # a file for what is done, as it is done: a case may not end by itself
 
     def copy(self, name: str) -> Path:
         """A piece of the material, to be damaged."""
@@ -73,12 +73,13 @@ class Case:
     def run(self, *words) -> int:
         """A command; its output folder is the working folder."""
         words = [str(word) for word in words]
-        home = str(self.home.parent)
-        self.said.append("bitflow " + " ".join(words).replace(home, "")[:300])
+        self.note("bitflow " + " ".join(words).replace(str(self.home.parent), ""))
         return bitflow(words)
 
     def note(self, text):
-        self.said.append(str(text)[:200])
+        """Add to the description."""
+        with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"; {str(text)[:300]}")
 
 
 # --- odd values ---------------------------------------------------------------------------------
@@ -591,7 +592,7 @@ def child(seed: int, number: int, work: Path):
     if number < 0:
         make_material(material)
         return
-    case = Case(random.Random(f"{seed}/{number}"), home, material)
+    case = Case(random.Random(f"{seed}/{number}"), home, material, work / "description")
     family = FAMILIES[number % len(FAMILIES)]
     os.chdir(home / "out")
     try:
@@ -604,10 +605,6 @@ def child(seed: int, number: int, work: Path):
     except BaseException:
         traceback.print_exc()
         code = 1
-    if resource is not None:  # the description must find room
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-    text = f"{family.__name__}: {'; '.join(case.said)}"
-    (work / "description").write_text(text, encoding="utf-8", errors="backslashreplace")
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -632,8 +629,8 @@ def listing(work: Path) -> dict:
     return found
 
 
-def start(seed: int, number: int, work: Path) -> multiprocessing.Process:
-    """A case in a new process, waited for; one that takes too long is ended."""
+def start(seed: int, number: int, work: Path) -> multiprocessing.Process | None:
+    """A case in a new process, waited for; None for one that took too long and was ended."""
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     process = context.Process(target=child, args=(seed, number, work))
     process.start()
@@ -650,8 +647,8 @@ class Fault:
     """What went wrong in a case."""
 
     key: str  # equal for equal faults
-    number: int
     place: str  # innermost line of this package
+    number: int  # of the case
     description: str
 
 
@@ -667,23 +664,18 @@ def fault_in(text: str) -> tuple:
     return re.sub(r"\d+", "#", line)[:160], place
 
 
-def judge(process, before: dict, work: Path) -> tuple:
-    """What was wrong with a finished case and where; None for nothing."""
+def judge(process, before: dict, work: Path) -> tuple | None:
+    """What was wrong with a finished case, and where; None for nothing."""
     text = (work / "stderr").read_text(encoding="utf-8", errors="replace")
     if new := sorted(set(listing(work).items()) ^ set(before.items())):
         return f"a file outside the output folder: {re.sub(r'[0-9]+', '#', new[0][0])}", ""
     if process is None or process.exitcode in (-24, -9):  # SIGXCPU, SIGKILL
-        return f"a hang of more than {SECONDS} s", last_place(text)
+        return f"a hang of more than {SECONDS} s", text.strip()[-100:]
     if "Traceback (most recent call last)" in text:
         return fault_in(text)
     if process.exitcode not in (0, 2):
         return f"exit code {process.exitcode}", text.strip()[-100:]
     return None
-
-
-def last_place(text: str) -> str:
-    """The end of what was printed."""
-    return text.strip()[-100:]
 
 
 def run_case(seed: int, number: int, work: Path) -> Fault | None:
@@ -698,8 +690,8 @@ def run_case(seed: int, number: int, work: Path) -> Fault | None:
     found = judge(process, before, work)
     if found is None:
         return None
-    described = (work / "description").read_text(encoding="utf-8")
-    return Fault(found[0], number, found[1], described or FAMILIES[number % len(FAMILIES)].__name__)
+    family = FAMILIES[number % len(FAMILIES)].__name__
+    return Fault(*found, number, family + (work / "description").read_text(encoding="utf-8"))
 
 
 def report(faults: list, seed: int):
