@@ -43,14 +43,16 @@ demo: $(STAMP)  ## train F and G on real digits (about 5 minutes on 2 cores), wr
 	"$(BIN)/bitflow" demo --resume
 
 test: $(STAMP)  ## everything that CI runs: style, generated files, pytest, every notebook
-	@echo "1/4 style: ruff check and ruff format; make format mends most of it"
+	@echo "1/5 style: ruff check and ruff format; make format mends most of it"
 	@$(MAKE) --no-print-directory lint
-	@echo "2/4 generated files: nbdev_clean, nbdev_export and the README must leave nothing changed"
+	@echo "2/5 generated files: nbdev_clean, nbdev_export and the README must leave nothing changed"
 	@"$(BIN)/python" tests/check_generated.py
-	@echo "3/4 tests"
+	@echo "3/5 tests"
 	"$(BIN)/python" -m pytest -q tests
-	@echo "4/4 notebooks; small models that come with the course are trained anew, for a few steps"
+	@echo "4/5 notebooks; small models that come with the course are trained anew, for a few steps"
 	RETRAIN=1 OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers 2 --timing
+	@echo "5/5 malformed input, at random, for 100 seconds"
+	"$(BIN)/python" tests/fuzz.py
 
 test-matrix:  ## make test on every Python found, each in build/matrix (PYTHONS="3.10 3.13": only those)
 	@mkdir -p $(MATRIX) && printf '%s\n' $(OLDEST_TORCH) > $(MATRIX)/oldest.txt
