@@ -21,8 +21,15 @@ def written(shape: tuple) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
+def check_floating(t: Tensor, name: str, way_out: str):
+    "Refuse what is not a tensor of floating point numbers."
+    seen = t.dtype if isinstance(t, Tensor) else type(t).__name__
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise BitflowError(f"{name}: {seen}, but a floating point tensor is needed; {way_out}")
+
+
 def check_shape(t: Tensor, name: str, shape: tuple, way_out: str):
-    "The half of `check_tensor` that does not ask for a type."
+    "Refuse what is not a tensor of this shape, whatever its type."
     if not isinstance(t, Tensor):
         kind, wanted = type(t).__name__, written(shape)
         raise BitflowError(f"{name}: {kind} instead of a tensor {wanted}; make a torch.Tensor")
@@ -40,8 +47,7 @@ def check_tensor(
 ) -> Tensor:  # t itself
     "Refuse what is not a floating point tensor of this shape. Reads no values."
     check_shape(t, name, shape, way_out)
-    if not t.is_floating_point():
-        raise BitflowError(f"{name} of type {t.dtype}, but it must be floating point; {way_out}")
+    check_floating(t, name, way_out)
     return t
 
 # %% ../../nbs/io/checks.ipynb #80de70aa
@@ -55,12 +61,12 @@ def check_image_batch(
     return check_tensor(x, name, ("N", *shape), way_out)
 
 
-def check_pixels(pixels: Tensor, shape: tuple = ("C", "H", "W")) -> Tensor:  # pixels themselves
-    "Refuse what is not 8-bit pixels `(N, *shape)`. Reads no values."
-    way_out = "to_pixels makes them of images in [-1, 1], .to(torch.uint8) of 0 … 255"
-    check_shape(pixels, "pixels", ("N", *shape), way_out)
-    if pixels.dtype != torch.uint8:
-        raise BitflowError(f"pixels of type {pixels.dtype} must be torch.uint8; {way_out}")
+def check_pixels(pixels: Tensor) -> Tensor:  # pixels themselves
+    "Refuse what is not 8-bit pixels, of any shape. Reads no values."
+    if getattr(pixels, "dtype", None) != torch.uint8 or not isinstance(pixels, Tensor):
+        seen = getattr(pixels, "dtype", type(pixels).__name__)
+        way_out = "to_pixels makes them of images in [-1, 1], .to(torch.uint8) of 0 … 255"
+        raise BitflowError(f"pixels: {seen}, but a torch.uint8 tensor is needed; {way_out}")
     return pixels
 
 
@@ -110,7 +116,7 @@ def check_label_range(labels: Tensor, num_classes: int, lowest: int = 0):
     "Refuse labels below `lowest` or above the last class, naming the first bad one."
     if not labels.numel() or not readable(labels):
         return
-    low, high = labels.aminmax()
+    low, high = (v.item() for v in labels.aminmax())
     if low >= lowest and high < num_classes:
         return
     known = f"the model knows 0 to {num_classes - 1}"
