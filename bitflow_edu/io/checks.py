@@ -80,6 +80,13 @@ def check_tokens(
     return check_tensor(z, name, ("N", cfg.num_tokens, cfg.token_dim), way_out)
 
 
+def check_not_empty(t: Tensor, name: str):
+    "Refuse a batch of nothing where a mean, a largest value or a draw is asked for."
+    if not t.numel():
+        shape = written(tuple(t.shape))
+        raise BitflowError(f"{name} of shape {shape} hold nothing; give at least one")
+
+
 def check_same_shape(a: Tensor, b: Tensor, what: str = "two batches that are compared"):
     "Refuse tensors that would be broadcast against each other. Reads no values."
     if a.shape != b.shape:
