@@ -70,7 +70,7 @@ def decode(
             f"guidance w = {w} needs a ReverseModel, not {type(reverse).__name__}; "
             "leave w out, or build the guidance into the function"
         )
-    if isinstance(reverse, torch.nn.Module) or not callable(reverse):
+    if isinstance(reverse, TARFlow) or not callable(reverse):
         check_model(reverse, ReverseModel, "G")
     return reverse(z, c)
 
@@ -151,7 +151,12 @@ def hide(
     fill=-1.0,  # what stands in the hole: a number (−1 is black), or images that broadcast to x
 ) -> Tensor:  # images whose hidden pixels are gone
     "Make sure that nothing hidden reaches F."
-    return paste(x, torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x), mask)
+    fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device)
+    try:
+        return paste(x, fill.expand_as(x), mask)
+    except RuntimeError:
+        shapes = f"of shape {tuple(fill.shape)} does not fit images {tuple(x.shape)}"
+        raise BitflowError(f"fill {shapes}; give a number, or as many images") from None
 
 # %% ../nbs/15_editing.ipynb #a3c88bcd
 def inpaint(

@@ -107,6 +107,16 @@ def invert_block(
         x.append(y[:, t : t + 1] * alpha.exp() + mu)
     return block.order(torch.cat(x, dim=1))
 
+# %% ../nbs/08_exact_inverse.ipynb #5d0c91e7
+def check_guidance(model: TARFlow, c: Tensor, guidance):
+    "Refuse guidance where the model never saw a hidden label."
+    if guidance is not None and not model.cfg.label_dropout and bool((c >= 0).any()):
+        raise BitflowError(
+            "this F was trained without label dropout (label_dropout 0), so it does not know what "
+            "an image without label looks like; train one with label dropout, or leave the "
+            "guidance out"
+        )
+
 # %% ../nbs/08_exact_inverse.ipynb #46145d05
 def check_noise(
     model: TARFlow,
@@ -117,12 +127,7 @@ def check_noise(
     "Refuse noise and labels that do not fit F, and guidance where it never saw a hidden label."
     check_model(model, TARFlow)
     c = check_inputs(model, z, c)
-    if guidance is not None and not model.cfg.label_dropout and bool((c >= 0).any()):
-        raise BitflowError(
-            "this F was trained without label dropout (label_dropout 0), so it does not know what "
-            "an image without label looks like; train one with label dropout, or leave the "
-            "guidance out"
-        )
+    check_guidance(model, c, guidance)
     return c
 
 # %% ../nbs/08_exact_inverse.ipynb #2e1d8e95

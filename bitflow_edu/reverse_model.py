@@ -27,6 +27,12 @@ from .transformer import NORMS, Transformer, TransformerConfig
 __all__ = ['sample_noise', 'ReverseConfig', 'ReverseBlock', 'ReverseOutput', 'per_block', 'guidance_scales', 'with_labels',
            'ReverseModel', 'one_pass']
 
+# %% ../nbs/10_reverse_model.ipynb #b1f9e6a4
+def check_count(n: int, seed: int = 0):
+    "Refuse what no random generator takes."
+    if n < 0 or seed < 0:
+        raise BitflowError(f"n is {n} and seed {seed}; neither may be negative")
+
 # %% ../nbs/10_reverse_model.ipynb #a6cd2110
 def sample_noise(
     cfg,  # `TARFlowConfig` or `ReverseConfig`
@@ -37,8 +43,7 @@ def sample_noise(
     "Noise tokens; image i's noise depends on the seed alone, not on the device or on n."
     if not isinstance(cfg, TokenGeometry):
         raise BitflowError(f"{type(cfg).__name__} has no tokens; give the config of an F or a G")
-    if n < 0 or seed < 0:
-        raise BitflowError(f"n is {n} and seed {seed}; neither may be negative")
+    check_count(n, seed)
     shape = (n, cfg.num_tokens, cfg.token_dim)
     z = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(z).to(device)

@@ -89,6 +89,9 @@ def check_not_empty(t: Tensor, name: str):
 
 def check_same_shape(a: Tensor, b: Tensor, what: str = "two batches that are compared"):
     "Refuse tensors that would be broadcast against each other. Reads no values."
+    for t in (a, b):
+        if not isinstance(t, Tensor):
+            raise BitflowError(f"{what}: {type(t).__name__} is no tensor; give torch tensors")
     if a.shape != b.shape:
         shapes = f"{written(tuple(a.shape))} and {written(tuple(b.shape))}"
         raise BitflowError(f"{what} have the shapes {shapes}; give them one shape")
@@ -205,7 +208,6 @@ def check_inputs(
     "Refuse noise and labels that do not fit a model, before any work is done."
     check_tokens(z, model.cfg)
     check_like_weights(z, model, "z")
-    check_finite(z, "z")
     return check_labels(c, model.cfg.num_classes, len(z), -1).to(z.device)
 
 # %% ../../nbs/io/checks.ipynb #bf9ee668
