@@ -15,9 +15,9 @@ from .io.checks import check_floating, check_not_empty, check_tensor
 from .io.files import BitflowError
 
 # %% auto #0
-__all__ = ['mlp', 'every_other', 'masked_shape', 'AdditiveCoupling', 'bounded', 'log_scale_and_shift', 'AffineCoupling',
-           'realnvp_points', 'conv_net', 'Squeeze', 'check_even', 'half_of', 'ActNorm', 'to_bits', 'check_range',
-           'Logit', 'uniform_noise_loss', 'bits_per_dim']
+__all__ = ['mlp', 'every_other', 'AdditiveCoupling', 'bounded', 'log_scale_and_shift', 'AffineCoupling', 'realnvp_points',
+           'conv_net', 'Squeeze', 'check_even', 'half_of', 'ActNorm', 'to_bits', 'check_range', 'Logit',
+           'uniform_noise_loss', 'bits_per_dim']
 
 # %% ../nbs/02_affine_coupling.ipynb #4ae2d738
 def mlp(
@@ -44,12 +44,12 @@ def every_other(
     index = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")).sum(dim=0)
     return ((index + parity) % 2 == 0).float()
 
-# %% ../nbs/02_affine_coupling.ipynb #68284196
+# %% ../nbs/02_affine_coupling.ipynb #7e41c0d2
 def masked_shape(mask: Tensor) -> tuple:
     "The shape of a batch that a mask belongs to: where the mask has size 1, any."
     return "N", *(n if n > 1 else "K" for n in mask.shape)
 
-
+# %% ../nbs/02_affine_coupling.ipynb #68284196
 class AdditiveCoupling(Bijection):
     "NICE (arXiv 1410.8516): y_a = x_a, y_b = x_b + t(x_a). It keeps volume."
 

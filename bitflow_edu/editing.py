@@ -33,7 +33,7 @@ from .tarflow import TARFlow, check_input, log_prob
 
 # %% auto #0
 __all__ = ['check_edit', 'encode', 'decode', 'edit_class', 'reconstruct', 'interpolate', 'token_mask', 'paste', 'hide', 'inpaint',
-           'influence', 'check_scores', 'roc_curve', 'auc']
+           'influence', 'roc_curve', 'auc']
 
 # %% ../nbs/15_editing.ipynb #6e63cdb5
 def check_edit(forward: TARFlow, x: Tensor, c: Tensor) -> Tensor:  # the labels, int64
@@ -279,7 +279,7 @@ def strangeness(
     off = (x - back).flatten(1).norm(dim=1)
     return {"bits/dim": bits, "round trip": off, "features": distance(back, x)}
 
-# %% ../nbs/15_editing.ipynb #bc4e147d
+# %% ../nbs/15_editing.ipynb #c39a5f18
 def check_scores(*groups: Tensor):
     "Refuse scores that are none, or not finite, or not one for each image."
     for scores in groups:
@@ -287,7 +287,7 @@ def check_scores(*groups: Tensor):
         check_not_empty(scores, "scores")
         check_finite(scores, "the scores")
 
-
+# %% ../nbs/15_editing.ipynb #bc4e147d
 def roc_curve(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     "False alarms and hits of scores `(N,)` and `(M,)`: shares at all thresholds from high to low."
     check_scores(inside, outside)
