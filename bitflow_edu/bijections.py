@@ -75,6 +75,7 @@ class Compose(Bijection):
 
     def forward(self, x):
         "x through all layers; the sum of their log|det| `(N,)`."
+        check_floating(x, "x", "integers have no density")
         total = x.new_zeros(len(x))
         for layer in self.layers:
             x, logdet = layer(x)

@@ -205,7 +205,8 @@ class ChannelAffine(Bijection):
 
     def shaped(self, parameter, x):
         "A number a channel, laid out to fit `(N, C, …)`."
-        check_tensor(x, "input", ("N", len(parameter), *["K"] * (x.ndim - 2)))
+        more = ["K"] * (getattr(x, "ndim", 2) - 2)
+        check_tensor(x, "input", ("N", len(parameter), *more))
         return parameter.view(-1, *[1] * (x.ndim - 2))
 
     def forward(self, x):
@@ -241,6 +242,7 @@ class ActNorm(ChannelAffine):
     def forward(self, x):
         "x `(N, C, …)` to z and log|det| `(N,)`. In training mode the first batch initialises."
         if not self.ready and self.training:
+            self.shaped(self.shift, x)  # refuses other channels
             check_not_empty(x, "the first images of an ActNorm")
             standardise(self, x)
             self.ready.fill_(True)

@@ -179,6 +179,7 @@ def inpaint(
             "the hole is filled by at least 1 repeat and 0 steps"
         )
     to = c if to is None else to
+    check_model(forward, TARFlow, "F")
     check_input(x, forward.cfg)
     z, y = fill_hole(forward, reverse, x, hide(x, mask, fill), mask, (c, to), w, eps, repeats)
     return decode(reverse, refine(reverse, z, x, mask, to, w, steps), to, w) if steps else y

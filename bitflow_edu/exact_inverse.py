@@ -35,7 +35,7 @@ def invert_block_uncached(
     c: Tensor,  # labels `(N,)`
 ) -> Tensor:  # x^i `(N, T, D)`
     "f_i⁻¹ as the equation says it: T − 1 passes of the whole block. For reading and testing."
-    y = block.order(check_tensor(y, "tokens", block.shape))
+    y, c = block.order(check_tensor(y, "tokens", block.shape)), as_labels(c, len(y))
     x = y.clone()
     for t in range(1, y.shape[1]):
         alpha, mu = block.affine_params(x, c)
@@ -186,6 +186,7 @@ def round_trip_error(
     c: Tensor,  # labels `(N,)`
 ) -> float:  # in units of x
     "The largest |x − F⁻¹(F(x))| over all pixels."
+    check_model(model, TARFlow)
     check_not_empty(x, "images")
     return (exact_inverse(model, model(x, c).z, c) - x).abs().max().item()
 

@@ -108,7 +108,7 @@ def invert_block_jacobi(
     if start is not None:
         check_same_shape(start, y, "the first guess and the tokens")
     check_iteration(tolerance, segments, max_iterations, y.shape[1])
-    if segments == y.shape[1] - 1:  # nothing is left to iterate
+    if segments == y.shape[1] - 1 or not len(y):  # nothing is left to iterate
         return invert_block(block, y, c, guidance), Convergence((1,) * segments, 0.0)
     given = block.order(y), block.order(y if start is None else start)
     decoder, cache = start_decoding(block, c, guidance)

@@ -82,6 +82,8 @@ def check_tokens(
 
 def check_not_empty(t: Tensor, name: str):
     "Refuse a batch of nothing where a mean, a largest value or a draw is asked for."
+    if not isinstance(t, Tensor):
+        raise BitflowError(f"{name}: {type(t).__name__} is no tensor; make a torch.Tensor")
     if not t.numel():
         shape = written(tuple(t.shape))
         raise BitflowError(f"{name} of shape {shape} hold nothing; give at least one")

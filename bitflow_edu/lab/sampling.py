@@ -18,7 +18,7 @@ from ..evaluation import timed
 from ..exact_inverse import exact_inverse, score_denoise, serial_steps
 from ..excursions.glow import CouplingConfig, CouplingFlow
 from ..guidance import Guidance, guided_pass
-from ..io.checks import check_image_batch, check_labels, check_model
+from ..io.checks import check_floating, check_image_batch, check_labels, check_model
 from ..io.files import BitflowError
 from ..io.models import num_parameters
 from ..io.processes import SINGLE_PROCESS
@@ -90,6 +90,7 @@ class Sampler:
 
     def __call__(self, z: Tensor, c: Tensor) -> Tensor:
         "Images `(N, C, H, W)` from noise and labels `(N,)`; label −1 asks for no class."
+        check_floating(z, "z", "noise_for(cfg, n) draws such")
         return self.sample(z, check_labels(c, self.model.cfg.num_classes, len(z), -1).to(z.device))
 
 # %% ../../nbs/lab/sampling.ipynb #d7ddf8d0
@@ -216,6 +217,7 @@ def draw(
         raise BitflowError(f"{sampler!r} is a {type(sampler).__name__}, not a sampler; {known}")
     if batch_size < 1:
         raise BitflowError(f"batch_size is {batch_size}; it must be at least 1")
+    check_floating(z, "z", "noise_for(cfg, n) draws such")
     c = check_labels(c, sampler.model.cfg.num_classes, len(z), -1)
     cfg, parts = sampler.model.cfg, torch.arange(len(z)).split(batch_size)
     mine = [parts[k] for k in processes.share(len(parts))]

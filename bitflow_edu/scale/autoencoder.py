@@ -150,8 +150,9 @@ def posterior_moments(
     precision: str = "fp32",  # or "bf16", under autocast
 ) -> Tensor:  # float16 `(N, 2, C, h, w)` on the CPU, in the autoencoder's units
     "Mean and standard deviation of the encoder. `BitflowError` where they do not fit in 16 bits."
-    check_shape(check_pixels(pixels), "pixels", ("N", 3, "S", "S"), "crop them to squares")
-    latent_shape(vae, pixels.shape[-1])
+    check_shape(check_pixels(pixels), "pixels", ("N", 3, "S", "S"), "center_crop makes such")
+    for side in pixels.shape[2:]:
+        latent_shape(vae, side)
     device = next(vae.parameters()).device
     with autocast(precision, device.type):
         found = vae.encode(to_model_range(pixels.to(device))).latent_dist
@@ -217,6 +218,7 @@ def decoded(
 
     def of_latents(a, b):
         check_same_shape(a, b, "latents that are compared")
+        check_not_empty(a, "latents")
         k = min(sub_batch, len(a))
         with torch.no_grad():
             target = decode_latents(vae, b[:k])
