@@ -580,10 +580,8 @@ def takes_tensors(found) -> bool:
     if not isfunction(found):
         return False
     for p in signature(found).parameters.values():
-        written = str(p.annotation)
-        if p.name in NAMES or (
-            any(t in written for t in TENSORS + MODELS) and "Config" not in written
-        ):
+        kind = str(p.annotation)
+        if p.name in NAMES or (any(t in kind for t in KINDS) and "Config" not in kind):
             return True
     return False
 
