@@ -79,6 +79,7 @@ def start_decoding(
     guidance=None,  # a `Guidance` (lesson 14): both branches in one batch, with labels first
 ) -> tuple:  # a `BlockDecoder`, and an empty cache for it
     "Get ready to invert a block."
+    c = as_labels(c)
     labels = c if guidance is None else torch.cat([c, -torch.ones_like(c)])
     offset = block.order(block.pos_embed) + block.class_embed(labels)
     place = torch.arange(1, offset.shape[1], device=c.device)[:, None] / (offset.shape[1] - 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .io.checks import check_inputs, check_model
+from .io.checks import as_labels, check_inputs, check_model
 from .io.files import BitflowError
 from .reverse_model import ReverseModel, ReverseOutput, per_block
 
@@ -71,6 +71,7 @@ def cfg_apply_block(
     combine,  # (a, b, w) → one state of two: `cfg_extrapolate` or `cfg_recover`
 ):  # run(block, h, i), for `ReverseModel.run_blocks`
     "How a block is applied when it is asked twice, with labels and without, in one batch."
+    c = as_labels(c)
     twice = torch.cat([c, -torch.ones_like(c)])
 
     def run(block, h, i):
