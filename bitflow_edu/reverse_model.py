@@ -41,7 +41,7 @@ def sample_noise(
     device: str = "cpu",
 ) -> Tensor:  # z `(n, T, D)`
     "Noise tokens; image i's noise depends on the seed alone, not on the device or on n."
-    if not isinstance(cfg, TokenGeometry):
+    if not hasattr(cfg, "num_tokens"):
         raise BitflowError(f"{type(cfg).__name__} has no tokens; give the config of an F or a G")
     check_count(n, seed)
     shape = (n, cfg.num_tokens, cfg.token_dim)
