@@ -276,7 +276,7 @@ def strangeness(
     c = check_edit(forward, x, c)
     trajectory = forward(x, c)
     back = decode(reverse, trajectory.z, c)
-    bits = -log_prob(trajectory) / (x[0].numel() * math.log(2)) + 7
+    bits = -log_prob(trajectory) / (x.shape[1:].numel() * math.log(2)) + 7
     off = (x - back).flatten(1).norm(dim=1)
     return {"bits/dim": bits, "round trip": off, "features": distance(back, x)}
 

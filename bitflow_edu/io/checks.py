@@ -111,16 +111,16 @@ def as_labels(
     n: int = None,  # how many there must be; None: any number
 ) -> Tensor:  # int64 `(n,)`
     "Labels of any integer type as int64; refuses other types and shapes. Reads no values."
-    wanted = f"({'N' if n is None else n},)"
     if not isinstance(labels, Tensor):
         kind = type(labels).__name__
-        raise BitflowError(f"labels: {kind} instead of a tensor {wanted}; use torch.tensor([…])")
+        raise BitflowError(f"labels: {kind} instead of a tensor (N,); use torch.tensor([…])")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         problem = f"labels of type {labels.dtype}, but they must be integers"
         raise BitflowError(f"{problem}; give the numbers of classes, torch.int64")
     if labels.ndim != 1 or n not in (None, len(labels)):
-        seen = f"labels of shape {written(tuple(labels.shape))}"
-        raise BitflowError(f"{seen}, but they must be {wanted}; give one label for each image")
+        seen, wanted = written(tuple(labels.shape)), written(("N" if n is None else n,))
+        problem = f"labels of shape {seen}, but they must be {wanted}"
+        raise BitflowError(f"{problem}; give one label for each image")
     return labels.long()
 
 
