@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .bijections import Bijection, Compose, Inverse, safe_exp
 from .coupling import bounded
+from .io.checks import check_tensor
 from .io.files import BitflowError
 
 # %% auto #0
@@ -66,7 +67,7 @@ class MADE(nn.Module):
 
     def forward(self, x):
         "Points `(N, D)` to α and μ, each `(N, D)`: those of number d from x_1 … x_{d−1} alone."
-        alpha, mu = self.net(x).chunk(2, dim=1)
+        alpha, mu = self.net(check_tensor(x, "points", ("N", self.dims))).chunk(2, dim=1)
         return bounded(alpha, self.bound), mu
 
 # %% ../nbs/03_autoregressive_flows.ipynb #b62d12ff
@@ -75,7 +76,7 @@ def one_by_one(
     z: Tensor,  # noise `(N, D)`
 ) -> Tensor:  # points `(N, D)`
     "Solve z_d = (x_d − μ_d)·exp(−α_d) for x, one more number with each of D calls of `advice`."
-    x = torch.zeros_like(z)
+    x = torch.zeros_like(check_tensor(z, "z", ("N", "D")))
     for d in range(z.shape[1]):
         alpha, mu = advice(x)
         new = z[:, d] * safe_exp(alpha[:, d]) + mu[:, d]

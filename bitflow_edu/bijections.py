@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .io.checks import check_floating, check_not_empty, check_tensor
 from .io.files import BitflowError
 
 # %% auto #0
@@ -56,10 +57,12 @@ class Affine(Bijection):
 
     def forward(self, x):
         "x `(N, *shape)` to z of the same shape, and log|det| `(N,)`."
+        check_tensor(x, "x", ("N", *self.shift.shape))
         return x * safe_exp(self.log_scale) + self.shift, self.log_scale.sum().expand(len(x))
 
     def inverse(self, z):
         "z `(N, *shape)` to x."
+        check_tensor(z, "z", ("N", *self.shift.shape))
         return (z - self.shift) * safe_exp(-self.log_scale)
 
 # %% ../nbs/01_change_of_variables.ipynb #bb731861
@@ -72,6 +75,7 @@ class Compose(Bijection):
 
     def forward(self, x):
         "x through all layers; the sum of their log|det| `(N,)`."
+        check_floating(x, "x", "integers have no density")
         total = x.new_zeros(len(x))
         for layer in self.layers:
             x, logdet = layer(x)
@@ -166,7 +170,7 @@ class Flow(nn.Module):
 
     def log_prob(self, x):
         "log p(x) = log p_0(z) + log|det ∂z/∂x|, nats `(N,)`, of points `(N, dims)`."
-        z, logdet = self.bijection(x)
+        z, logdet = self.bijection(check_tensor(x, "points", ("N", self.dims)))
         return self.base.log_prob(z) + logdet
 
     @torch.no_grad()
@@ -180,6 +184,7 @@ def jacobian_check(
     x: Tensor,  # a few inputs `(N, …)`
 ) -> float:  # nats
     "Largest |logdet − log|det J|| over a batch, J by autograd, all in float64."
+    check_not_empty(x, "inputs")
     bijection, x = copy.deepcopy(bijection).double(), x.double()
     logdet = bijection(x)[1]
     jacobians = (full_jacobian(bijection, one) for one in x)
@@ -197,11 +202,13 @@ class Linear(Bijection):
 
     def forward(self, x):
         "x `(N, dims)` to z `(N, dims)`, and log|det W| `(N,)`."
+        check_tensor(x, "x", ("N", len(self.bias)))
         logdet = torch.linalg.slogdet(self.weight).logabsdet
         return x @ self.weight.T + self.bias, logdet.expand(len(x))
 
     def inverse(self, z):
         "z `(N, dims)` to x, by solving W x = z − b."
+        check_tensor(z, "z", ("N", len(self.bias)))
         return torch.linalg.solve(self.weight, (z - self.bias).T).T
 
 # %% ../nbs/01_change_of_variables.ipynb #2f0be364
@@ -225,6 +232,7 @@ def bisect(
     high: Tensor,  # where rising ≥ target
 ) -> Tensor:  # x with rising(x) = target
     "Invert a rising function by halving the interval, to the last digit of floating point."
+    check_floating(target, "target", "the digits of an integer do not end")
     for _ in range(2 + round(-math.log2(torch.finfo(target.dtype).eps)) * 2):
         middle = low + (high - low) / 2
         above = rising(middle) > target
@@ -249,11 +257,12 @@ class SoftSteps(Bijection):
 
     def forward(self, x):
         "x `(N, dims)` to z of the same shape, and log|det| `(N,)`: the Jacobian is diagonal."
-        z, slope = self.curve(x)
+        z, slope = self.curve(check_tensor(x, "x", ("N", len(self.place))))
         return z, slope.log().sum(dim=1)
 
     def inverse(self, z):
         "z `(N, dims)` to x: bisection, then one Newton step, which is what lets gradients through."
+        check_tensor(z, "z", ("N", len(self.place)))
         with torch.no_grad():
             slope, reach = self.log_slope.exp().squeeze(-1), self.log_height.exp().sum(-1)
             x = bisect(lambda x: self.curve(x)[0], z, (z - reach) / slope, z / slope)
@@ -288,6 +297,7 @@ def fit(
     seed: int = 0,  # of the batches
 ) -> list:  # −mean log p of every step, nats
     "Maximum likelihood. Raises `BitflowError` when the loss is not finite."
+    check_not_empty(x, "points")
     optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator, losses = torch.Generator().manual_seed(seed), []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .bijections import Bijection, Compose, safe_exp
 from .data import Images, dequantize
+from .io.checks import check_floating, check_not_empty, check_tensor
 from .io.files import BitflowError
 
 # %% auto #0
@@ -43,6 +44,11 @@ def every_other(
     index = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")).sum(dim=0)
     return ((index + parity) % 2 == 0).float()
 
+# %% ../nbs/02_affine_coupling.ipynb #7e41c0d2
+def masked_shape(mask: Tensor) -> tuple:
+    "The shape of a batch that a mask belongs to: where the mask has size 1, any."
+    return "N", *(n if n > 1 else "K" for n in mask.shape)
+
 # %% ../nbs/02_affine_coupling.ipynb #68284196
 class AdditiveCoupling(Bijection):
     "NICE (arXiv 1410.8516): y_a = x_a, y_b = x_b + t(x_a). It keeps volume."
@@ -54,6 +60,7 @@ class AdditiveCoupling(Bijection):
 
     def shift(self, x):
         "t, zero where the mask lets x pass."
+        check_tensor(x, "input", masked_shape(self.mask))
         return (1 - self.mask) * self.net(x * self.mask).to(x.dtype)
 
     def forward(self, x):
@@ -93,6 +100,7 @@ class AffineCoupling(Bijection):
 
     def forward(self, x):
         "x `(N, …)` to y of the same shape, and log|det| = Σ s `(N,)`."
+        check_tensor(x, "x", masked_shape(self.mask))
         s, t = (
             (1 - self.mask) * value
             for value in log_scale_and_shift(self.net, x * self.mask, self.bound)
@@ -101,6 +109,7 @@ class AffineCoupling(Bijection):
 
     def inverse(self, y):
         "y to x, as fast as forward."
+        check_tensor(y, "y", masked_shape(self.mask))
         s, t = (
             (1 - self.mask) * value
             for value in log_scale_and_shift(self.net, y * self.mask, self.bound)
@@ -196,12 +205,14 @@ class ChannelAffine(Bijection):
 
     def shaped(self, parameter, x):
         "A number a channel, laid out to fit `(N, C, …)`."
+        more = ["K"] * (getattr(x, "ndim", 2) - 2)
+        check_tensor(x, "input", ("N", len(parameter), *more))
         return parameter.view(-1, *[1] * (x.ndim - 2))
 
     def forward(self, x):
         "x `(N, C, …)` to z of the same shape, and log|det| = H·W·Σ log_scale `(N,)`."
         z = (x + self.shaped(self.shift, x)) * safe_exp(self.shaped(self.log_scale, x))
-        return z, (self.log_scale.sum() * x[0, 0].numel()).expand(len(x))
+        return z, (self.log_scale.sum() * x.shape[2:].numel()).expand(len(x))
 
     def inverse(self, z):
         "z `(N, C, …)` to x."
@@ -231,6 +242,8 @@ class ActNorm(ChannelAffine):
     def forward(self, x):
         "x `(N, C, …)` to z and log|det| `(N,)`. In training mode the first batch initialises."
         if not self.ready and self.training:
+            self.shaped(self.shift, x)  # refuses other channels
+            check_not_empty(x, "the first images of an ActNorm")
             standardise(self, x)
             self.ready.fill_(True)
         return super().forward(x)
@@ -257,6 +270,9 @@ def check_range(
     x: Tensor,  # pixels, any shape
 ):
     "Refuse pixel values outside [-1, 1], and NaN."
+    check_floating(x, "images", "to_model_range makes such of pixels")
+    if not x.numel():
+        return
     low, high = x.min().item(), x.max().item()
     if not (low >= -1 and high <= 1):
         problem = f"pixel values run from {low:.4g} to {high:.4g}, but must lie in [-1, 1]"
@@ -285,7 +301,7 @@ class Logit(Bijection):
 def uniform_noise_loss(model, x, c, generator):
     "−log p under uniform dequantisation, bits/dim: a loss for `train`. x holds middles of bins."
     u = torch.rand(x.shape, generator=generator, device=x.device) * (1 - 2**-16) - 0.5
-    return to_bits(model.log_prob(x + u / 128, c), x[0].numel()).mean(), {}
+    return to_bits(model.log_prob(x + u / 128, c), x.shape[1:].numel()).mean(), {}
 
 # %% ../nbs/02_affine_coupling.ipynb #7bfdb62c
 @torch.no_grad()
@@ -302,7 +318,7 @@ def batch_bits(
         x = dequantize(pixels, generator).to(device)
         nats.append(model.log_prob(x, c.to(device)).cpu())
     mean = torch.stack(nats).logsumexp(dim=0) - math.log(draws)
-    return to_bits(mean, pixels[0].numel())
+    return to_bits(mean, pixels.shape[1:].numel())
 
 # %% ../nbs/02_affine_coupling.ipynb #99b1823e
 def bits_per_dim(
@@ -315,8 +331,8 @@ def bits_per_dim(
 ) -> Tensor:  # bits/dim of every image, `(N,)`
     """Bits/dim of 8-bit images under uniform dequantisation: an upper bound,
     −log of the mean density over `draws` points of each bin."""
-    if draws < 1:
-        raise BitflowError(f"draws is {draws}; at least one draw of noise is needed")
+    if draws < 1 or batch_size < 1:
+        raise BitflowError(f"draws is {draws}, batch_size {batch_size}; both must be at least 1")
     generator, found = torch.Generator().manual_seed(seed), []
     c = data.labels if conditional else -torch.ones_like(data.labels)
     for pixels, part in zip(data.pixels.split(batch_size), c.split(batch_size)):

@@ -12,25 +12,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitflow_edu.io.checks import (
+    as_labels,
+    check_floating,
+    check_labels,
+    check_pixels,
+    check_shape,
+    check_tensor,
+)
 from .io.datasets import DataConfig, check_arrays, data_root, read_split, resize
 from .io.files import BitflowError
 
 # %% auto #0
-__all__ = ['to_model_range', 'to_pixels', 'Images', 'Dataset', 'check_labels', 'load_data', 'image_grid', 'dequantize',
-           'add_noise', 'patchify', 'unpatchify']
+__all__ = ['to_model_range', 'to_pixels', 'Images', 'Dataset', 'load_data', 'image_grid', 'dequantize', 'add_noise', 'patchify',
+           'unpatchify']
 
 # %% ../nbs/00_data.ipynb #897d2b66
 def to_model_range(
     pixels: Tensor,  # uint8 `(N, C, H, W)`
 ) -> Tensor:  # float32 `(N, C, H, W)` in (-1, 1): the middle of each pixel's bin
     "Map pixel values 0 … 255 to the middles of 256 bins of width 1/128 that tile [-1, 1]."
-    return (pixels.float() + 0.5) / 128 - 1
+    return (check_pixels(pixels).float() + 0.5) / 128 - 1
 
 # %% ../nbs/00_data.ipynb #10a57203
 def to_pixels(
     x: Tensor,  # float `(N, C, H, W)`, values outside [-1, 1] are clipped
 ) -> Tensor:  # uint8 `(N, C, H, W)`
     "The inverse of `to_model_range`: the bin that each value falls into."
+    check_floating(x, "images", "8-bit pixels need no to_pixels")
     return ((x.float() + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/00_data.ipynb #3db60aba
@@ -42,6 +51,10 @@ class Images:
     labels: Tensor  # int64 `(N,)`
     classes: tuple[str, ...]  # a name for every label
     epoch_order: ClassVar = None  # see `Dataset`
+
+    def __post_init__(self):
+        check_shape(check_pixels(self.pixels), "pixels", ("N", "C", "H", "W"), "add missing axes")
+        object.__setattr__(self, "labels", as_labels(self.labels, len(self.pixels)))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,17 +84,6 @@ class Dataset(Protocol):
 
     def draw(self, indices: Tensor, generator: torch.Generator = None) -> Tensor:
         "Images of these numbers in the range of the models, float32 `(n, C, H, W)`."
-
-# %% ../nbs/00_data.ipynb #4602151a
-def check_labels(
-    labels: Tensor,  # integers `(N,)`
-    num_classes: int,  # labels must be 0 … num_classes − 1
-):
-    "Refuse labels out of range, naming the first bad one."
-    bad = labels[(labels < 0) | (labels >= num_classes)]
-    if len(bad):
-        known = f"the model knows 0 to {num_classes - 1}"
-        raise BitflowError(f"label {int(bad[0])} is out of range: {known}; choose one of these")
 
 # %% ../nbs/00_data.ipynb #586419d4
 def check_images(images: Images, cfg: DataConfig) -> Images:
@@ -134,7 +136,11 @@ def image_grid(
     gap: int = 1,  # white pixels between images
 ) -> np.ndarray:  # uint8 `(rows·(H+gap)−gap, columns·(W+gap)−gap, 3)`
     "Tile images into one picture, row by row."
+    check_tensor(x, "images", ("N", "C", "H", "W"), "add missing axes")
     N, C, H, W = x.shape
+    if N < 1 or C not in (1, 3) or columns < 1 or gap < 0:
+        wanted = "a picture needs an image, 1 or 3 channels, a column, and a gap of at least 0"
+        raise BitflowError(f"{N} images, {C} channels, {columns} columns, gap {gap}: {wanted}")
     rows = -(-N // columns)
     canvas = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, dtype=np.uint8)
     for i, image in enumerate(to_pixels(x.detach().cpu()).permute(0, 2, 3, 1).numpy()):
@@ -148,7 +154,7 @@ def dequantize(
     generator: torch.Generator = None,  # source of the noise
 ) -> Tensor:  # float32 `(N, C, H, W)` in [-1, 1)
     "Uniform dequantisation: spread each 8-bit value evenly over its bin, as bits/dim need it."
-    u = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+    u = torch.rand(check_pixels(pixels).shape, generator=generator, device=pixels.device)
     u = u.clamp(max=1 - 2**-16)  # for larger u, float32 would round 255 + u up to 256
     return (pixels.float() + u) / 128 - 1
 
@@ -159,6 +165,7 @@ def add_noise(
     generator: torch.Generator = None,  # source of the noise
 ) -> Tensor:  # x̃ `(N, C, H, W)`
     "The noise augmentation x̃ = x + σ ε that TARFlow trains on (arXiv 2412.06329, §3)."
+    check_floating(x, "images", "to_model_range makes such of pixels")
     return x + sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 # %% ../nbs/00_data.ipynb #c44ae25e
@@ -167,11 +174,7 @@ def patchify(
     patch_size: int,  # p, pixels a side; must divide H and W
 ) -> Tensor:  # tokens `(N, T, D)`: T = HW/p² in raster order, D = C·p²
     "Cut images into tokens."
-    if x.ndim != 4:
-        shape = tuple(x.shape)
-        raise BitflowError(
-            f"images must have the shape (N, C, H, W), not {shape}; add the missing axes"
-        )
+    check_shape(x, "images", ("N", "C", "H", "W"), "add the missing axes")
     N, C, H, W = x.shape
     p = patch_size
     if p < 1 or H % p or W % p:
@@ -187,11 +190,7 @@ def unpatchify(
     channels: int,  # C
 ) -> Tensor:  # square images `(N, C, H, H)` with H = p·√T
     "Put tokens back where `patchify` took them from."
-    if tokens.ndim != 3:
-        shape = tuple(tokens.shape)
-        raise BitflowError(
-            f"tokens must have the shape (N, T, D), not {shape}; add the missing axes"
-        )
+    check_shape(tokens, "tokens", ("N", "T", "D"), "add the missing axes")
     N, T, D = tokens.shape
     p, side = patch_size, round(T**0.5)
     if side * side != T or D != channels * p * p:

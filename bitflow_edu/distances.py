@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 
+from .io.checks import check_image_batch, check_same_shape
 from .io.files import BitflowError, asset
 from .io.models import load_model
 
@@ -54,6 +55,7 @@ class FeatureNet(nn.Module):
 
     def features(self, x):
         "Images `(N, C, H, W)` to a list of three feature maps `(N, K_l, H_l, W_l)`."
+        check_image_batch(x, (self.cfg.channels, "H", "W"))
         return [x := nnf.gelu(norm(conv(x))) for conv, norm in zip(self.convs, self.norms)]
 
     def forward(self, x):
@@ -72,6 +74,7 @@ def feature_distance(
     "Compare unit-length features at every position and depth, as LPIPS does (arXiv 1801.03924)."
 
     def distance(a, b):
+        check_same_shape(a, b)
         with torch.no_grad():
             target = [nnf.normalize(m, dim=1) for m in net.features(b)]
         unit = [nnf.normalize(m, dim=1) for m in net.features(a)]
@@ -86,7 +89,10 @@ def as_photos(
     size: int = 64,  # pixels a side, at least; smaller images are enlarged
 ):  # `(N, 3, H', W')` in [-1, 1]
     "What networks for photographs expect: three channels, and enough pixels for their strides."
-    x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+    C = check_image_batch(x).shape[1]
+    if C not in (1, 3):
+        raise BitflowError(f"{C} channels are no photographs; give 1 or 3, or decode latents")
+    x = x.expand(-1, 3, -1, -1) if C == 1 else x
     if x.shape[-1] >= size:
         return x
     return nnf.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
@@ -177,7 +183,12 @@ def convnext_v2(device):
 def lpips_of(make, device, size: int = 64):
     "A LPIPS network (arXiv 1801.03924) as a distance of images in [-1, 1], enlarged if smaller."
     net = make().to(device).eval().requires_grad_(False)
-    return lambda a, b: net(as_photos(a, size), as_photos(b, size)).flatten()
+
+    def distance(a, b):
+        check_same_shape(a, b)
+        return net(as_photos(a, size), as_photos(b, size)).flatten()
+
+    return distance
 
 
 def lpips_vgg(device):
@@ -236,6 +247,9 @@ def mixture(
     *parts: tuple,  # (weight, distance) pairs
 ):  # a distance: Σ weight·D
     "A weighted sum of distances."
+
+    if not parts:
+        raise BitflowError("a mixture of no distances compares nothing; give at least one pair")
 
     def distance(a, b):
         return sum(weight * part(a, b) for weight, part in parts)

@@ -12,27 +12,36 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torch import Tensor
 
-from .data import Images, check_labels, image_grid, patchify
+from .data import Images, image_grid, patchify
 from .guidance import guided_pass
 from .inverse_strategies import check_pair
+from bitflow_edu.io.checks import (
+    check_finite,
+    check_labels,
+    check_mask,
+    check_model,
+    check_not_empty,
+    check_same_shape,
+    check_shape,
+    check_tensor,
+    check_tokens,
+    warn_of_range,
+)
 from .io.files import BitflowError
 from .reverse_model import ReverseModel, one_pass, sample_noise
 from .tarflow import TARFlow, check_input, log_prob
 
 # %% auto #0
-__all__ = ['check_edit', 'encode', 'decode', 'edit_class', 'reconstruct', 'interpolate', 'check_mask', 'token_mask', 'paste',
-           'hide', 'inpaint', 'influence', 'roc_curve', 'auc']
+__all__ = ['check_edit', 'encode', 'decode', 'edit_class', 'reconstruct', 'interpolate', 'token_mask', 'paste', 'hide', 'inpaint',
+           'influence', 'roc_curve', 'auc']
 
 # %% ../nbs/15_editing.ipynb #6e63cdb5
-def check_edit(forward: TARFlow, x: Tensor, c: Tensor):
+def check_edit(forward: TARFlow, x: Tensor, c: Tensor) -> Tensor:  # the labels, int64
     "Check images against F's size, and labels `(N,)`, −1: none. Raises `BitflowError`."
-    check_input(x, forward.cfg)
-    if c.shape != x.shape[:1]:
-        raise BitflowError(
-            f"labels of shape {tuple(c.shape)} for {len(x)} images; "
-            f"give one label for each image, ({len(x)},)"
-        )
-    check_labels(c[c != -1], forward.cfg.num_classes)
+    check_model(forward, TARFlow, "F")
+    check_finite(check_input(x, forward.cfg), "the images")
+    warn_of_range(x)
+    return check_labels(c, forward.cfg.num_classes, len(x), -1)
 
 
 @torch.no_grad()
@@ -42,8 +51,7 @@ def encode(
     c: Tensor,  # labels `(N,)`, −1: none
 ) -> Tensor:  # z `(N, T, D)`
     "z = F(x), the noise that belongs to images."
-    check_edit(forward, x, c)
-    return forward(x, c).z
+    return forward(x, check_edit(forward, x, c)).z
 
 # %% ../nbs/15_editing.ipynb #a991cd71
 def decode(
@@ -62,6 +70,8 @@ def decode(
             f"guidance w = {w} needs a ReverseModel, not {type(reverse).__name__}; "
             "leave w out, or build the guidance into the function"
         )
+    if isinstance(reverse, TARFlow) or not callable(reverse):
+        check_model(reverse, ReverseModel, "G")
     return reverse(z, c)
 
 # %% ../nbs/15_editing.ipynb #b4a40325
@@ -112,31 +122,18 @@ def interpolate(
     "Images along a path between two noises. `BitflowError` for fewer than two steps."
     if steps < 2:
         raise BitflowError(f"a walk of {steps} steps has no two ends; give at least 2")
+    check_same_shape(a, b, "the two ends")
     start, end = encode(forward, a, c), encode(forward, b, c)
     between = [path(start, end, i / (steps - 1)) for i in range(steps)]
     return torch.stack([decode(reverse, z, c, w) for z in between])
 
 # %% ../nbs/15_editing.ipynb #39e9cf5c
-def check_mask(mask: Tensor, x: Tensor):
-    "Check a mask: bool `(H, W)` or `(N, H, W)` of the images. Raises `BitflowError`."
-    if mask.dtype != torch.bool:
-        raise BitflowError(
-            f"the mask holds {mask.dtype}, not torch.bool; "
-            "compare it with something, e.g. mask > 0.5 (True: known)"
-        )
-    one, each = tuple(x.shape[-2:]), (len(x), *x.shape[-2:])
-    if mask.shape not in (one, each):
-        raise BitflowError(
-            f"a mask of shape {tuple(mask.shape)} does not fit images of {one[0]}x{one[1]} pixels; "
-            f"give {one} or {each}"
-        )
-
-
 def token_mask(
     mask: Tensor,  # bool `(H, W)` or `(N, H, W)`, True: known
     patch_size: int,  # p
 ) -> Tensor:  # bool `(1 or N, T)`, True: every pixel of the token is known
     "From pixels to tokens: any hidden pixel hides its token."
+    check_mask(mask, mask.reshape(-1, 1, *mask.shape[-2:]))
     pixels = mask.reshape(-1, 1, *mask.shape[-2:]).float()
     return patchify(pixels, patch_size).bool().all(dim=2)
 
@@ -144,6 +141,7 @@ def token_mask(
 def paste(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     "x where the mask says known, y elsewhere; images `(N, C, H, W)`, mask as in `check_mask`."
     check_mask(mask, x)
+    check_same_shape(x, y, "images that are pasted together")
     return torch.where(mask.reshape(-1, 1, *mask.shape[-2:]), x, y)
 
 
@@ -153,7 +151,12 @@ def hide(
     fill=-1.0,  # what stands in the hole: a number (−1 is black), or images that broadcast to x
 ) -> Tensor:  # images whose hidden pixels are gone
     "Make sure that nothing hidden reaches F."
-    return paste(x, torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x), mask)
+    fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device)
+    try:
+        return paste(x, fill.expand_as(x), mask)
+    except RuntimeError:
+        shapes = f"of shape {tuple(fill.shape)} does not fit images {tuple(x.shape)}"
+        raise BitflowError(f"fill {shapes}; give a number, or as many images") from None
 
 # %% ../nbs/15_editing.ipynb #a3c88bcd
 def inpaint(
@@ -176,6 +179,8 @@ def inpaint(
             "the hole is filled by at least 1 repeat and 0 steps"
         )
     to = c if to is None else to
+    check_model(forward, TARFlow, "F")
+    check_input(x, forward.cfg)
     z, y = fill_hole(forward, reverse, x, hide(x, mask, fill), mask, (c, to), w, eps, repeats)
     return decode(reverse, refine(reverse, z, x, mask, to, w, steps), to, w) if steps else y
 
@@ -187,10 +192,11 @@ def keep_known(z: Tensor, eps: Tensor, known: Tensor) -> Tensor:
 
 def fill_hole(forward, reverse, x, guess, mask, labels, w, eps, repeats):
     "The loop of `inpaint` from a first guess; labels: to encode, to decode. The last z' and image."
-    check_edit(forward, x, labels[1])
+    check_labels(labels[1], forward.cfg.num_classes, len(x), -1)
     known = token_mask(mask, forward.cfg.patch_size)
     if eps is None:
         eps = sample_noise(forward.cfg, len(x), device=x.device)
+    check_tokens(eps, forward.cfg, "eps")
     for _ in range(repeats):
         z = keep_known(encode(forward, guess, labels[0]), eps, known)
         y = decode(reverse, z, labels[1], w)
@@ -239,6 +245,7 @@ def influence(
         J = torch.autograd.functional.jacobian(lambda v: fn(v[None])[0], sample, vectorize=True)
         return J.square().sum(dim=(1, 3)).sqrt()
 
+    check_not_empty(check_tensor(tokens, "tokens", ("N", "T", "D")), "tokens")
     return torch.stack([at(sample) for sample in tokens]).mean(dim=0)
 
 # %% ../nbs/15_editing.ipynb #d4b23f79
@@ -266,16 +273,25 @@ def strangeness(
 ) -> dict:  # name → `(N,)`, high where an image is unlike the training images
     "Three scores of how far an image is from what F and G were trained on."
     c = torch.full((len(x),), -1, device=x.device) if c is None else c
-    check_edit(forward, x, c)
+    c = check_edit(forward, x, c)
     trajectory = forward(x, c)
     back = decode(reverse, trajectory.z, c)
-    bits = -log_prob(trajectory) / (x[0].numel() * math.log(2)) + 7
+    bits = -log_prob(trajectory) / (x.shape[1:].numel() * math.log(2)) + 7
     off = (x - back).flatten(1).norm(dim=1)
     return {"bits/dim": bits, "round trip": off, "features": distance(back, x)}
+
+# %% ../nbs/15_editing.ipynb #c39a5f18
+def check_scores(*groups: Tensor):
+    "Refuse scores that are none, or not finite, or not one for each image."
+    for scores in groups:
+        check_shape(scores, "scores", ("N",), "give one for each image")
+        check_not_empty(scores, "scores")
+        check_finite(scores, "the scores")
 
 # %% ../nbs/15_editing.ipynb #bc4e147d
 def roc_curve(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     "False alarms and hits of scores `(N,)` and `(M,)`: shares at all thresholds from high to low."
+    check_scores(inside, outside)
     limits = torch.cat([inside, outside]).unique().flip(0)
 
     def share(scores):
@@ -287,6 +303,7 @@ def roc_curve(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
 
 def auc(inside: Tensor, outside: Tensor) -> float:
     "The chance that an outsider scores higher than an insider, ties counting half."
+    check_scores(inside, outside)
     higher, tie = outside[:, None] > inside[None], outside[:, None] == inside[None]
     return (higher.float() + 0.5 * tie.float()).mean().item()
 

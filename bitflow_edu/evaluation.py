@@ -13,6 +13,14 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from .data import to_model_range, to_pixels
+from bitflow_edu.io.checks import (
+    check_finite,
+    check_image_batch,
+    check_labels,
+    check_not_empty,
+    check_same_shape,
+    warn_of_range,
+)
 from .io.files import BitflowError, asset
 from .io.models import load_model
 
@@ -65,6 +73,7 @@ class Classifier(nn.Module):
 
     def features(self, x):
         "Images in [-1, 1] `(N, C, H, W)`, any size, to features `(N, num_features)`."
+        check_image_batch(x, (self.cfg.channels, "H", "W"))
         return torch.relu(self.to_features(self.stages(at_size(x, self.cfg.image_size)).flatten(1)))
 
     def forward(self, x):
@@ -104,18 +113,23 @@ def in_batches(
     batch_size: int = 500,
 ) -> Tensor:  # `(N, …)`
     "Apply a function to many images without filling the memory."
+    if batch_size < 1:
+        raise BitflowError(f"batch_size is {batch_size}; it must be at least 1")
     return torch.cat([fn(part) for part in x.split(batch_size)])
 
 
 def as_stored(
     x: Tensor,  # images `(N, C, H, W)`
 ) -> Tensor:  # the middles of the 8-bit bins, float32 in (-1, 1)
-    "Images rounded to 8 bits, as in a file: what every metric sees. Refuses NaN."
+    """Images rounded to 8 bits, as in a file: what every metric sees. Refuses NaN, warns where
+    images look as if they were in [0, 1]."""
+    check_image_batch(x)
     if bad := int(x.isnan().flatten(1).any(dim=1).sum()):
         raise BitflowError(
             f"{bad} of {len(x)} images hold NaN, which no file can store; "
             "find out where the sampler produced them"
         )
+    warn_of_range(x)
     return to_model_range(to_pixels(x))
 
 # %% ../nbs/06_evaluation.ipynb #9967d640
@@ -125,6 +139,8 @@ def accuracy(
     c: Tensor,  # labels that they should show `(N,)`
 ) -> float:  # share in [0, 1]
     "How often the classifier sees the label that was asked for, in images as they would be stored."
+    check_not_empty(x, "images")
+    c = check_labels(c, classifier.cfg.num_classes, len(x)).to(x.device)
     return (in_batches(classifier, as_stored(x), 100).argmax(dim=1) == c).float().mean().item()
 
 # %% ../nbs/06_evaluation.ipynb #dbb4674e
@@ -140,7 +156,9 @@ def check_features(
     "Refuse clouds that are too small, not finite, or of different widths, with a `BitflowError`."
     for cloud in clouds:
         fault = None
-        if cloud.ndim != 2 or cloud.shape[1] != clouds[0].shape[1]:
+        if not isinstance(cloud, Tensor):
+            fault = f"features: {type(cloud).__name__} instead of a tensor (N, K)"
+        elif cloud.ndim != 2 or cloud.shape[1] != clouds[0].shape[1]:
             shapes = [tuple(f.shape) for f in clouds]
             fault = (
                 f"features of shapes {shapes} cannot be compared; each must be (N, K) with one K"
@@ -188,6 +206,10 @@ def distance_of_moments(
 ) -> float:
     "The same, from the statistics alone."
     (mu_a, cov_a), (mu_b, cov_b) = a, b
+    check_same_shape(mu_a, mu_b, "the means")
+    check_same_shape(cov_a, cov_b, "the covariances")
+    for moment in (*a, *b):
+        check_finite(moment, "the moments")
     root = matrix_sqrt(cov_a)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     distance = (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
@@ -210,6 +232,8 @@ def covered(
     k: int = 3,  # each ball of the cloud reaches to the k-th nearest neighbour
 ) -> Tensor:  # bool `(M,)`
     "Which queries lie in a cloud's territory, the union of its balls (arXiv 1904.06991, eq. 1)."
+    if k < 1:
+        raise BitflowError(f"k is {k}; the nearest neighbour is number 1")
     check_features(queries, cloud, least=k + 1)
 
     def distance(part):
@@ -235,6 +259,7 @@ def polynomial_kernel(
     b: Tensor,  # features `(M, K)`
 ) -> Tensor:  # `(N, M)`, float64
     "The similarity of each pair of features, k(u, v) = (u·v/K + 1)³ (arXiv 1801.01401)."
+    check_features(a, b, least=1)
     return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
 
 

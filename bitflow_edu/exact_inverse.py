@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 
 from .data import unpatchify
+from bitflow_edu.io.checks import (
+    as_labels,
+    check_inputs,
+    check_labels,
+    check_model,
+    check_not_empty,
+    check_tensor,
+    check_tokens,
+)
 from .io.files import BitflowError
-from .tarflow import FlowBlock, TARFlow, log_prob
+from .tarflow import FlowBlock, TARFlow, check_input, log_prob
 
 # %% auto #0
 __all__ = ['invert_block_uncached', 'BlockDecoder', 'decode_step', 'start_decoding', 'invert_block', 'check_noise',
@@ -26,7 +35,7 @@ def invert_block_uncached(
     c: Tensor,  # labels `(N,)`
 ) -> Tensor:  # x^i `(N, T, D)`
     "f_i⁻¹ as the equation says it: T − 1 passes of the whole block. For reading and testing."
-    y = block.order(y)
+    y, c = block.order(check_tensor(y, "tokens", block.shape)), as_labels(c, len(y))
     x = y.clone()
     for t in range(1, y.shape[1]):
         alpha, mu = block.affine_params(x, c)
@@ -70,6 +79,7 @@ def start_decoding(
     guidance=None,  # a `Guidance` (lesson 14): both branches in one batch, with labels first
 ) -> tuple:  # a `BlockDecoder`, and an empty cache for it
     "Get ready to invert a block."
+    c = as_labels(c)
     labels = c if guidance is None else torch.cat([c, -torch.ones_like(c)])
     offset = block.order(block.pos_embed) + block.class_embed(labels)
     place = torch.arange(1, offset.shape[1], device=c.device)[:, None] / (offset.shape[1] - 1)
@@ -90,26 +100,36 @@ def invert_block(
     guidance=None,  # a `Guidance` (lesson 14)
 ) -> Tensor:  # x^i `(N, T, D)`
     "f_i⁻¹ with a KV cache: x_t = y_t·exp(α_t) + μ_t, each step runs one new token."
-    y = block.order(y)
-    decoder, cache = start_decoding(block, c, guidance)
+    y = block.order(check_tensor(y, "tokens", block.shape))
+    decoder, cache = start_decoding(block, as_labels(c, len(y)), guidance)
     x = [y[:, :1]]
     for t in range(1, y.shape[1]):
         alpha, mu, cache = decoder.alpha_mu(x[-1], cache)
         x.append(y[:, t : t + 1] * alpha.exp() + mu)
     return block.order(torch.cat(x, dim=1))
 
-# %% ../nbs/08_exact_inverse.ipynb #46145d05
-def check_noise(model: TARFlow, z: Tensor, c: Tensor, guidance=None):
-    "Refuse noise of another shape, and guidance where the model never saw a hidden label."
-    T, D = model.cfg.num_tokens, model.cfg.token_dim
-    if z.shape[1:] != (T, D):
-        raise BitflowError(f"noise of shape {tuple(z.shape)} does not fit: F takes (N, {T}, {D})")
+# %% ../nbs/08_exact_inverse.ipynb #5d0c91e7
+def check_guidance(model: TARFlow, c: Tensor, guidance):
+    "Refuse guidance where the model never saw a hidden label."
     if guidance is not None and not model.cfg.label_dropout and bool((c >= 0).any()):
         raise BitflowError(
             "this F was trained without label dropout (label_dropout 0), so it does not know what "
             "an image without label looks like; train one with label dropout, or leave the "
             "guidance out"
         )
+
+# %% ../nbs/08_exact_inverse.ipynb #46145d05
+def check_noise(
+    model: TARFlow,
+    z: Tensor,  # noise tokens `(N, T, D)`
+    c: Tensor,  # labels `(N,)`, −1: none
+    guidance=None,  # a `Guidance` (lesson 14)
+) -> Tensor:  # the labels, int64
+    "Refuse noise and labels that do not fit F, and guidance where it never saw a hidden label."
+    check_model(model, TARFlow)
+    c = check_inputs(model, z, c)
+    check_guidance(model, c, guidance)
+    return c
 
 # %% ../nbs/08_exact_inverse.ipynb #2e1d8e95
 def exact_trajectory(
@@ -120,7 +140,7 @@ def exact_trajectory(
     guidance=None,  # a `Guidance` (lesson 14), passed on to `invert` where given
 ) -> list[Tensor]:  # x^0 … x^B, each `(N, T, D)`
     "All states of the inverse of F: B blocks of T−1 serial steps."
-    check_noise(model, z, c, guidance)
+    c = check_noise(model, z, c, guidance)
     return invert_blocks(model, z, c, invert, guidance)
 
 
@@ -139,6 +159,7 @@ def to_images(
     tokens: Tensor,  # x^0 `(N, T, D)`
 ) -> Tensor:  # `(N, C, H, W)`
     "The start of a trajectory as images."
+    check_tokens(tokens, model.cfg, "tokens")
     return model.to_line.inverse(unpatchify(tokens, model.cfg.patch_size, model.cfg.channels))
 
 
@@ -166,6 +187,8 @@ def round_trip_error(
     c: Tensor,  # labels `(N,)`
 ) -> float:  # in units of x
     "The largest |x − F⁻¹(F(x))| over all pixels."
+    check_model(model, TARFlow)
+    check_not_empty(x, "images")
     return (exact_inverse(model, model(x, c).z, c) - x).abs().max().item()
 
 # %% ../nbs/08_exact_inverse.ipynb #f8544c80
@@ -180,6 +203,8 @@ def score_denoise(
     c: Tensor,  # labels `(N,)`, −1: none
 ) -> Tensor:  # the expected clean images, same shape
     "Tweedie's x̃ + σ²·∇ log p(x̃): a forward and a backward pass of F (arXiv 2412.06329, §3)."
+    check_model(model, TARFlow)
+    c = check_labels(c, model.cfg.num_classes, len(check_input(x, model.cfg)), -1)
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         score = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .io.checks import as_labels, check_inputs, check_model
 from .io.files import BitflowError
 from .reverse_model import ReverseModel, ReverseOutput, per_block
 
@@ -70,6 +71,7 @@ def cfg_apply_block(
     combine,  # (a, b, w) → one state of two: `cfg_extrapolate` or `cfg_recover`
 ):  # run(block, h, i), for `ReverseModel.run_blocks`
     "How a block is applied when it is asked twice, with labels and without, in one batch."
+    c = as_labels(c)
     twice = torch.cat([c, -torch.ones_like(c)])
 
     def run(block, h, i):
@@ -88,6 +90,8 @@ def guided_pass(
     w,  # guidance scale: a number, `(N,)`, or `(N, B + 1)` with the denoising block last
 ) -> Tensor:  # images `(N, C, H, W)`
     "Guidance at inference, 2-NFE: `cfg_extrapolate` in every block (PAPER). w = 0 is `one_pass`."
+    check_model(model, ReverseModel)
+    c = check_inputs(model, z, c)
     if model.cfg.max_guidance:
         raise BitflowError(
             "this G takes w as an input, so one pass is guided already; "

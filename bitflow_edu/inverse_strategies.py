@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .data import add_noise
+from .io.checks import check_model, check_same_shape
 from .io.files import BitflowError
 from .reverse_model import ReverseModel, ReverseOutput
 from .tarflow import TARFlow, Trajectory, rms, trajectory_norms
@@ -23,6 +24,7 @@ def mse(
     b: Tensor,  # the same shape
 ) -> Tensor:  # `(N,)`
     "Mean squared error of each sample."
+    check_same_shape(a, b)
     return (a - b).square().flatten(1).mean(dim=1)
 
 # %% ../nbs/11_inverse_strategies.ipynb #ecbbe0a8
@@ -68,6 +70,9 @@ def hidden_alignment(
 ) -> StrategyLoss:
     """L = D(x, x') + Σ_i D(x^i, φ_i(h^i)) (PAPER: strategy 3):
     every depth counts, h stays in model width."""
+    if len(trajectory.states) != len(out.hidden):
+        of_f, of_g = len(trajectory.states) - 1, len(out.hidden) - 1
+        raise BitflowError(f"F has {of_f} blocks and G {of_g}; they must have as many")
     depths = [distance(h, s).mean() for s, h in zip(trajectory.states, out.projected)]
     if not out.denoised:  # then the image is φ_0(h^0), and the image term has compared it
         depths[0] = torch.zeros_like(depths[0])
@@ -102,6 +107,8 @@ def find_strategy(name: str):
 # %% ../nbs/11_inverse_strategies.ipynb #05e98e6a
 def check_pair(forward_model: TARFlow, model: ReverseModel):
     "Refuse a G that cannot be the inverse of this F."
+    check_model(forward_model, TARFlow, "F")
+    check_model(model, ReverseModel, "G")
     f, g = forward_model.cfg, model.cfg
     for name in ("image_size", "channels", "patch_size", "num_classes", "num_blocks"):
         of_f, of_g = getattr(f, name), getattr(g, name)
@@ -138,6 +145,7 @@ def reverse_loss(
     run=None,  # (model, z, c, generator) → `ReverseOutput`; default model(z, c)
 ):  # a loss for `train`
     "Stage 2: run F on x̃, run G from the z it gives, compare."
+    check_model(forward_model, TARFlow, "F")
     forward_model = forward_model.eval().requires_grad_(False)
 
     def loss(model, x, c, generator):

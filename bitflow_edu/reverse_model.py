@@ -12,6 +12,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from .data import unpatchify
+from bitflow_edu.io.checks import (
+    check_finite,
+    check_inputs,
+    check_model,
+    check_tokens,
+    forward_labels,
+)
 from .io.files import BitflowError
 from .tarflow import ClassEmbedding, TokenGeometry, check_geometry
 from .transformer import NORMS, Transformer, TransformerConfig
@@ -19,6 +26,12 @@ from .transformer import NORMS, Transformer, TransformerConfig
 # %% auto #0
 __all__ = ['sample_noise', 'ReverseConfig', 'ReverseBlock', 'ReverseOutput', 'per_block', 'guidance_scales', 'with_labels',
            'ReverseModel', 'one_pass']
+
+# %% ../nbs/10_reverse_model.ipynb #b1f9e6a4
+def check_count(n: int, seed: int = 0):
+    "Refuse what no random generator takes."
+    if n < 0 or seed < 0:
+        raise BitflowError(f"n is {n} and seed {seed}; neither may be negative")
 
 # %% ../nbs/10_reverse_model.ipynb #a6cd2110
 def sample_noise(
@@ -28,6 +41,9 @@ def sample_noise(
     device: str = "cpu",
 ) -> Tensor:  # z `(n, T, D)`
     "Noise tokens; image i's noise depends on the seed alone, not on the device or on n."
+    if not hasattr(cfg, "num_tokens"):
+        raise BitflowError(f"{type(cfg).__name__} has no tokens; give the config of an F or a G")
+    check_count(n, seed)
     shape = (n, cfg.num_tokens, cfg.token_dim)
     z = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(z).to(device)
@@ -108,6 +124,10 @@ def per_block(
 ) -> Tensor:  # `(n, B + 1)`
     "Guidance scales for each image and block, the denoising one last."
     w = torch.as_tensor(w, dtype=like.dtype, device=like.device)
+    check_finite(w, "the guidance scale w")
+    if w.shape not in ((), (1,), (n,), (1, 1), (n, 1), (1, num_blocks + 1), (n, num_blocks + 1)):
+        wanted = f"give a number, ({n},) or ({n}, {num_blocks + 1})"
+        raise BitflowError(f"guidance scales w of shape {tuple(w.shape)} do not fit; {wanted}")
     return (w[:, None] if w.dim() == 1 else w).expand(n, num_blocks + 1)
 
 # %% ../nbs/10_reverse_model.ipynb #13d4fc2d
@@ -187,6 +207,8 @@ class ReverseModel(nn.Module):
     def forward(self, z, c, w=None):
         """Noise tokens `(N, T, D)`, labels `(N,)` (−1: none) and guidance scales
         (see `with_labels`) to a `ReverseOutput`."""
+        check_tokens(z, self.cfg)
+        c = forward_labels(c, self.cfg.num_classes, len(z))
         return self.run_blocks(z, with_labels(self.cfg, c, w))
 
 # %% ../nbs/10_reverse_model.ipynb #f8d0452a
@@ -203,6 +225,8 @@ def one_pass(
     >>> tuple(one_pass(G, sample_noise(G.cfg, 2), torch.tensor([3, 7])).shape)
     (2, 1, 16, 16)
     """
+    check_model(model, ReverseModel)
+    c = check_inputs(model, z, c)
     h, cfg, run = model.embed(z), model.cfg, with_labels(model.cfg, c, w)
     for i in reversed(range(cfg.num_blocks)):
         if cfg.token_states or not (cfg.denoise or i):

@@ -12,6 +12,13 @@ from torch import Tensor
 from .bijections import Compose, Identity, StandardNormal
 from .coupling import ActNorm, Logit
 from .data import add_noise, patchify
+from bitflow_edu.io.checks import (
+    as_labels,
+    check_image_batch,
+    check_not_empty,
+    check_tensor,
+    forward_labels,
+)
 from .io.files import BitflowError
 from .transformer import Transformer, TransformerConfig
 
@@ -96,6 +103,7 @@ class ClassEmbedding(nn.Module):
 
     def forward(self, c):
         "Labels `(N,)` to vectors `(N, 1, width)`."
+        c = as_labels(c)
         none = (c < 0)[:, None, None]
         return torch.where(none, self.weight.mean(dim=0), self.weight[c.clamp(min=0)])
 
@@ -113,6 +121,7 @@ class FlowBlock(nn.Module):
     def __init__(self, cfg: TARFlowConfig, flip: bool):
         super().__init__()
         width, self.flip, self.clip = cfg.transformer.width, flip, cfg.clip
+        self.shape = "N", cfg.num_tokens, cfg.token_dim  # of what goes in and comes out
         self.proj_in = nn.Linear(cfg.token_dim, width)
         self.pos_embed = nn.Parameter(cfg.embed_std * torch.randn(cfg.num_tokens, width))
         self.class_embed = ClassEmbedding(cfg.num_classes, width, cfg.embed_std)
@@ -142,8 +151,8 @@ class FlowBlock(nn.Module):
     def forward(self, x, c):
         """x^i `(N, T, D)` and labels `(N,)` to x^{i+1}, and log|det ∂f_i/∂x^i| `(N,)`,
         summed over dimensions."""
-        x = self.order(x)
-        alpha, mu = self.affine_params(x, c)
+        x = self.order(check_tensor(x, "tokens", self.shape))
+        alpha, mu = self.affine_params(x, as_labels(c, len(x)))
         return self.order((x - mu) * torch.exp(-alpha)), -alpha.sum(dim=(1, 2))
 
 # %% ../nbs/07_tarflow.ipynb #4f098ecb
@@ -171,11 +180,7 @@ def check_input(
     cfg: TARFlowConfig,  # what the model was built for
 ) -> Tensor:  # x itself
     "Refuse images of another size: a single token would be broadcast in silence."
-    wanted = (cfg.channels, cfg.image_size, cfg.image_size)
-    if x.shape[1:] != wanted:
-        built = f"F was built for images (N, {', '.join(map(str, wanted))})"
-        raise BitflowError(f"{built} and got {tuple(x.shape)}; resize the images")
-    return x
+    return check_image_batch(x, (cfg.channels, cfg.image_size, cfg.image_size), "images for F")
 
 # %% ../nbs/07_tarflow.ipynb #6e35016e
 class TARFlow(nn.Module):
@@ -202,6 +207,7 @@ class TARFlow(nn.Module):
     def forward(self, x, c):
         "Images `(N, C, H, W)` and labels `(N,)` (−1: none) to their `Trajectory`."
         y, logdet = self.to_line(check_input(x, self.cfg))
+        c = forward_labels(c, self.cfg.num_classes, len(x))
         states = [patchify(y, self.cfg.patch_size)]
         for block in self.blocks:
             state, block_logdet = block(states[-1], c)
@@ -223,6 +229,7 @@ def nll_per_dim(trajectory: Trajectory) -> Tensor:  # scalar, nats per dimension
     """The training loss 0.5·mean(z²) − mean(logdet)/dims: minus the mean log-likelihood
     per dimension, less a constant."""
     z = trajectory.z
+    check_not_empty(z, "images")
     return 0.5 * z.square().mean() - trajectory.logdet.mean() / z[0].numel()
 
 # %% ../nbs/07_tarflow.ipynb #86455917

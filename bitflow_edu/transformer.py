@@ -13,6 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .io.checks import check_tensor
 from .io.files import BitflowError
 
 # %% auto #0
@@ -125,7 +126,7 @@ def rotary_angles(
     base: float = 100.0,  # sets the slowest wave; images are short: less than text's 10,000
 ) -> Tensor:  # angles `(T, head_dim/2)` in radians, an equal share for each axis
     "The angles by which queries and keys are turned (Su et al., arXiv 2104.09864)."
-    T, A = coordinates.shape
+    T, A = check_tensor(coordinates, "coordinates", ("T", "A")).shape
     if head_dim % (2 * A):
         wanted = f"make it a multiple of {2 * A}"
         raise BitflowError(f"head_dim {head_dim} cannot be shared by {A} axes; {wanted}")
@@ -214,6 +215,8 @@ class Transformer(nn.Module):
     def forward(self, x, flip=False):
         "All tokens `(N, T, width)` to the same shape; `flip`: they come in reversed raster order."
         angles = self.angles
+        T = "T" if angles is None else len(angles)
+        check_tensor(x, "tokens", ("N", T, self.cfg.width))
         if flip and angles is not None:
             angles = angles.flip(0)
         for layer in self.layers:
@@ -225,6 +228,7 @@ class Transformer(nn.Module):
 
     def step(self, x, cache, flip=False, temperature=None):
         "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
+        check_tensor(x, "tokens", (cache.k.shape[1], "S", self.cfg.width))
         angles = None if self.angles is None else cache.own(self.angles, x.shape[1], flip)
         for i, layer in enumerate(self.layers):
             x = layer.step(x, cache, i, angles, temperature)

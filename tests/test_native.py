@@ -1,7 +1,6 @@
 """The native inverse and one pass against the same in PyTorch."""
 
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -161,8 +160,13 @@ def test_what_it_cannot_do_is_refused():
 @needs_compiler
 def test_noise_of_another_shape_is_refused():
     flow = small_flow()
-    for z in (torch.randn(2, 3, 4), torch.randn(3, 9, 4), torch.randn(2, 9, 4).double()):
-        with pytest.raises(BitflowError, match=re.escape(str(tuple(z.shape)))):
+    wrong = {
+        r"\(2, 3, 4\)": torch.randn(2, 3, 4),
+        r"\(2,\).*\(3,\)": torch.randn(3, 9, 4),
+        "float64": torch.randn(2, 9, 4).double(),
+    }
+    for seen, z in wrong.items():
+        with pytest.raises(BitflowError, match=seen):
             NativeInverse(flow)(z, torch.tensor([0, 1]))
 
 

@@ -17,6 +17,7 @@ from bitflow_edu.exact_inverse import (
     start_decoding,
 )
 from ..guidance import Guidance
+from ..io.checks import check_model, check_tensor, forward_labels
 from ..io.files import BitflowError
 from ..tarflow import FlowBlock, TARFlow
 from ..transformer import KVCache
@@ -59,6 +60,7 @@ def next_token(block: FlowBlock, guidance, token, y, offset, place, temperature,
 def compile_blocks(model: TARFlow):
     """A compiled `invert` for `exact_trajectory`, best for few images. Needs a C++ compiler;
     the first call, and each new batch size or guidance, takes seconds."""
+    check_model(model, TARFlow)
     compiled = partial(torch.compile, dynamic=False)
     steps = {block: compiled(partial(next_token, block)) for block in model.blocks}
 
@@ -82,6 +84,7 @@ def compile_blocks(model: TARFlow):
 def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, labelled: bool = True):
     """The exact inverse of `batch` images as one CUDA graph: a function (z, c) → x^0 `(N, T, D)`.
     `labelled`: whether any label is not −1. `BitflowError` where the model is not on a GPU."""
+    check_model(model, TARFlow)
     like, T, D = model.blocks[0].pos_embed, model.cfg.num_tokens, model.cfg.token_dim
     if like.device.type != "cuda":
         what = f"a CUDA graph needs a model on a GPU; this one is on {like.device}"
@@ -94,8 +97,8 @@ def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, label
         x = invert_blocks(model, z, c, invert_block, guidance)[0]
 
     def replay(noise, labels):
-        z.copy_(noise)
-        c.copy_(labels)
+        z.copy_(check_tensor(noise, "z", (batch, T, D)))  # a copy would be broadcast
+        c.copy_(forward_labels(labels, model.cfg.num_classes, batch))
         graph.replay()
         return x.clone()
 
@@ -135,6 +138,9 @@ def pack(model: nn.Module, rows) -> nn.Module:
     if not suits or not torch.backends.mkldnn.is_available():
         this = f"this one is {weight.dtype} on {weight.device}"
         raise BitflowError(f"only float32 models on a CPU, with oneDNN, can be packed; {this}")
+    if not isinstance(rows, int) and len(rows) != len(model.blocks):
+        numbers = f"{len(rows)} numbers of rows for {len(model.blocks)} blocks"
+        raise BitflowError(f"{numbers}; give one number, or one for each block")
     packed = copy.deepcopy(model).requires_grad_(False).eval()
     parts = [(packed, rows)] if isinstance(rows, int) else zip(packed.blocks, rows, strict=True)
     for part, n in parts:

@@ -23,6 +23,7 @@ from bitflow_edu.coupling import (
     log_scale_and_shift,
     mlp,
 )
+from ..io.checks import check_image_batch, check_tensor
 from ..io.files import BitflowError
 
 # %% auto #0
@@ -52,7 +53,7 @@ class Invertible1x1(Bijection):
         with torch.autocast(x.device.type, enabled=False):
             L, U = self.factors()
             z = torch.einsum("ij,nj...->ni...", self.P @ L @ U, x)
-        return z, (self.log_s.sum() * x[0, 0].numel()).expand(len(x))
+        return z, (self.log_s.sum() * x.shape[2:].numel()).expand(len(x))
 
     def inverse(self, z):
         "z `(N, C, …)` to x: a permutation and two triangular systems."
@@ -110,6 +111,7 @@ class Split(Bijection):
 
     def forward(self, x):
         "x `(N, C, H, W)` to z `(N, C·H·W)`: first the inner flow's, then the half that left here."
+        check_image_batch(x, (2 * self.shape[0], *self.shape[1:]))
         x, logdet = self.prior(x)
         a, b = x.chunk(2, dim=1)
         z, inner_logdet = self.inner(a)
@@ -117,6 +119,7 @@ class Split(Bijection):
 
     def inverse(self, z):
         "z `(N, C·H·W)` to x `(N, C, H, W)`."
+        check_tensor(z, "z", ("N", 2 * math.prod(self.shape)))
         inner, left = z.tensor_split([-math.prod(self.shape)], dim=1)
         a, b = self.inner.inverse(inner), left.unflatten(1, self.shape)
         return self.prior.inverse(torch.cat([a, b], dim=1))
@@ -245,13 +248,7 @@ class CouplingFlow(Bijection):
 
     def check_input(self, x):
         "x itself. Raises `BitflowError` for images of another size than the config's."
-        if x.shape[1:] != self.cfg.shape:
-            built_for = ", ".join(map(str, self.cfg.shape))
-            raise BitflowError(
-                f"this flow was built for images (N, {built_for}) and got {tuple(x.shape)}; "
-                "resize the images"
-            )
-        return x
+        return check_image_batch(x, self.cfg.shape, "images for this flow")
 
     def forward(self, x):
         "Images `(N, C, H, W)` to z `(N, C·H·W)` and log|det| `(N,)`."
@@ -262,6 +259,7 @@ class CouplingFlow(Bijection):
     @torch.no_grad()
     def inverse(self, z):
         "z `(N, C·H·W)` to images `(N, C, H, W)`, as fast as forward."
+        check_tensor(z, "z", ("N", self.cfg.dims))
         return self.to_line.inverse(self.layers.inverse(z))
 
     def log_prob(self, x, c=None):

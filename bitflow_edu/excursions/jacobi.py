@@ -17,6 +17,7 @@ from bitflow_edu.exact_inverse import (
     to_images,
 )
 from ..guidance import Guidance
+from ..io.checks import as_labels, check_same_shape, check_tensor
 from ..io.files import BitflowError
 from ..tarflow import FlowBlock, TARFlow
 
@@ -103,8 +104,11 @@ def invert_block_jacobi(
 ) -> tuple:  # x^i `(N, T, D)`, and its `Convergence`
     """f_i⁻¹ as a fixed point of x = y·exp(α(x)) + μ(x) (arXiv 2505.12849).
     Where that does not converge, it warns and decodes token by token."""
+    c = as_labels(c, len(check_tensor(y, "tokens", block.shape)))
+    if start is not None:
+        check_same_shape(start, y, "the first guess and the tokens")
     check_iteration(tolerance, segments, max_iterations, y.shape[1])
-    if segments == y.shape[1] - 1:  # nothing is left to iterate
+    if segments == y.shape[1] - 1 or not len(y):  # nothing is left to iterate
         return invert_block(block, y, c, guidance), Convergence((1,) * segments, 0.0)
     given = block.order(y), block.order(y if start is None else start)
     decoder, cache = start_decoding(block, c, guidance)
@@ -135,7 +139,10 @@ def jacobi_trajectory(
     guidance: Guidance = None,
 ) -> tuple:  # x^0 … x^B, each `(N, T, D)`, and a `Convergence` for each block
     "All states of the inverse of F by fixed-point iteration."
-    check_noise(model, z, c, guidance)
+    c = check_noise(model, z, c, guidance)
+    if starts is not None and len(starts) < model.cfg.num_blocks:
+        blocks = f"{len(starts)} first guesses for {model.cfg.num_blocks} blocks"
+        raise BitflowError(f"{blocks}; give x^0 … x^{{B−1}}")
     states, found, counts = [z], [], segment_counts(model, segments)
     for i in reversed(range(model.cfg.num_blocks)):
         given = model.blocks[i], states[-1], c, tolerance, counts[i]

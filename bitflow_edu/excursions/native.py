@@ -16,10 +16,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..data import unpatchify
-from ..exact_inverse import check_noise
+from ..exact_inverse import check_guidance
 from .compiled import PackedLinear
 from .native_source import SOURCE
 from ..guidance import GUIDANCE, Guidance
+from ..io.checks import check_labels, check_model, check_tokens
 from ..io.files import BitflowError
 from ..reverse_model import ReverseModel, guidance_scales
 from ..tarflow import FlowBlock, TARFlow
@@ -171,17 +172,13 @@ def pack_block(packed: PackedWeights, block: FlowBlock) -> CBlock:
     return CBlock(stack, width, block.flip, block.clip, *ends, place)
 
 # %% ../../nbs/excursions/native.ipynb #79b4171c
-def check_tokens(z: Tensor, c: Tensor, cfg):
-    "Refuse noise of another shape or type, and labels that do not belong to it."
-    shape = len(c), cfg.num_tokens, cfg.token_dim
-    if z.shape != shape or z.dtype != torch.float32 or z.device.type != "cpu":
-        raise BitflowError(
-            f"noise of shape {tuple(z.shape)}, {z.dtype} on {z.device}, does not fit "
-            f"{len(c)} labels: it must be {shape}, float32, on the CPU"
-        )
-    if c.dim() != 1 or c.dtype != torch.int64:
-        what = f"labels are {c.dtype} of shape {tuple(c.shape)}"
-        raise BitflowError(f"{what}; give whole numbers (torch.int64), one an image")
+def check_native(z: Tensor, c: Tensor, cfg) -> Tensor:  # the labels, int64
+    "Refuse what C++ would read as something else, and labels that do not belong to it."
+    check_tokens(z, cfg)
+    if z.dtype != torch.float32 or z.device.type != "cpu":
+        seen = f"z is {z.dtype} on {z.device}"
+        raise BitflowError(f"{seen}; native programs take torch.float32 on the CPU")
+    return check_labels(c, cfg.num_classes, len(z), -1)
 
 
 def check_done(failed: int):
@@ -200,6 +197,7 @@ class NativeInverse:
     rows = 8  # per core at once: they share the weights' way from memory, their caches stay near
 
     def __init__(self, model: TARFlow, *flags):
+        check_model(model, TARFlow)
         self.model, self.packed = model, PackedWeights(model, *flags)
         self.embeds = copy.deepcopy([block.class_embed for block in model.blocks])
         blocks = [pack_block(self.packed, block) for block in model.blocks]
@@ -208,8 +206,8 @@ class NativeInverse:
     @torch.no_grad()
     def __call__(self, z: Tensor, c: Tensor, guidance: Guidance = None) -> list[Tensor]:
         "Noise tokens `(N, T, D)` and labels `(N,)` (−1: none) to x^0 … x^B, each `(N, T, D)`."
-        check_noise(self.model, z, c, guidance)
-        check_tokens(z, c, self.model.cfg)
+        c = check_native(z, c, self.model.cfg)
+        check_guidance(self.model, c, guidance)
         labels, guide, rows = c, CPush(0, 0.0, 1.0), self.rows
         if guidance is not None:
             labels, rows = torch.cat([c, -torch.ones_like(c)]), self.rows // 2
@@ -231,6 +229,7 @@ class NativePass:
     as `one_pass`. Each core takes an image. Holds copies of the weights."""
 
     def __init__(self, model: ReverseModel, *flags):
+        check_model(model, ReverseModel)
         self.model, self.packed, cfg = model, PackedWeights(model, *flags), model.cfg
         parts = list(enumerate(model.blocks))[::-1]
         if cfg.denoise:
@@ -248,7 +247,7 @@ class NativePass:
     def __call__(self, z: Tensor, c: Tensor, w=None) -> Tensor:
         "z `(N, T, D)`, labels `(N,)` (−1: none), scales w where G takes them → `(N, C, H, W)`."
         cfg = self.model.cfg
-        check_tokens(z, c, cfg)
+        c = check_native(z, c, cfg)
         w, z = guidance_scales(cfg, w, len(c), c.device), z.contiguous()
         embedded = torch.stack([of_label(c)[:, 0] for _, of_label, _ in self.embeds])
         if w is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..bijections import Bijection
+from ..io.checks import check_not_empty
 from ..io.files import BitflowError
 
 # %% auto #0
@@ -32,6 +33,7 @@ def check_invertible(
     tolerance: float = 1e-3,  # largest |x − inverse(forward(x))|, in units of x
 ) -> float:  # what it is
     "Go there and back. Raises `BitflowError` when a layer loses x, naming what was seen."
+    check_not_empty(x, "inputs")
     z, logdet = bijection(x)
     back = bijection.inverse(z)
     check_finite(bijection, **{"z": z, "log|det|": logdet, "x on the way back": back})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..io.checks import check_not_empty, check_tensor
 from ..io.files import BitflowError
 
 # %% auto #0
@@ -32,6 +33,7 @@ class Toy:
 
     def entropy(self, x):
         "−mean log p over points `(N, 2)` drawn from it, nats: the lowest mean NLL of any model."
+        check_not_empty(check_tensor(x, "points", ("N", 2)), "points")
         return -self.log_prob(x.double()).mean().item()
 
 # %% ../../nbs/excursions/toys.ipynb #c13aa55d
@@ -104,7 +106,7 @@ def twist(
     amount: float,  # radians per unit of radius
 ) -> Tensor:  # `(N, 2)`
     "Turn every point about the origin, the farther out the more: areas stay, log|det| = 0."
-    angle = amount * x.norm(dim=1)
+    angle = amount * check_tensor(x, "points", ("N", 2)).norm(dim=1)
     c, s = torch.cos(angle), torch.sin(angle)
     return torch.stack([c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]], dim=1)
 

@@ -13,16 +13,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..data import check_labels, image_grid
+from ..data import image_grid
 from ..evaluation import timed
 from ..exact_inverse import exact_inverse, score_denoise, serial_steps
 from ..excursions.glow import CouplingConfig, CouplingFlow
 from ..guidance import Guidance, guided_pass
+from ..io.checks import check_floating, check_image_batch, check_labels, check_model
 from ..io.files import BitflowError
 from ..io.models import num_parameters
 from ..io.processes import SINGLE_PROCESS
 from ..io.results import measurement, time_per_image
-from ..reverse_model import ReverseModel, one_pass, sample_noise
+from ..reverse_model import ReverseModel, check_count, one_pass, sample_noise
 from ..scale.autoencoder import decode_all, preview
 from ..speed import count_flops
 from ..tarflow import TARFlow, TARFlowConfig
@@ -37,12 +38,14 @@ FLOWS = {TARFlowConfig: TARFlow, CouplingConfig: CouplingFlow}
 
 def grid_labels(cfg, n: int) -> Tensor:
     "Labels 0, 1, 2, … over and over `(n,)`: the classes in turn."
+    check_count(n)
     return torch.arange(n) % cfg.num_classes
 
 
 def noise_for(cfg, n: int, seed: int = 0, device: str = "cpu", temperature: float = 1.0) -> Tensor:
     "Noise for n images: `(n, T, D)` for F and G, `(n, C·H·W)` for a coupling flow."
     if isinstance(cfg, CouplingConfig):
+        check_count(n, seed)
         z = np.random.default_rng(seed).standard_normal((n, cfg.dims), dtype=np.float32)
         return temperature * torch.from_numpy(z).to(device)
     return temperature * sample_noise(cfg, n, seed, device)
@@ -87,14 +90,15 @@ class Sampler:
 
     def __call__(self, z: Tensor, c: Tensor) -> Tensor:
         "Images `(N, C, H, W)` from noise and labels `(N,)`; label −1 asks for no class."
-        check_labels(c[c != -1], self.model.cfg.num_classes)
-        return self.sample(z, c)
+        check_floating(z, "z", "noise_for(cfg, n) draws such")
+        return self.sample(z, check_labels(c, self.model.cfg.num_classes, len(z), -1).to(z.device))
 
 # %% ../../nbs/lab/sampling.ipynb #d7ddf8d0
 def exact_sampler(F: TARFlow | CouplingFlow, w: float = 0.0) -> Sampler:
     "The exact inverse of F, token by token; guided where w is not 0."
     if isinstance(F, CouplingFlow):
         return Sampler("exact", F, partial(invert_flow, F), nfe=1, serial_steps=1)
+    check_model(F, TARFlow, "F")
     sample = partial(invert_flow, F, guidance=Guidance(w) if w else None)
     branches = 2 if w else 1
     return Sampler("exact", F, sample, branches * F.cfg.num_tokens, serial_steps(F), w)
@@ -102,6 +106,8 @@ def exact_sampler(F: TARFlow | CouplingFlow, w: float = 0.0) -> Sampler:
 
 def denoised(sampler: Sampler, F: TARFlow) -> Sampler:
     "The same, and then F's score step, which removes the noise that F was trained with."
+
+    check_model(F, TARFlow, "F")
 
     def sample(z, c):
         return score_denoise(F, sampler.sample(z, c), c)
@@ -117,11 +123,13 @@ def denoised(sampler: Sampler, F: TARFlow) -> Sampler:
 # %% ../../nbs/lab/sampling.ipynb #9cb338ec
 def one_pass_sampler(G: ReverseModel, w: float = 0.0) -> Sampler:
     "One pass of G; w is for a G that takes it as an input."
+    check_model(G, ReverseModel, "G")
     return Sampler("one-pass", G, partial(one_pass, G, w=w or None), nfe=1, serial_steps=1, w=w)
 
 
 def guided_sampler(G: ReverseModel, w: float) -> Sampler:
     "G at guidance scale w: in one pass where it takes w as an input, else in two."
+    check_model(G, ReverseModel, "G")
     if G.cfg.max_guidance:
         return one_pass_sampler(G, w)
     return Sampler("guided", G, partial(guided_pass, G, w=w), nfe=2, serial_steps=1, w=w)
@@ -204,6 +212,13 @@ def draw(
     processes=SINGLE_PROCESS,
 ) -> Tensor:  # images `(n, C, H, W)`, on the CPU
     "Images from any number of noises: in batches, shared by the processes, in order on all."
+    if not isinstance(sampler, Sampler):
+        known = f"choose_samplers makes one of a name ({', '.join(METHODS)})"
+        raise BitflowError(f"{sampler!r} is a {type(sampler).__name__}, not a sampler; {known}")
+    if batch_size < 1:
+        raise BitflowError(f"batch_size is {batch_size}; it must be at least 1")
+    check_floating(z, "z", "noise_for(cfg, n) draws such")
+    c = check_labels(c, sampler.model.cfg.num_classes, len(z), -1)
     cfg, parts = sampler.model.cfg, torch.arange(len(z)).split(batch_size)
     mine = [parts[k] for k in processes.share(len(parts))]
     size = (0, cfg.channels, cfg.image_size, cfg.image_size)
@@ -226,7 +241,7 @@ def draw_all(samplers: list, n: int, seed: int, device: str = "cpu", batch_size:
 # %% ../../nbs/lab/sampling.ipynb #6790cbf7
 def to_picture(x: Tensor, vae: nn.Module = None) -> Tensor:
     "Samples as images that can be shown: latents decoded, or as a preview without an autoencoder."
-    if x.shape[1] in (1, 3):
+    if check_image_batch(x, name="samples").shape[1] in (1, 3):
         return x
     return preview(x) if vae is None else decode_all(vae, x)
 

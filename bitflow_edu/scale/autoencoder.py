@@ -14,6 +14,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..data import to_model_range
+from bitflow_edu.io.checks import (
+    check_image_batch,
+    check_not_empty,
+    check_pixels,
+    check_same_shape,
+    check_shape,
+)
 from ..io.files import BitflowError, first_sentence
 from ..io.shards import DEFAULT_VAE
 from .image_sources import as_jpeg, center_crop, synthetic_picture
@@ -143,6 +150,9 @@ def posterior_moments(
     precision: str = "fp32",  # or "bf16", under autocast
 ) -> Tensor:  # float16 `(N, 2, C, h, w)` on the CPU, in the autoencoder's units
     "Mean and standard deviation of the encoder. `BitflowError` where they do not fit in 16 bits."
+    check_shape(check_pixels(pixels), "pixels", ("N", 3, "S", "S"), "center_crop makes such")
+    for side in pixels.shape[2:]:
+        latent_shape(vae, side)
     device = next(vae.parameters()).device
     with autocast(precision, device.type):
         found = vae.encode(to_model_range(pixels.to(device))).latent_dist
@@ -160,6 +170,7 @@ def decode_latents(
     x: Tensor,  # latents as F and G see them `(N, C, h, w)`
 ) -> Tensor:  # images `(N, 3, H, W)`, about in [-1, 1]
     "Latents to images; gradients flow to x."
+    check_image_batch(x, (vae.config.latent_channels, "h", "w"), "latents")
     scale, shift = latent_scale_shift(vae)
     return vae.decode(x / scale + shift).sample
 
@@ -171,6 +182,9 @@ def decode_all(
     batch_size: int = 16,  # decoded at once
 ) -> Tensor:  # images `(N, 3, H, W)` in [-1, 1], on the CPU
     "Samples as images: latents decoded a batch at a time, values outside [-1, 1] clipped."
+    check_not_empty(x, "latents")
+    if batch_size < 1:
+        raise BitflowError(f"batch_size is {batch_size}; it must be at least 1")
     device = next(vae.parameters()).device
     parts = [
         decode_latents(vae, part.to(device)).clamp(-1, 1).cpu() for part in x.split(batch_size)
@@ -182,6 +196,9 @@ def preview(
     x: Tensor,  # latents as F and G see them `(N, C, h, w)`, C ≥ 3
 ) -> Tensor:  # `(N, 3, h, w)` in [-1, 1]
     "Latents as pictures without a decoder: the first three channels, clipped at ±3."
+    if check_image_batch(x, name="latents").shape[1] < 3:
+        what = f"latents of {x.shape[1]} channels have no preview"
+        raise BitflowError(f"{what}; decode them, or show each channel as a grey image")
     return (x[:, :3] / 3).clamp(-1, 1)
 
 # %% ../../nbs/scale/autoencoder.ipynb #6a2cef4d
@@ -200,6 +217,8 @@ def decoded(
         seen = partial(recomputed, seen, use_reentrant=False)
 
     def of_latents(a, b):
+        check_same_shape(a, b, "latents that are compared")
+        check_not_empty(a, "latents")
         k = min(sub_batch, len(a))
         with torch.no_grad():
             target = decode_latents(vae, b[:k])
