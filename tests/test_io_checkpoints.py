@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_version(tmp_path, data):
     newest, before = checkpoints_of(tmp_path / "run")[::-1][:2]
     path = newest / "training_state.safetensors"
     save_file({**load_file(path), "weights.blocks.0.new_part": torch.zeros(2)}, path)
-    says = f"(?s)new_part should have shape None, the file has.*Delete {newest} to go on from"
+    says = f"(?s)new_part should be nothing, the file has.*Delete {newest} to go on from"
     with pytest.raises(BitflowError, match=f"{says} the one before"):
         train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
     config = json.loads((newest / "config.json").read_text())
