@@ -33,6 +33,8 @@ from bitflow_edu.io.models import (
     load_tensors,
     looks,
     modern_fields,
+    newest_checkpoint,
+    read_config,
     read_tensors,
     save_model,
     save_tensors,
@@ -116,12 +118,18 @@ def is_count(step) -> bool:
 LARGEST_WEIGHT = 1e4  # trained weights stay below a hundred; squares of these overflow soon
 
 
-def check_weights(tensors: dict, where: str | Path):
-    "Refuse weights that have diverged: NaN, infinite, or too large to be of use."
-    for name, t in tensors.items():
+def sign_of_divergence(*parts: dict) -> str | None:
+    "What is wrong with weights, given by name: NaN, infinite, or too large to be of use."
+    for name, t in (item for part in parts for item in part.items()):
         largest = t.abs().max().item() if t.numel() and t.is_floating_point() else 0.0
         if not largest <= LARGEST_WEIGHT:
-            raise BitflowError(f"{where}: the weights have diverged, {name} reaches {largest:.3g}")
+            return f"the weights have diverged, {name} reaches {largest:.3g}"
+
+
+def check_weights(where: str | Path, *parts: dict):
+    "Refuse weights that have diverged."
+    if sign := sign_of_divergence(*parts):
+        raise BitflowError(f"{where}: {sign}")
 
 
 def weights_in(training: dict) -> dict:
@@ -135,11 +143,33 @@ def restore_tensors(state, saved: dict, where: str | Path):
     tensors = saved["training"]
     weights = weights_in(tensors)
     check_moments(state.model, tensors, saved.get("without_moments"), where)
-    for part in (saved["averaged"], weights):
-        check_weights(part, where)
+    check_weights(where, saved["averaged"], weights)
     load_tensors(state.averaged, saved["averaged"], where)
     load_tensors(state.model, weights, where)
     restore_moments(state.model, state.optimizer, tensors)
+
+# %% ../../nbs/io/checkpoints.ipynb #a2c60d19
+def recorded_start(run: Path) -> str | None:
+    "The weights that a run was started from, as its run.json says."
+    path = run / "run.json"
+    return read_json(path, "name another folder").get("init") if path.exists() else None
+
+
+def start_from(model: nn.Module, weights: str | Path):
+    "Put a checkpoint's weights into a fresh model of the same kind and shape."
+    try:
+        folder = newest_checkpoint(Path(weights))
+        read_config(folder, type(model))
+        own, found = model.state_dict(), read_tensors(folder / "model.safetensors")
+        check_weights(folder, found)
+        load_tensors(model, {k: as_wide_as(t, own.get(k, t)) for k, t in found.items()}, folder)
+    except BitflowError as e:
+        raise BitflowError(f"training cannot start from {weights}: {e}") from e
+
+
+def as_wide_as(t: Tensor, own: Tensor) -> Tensor:
+    "Floats that were stored in fewer bits, in those of `own`; anything else as it is."
+    return t.to(own.dtype) if t.is_floating_point() and own.is_floating_point() else t
 
 # %% ../../nbs/io/checkpoints.ipynb #81b8be1a
 def discard(folder: Path):
@@ -180,7 +210,7 @@ def write_checkpoint(model: nn.Module, saved: dict, folder: Path, keep: int) -> 
     return final
 
 # %% ../../nbs/io/checkpoints.ipynb #f3ab9051
-def diverged(folder: Path, step: int, why: Exception) -> BitflowError:
+def diverged(folder: Path, step: int, why: Exception | str) -> BitflowError:
     "The error for a training that cannot be gone on with: where it stopped, where to start anew."
     good = checkpoints_of(folder)
     way_out = "train in another folder"
@@ -202,11 +232,8 @@ def save_checkpoint(
     saved = state.state_dict()
 
     def write():
-        try:
-            for part in (saved["averaged"], weights_in(saved["training"])):
-                check_weights(part, f"step {state.step}")
-        except BitflowError as e:
-            raise diverged(folder, state.step, e) from e
+        if sign := sign_of_divergence(saved["averaged"], weights_in(saved["training"])):
+            raise diverged(folder, state.step, sign)
         return write_checkpoint(state.averaged, saved, folder, keep)
 
     return state.processes.on_rank_zero(write)
