@@ -112,7 +112,7 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors:
 # %% ../../nbs/io/checkpoints.ipynb #8e0d25aa
 def is_count(step) -> bool:
     "Whether a value from JSON can be a number of steps."
-    return type(step) is int and step >= 0
+    return type(step) is int and 0 <= step < 2**53
 
 # %% ../../nbs/io/checkpoints.ipynb #c4b8e216
 LARGEST_WEIGHT = 1e4  # trained weights stay below a hundred; squares of these overflow soon
