@@ -75,7 +75,7 @@ def test_mistakes_with_folders(capsys, tmp_path, runs):
 
 
 def test_weights_to_start_from(runs, tmp_path, capsys):
-    """A run of its own that begins with another's weights, says so, and goes on without the option."""
+    """A run of its own with another's first weights says so, and goes on without the option."""
     f, train = tmp_path / "f", f"train forward {SMOKE} --out {tmp_path}/f"
     run(f"{train} --steps 1 --init-from {runs}/f")
     source = newest_checkpoint(runs / "f")
