@@ -55,7 +55,7 @@ class Budget(Common):
     steps: int | None = None
     # Minutes of training (of each model), instead of steps.
     minutes: float | None = None
-    # Go on with what is in the output folder.
+    # Go on with what is in the output folder; steps or minutes may be more than before.
     resume: bool = False
 
 # %% ../../nbs/cli/options.ipynb #42b84653
