@@ -119,7 +119,7 @@ def workers_of(process):
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(alone, tmp_path):
-    """Only the second of two is sent SIGTERM: both save one step, and one process goes on from it."""
+    """Only the second of two is sent SIGTERM: both save one step, and one goes on from it."""
     folder = tmp_path / "f"
     process = start(2, *FORWARD, "--out", folder, "--sharding", "full")
     deadline = time.monotonic() + 200

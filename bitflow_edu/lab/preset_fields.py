@@ -50,7 +50,9 @@ def one_line(message: str) -> str:
 def read_fields(preset: Preset, argv: list[str]) -> Preset:
     "A preset changed by words like `--data.image-size 8`; `SystemExit` for --help (0) or mistakes."
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    return tyro.cli(Preset, default=preset, args=argv, prog="bitflow …", config=options)
+    changed = tyro.cli(Preset, default=preset, args=argv, prog="bitflow …", config=options)
+    check_finite(changed)
+    return changed
 
 # %% ../../nbs/lab/preset_fields.ipynb #88cd9ce7
 def todays_words(given: dict) -> dict:
@@ -74,12 +76,10 @@ def with_words(preset: Preset, given: dict, where: str = "") -> Preset:
         argv += [f"--{name.replace('_', '-')}", *words]
     try:
         with contextlib.redirect_stderr(said):
-            changed = read_fields(preset, argv) if argv else preset
+            return check_preset(read_fields(preset, argv) if argv else preset)
     except SystemExit:
         hint = "bitflow info --fields says what each field takes"
         raise BitflowError(f"{where}{one_line(said.getvalue())}; {hint}") from None
-    check_finite(changed)
-    return check_preset(changed)
 
 # %% ../../nbs/lab/preset_fields.ipynb #e3775f32
 def split_fields(argv) -> tuple:
