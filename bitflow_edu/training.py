@@ -216,7 +216,7 @@ def fast_bf16(
     if device != "cpu":
         return device == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -3,10 +3,12 @@
     python tests/kills.py              20 kills: of F, of G, of an evaluation, of a cache of latents
     python tests/kills.py --kills 4    fewer (one of each)
 
-Not a test that pytest collects: it takes many minutes, most of them to start programs.
+Not a test that pytest collects: it takes many minutes, most of them to start programs. Moments
+are counted in seconds of the processor, which do not depend on what else it does (Linux).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -31,7 +33,16 @@ OFTEN = ["--train-{}.checkpoint-every", "7", "--train-{}.log-every", "1", "--ste
 
 def start(words):
     command = [sys.executable, "-m", "bitflow_edu.cli", *map(str, words)]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = tempfile.TemporaryFile()
+    process = subprocess.Popen(command, env=ENV, stdout=output, stderr=output)
+    process.output = output
+    return process
+
+
+def check_ended(process, *codes):
+    """The process ended with one of these codes, or what it said is shown."""
+    process.output.seek(0)
+    assert process.returncode in codes, process.output.read().decode()[-2000:]
 
 
 class Training:
@@ -103,12 +114,23 @@ class Latents:
         return (self.home / name / "train" / "index.json").exists()
 
 
+def wait_until(process, seconds) -> float:
+    """Wait until a process has ended, or used the processor for so long: what it had used."""
+    used = 0.0
+    while process.poll() is None and used < seconds:
+        time.sleep(0.02)
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            words = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            used = max(used, (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"))
+    return used
+
+
 def whole(work):
     """The undisturbed result, and how many seconds it took."""
-    before, process = time.monotonic(), start(work.words(f"whole-{work.name}", False))
-    said, _ = process.communicate()
-    assert process.returncode == 0, said.decode()[-2000:]
-    return work.result(f"whole-{work.name}"), time.monotonic() - before
+    process = start(work.words(f"whole-{work.name}", False))
+    seconds = wait_until(process, float("inf"))
+    check_ended(process, 0)
+    return work.result(f"whole-{work.name}"), seconds
 
 
 def disturbed(work, name, kills, seconds, draw) -> int:
@@ -116,14 +138,12 @@ def disturbed(work, name, kills, seconds, draw) -> int:
     hits = again = 0
     while not work.finished(name):
         process, again = start(work.words(name, again)), 1
-        wait = draw.uniform(0.3, 1.0) * seconds if hits < kills else None
-        try:
-            said, _ = process.communicate(timeout=wait)
-            assert process.returncode == 0, said.decode()[-2000:]
-        except subprocess.TimeoutExpired:
+        wait_until(process, draw.uniform(0.4, 1.0) * seconds if hits < kills else float("inf"))
+        if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process.wait()
             hits += 1
+        check_ended(process, 0, -signal.SIGKILL)
     return hits
 
 
