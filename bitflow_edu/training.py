@@ -17,17 +17,33 @@ import torch.nn as nn
 from torch import Tensor
 
 from .data import Dataset
-from .io.checkpoints import gathered, open_run, restore, save_checkpoint
+from bitflow_edu.io.checkpoints import (
+    diverged,
+    gathered,
+    open_run,
+    restore,
+    restore_tensors,
+    run_lock,
+    save_checkpoint,
+)
 from .io.files import BitflowError
-from .io.models import checkpoints_of, load_tensors
+from .io.models import check_seed
 from bitflow_edu.io.processes import (
     SINGLE_PROCESS,
+    Interrupted,
     SingleProcess,
-    distribute_like,
+    StopSignals,
     full_tensor,
     to_local,
 )
-from .io.progress import draw_grid, log_step, open_logs, progress_bar, whole_model
+from bitflow_edu.io.progress import (
+    check_samples_drawn,
+    draw_grid,
+    log_step,
+    open_logs,
+    progress_bar,
+    whole_model,
+)
 from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
@@ -61,6 +77,7 @@ class TrainConfig:
     def __post_init__(self):
         check_budget(self)
         check_rates(self)
+        check_seed(self.seed)
 
 # %% ../nbs/05_training.ipynb #dbe00b5d
 def check_budget(cfg: TrainConfig):
@@ -199,7 +216,7 @@ def fast_bf16(
     if device != "cpu":
         return device == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
@@ -238,17 +255,7 @@ class TrainState:
 
     def load_state_dict(self, saved: dict, where: str | Path = "the state"):
         "Take up what `state_dict` gave. `BitflowError`, naming `where`, if tensors do not fit."
-        tensors = saved["training"]
-        own = [name for name in tensors if name.startswith("weights.")]
-        weights = {name.removeprefix("weights."): tensors[name] for name in own}
-        load_tensors(self.averaged, saved["averaged"], where)
-        load_tensors(self.model, weights, where)
-        for name, p in self.model.named_parameters():
-            keys = {key: f"adam.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
-            moments = {key: tensors[k].to(p.device) for key, k in keys.items() if k in tensors}
-            if moments:  # a weight that never had a gradient has none
-                parts = {k: distribute_like(moments[k], p) for k in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": moments["step"].reshape(()), **parts}
+        restore_tensors(self, saved, where)
         self.step, self.seconds = saved["step"], saved["seconds"]
 
 # %% ../nbs/05_training.ipynb #e05da1bf
@@ -360,13 +367,7 @@ def explain_divergence(state: TrainState, folder: Path):
     try:
         yield
     except FloatingPointError as e:
-        good = checkpoints_of(folder)
-        last = good[-1] if good else "none yet"
-        way_out = "load its weights and train them" if good else "train"
-        raise BitflowError(
-            f"training stopped at step {state.step}: {e}. Last good checkpoint: {last}; "
-            f"{way_out} in another folder, with a lower learning rate or a longer warm-up"
-        ) from e
+        raise diverged(folder, state.step, e) from e
 
 # %% ../nbs/05_training.ipynb #b92a691d
 def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
@@ -377,9 +378,9 @@ def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
 def training_loop(
     state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig, folder: Path, log, sampler, watcher
 ):
-    "From the state's step to the end of the budget."
-    start = time.perf_counter() - state.seconds
-    with progress_bar(state, cfg.steps) as bar:
+    "From the state's step to the end of the budget, or to a signal, after a checkpoint."
+    start, drawn = time.perf_counter() - state.seconds, None
+    with progress_bar(state, cfg.steps) as bar, StopSignals(state.processes) as signals:
         while progress_of(state, cfg) < 1:
             loss, metrics = forward_backward(state, loss_fn, data, cfg)
             with explain_divergence(state, folder):
@@ -392,9 +393,13 @@ def training_loop(
             if due(state, cfg, cfg.log_every):
                 log_step(log, bar, state, loss, norm, metrics, watcher)
             if sampler and due(state, cfg, cfg.sample_every):
-                draw_grid(state, sampler, folder, watcher)
-            if due(state, cfg, cfg.checkpoint_every):
-                save_checkpoint(state, folder)
+                drawn = draw_grid(state, sampler, folder, watcher)
+            stop = signals.agreed()
+            if stop or due(state, cfg, cfg.checkpoint_every):
+                saved = save_checkpoint(state, folder)
+            if stop:
+                raise Interrupted(stop, f"step {state.step} is saved in {saved}")
+    check_samples_drawn(state, drawn)
 
 # %% ../nbs/05_training.ipynb #fd37ff52
 def train(
@@ -420,9 +425,10 @@ def train(
     ...     F = train(TARFlow(preset.forward), forward_loss, load_data(preset.data), cfg, run)
     """
     folder = Path(folder)
-    state, loss_fn = begin(model, cfg, folder, resume, describe, loss_fn, processes)
-    if on_start:
-        processes.on_rank_zero(lambda: on_start(folder, state.step))
-    with open_logs(state, folder, watch) as (log, watcher):
-        training_loop(state, loss_fn, data, cfg, folder, log, sampler, watcher)
-    return whole_model(state)
+    with run_lock(folder, processes):
+        state, loss_fn = begin(model, cfg, folder, resume, describe, loss_fn, processes)
+        if on_start:
+            processes.on_rank_zero(lambda: on_start(folder, state.step))
+        with open_logs(state, folder, watch) as (log, watcher):
+            training_loop(state, loss_fn, data, cfg, folder, log, sampler, watcher)
+        return whole_model(state)

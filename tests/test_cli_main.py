@@ -1,5 +1,6 @@
 """The program: its help, its exit codes, and every command as a table of names."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 from commands import refused
 
-from bitflow_edu.cli.main import COMMANDS, main
-from bitflow_edu.cli.options import NAMES, Reproduce
+from bitflow_edu.cli import main as program
+from bitflow_edu.cli.main import COMMANDS, main, way_on
+from bitflow_edu.cli.options import NAMES, CacheLatents, Demo, Info, Reproduce, TrainForward
+from bitflow_edu.io.processes import Interrupted
 
 
 def test_help_names_every_command(capsys):
@@ -43,3 +46,30 @@ def test_the_module_and_the_script_are_the_same_program():
         assert shown.returncode == 0 and "cache-latents" in shown.stdout
         wrong = subprocess.run([*command, "dmeo"], capture_output=True, text=True)
         assert wrong.returncode == 2 and wrong.stderr.startswith("bitflow: ")
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Interrupted(signal.SIGINT, "step 3 is saved"), 130, "step 3 is saved"),
+        (Interrupted(signal.SIGTERM, "step 3 is saved"), 143, "SIGTERM; step 3 is saved"),
+    ],
+)
+@pytest.mark.parametrize("words, resumes", [("train forward", True), ("info", False)])
+def test_interrupts(monkeypatch, capsys, error, code, says, words, resumes):
+    """The exit code is the signal's; only what can be resumed is told how."""
+
+    def ends(command):
+        raise error
+
+    monkeypatch.setattr(program, "run_command", ends)
+    assert main(words.split()) == code
+    said = capsys.readouterr().err
+    assert says in said and ("--resume" in said) == resumes
+
+
+def test_ways_on():
+    assert way_on(None) == way_on(Info()) == ""
+    assert "--resume" in way_on(Demo()) and "--resume" in way_on(TrainForward())
+    assert "--resume" not in way_on(CacheLatents(source="a", out=Path("b")))

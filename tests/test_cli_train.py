@@ -1,9 +1,14 @@
 """`bitflow train`: what it writes, how it is repeated, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from commands import SMOKE, refused, run
+from safetensors.torch import load_file
+
+from bitflow_edu.io.models import newest_checkpoint
 
 
 @pytest.mark.parametrize("strategy", ["naive", "hidden-distillation"])
@@ -30,7 +35,8 @@ def test_a_run_is_repeated_from_the_file_it_leaves(tmp_path, capsys):
 
 
 OUT_OF_RANGE = """--steps 0, --steps -3, --minutes 0, --minutes -1.5, --batch-size 0, --lr -0.1,
---patch-size 5, --patch-size 0, --device tpu, --data-root nowhere"""
+--patch-size 5, --patch-size 0, --device tpu, --data-root nowhere, --init-from nowhere,
+--seed -1, --seed 99999999999999999999, --forward.noise-std nan, --train-forward.lr inf"""
 
 
 @pytest.mark.parametrize("option", [option.strip() for option in OUT_OF_RANGE.split(",")])
@@ -52,7 +58,8 @@ def test_mistakes_with_trainings_of_g(capsys, tmp_path, runs):
 def test_mistakes_with_folders(capsys, tmp_path, runs):
     train = f"train forward {SMOKE} --out {runs}/f"
     refused(train, capsys, "exists already", "--resume")
-    refused(f"{train} --steps 11 --resume", capsys, "was made with")
+    refused(f"{train} --steps 9 --resume", capsys, "was made with", "steps = 10", "9")
+    refused(f"{train} --steps 10 --lr 1 --resume", capsys, "was made with", "lr")
     file = tmp_path / "file"
     file.write_text("kept")
     for command in ("demo", "train forward"):
@@ -65,3 +72,33 @@ def test_mistakes_with_folders(capsys, tmp_path, runs):
     refused(f"{demo} --data-root {tmp_path}", capsys, "mnist-mini.npz")
     assert file.read_text() == "kept"
     assert not (tmp_path / "d").exists() and not (tmp_path / "r").exists()
+
+
+def test_weights_to_start_from(runs, tmp_path, capsys):
+    """A run of its own with another's first weights says so, and goes on without the option."""
+    f, train = tmp_path / "f", f"train forward {SMOKE} --out {tmp_path}/f"
+    run(f"{train} --steps 1 --init-from {runs}/f")
+    source = newest_checkpoint(runs / "f")
+    old, new = (load_file(newest_checkpoint(r) / "model.safetensors") for r in (runs / "f", f))
+    assert all(torch.equal(old[k], new[k]) for k in old), "the first step has rate 0"
+    assert json.loads((f / "run.json").read_text())["init"] == str(source)
+    run(f"{train} --steps 2 --resume")
+    run(f"{train} --steps 2 --resume --init-from {source}")
+    assert json.loads((f / "run.json").read_text())["init"] == str(source)
+    refused(f"{train} --steps 2 --resume --init-from {f}", capsys, "init", source)
+    other = f"train forward {SMOKE} --forward.num-blocks 3 --out {tmp_path}/other"
+    refused(f"{other} --reverse.num-blocks 3 --init-from {f}", capsys, "blocks.2", f)
+    reverse = f"train reverse {SMOKE} --forward {runs}/f --steps 1 --out {tmp_path}/g"
+    refused(f"{reverse} --init-from {f}", capsys, "TARFlow", "ReverseModel")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f"], "nothing else was written"
+    run(f"{reverse} --init-from {runs}/g")
+
+
+def test_weights_to_start_from_are_read_again_where_there_is_no_checkpoint(runs, tmp_path):
+    """Killed before its first checkpoint, a run starts from the weights that run.json names."""
+    train = f"train forward {SMOKE} --steps 1 --out {tmp_path}"
+    run(f"{train}/a --init-from {runs}/f")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=lambda *_: ["checkpoints"])
+    run(f"{train}/b --resume")
+    a, b = (load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)

@@ -1,11 +1,17 @@
 """Run folders: what goes wrong in a long run, and that the last good checkpoint survives it."""
 
+import copy
 import errno
 import json
+import math
 import os
 import random
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +23,11 @@ from bitflow_edu.io import checkpoints, models
 from bitflow_edu.io.checkpoints import MetricsLog, load_or_train, open_run, read_metrics, read_state
 from bitflow_edu.io.files import BitflowError, asset
 from bitflow_edu.io.models import checkpoints_of, load_model, newest_checkpoint
+from bitflow_edu.lab.presets import find_preset
+from bitflow_edu.lab.recipes import train_forward
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow, forward_loss
-from bitflow_edu.training import TrainConfig, train
+from bitflow_edu.training import TrainConfig, new_state, train
 from conftest import small_flow
 
 CFG = TrainConfig(steps=8, batch_size=16, log_every=1, checkpoint_every=3, precision="fp32")
@@ -31,7 +39,7 @@ torch.set_num_threads(1)
 from bitflow_edu.data import load_data
 from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.tarflow import TARFlow, TARFlowConfig, forward_loss
-from bitflow_edu.training import TrainConfig, train
+from bitflow_edu.training import TrainConfig, new_state, train
 from bitflow_edu.transformer import TransformerConfig
 
 data = load_data(DataConfig("mnist-mini", 8))[:100]
@@ -160,7 +168,7 @@ def test_a_checkpoint_of_another_version(tmp_path, data):
     newest, before = checkpoints_of(tmp_path / "run")[::-1][:2]
     path = newest / "training_state.safetensors"
     save_file({**load_file(path), "weights.blocks.0.new_part": torch.zeros(2)}, path)
-    says = f"(?s)new_part should have shape None, the file has.*Delete {newest} to go on from"
+    says = f"(?s)new_part should be nothing, the file has.*Delete {newest} to go on from"
     with pytest.raises(BitflowError, match=f"{says} the one before"):
         train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
     config = json.loads((newest / "config.json").read_text())
@@ -169,6 +177,200 @@ def test_a_checkpoint_of_another_version(tmp_path, data):
     with pytest.raises(BitflowError, match="unknown field 'wings'; TARFlowConfig has"):
         load_model(newest, TARFlow)
     load_model(before, TARFlow)
+
+
+MOMENT = "adam.exp_avg.blocks.0.proj_in.weight"
+STEP = "adam.step.blocks.1.proj_in.bias"
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, digits):
+    """A run of three steps."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    train(flow(), forward_loss, digits[:40], replace(CFG, steps=3), run)
+    return run
+
+
+def without(name):
+    return lambda tensors: {k: t for k, t in tensors.items() if k != name}
+
+
+def changed(name, change):
+    return lambda tensors: {**tensors, name: change(tensors[name])}
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        (MOMENT, changed(MOMENT, lambda t: t[:, :1].contiguous())),  # fused kernels trust sizes
+        (MOMENT, changed(MOMENT, lambda t: t.flatten()[:0])),
+        (MOMENT, changed(MOMENT, lambda t: t.half())),
+        (MOMENT, changed(MOMENT, lambda t: t.long())),
+        (MOMENT, changed(MOMENT, lambda t: t * math.nan)),
+        (MOMENT, without(MOMENT)),
+        (STEP, without(STEP)),
+        (STEP, changed(STEP, lambda t: t.expand(2).contiguous())),
+        (STEP, changed(STEP, lambda t: -t)),
+        ("adam.exp_avg.nobody", lambda t: {**t, "adam.exp_avg.nobody": torch.zeros(2)}),
+        ("speed.of.light", lambda t: {**t, "speed.of.light": torch.zeros(2)}),
+        ("proj_in.weight should be", without("weights.blocks.0.proj_in.weight")),
+        (
+            MOMENT,
+            lambda t: {k: v for k, v in t.items() if "adam" not in k or "0.proj_in.w" not in k},
+        ),
+    ],
+)
+def test_every_tensor_of_the_optimizer_fits_its_weight(stopped, name, damage):
+    """Another shape or type, one too many, one missing, or all three: named, nothing is put in."""
+    path = newest_checkpoint(stopped) / "training_state.safetensors"
+    whole = path.read_bytes()
+    save_file(damage(load_file(path)), path)
+    state = new_state(flow(), CFG)
+    before = copy.deepcopy(state.model.state_dict())
+    try:
+        with pytest.raises(BitflowError, match=name):
+            checkpoints.restore(state, newest_checkpoint(stopped))
+    finally:
+        path.write_bytes(whole)
+    assert not state.optimizer.state
+    assert all(torch.equal(before[k], t) for k, t in state.model.state_dict().items())
+    checkpoints.restore(state, newest_checkpoint(stopped))
+
+
+def test_moments_lie_in_memory_as_their_weights_do(digits, tmp_path):
+    """A coupling flow's weights are channels-last: moments in another order are others' moments."""
+    preset = find_preset("mnist-glow-smoke")
+    cfg = replace(preset.train_forward, steps=4, checkpoint_every=2, batch_size=8, lr=1e-2)
+    preset = replace(preset, train_forward=cfg)
+    train_forward(preset, digits[:40], tmp_path / "run")
+    whole = read_state(newest_checkpoint(tmp_path / "run"))["training"]
+    checkpoints.discard(newest_checkpoint(tmp_path / "run"))
+    train_forward(preset, digits[:40], tmp_path / "run", resume=True)
+    again = read_state(newest_checkpoint(tmp_path / "run"))["training"]
+    assert [k for k in whole if not torch.equal(whole[k], again[k])] == []
+
+
+def test_diverged_weights_are_no_good_checkpoint(tmp_path, data):
+    """Finite as AdamW made them, and of no use: the checkpoint before them stays the newest."""
+    cfg = replace(CFG, lr=1e6, warmup=0.2, checkpoint_every=1)
+    with pytest.raises(BitflowError, match="(?s)diverged.*Last good.*step-00000001.*--init-from"):
+        train(flow(), forward_loss, data, cfg, tmp_path / "run")
+    (good,) = checkpoints_of(tmp_path / "run")
+    assert all(t.abs().max() < 100 for t in load_file(good / "model.safetensors").values())
+    for bad in (math.nan, math.inf, -1e5):
+        assert "w reaches" in checkpoints.sign_of_divergence({}, {"w": torch.tensor([1.0, bad])})
+    assert checkpoints.sign_of_divergence({"w": torch.ones(3), "n": torch.tensor(10**9)}) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_first(tmp_path, data, number):
+    """The step under way is finished and saved, and going on gives the unbroken run's weights."""
+    calls = []
+
+    def loss(*batch):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return forward_loss(*batch)
+
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match="step 5 is saved in .*step-00000005") as e:
+        train(flow(), loss, data, CFG, tmp_path / "run")
+    assert e.value.code == 128 + number and signal.getsignal(number) == handler
+    assert newest_checkpoint(tmp_path / "run").name == "step-00000005" and len(calls) == 5
+    train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
+    train(flow(), forward_loss, data, CFG, tmp_path / "whole")
+    a, b = (read_state(newest_checkpoint(tmp_path / name))["training"] for name in ("run", "whole"))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_a_second_signal_ends_at_once(tmp_path, data):
+    def loss(*batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second one was waited with")
+
+    with pytest.raises(KeyboardInterrupt) as e:
+        train(flow(), loss, data, CFG, tmp_path / "run")
+    assert not hasattr(e.value, "code") and checkpoints_of(tmp_path / "run") == []
+    assert not (tmp_path / "run" / checkpoints.LOCK).exists()
+
+
+def test_one_training_a_folder(tmp_path, data):
+    """A lock of a live process refuses; it goes with the training, with errors, and with death."""
+    run = tmp_path / "run"
+    lock = run / checkpoints.LOCK
+
+    def fails(*batch):
+        with pytest.raises(BitflowError, match=f"in use.*process {os.getpid()}"):
+            train(flow(), forward_loss, data, CFG, run, resume=True)
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(flow(), fails, data, CFG, run)
+    assert not lock.exists()
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "mark": "of an earlier process"}
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for stale in (holder, {**holder, "pid": dead.pid}):
+        lock.write_text(json.dumps(stale))
+        with checkpoints.run_lock(run):
+            assert json.loads(lock.read_text())["mark"] != holder["mark"]
+        assert not lock.exists()
+    for other in ({**holder, "host": "elsewhere"}, {**holder, "pid": "1/../1"}, {}):
+        lock.write_text(json.dumps(other))
+        with pytest.raises(BitflowError, match=f"delete {lock}"):
+            checkpoints.take_lock(run)
+    lock.write_text("")
+    with pytest.raises(BitflowError, match=f"{lock}.*delete that file"):
+        checkpoints.take_lock(run)
+    assert [p.name for p in run.iterdir() if "lock" in p.name] == [lock.name]
+
+
+def test_a_killed_process_that_nobody_waited_for_holds_no_lock(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert checkpoints.mark_of(child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert checkpoints.mark_of(child.pid) is None
+
+
+def test_what_a_resumed_run_may_change(tmp_path, data):
+    """More steps and other intervals; run.json says what was before. Fewer steps are refused."""
+    run = tmp_path / "run"
+    train(flow(), forward_loss, data, replace(CFG, steps=3), run)
+    longer = replace(CFG, steps=5, log_every=2, checkpoint_every=1)
+    train(flow(), forward_loss, data, longer, run, resume=True)
+    assert newest_checkpoint(run).name == "step-00000005"
+    found = json.loads((run / "run.json").read_text())
+    assert found["train"]["steps"] == 5 and found["train"]["log_every"] == 2
+    assert found["changes"] == [{"after": 3, "log_every": 1, "checkpoint_every": 3, "steps": 3}]
+    train(flow(), forward_loss, data, longer, run, resume=True)
+    assert json.loads((run / "run.json").read_text()) == found, "nothing was changed"
+    minutes = replace(longer, steps=None, minutes=9.0)
+    for other, says in ((replace(longer, steps=4), "steps = 5, not 4"), (minutes, "= None, not 9")):
+        with pytest.raises(BitflowError, match=says):
+            train(flow(), forward_loss, data, other, run, resume=True)
+
+
+def test_files_of_a_run_that_are_damaged(tmp_path, stopped):
+    """A list or null where an object belongs, counters that count nothing: named, no traceback."""
+    run = shutil.copytree(stopped, tmp_path / "run")
+    for text in ("[]", "null", "3", '{"train": []}', '{"model": null}', "", "[" * 9999):
+        (run / "run.json").write_text(text)
+        with pytest.raises(BitflowError, match="run.json"):
+            open_run(run, {"train": {}, "model": {}}, resume=True)
+    path = newest_checkpoint(run) / "training_state.json"
+    bad_steps = [(step, 1) for step in ("Infinity", -1, "true", "1.0", 10**400, "null")]
+    for step, seconds in [*bad_steps, (3, "NaN"), (3, -1), (3, "true")]:
+        path.write_text(f'{{"step": {step}, "seconds": {seconds}}}')
+        with pytest.raises(BitflowError, match="training_state.json"):
+            read_state(newest_checkpoint(run))
+    bad_steps = [f'{{"step": {step}}}' for step, _ in bad_steps]
+    for text in [*bad_steps, "[]", "null", "{}", '"step"']:
+        (run / "metrics.jsonl").write_text(f'{{"step": 1}}\n{text}\n')
+        with pytest.raises(BitflowError, match="metrics.jsonl"):
+            MetricsLog(run / "metrics.jsonl", 3)
 
 
 def test_a_run_folder_says_how_to_repeat_it(tmp_path):

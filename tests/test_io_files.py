@@ -32,6 +32,7 @@ from bitflow_edu.io.files import (
     save_grid,
     write_atomically,
 )
+from bitflow_edu.io.models import save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,6 +94,34 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "first"
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_atomically(path, "second"),
+        lambda path: save_arrays({"a": torch.zeros(2)}, path),
+        lambda path: save_grid(np.zeros((4, 4, 3), np.uint8), path),
+        lambda path: save_tensors({"a": torch.zeros(2)}, path),
+    ],
+)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_failed_write_leaves_nothing_half_done(tmp_path, monkeypatch, write, code):
+    """The old file stays; where there was none, none blocks the next try, and no part of one."""
+
+    def fails(*args):
+        raise OSError(code, os.strerror(code))
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("first")
+    with monkeypatch.context() as m:
+        m.setattr(files, "fsync_path", fails)
+        for path in (old, new):
+            with pytest.raises((OSError, BitflowError), match=os.strerror(code)):
+                write(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"] and old.read_text() == "first"
+    write(new)
+    assert new.stat().st_size > 0
+
+
 def test_arrays_come_back(tmp_path):
     path = tmp_path / "new" / "a.npz"
     save_arrays({"a": torch.arange(3), "b": np.ones((2, 2)), "text": "hello"}, path)
@@ -125,6 +154,28 @@ def test_json_that_cannot_be_read_is_named_with_the_hint(tmp_path):
         with pytest.raises(BitflowError, match="name another run") as e:
             read_json(tmp_path / path, "name another run")
         assert str(tmp_path / path) in str(e.value) and len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"text"', "NaN", "[" * 100_000])
+def test_json_of_another_kind_is_damaged(tmp_path, text):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(BitflowError, match="run.json.*name another run"):
+        read_json(path, "name another run")
+    path.write_text("[1]")
+    assert read_json(path, kind=list) == [1]
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+    """The ASCII locale of a bare container, without Python's own way around it."""
+    code = (
+        "from pathlib import Path; from bitflow_edu.io.files import read_json, write_atomically; "
+        f"p = Path({str(tmp_path)!r}) / 'a.json'; write_atomically(p, '{{\"name\": \"\\xfc\"}}'); "
+        "assert read_json(p) == {'name': '\\xfc'}"
+    )
+    env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    assert (tmp_path / "a.json").read_bytes() == '{"name": "ü"}'.encode()
 
 
 def test_settings_are_compared_as_json_has_them(tmp_path):
@@ -178,6 +229,15 @@ def test_outputs_are_checked_before_any_work(tmp_path):
             check_writable(folder)
     with pytest.raises(BitflowError, match="file.*--stats"):
         check_new_file(tmp_path / "file", "--stats")
+
+
+def test_names_that_no_file_system_takes(tmp_path):
+    """300 letters: refused before any work, and not by a traceback at its end."""
+    for path in (tmp_path / ("n" * 300), tmp_path / ("ü" * 150) / "a.json"):
+        with pytest.raises(BitflowError, match="300 bytes"):
+            check_new_file(path)
+        with pytest.raises(BitflowError, match="300 bytes"):
+            check_writable(path)
 
 
 def test_a_picture_is_written_as_it_is(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 from dataclasses import replace
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import (
+    MAX_SEED,
     build,
     find_device,
     load_model,
@@ -25,7 +27,7 @@ from bitflow_edu.io.models import (
 )
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow, TARFlowConfig, forward_loss
-from bitflow_edu.training import TrainConfig, train
+from bitflow_edu.training import TrainConfig, step_generator, train
 from conftest import small_flow, small_reverse
 
 
@@ -86,6 +88,67 @@ def test_bad_checkpoints(tmp_path):
         (folder / "config.json").write_text(text)
         with pytest.raises(BitflowError, match="config.json.*damaged"):
             load_model(folder, TARFlow)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("transformer", [1, 2]), ("transformer", None), ("num_blocks", "4"), ("num_blocks", 4.0)]
+    + [("num_blocks", True), ("noise_std", math.nan), ("clip", math.inf), ("noise_std", "x")]
+    + [("block_layers", 3), ("block_layers", [math.nan])],
+)
+def test_a_field_of_the_wrong_kind_is_named(field, value):
+    """What JSON can hold in place of a number or an object, NaN and infinity included."""
+    with pytest.raises(BitflowError, match=f"here.*{field}"):
+        to_config(TARFlowConfig, {field: value}, "here")
+    good = {"steps": None, "minutes": 1, "betas": [0, 0.5], "lr": 1}
+    assert to_config(TrainConfig, good).betas == (0, 0.5)
+
+
+def changed_config(folder, **fields):
+    path = folder / "config.json"
+    saved = json.loads(path.read_text())
+    saved["config"] |= fields
+    path.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_blocks": 10**9}, {"num_classes": 10**9}, {"image_size": 10**8, "patch_size": 1}]
+    + [{"channels": 10**7}, {"transformer": {"num_layers": 10**9}}]
+    + [{"transformer": {"width": 10**6, "head_dim": 1}}, {"num_blocks": 10**30}],
+)
+def test_a_small_config_takes_no_large_memory(tmp_path, fields):
+    """The header of the weights is compared before the model is made: here, under 1 GB in all."""
+    resource = pytest.importorskip("resource")
+    folder = saved(tmp_path)
+    changed_config(folder, **fields)
+    with pytest.raises(BitflowError, match=str(folder)):
+        load_model(folder, TARFlow)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**21
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64])
+def test_weights_that_are_no_floats(tmp_path, dtype):
+    folder = saved(tmp_path)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[3]
+    save_file({**tensors, name: tensors[name].to(dtype)}, path)
+    says = f"{name} should be .*float32, the file has .*{str(dtype).split('.')[1]}"
+    with pytest.raises(BitflowError, match=says):
+        load_model(folder, TARFlow)
+
+
+def test_seeds_that_no_generator_takes():
+    for seed in (-1, 2**53, 2**70, 1.5, "1", None):
+        with pytest.raises(BitflowError, match=f"seed is {seed!r}"):
+            build(TARFlow, TARFlowConfig(image_size=8, num_blocks=1), seed)
+        with pytest.raises(BitflowError, match=f"seed is {seed!r}"):
+            TrainConfig(seed=seed)
+    largest = TrainConfig(seed=MAX_SEED)
+    step_generator(largest.seed, 10**9, microbatch=10**6)
+    with pytest.raises(BitflowError, match="noise_std is nan"):
+        build(TARFlow, TARFlowConfig(noise_std=math.nan), 0)
 
 
 def test_weights_that_do_not_fit_change_nothing(tmp_path):

@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from bitflow_edu.io.checkpoints import read_metrics
+from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.processes import SINGLE_PROCESS, SingleProcess
-from bitflow_edu.io.progress import draw_grid, log_step, open_logs, progress_bar, whole_model
+from bitflow_edu.io.progress import (
+    check_samples_drawn,
+    draw_grid,
+    log_step,
+    open_logs,
+    progress_bar,
+    whole_model,
+)
 
 
 def state_of(processes=SINGLE_PROCESS, step=5):
@@ -64,3 +72,13 @@ def test_logs_are_closed_where_training_fails(tmp_path):
     with pytest.raises(RuntimeError), open_logs(state_of(), tmp_path, lambda *_: watcher) as logs:
         raise RuntimeError
     assert logs[0].file.closed and closed == [True]
+
+
+def test_a_training_whose_samples_are_all_broken_is_no_success():
+    """One whole sample is enough; pictures alone, and no samples, say nothing."""
+    x = torch.full((3, 1, 2, 2), torch.nan)
+    with pytest.raises(BitflowError, match="all 3 samples"):
+        check_samples_drawn(state_of(), SimpleNamespace(x=x))
+    x[1] = 0
+    for fine in (SimpleNamespace(x=x), None, np.zeros((2, 2, 3))):
+        check_samples_drawn(state_of(), fine)

@@ -141,6 +141,42 @@ def test_bad_files_are_refused(tmp_path, text, says):
         read_preset(path, BASE)
 
 
+LAUGHS = [
+    "a0: &a0 [x, x]",
+    *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)),
+]
+MERGES = ["m0: &m0 {x: 1}", *(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}" for i in range(1, 25))]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("\n".join(LAUGHS), "10000 values"),
+        ("\n".join(MERGES), "10000 values"),
+        ("a: &a [*a]", "10000 values"),
+        ("[" * 5000, "no YAML"),
+        ("x: " + "1" * 2_000_000, "2000003 bytes"),
+        ("when: 2020-13-45", "no YAML"),
+        ("forward: {noise_std: .nan}", "noise_std is nan"),
+        ("train_forward: {seed: -1}", "seed is -1"),
+        ("train_forward: {lr: .inf}", "lr is inf"),
+        ("forward: {transformer: [1, 2]}", "forward.transformer"),
+    ],
+)
+def test_files_that_ask_for_much_or_hold_no_numbers(tmp_path, text, says):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(BitflowError, match=re.escape(says)):
+        read_preset(path, BASE)
+
+
+def test_a_few_aliases_are_fine(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("train_forward: &t {steps: 7, lr: 0.5}\ntrain_reverse: *t\n")
+    preset = read_preset(path, BASE)
+    assert preset.train_reverse.lr == 0.5 and preset.train_forward.steps == 7
+
+
 def test_files_that_cannot_be_read_or_written(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path, tmp_path / "nowhere.yaml", tmp_path / "binary"):

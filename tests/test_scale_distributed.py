@@ -102,10 +102,7 @@ def test_a_lost_process_and_another_number_of_them(alone, tmp_path):
     deadline = time.monotonic() + 200
     while not (folder / "checkpoints" / "step-00000004").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    for worker in found.stdout.split():
-        if b"\0RANK=1\0" in Path(f"/proc/{worker}/environ").read_bytes():
-            os.kill(int(worker), signal.SIGKILL)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=100)
     assert process.returncode != 0 and "exitcode  : -9" in said
     # the other process notices by itself, or is stopped first
@@ -113,6 +110,33 @@ def test_a_lost_process_and_another_number_of_them(alone, tmp_path):
     assert newest_checkpoint(folder).name < "step-00000012", "it was killed on the way"
     sharding = "full" if can_shard("cpu") else "none"
     run(3, *FORWARD, "--out", folder, "--resume", "--sharding", sharding)
+    assert_same_run(alone, folder)
+
+
+def workers_of(process):
+    """The processes that torchrun started, by rank."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    ranks = {}
+    for worker in found.stdout.split():
+        for word in Path(f"/proc/{worker}/environ").read_bytes().split(b"\0"):
+            if word.startswith(b"RANK="):
+                ranks[int(word[5:])] = int(worker)
+    return ranks
+
+
+@NEEDS_SHARDS
+def test_a_signal_to_one_process_stops_all_after_the_same_step(alone, tmp_path):
+    """Only the second of two is sent SIGTERM: both save one step, and one goes on from it."""
+    folder = tmp_path / "f"
+    process = start(2, *FORWARD, "--out", folder, "--sharding", "full")
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / "step-00000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(workers_of(process)[1], signal.SIGTERM)
+    said, _ = process.communicate(timeout=100)
+    assert "stopped by SIGTERM; step" in said and "go on with --resume" in said, said[-3000:]
+    assert process.returncode != 0 and not (folder / "training.lock").exists()
+    run(1, *FORWARD, "--out", folder, "--resume")
     assert_same_run(alone, folder)
 
 

@@ -229,6 +229,46 @@ def test_watch_by_the_clock_and_at_the_end(tmp_path):
         watch(tmp_path)
 
 
+DAMAGE = {
+    "run.json": ["[]", "null", '{"train": []}', '{"train": {"steps": "many", "batch_size": 1}}']
+    + ['{"train": {"steps": 9}}', '{"train": {"steps": Infinity, "batch_size": 1}}'],
+    "metrics.jsonl": [
+        "[]",
+        "null",
+        '{"step": Infinity}',
+        '{"step": true}',
+        '{"step": 1, "loss": "x"}',
+    ]
+    + ['{"loss": 1}', '{"step": 1, "loss": [1]}', '{"step": -5}'],
+    "alarms.jsonl": ['{"step": 1}', '{"step": 1, "name": 3, "message": "x"}', "7"],
+}
+
+
+@pytest.mark.parametrize("name, text", [(name, t) for name in DAMAGE for t in DAMAGE[name]])
+def test_damaged_files_of_a_run_are_named(tmp_path, name, text):
+    run = write_run(tmp_path / "run", healthy(30))
+    write_alarms(run, [20])
+    assert "step 600" in watch(run)
+    (run / name).write_text(text + "\n")
+    with pytest.raises(BitflowError, match=name):
+        watch(run)
+
+
+def test_damaged_mirrors_and_pictures_are_named(tmp_path):
+    pytest.importorskip("tensorboard")
+    run, board = write_run(tmp_path / "run", healthy(3)), tmp_path / "board"
+    board.mkdir()
+    for text in ("{}", "[1]", "[[1, 2, 3]]", '[["a", "b", "c"]]', "null"):
+        (board / "mirror.json").write_text(text)
+        with pytest.raises(BitflowError, match="mirror.json"):
+            to_tensorboard(run, board)
+    (board / "mirror.json").unlink()
+    picture(run, 20, 1)
+    (run / "samples" / "step-00000020.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    with pytest.raises(BitflowError, match="step-00000020.png"):
+        to_tensorboard(run, board)
+
+
 def test_the_command_watches(tmp_path, capsys):
     """`train … --watch` leaves alarms, norms and curves; `bitflow watch` reads and mirrors them."""
     pytest.importorskip("tensorboard")

@@ -56,19 +56,29 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """The `bitflow` command; gives its exit code.
 
-    0: done, 2: a mistake in what was asked, 3: another process was lost, 130: interrupted."""
+    0: done, 2: a mistake in what was asked, 3: another process was lost, 130: interrupted,
+    143: ended by SIGTERM after a checkpoint."""
+    command = None
     try:
-        run_command(parse(sys.argv[1:] if argv is None else argv))
+        command = parse(sys.argv[1:] if argv is None else argv)
+        run_command(command)
         together()
     except BitflowError as e:
         return ended(e, 2)
-    except KeyboardInterrupt:
-        return ended("interrupted; go on with --resume", 130)
+    except KeyboardInterrupt as e:
+        return ended(f"{str(e) or 'interrupted'}{way_on(command)}", getattr(e, "code", 130))
     except RuntimeError as e:
         if not (message := lost_contact(e)):
             raise
         return ended(message, 3)
     return 0
+
+# %% ../../nbs/cli/main.ipynb #4be7a90c
+def way_on(command) -> str:
+    "How an interrupted command is taken up again, where it can be."
+    if isinstance(command, CacheLatents):
+        return "; the same command goes on"
+    return "; go on with --resume" if hasattr(command, "resume") else ""
 
 # %% ../../nbs/cli/main.ipynb #88043156
 def ended(message, code: int) -> int:

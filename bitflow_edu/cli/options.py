@@ -55,7 +55,7 @@ class Budget(Common):
     steps: int | None = None
     # Minutes of training (of each model), instead of steps.
     minutes: float | None = None
-    # Go on with what is in the output folder.
+    # Go on with what is in the output folder; steps or minutes may be more than before.
     resume: bool = False
 
 # %% ../../nbs/cli/options.ipynb #42b84653
@@ -95,6 +95,9 @@ class TrainForward(Budget):
     batch_size: int | None = None
     # Peak learning rate.
     lr: float | None = None
+    # Run or checkpoint of a flow of the same shape to take the first weights from; the
+    # training itself starts anew.
+    init_from: Path | None = None
     # Under torchrun: each process holds a copy of the model (none) or a share of it (full).
     sharding: str = "none"
     # Look for known failures in samples and metrics (alarms.jsonl), and write curves for
@@ -116,6 +119,9 @@ class TrainReverse(Budget):
     batch_size: int | None = None
     # Peak learning rate.
     lr: float | None = None
+    # Run or checkpoint of a G of the same shape to take the first weights from; the
+    # training itself starts anew.
+    init_from: Path | None = None
     # Under torchrun: each process holds a copy of the model (none) or a share of it (full).
     sharding: str = "none"
     # Look for known failures in samples and metrics (alarms.jsonl), and write curves for

@@ -44,7 +44,8 @@ def run_train_forward(args: TrainForward):
     processes = find_processes(device, args.sharding)
     processes.on_rank_zero(lambda: refuse_existing(folder, args.resume))
     train, watch = load_together(preset.data, "train", args.data_root, processes), watch_of(args)
-    recipes.train_forward(preset, train, folder, device, args.resume, processes, watch)
+    more = args.resume, processes, watch, args.init_from
+    recipes.train_forward(preset, train, folder, device, *more)
     processes.on_rank_zero(lambda: say_where("F", folder))
 
 
@@ -67,7 +68,8 @@ def run_train_reverse(args: TrainReverse):
     check_fits(forward, preset.data)
     preset = with_patch_size(preset, forward.cfg.patch_size)
     train, watch = load_together(preset.data, "train", args.data_root, processes), watch_of(args)
-    recipes.train_reverse(preset, forward, train, folder, device, args.resume, processes, watch)
+    more = args.resume, processes, watch, args.init_from
+    recipes.train_reverse(preset, forward, train, folder, device, *more)
     processes.on_rank_zero(lambda: say_where("G", folder))
 
 # %% ../../nbs/cli/train.ipynb #df10013c

@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import socket
 import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from bitflow_edu.io.files import (
     BitflowError,
@@ -22,14 +27,19 @@ from bitflow_edu.io.files import (
     write_atomically,
 )
 from bitflow_edu.io.models import (
+    check_same_tensors,
     checkpoints_of,
     load_model,
+    load_tensors,
+    looks,
     modern_fields,
+    newest_checkpoint,
+    read_config,
     read_tensors,
     save_model,
     save_tensors,
 )
-from .processes import SingleProcess, full_tensor
+from .processes import SINGLE_PROCESS, SingleProcess, distribute_like, full_tensor
 
 # %% auto #0
 __all__ = ['gathered', 'save_checkpoint', 'read_state', 'restore', 'open_run', 'read_metrics', 'MetricsLog', 'load_or_train']
@@ -53,10 +63,113 @@ def write_state(
     "Write everything a checkpoint holds, and wait until it is on the disk."
     counters = {"step": saved["step"], "seconds": saved["seconds"]}
     counters["threads"] = torch.get_num_threads()
+    counters["without_moments"] = without_moments(saved["training"])
     save_model(model, folder, saved["averaged"])
     save_tensors(saved["training"], folder / "training_state.safetensors")
     write_atomically(folder / "training_state.json", json.dumps(counters))
     fsync_path(folder)
+
+# %% ../../nbs/io/checkpoints.ipynb #27d9c4f8
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each weight that ever had a gradient
+
+
+def without_moments(training: dict) -> list:
+    "The weights among the tensors of a training for which AdamW holds nothing."
+    return sorted(k for k in weights_in(training) if f"adam.step.{k}" not in training)
+
+
+def check_moments(model: nn.Module, tensors: dict, bare: list | None, where: str | Path):
+    "Refuse AdamW's tensors where they do not fit the weights one by one, and name the first."
+    needed, found = {}, {k: looks(t) for k, t in tensors.items() if not k.startswith("weights.")}
+    for name, p in model.named_parameters():
+        moments = {f"adam.{key}.{name}": looks(p) for key in MOMENTS}
+        moments[f"adam.step.{name}"] = looks(torch.ones(1))
+        left_out = name in bare if bare is not None else not moments.keys() & found.keys()
+        if not left_out:
+            needed |= moments
+    check_same_tensors(needed, found, where)
+    for name in needed:
+        whole = tensors[name].isfinite().all()
+        if not whole or (not name.startswith("adam.exp_avg.") and (tensors[name] < 0).any()):
+            raise BitflowError(f"{where}: {name} holds NaN, infinity or a negative number")
+
+
+def laid_out_like(t: Tensor, own: Tensor) -> Tensor:
+    "A whole tensor, placed as `own` is: AdamW goes through both in the order of their memory."
+    if isinstance(own, DTensor):
+        return distribute_like(t, own)
+    return torch.empty_like(own, requires_grad=False).copy_(t)
+
+
+def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict):
+    "Put AdamW's tensors, checked before, into the optimiser, laid out as the weights are."
+    for name, p in model.named_parameters():
+        if f"adam.step.{name}" in tensors:
+            step, *moments = (tensors[f"adam.{key}.{name}"].to(p.device) for key in MOMENTS)
+            first, second = (laid_out_like(t, p) for t in moments)
+            optimizer.state[p] = {"step": step.reshape(()), "exp_avg": first, "exp_avg_sq": second}
+
+# %% ../../nbs/io/checkpoints.ipynb #8e0d25aa
+def is_count(step) -> bool:
+    "Whether a value from JSON can be a number of steps."
+    return type(step) is int and 0 <= step < 2**53
+
+# %% ../../nbs/io/checkpoints.ipynb #c4b8e216
+LARGEST_WEIGHT = 1e4  # trained weights stay below a hundred; squares of these overflow soon
+
+
+def sign_of_divergence(*parts: dict) -> str | None:
+    "What is wrong with weights, given by name: NaN, infinite, or too large to be of use."
+    for name, t in (item for part in parts for item in part.items()):
+        largest = t.abs().max().item() if t.numel() and t.is_floating_point() else 0.0
+        if not largest <= LARGEST_WEIGHT:
+            return f"the weights have diverged, {name} reaches {largest:.3g}"
+
+
+def check_weights(where: str | Path, *parts: dict):
+    "Refuse weights that have diverged."
+    if sign := sign_of_divergence(*parts):
+        raise BitflowError(f"{where}: {sign}")
+
+
+def weights_in(training: dict) -> dict:
+    "The weights among the tensors of a training, by their names in the model."
+    own = [name for name in training if name.startswith("weights.")]
+    return {name.removeprefix("weights."): training[name] for name in own}
+
+
+def restore_tensors(state, saved: dict, where: str | Path):
+    "Weights, averages and AdamW's moments into a `TrainState`: all are checked before one is put."
+    tensors = saved["training"]
+    weights = weights_in(tensors)
+    check_moments(state.model, tensors, saved.get("without_moments"), where)
+    check_weights(where, saved["averaged"], weights)
+    load_tensors(state.averaged, saved["averaged"], where)
+    load_tensors(state.model, weights, where)
+    restore_moments(state.model, state.optimizer, tensors)
+
+# %% ../../nbs/io/checkpoints.ipynb #a2c60d19
+def recorded_start(run: Path) -> str | None:
+    "The weights that a run was started from, as its run.json says."
+    path = run / "run.json"
+    return read_json(path, "name another folder").get("init") if path.exists() else None
+
+
+def start_from(model: nn.Module, weights: str | Path):
+    "Put a checkpoint's weights into a fresh model of the same kind and shape."
+    try:
+        folder = newest_checkpoint(Path(weights))
+        read_config(folder, type(model))
+        own, found = model.state_dict(), read_tensors(folder / "model.safetensors")
+        check_weights(folder, found)
+        load_tensors(model, {k: as_wide_as(t, own.get(k, t)) for k, t in found.items()}, folder)
+    except BitflowError as e:
+        raise BitflowError(f"training cannot start from {weights}: {e}") from e
+
+
+def as_wide_as(t: Tensor, own: Tensor) -> Tensor:
+    "Floats that were stored in fewer bits, in those of `own`; anything else as it is."
+    return t.to(own.dtype) if t.is_floating_point() and own.is_floating_point() else t
 
 # %% ../../nbs/io/checkpoints.ipynb #81b8be1a
 def discard(folder: Path):
@@ -86,11 +199,28 @@ def write_checkpoint(model: nn.Module, saved: dict, folder: Path, keep: int) -> 
     part = final.with_name(f".{final.name}.part")
     with report_write_errors(folder):
         clear_leftovers(folder)
-        write_state(model, saved, part)
-        put_in_place(part, final)
+        try:
+            write_state(model, saved, part)
+            put_in_place(part, final)
+        except BaseException:  # a full disk needs the room
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         for old in checkpoints_of(folder)[:-keep]:
             discard(old)
     return final
+
+# %% ../../nbs/io/checkpoints.ipynb #f3ab9051
+def diverged(folder: Path, step: int, why: Exception | str) -> BitflowError:
+    "The error for a training that cannot be gone on with: where it stopped, where to start anew."
+    good = checkpoints_of(folder)
+    way_out = "train in another folder"
+    if good:
+        way_out = "start from its weights in another folder (init; bitflow train: --init-from)"
+    return BitflowError(
+        f"training stopped at step {step}: {why}. Last good checkpoint: "
+        f"{good[-1] if good else 'none yet'}; {way_out}, "
+        "with a lower learning rate or a longer warm-up"
+    )
 
 # %% ../../nbs/io/checkpoints.ipynb #9b5fd1fe
 def save_checkpoint(
@@ -98,23 +228,30 @@ def save_checkpoint(
     folder: Path,  # the run
     keep: int = 2,  # newest checkpoints to keep
 ) -> Path:
-    "A checkpoint of a run: put together by all processes, written by the main one."
+    "A checkpoint of a run, put together by all processes; weights that diverged are refused."
     saved = state.state_dict()
-    return state.processes.on_rank_zero(
-        lambda: write_checkpoint(state.averaged, saved, folder, keep)
-    )
+
+    def write():
+        if sign := sign_of_divergence(saved["averaged"], weights_in(saved["training"])):
+            raise diverged(folder, state.step, sign)
+        return write_checkpoint(state.averaged, saved, folder, keep)
+
+    return state.processes.on_rank_zero(write)
 
 # %% ../../nbs/io/checkpoints.ipynb #2d7d3e3a
 def read_state(checkpoint: Path) -> dict:
     "What `TrainState.load_state_dict` takes, read from a checkpoint in one go."
-    path = checkpoint / "training_state.json"
-    counters = read_json(path, "use another checkpoint")
-    try:
-        counters = {"step": int(counters["step"]), "seconds": float(counters["seconds"])}
-    except (ValueError, KeyError, TypeError) as e:
-        raise BitflowError(f"{path} is missing or damaged ({e}); use another checkpoint") from e
+    path, hint = checkpoint / "training_state.json", "use another checkpoint"
+    saved = read_json(path, hint)
+    step, seconds, bare = (saved.get(k) for k in ("step", "seconds", "without_moments"))
+    if not isinstance(bare, list | None):
+        raise BitflowError(f"{path} is damaged (without_moments is {bare!r:.40}); {hint}")
+    if not is_count(step) or type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        found = f"step {step!r:.40}, seconds {seconds!r:.40}"
+        raise BitflowError(f"{path} is missing or damaged ({found}); {hint}")
     averaged = read_tensors(checkpoint / "model.safetensors")
     training = read_tensors(checkpoint / "training_state.safetensors")
+    counters = {"step": step, "seconds": float(seconds), "without_moments": bare}
     return {"averaged": averaged, "training": training, **counters}
 
 # %% ../../nbs/io/checkpoints.ipynb #9a806ce6
@@ -127,20 +264,145 @@ def restore(state, checkpoint: Path):
         raise BitflowError(f"cannot go on from the newest checkpoint: {e}\n{way_out}") from e
     return state
 
+# %% ../../nbs/io/checkpoints.ipynb #b7e5f00d
+LOCK = "training.lock"
+
+
+def contents(folder: Path) -> list:
+    "What a run's folder holds, without the lock and what is unfinished."
+    return [p for p in folder.iterdir() if p.name != LOCK and p.suffix != ".part"]
+
+
+def mark_of(pid: int) -> str | None:
+    "What tells a process from a later one with its number; None where it has ended."
+    if not os.path.exists("/proc/self/stat"):
+        return "?" if os.name == "nt" or is_alive(pid) else None
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *rest = text.rpartition(")")[2].split()  # a name may hold anything
+    return None if state in "ZX" else rest[18]  # its start, in ticks since the machine's
+
+
+def is_alive(pid: int) -> bool:
+    "Whether a process of that number runs, on a POSIX system."
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def check_stale(lock: Path):
+    "Refuse a lock whose process may still be at work."
+    holder = read_json(lock, "where no training uses the folder, delete that file")
+    host, pid = holder.get("host"), holder.get("pid")
+    if host != socket.gethostname() or not is_count(pid):
+        raise BitflowError(
+            f"{lock.parent} is in use by process {pid} on {host!r:.80}; "
+            f"if that has ended, delete {lock}"
+        )
+    if mark_of(pid) not in (None, holder.get("mark")):
+        return
+    if mark_of(pid):
+        raise BitflowError(
+            f"{lock.parent} is in use: process {pid} trains there; "
+            "wait for it or stop it, or name another folder with --out"
+        )
+
+
+def create_whole(path: Path, text: str):
+    "Make a file that must not be there yet, with its text in it from the first moment."
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    finally:
+        part.unlink()
+
+
+def take_lock(folder: Path) -> Path:
+    "Write down who trains in a folder. Raises `BitflowError` where another process does."
+    lock, pid = folder / LOCK, os.getpid()
+    text = json.dumps({"host": socket.gethostname(), "pid": pid, "mark": mark_of(pid)})
+    with report_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            create_whole(lock, text)
+        except FileExistsError:
+            check_stale(lock)
+            lock.unlink(missing_ok=True)
+            create_whole(lock, text)
+    return lock
+
+
+@contextmanager
+def run_lock(folder: Path, processes: SingleProcess = SINGLE_PROCESS):
+    "Inside, no other training may use a folder; the main process holds the lock for all."
+    lock = processes.on_rank_zero(lambda: take_lock(folder))
+    try:
+        yield
+    finally:
+        if lock:
+            with suppress(OSError):
+                lock.unlink()
+
 # %% ../../nbs/io/checkpoints.ipynb #4e72e8f8
-def check_same_run(folder: Path, describe: dict, defaults: dict):
-    "Refuse a run that was made with other settings, and a folder that does not hold a run."
+FREE = ("log_every", "sample_every", "checkpoint_every")  # the weights do not depend on them
+GROWING = ("steps", "minutes")
+
+
+def allowed_changes(old: dict, new: dict) -> dict:
+    "The settings of a training that a resumed run may change: intervals, and a longer budget."
+    changed = {k: new[k] for k in FREE if k in old and k in new and old[k] != new[k]}
+    for name in GROWING:
+        was, now = old.get(name), new.get(name)
+        if None not in (was, now) and now > was:
+            changed[name] = now
+    return changed
+
+
+def section(run: dict, name: str, path: Path) -> dict:
+    "A part of run.json by the names of today. Raises `BitflowError` where it is no object."
+    found = run.get(name, {})
+    if not isinstance(found, dict):
+        raise BitflowError(f"{path} is damaged ({name} is {found!r:.40}); name another folder")
+    return modern_fields(found)
+
+
+def check_same_run(folder: Path, describe: dict, defaults: dict) -> list:
+    """Refuse a run that was made with other settings, and a folder that does not hold a run.
+
+    Gives what its resumptions have changed, this one included."""
     path, other = folder / "run.json", "name another folder with --out"
     if not path.exists():
-        if any(p.suffix != ".part" for p in folder.iterdir()):
+        if contents(folder):
             raise BitflowError(f"{folder} holds files but no run.json: it is no run; {other}")
-        return
+        return []
     old = read_json(path, other)
     # an older version knew fewer fields, and other names
-    old = {**old, "train": {**defaults, **modern_fields(old.get("train", {}))}}
-    old["model"] = modern_fields(old.get("model", {}))
-    describe = {**describe, "train": {**defaults, **describe.get("train", {})}}
-    check_same_settings(old, describe, folder, f"use the old setting, or {other}")
+    train, new = ({**defaults, **section(d, "train", path)} for d in (old, describe))
+    changed, changes = allowed_changes(train, new), old.pop("changes", [])
+    old |= {"train": {**train, **changed}, "model": section(old, "model", path)}
+    hint = "use the old setting (the budget may grow, and intervals may change)"
+    check_same_settings(old, {**describe, "train": new}, folder, f"{hint}, or {other}")
+    if changed:
+        changes = [*changes, {"after": newest_step(folder), **{k: train[k] for k in changed}}]
+    return changes
+
+
+def newest_step(folder: Path) -> int:
+    "The step of a run's newest checkpoint, 0 where there is none."
+    found = checkpoints_of(folder)
+    return int(found[-1].name[5:]) if found else 0
 
 # %% ../../nbs/io/checkpoints.ipynb #9b39dd0d
 def open_run(
@@ -153,10 +415,11 @@ def open_run(
     describe, defaults = json.loads(json.dumps([describe, defaults or {}]))
     with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not resume:
+        if contents(folder) and not resume:
             hint = "go on with --resume, or name another folder with --out"
             raise BitflowError(f"{folder} exists already; {hint}")
-        check_same_run(folder, describe, defaults)
+        if changes := check_same_run(folder, describe, defaults):
+            describe["changes"] = changes
         write_atomically(folder / "run.json", json.dumps(describe, indent=1) + "\n")
     return checkpoints_of(folder)[-1] if checkpoints_of(folder) else None
 
@@ -164,13 +427,18 @@ def open_run(
 def read_metrics(path: Path) -> list[dict]:
     "The lines of a metrics file; a last line cut short by a crash is left out."
     try:
-        lines = Path(path).read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
     except OSError as e:
         hint = "name the metrics.jsonl of a run"
         raise BitflowError(f"cannot read {path} ({e.strerror}); {hint}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BitflowError(f"{path} is damaged ({e}); remove the broken line") from e
+    for number, line in enumerate(found, 1):
+        if not isinstance(line, dict) or not is_count(line.get("step")):
+            problem = f"line {number} is {line!r:.60}, no object with a step"
+            raise BitflowError(f"{path} is damaged ({problem}); remove the broken line")
+    return found
 
 # %% ../../nbs/io/checkpoints.ipynb #dffe8edb
 class MetricsLog:
@@ -180,7 +448,7 @@ class MetricsLog:
         old = read_metrics(path) if path.exists() else []
         with report_write_errors(path):
             write_atomically(path, "".join(json.dumps(m) + "\n" for m in old if m["step"] <= step))
-            self.file = path.open("a", buffering=1)
+            self.file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, **metrics):
         "Add a line, at once."

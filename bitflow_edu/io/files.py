@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -65,25 +67,34 @@ def report_write_errors(where: Path):
         way_out = "make room, or name another folder with --out"
         raise BitflowError(f"cannot write to {where} ({why}); {way_out}") from e
 
+# %% ../../nbs/io/files.ipynb #5c1d77e2
+@contextmanager
+def replacing(path: Path):
+    "A name to write to: it becomes `path` at the end of the block, and goes where that fails."
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        fsync_path(part)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
 # %% ../../nbs/io/files.ipynb #fa9606ec
 def write_atomically(path: Path, text: str):
     "Write a text file so that a reader finds the old one or the new one, never half of one."
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    fsync_path(part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/io/files.ipynb #5103e98d
 def save_arrays(arrays: dict, path: Path):
     "Write named arrays as an .npz file: whole, or not at all and a `BitflowError`."
-    part = path.with_name(f"{path.name}.part")
     with report_write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             on_cpu = {k: t.cpu() if isinstance(t, Tensor) else t for k, t in arrays.items()}
             np.savez(file, **{name: np.asarray(array) for name, array in on_cpu.items()})
-        fsync_path(part)
-        os.replace(part, path)
 
 # %% ../../nbs/io/files.ipynb #2be62919
 def read_arrays(
@@ -122,12 +133,16 @@ def names_in(path: Path) -> tuple:
 def read_json(
     path: Path,
     hint: str = "replace the file",  # what the user can do where it cannot be read
+    kind: type = dict,  # what the file holds: a dict or a list
 ):
-    "What a JSON file holds. Raises `BitflowError` where it is missing or damaged."
+    "What a JSON file holds. Raises `BitflowError` where it is missing, damaged or of another kind."
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds {found!r:.40}, not a {kind.__name__}")
+    except (OSError, ValueError, RecursionError) as e:
         raise BitflowError(f"{path} is missing or damaged ({first_sentence(e)}); {hint}") from e
+    return found
 
 # %% ../../nbs/io/files.ipynb #fc76c726
 def first_difference(old, new, name: str = "") -> tuple:
@@ -151,9 +166,34 @@ def check_same_settings(
         key, was, now = first_difference(old, new)
         raise BitflowError(f"{where} was made with {key} = {was}, not {now}; {hint}")
 
+# %% ../../nbs/io/files.ipynb #7b20cc14
+def check_finite(cfg):
+    "Refuse a config, nested ones included, with a number that is NaN or infinite."
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if is_dataclass(value):
+            check_finite(value)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            raise BitflowError(
+                f"{f.name} is {value} in a {type(cfg).__name__}; give finite numbers"
+            )
+
+# %% ../../nbs/io/files.ipynb #e09a3f51
+LONGEST_NAME = 240  # bytes; file systems take 255, and an unfinished file's name is longer
+
+
+def check_name(path: Path):
+    "Refuse a path with a part that is too long for a file system."
+    for part in path.parts:
+        if (size := len(os.fsencode(part))) > LONGEST_NAME:
+            problem = f"{part[:20]}… has {size} bytes, names can have {LONGEST_NAME}"
+            raise BitflowError(f"cannot write there: {problem}; choose a shorter one")
+
 # %% ../../nbs/io/files.ipynb #1f75b9e9
 def check_writable(folder: Path):
     "Refuse a folder that cannot be written to, before any work is done."
+    check_name(folder)
     folders = (folder.absolute(), *folder.absolute().parents)
     existing = next(p for p in folders if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -165,6 +205,7 @@ def check_writable(folder: Path):
 # %% ../../nbs/io/files.ipynb #4434ba05
 def check_new_file(path: Path, option: str = "--out"):
     "Refuse to overwrite a file, or to write where one cannot."
+    check_name(path)
     if path.exists():
         raise BitflowError(f"{path} exists already; name another file with {option}")
     check_writable(path.parent)
@@ -174,7 +215,9 @@ def save_grid(
     image: np.ndarray,  # uint8 `(H, W, 3)`
     path: Path,  # folders on the way are made
 ):
-    "Write a picture as PNG."
+    "Write a picture, as its name says or else as PNG: whole, or not at all."
+    kind = Image.registered_extensions().get(path.suffix.lower())
     with report_write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        with replacing(path) as part:
+            Image.fromarray(image).save(part, format=kind if kind in Image.SAVE else "PNG")

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
+from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bitflow_edu.io.files import (
     BitflowError,
-    fsync_path,
+    check_finite,
     read_json,
+    replacing,
     report_write_errors,
     write_atomically,
 )
@@ -39,9 +44,20 @@ def find_device(name: str = "auto") -> str:
         raise BitflowError(f"device {name!r} is not available here; choose auto or one of: {there}")
     return name
 
+# %% ../../nbs/io/models.ipynb #6ac5e0b3
+MAX_SEED = 2**43  # times a million, as `step_generator` takes it, it still fits 64 bits
+
+
+def check_seed(seed: int):
+    "Refuse a seed that generators do not take, before anything is made with it."
+    if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
+        raise BitflowError(f"seed is {seed!r}; give a whole number from 0 to {MAX_SEED}")
+
 # %% ../../nbs/io/models.ipynb #fb2eacad
 def build(kind: type, cfg, seed: int, device: str = "cpu") -> nn.Module:
     "A model with fresh weights, which depend on the seed alone; leaves torch's random state."
+    check_finite(cfg)
+    check_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(cfg).to(device)
@@ -75,15 +91,34 @@ def to_config(
             has = f"{kind} has {', '.join(fields)}"
             raise BitflowError(f"{where}: unknown field {sorted(unknown)[0]!r}; {has}")
         return cls(**{k: field_value(fields[k], v, where) for k, v in values.items()})
-    except (TypeError, AttributeError) as e:
+    except (TypeError, AttributeError, OverflowError) as e:
         raise BitflowError(f"{where} describes no {kind} ({e}); correct it or use another") from e
 
 # %% ../../nbs/io/models.ipynb #654f1308
 def field_value(field, value, where):
     "A config's field from JSON: an object becomes the dataclass of its default, a list a tuple."
-    if isinstance(value, dict):
-        return to_config(type(field.default_factory()), value, where)
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if dataclasses.is_dataclass(default) and isinstance(value, dict):
+        return to_config(type(default), value, where)
+    if not fits_default(value, default, field.type):
+        raise TypeError(f"{field.name} is {value!r:.60}, but its default {default!r:.60}")
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise TypeError(f"{field.name} is {value}, and not finite")
     return tuple(value) if isinstance(value, list) else value
+
+
+def fits_default(value, default, annotation) -> bool:
+    "Whether a value from JSON is of a default's type; None is where the annotation says so."
+    if default is dataclasses.MISSING:
+        return True
+    if default is None or value is None:
+        return default is value or "None" in str(annotation)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is (list if isinstance(default, tuple) else type(default))
 
 # %% ../../nbs/io/models.ipynb #7a426def
 def read_config(folder: Path, kind: type):
@@ -93,49 +128,68 @@ def read_config(folder: Path, kind: type):
         hint = "name a run folder or a checkpoint folder"
         raise BitflowError(f"no checkpoint in {folder}: config.json is missing; {hint}")
     saved = read_json(path, "use another checkpoint")
-    try:
-        found, values = saved["kind"], saved["config"]
-    except (KeyError, TypeError) as e:
-        raise BitflowError(f"{path} is damaged ({e}); use another checkpoint") from e
-    if found != needed:
-        hint = "name the other checkpoint"
+    if missing := {"kind", "config"} - saved.keys():
+        raise BitflowError(f"{path} is damaged (no {sorted(missing)[0]}); use another checkpoint")
+    if saved["kind"] != needed:
+        found, hint = f"{saved['kind']!s:.60}", "name the other checkpoint"
         raise BitflowError(f"{folder} holds a {found}, but a {needed} is needed here; {hint}")
-    return to_config(kind.Config, values, str(path))
+    return to_config(kind.Config, saved["config"], str(path))
 
 # %% ../../nbs/io/models.ipynb #6b0ec17b
 def save_tensors(tensors: dict, path: Path):
     "Write named tensors as a safetensors file, as atomically as `write_atomically` does text."
-    part = path.with_name(f"{path.name}.part")
-    save_file(tensors, part)
-    fsync_path(part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file(tensors, part)
 
 # %% ../../nbs/io/models.ipynb #3bef92bb
 def todays_tensors(tensors: dict) -> dict:
     "Tensors by the names of today: G's projections were called heads."
     return {re.sub(r"(^|\.)heads\.", r"\1projections.", name): t for name, t in tensors.items()}
 
-# %% ../../nbs/io/models.ipynb #257e2055
-def read_tensors(path: Path) -> dict:
-    "The tensors of a safetensors file; pickles and damaged files are refused."
+
+@contextmanager
+def report_damage(path: Path):
+    "Say in one line that a safetensors file is missing or damaged. Raises `BitflowError`."
     try:
-        return todays_tensors(load_file(path))
+        yield
     except FileNotFoundError:
         what = "the checkpoint is incomplete; use another one"
         raise BitflowError(f"{path} is missing: {what}") from None
-    except (SafetensorError, OSError, ValueError) as e:
+    except (SafetensorError, OSError, ValueError, TypeError) as e:
         hint = "use another checkpoint (pickles are never loaded)"
         raise BitflowError(f"{path} is no intact safetensors file ({e}); {hint}") from e
+
+# %% ../../nbs/io/models.ipynb #257e2055
+def read_tensors(path: Path) -> dict:
+    "The tensors of a safetensors file; pickles and damaged files are refused."
+    with report_damage(path):
+        return todays_tensors(load_file(path))
+
+
+def read_shapes(path: Path) -> dict:
+    "The shapes in the header of a safetensors file, by name; no tensor is read."
+    with report_damage(path), safe_open(path, "pt") as file:
+        return todays_tensors({k: tuple(file.get_slice(k).get_shape()) for k in file.keys()})
+
+# %% ../../nbs/io/models.ipynb #9f6d3b0e
+def looks(t: torch.Tensor) -> str:
+    "Shape and type of a tensor, in words."
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+
+
+def check_same_tensors(own: dict, found: dict, where: str | Path):
+    "Refuse what differs from a model's `own`, name to shape or look, and name the first."
+    for name in sorted(own.keys() | found.keys()):
+        needed, has = (d.get(name, "nothing") for d in (own, found))
+        if needed != has:
+            what = f"{name} should be {needed}, the file has {has}"
+            raise BitflowError(f"{where} does not fit its config: {what}")
 
 # %% ../../nbs/io/models.ipynb #b3bd0697
 def load_tensors(model: nn.Module, tensors: dict, where: Path):
     "Put tensors into a model, naming the first that does not fit."
     own = model.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        needed, found = (tuple(d[name].shape) if name in d else None for d in (own, tensors))
-        if needed != found:
-            what = f"{name} should have shape {needed}, the file has {found}"
-            raise BitflowError(f"{where} does not fit its config: {what}")
+    check_same_tensors(*({k: looks(t) for k, t in d.items()} for d in (own, tensors)), where)
     model.load_state_dict({name: distribute_like(t, own[name]) for name, t in tensors.items()})
 
 # %% ../../nbs/io/models.ipynb #5c348f59
@@ -165,12 +219,43 @@ def checkpoints_of(run: Path) -> list:
 # %% ../../nbs/io/models.ipynb #7667e138
 def newest_checkpoint(folder: Path) -> Path:
     "The folder itself where it is a checkpoint, else the newest checkpoint of a run."
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise BitflowError(
             f"checkpoint {folder} does not exist; name a run folder or a checkpoint folder"
         )
     found = checkpoints_of(folder)
     return found[-1] if found else folder
+
+# %% ../../nbs/io/models.ipynb #1d8ea377
+@contextmanager
+def at_most(count: int, where: str | Path):
+    "Inside, no model gets more than so many parameters. Raises `BitflowError`."
+    made = []
+
+    def register(module, name, parameter):
+        made.append(name)
+        if len(made) > count:
+            what = f"it asks for more tensors than the {count} of the file"
+            raise BitflowError(f"{where} does not fit its config: {what}")
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_size(kind: type, cfg, shapes: dict, where: str | Path):
+    """Refuse a config whose model has other tensors than the file of its weights.
+
+    The model is laid out without memory, and no further than the file goes: a config of a few
+    bytes could ask for more than a machine has."""
+    try:
+        with torch.device("meta"), at_most(len(shapes), where):
+            own = kind(cfg).state_dict()
+    except (NotImplementedError, RuntimeError):  # a model that needs numbers to be made
+        return
+    check_same_tensors({k: tuple(t.shape) for k, t in own.items()}, shapes, where)
 
 # %% ../../nbs/io/models.ipynb #cc7b9f05
 def load_model(
@@ -188,6 +273,7 @@ def load_model(
     """
     folder = newest_checkpoint(Path(folder))
     cfg, path = read_config(folder, kind), folder / "config.json"
+    check_size(kind, cfg, read_shapes(folder / "model.safetensors"), folder)
     try:
         model = kind(cfg)
     except (TypeError, RuntimeError) as e:

@@ -3,7 +3,10 @@
 # %% ../../nbs/io/processes.ipynb #ecab7401
 from __future__ import annotations
 
-from contextlib import nullcontext
+import os
+import signal
+import threading
+from contextlib import nullcontext, suppress
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -71,3 +74,46 @@ def distribute_like(t: Tensor, own: Tensor) -> Tensor:
     if not isinstance(own, DTensor):
         return t
     return distribute_tensor(t.to(own.device), own.device_mesh, own.placements)
+
+# %% ../../nbs/io/processes.ipynb #0c9be41f
+class Interrupted(KeyboardInterrupt):
+    "Work that was asked to end by a signal, and has saved what it had."
+
+    def __init__(self, number: int, saved: str):
+        super().__init__(f"stopped by {signal.Signals(number).name}; {saved}")
+        self.code = 128 + number  # the exit code that shells use
+
+    def __reduce__(self):  # a worker process hands it on
+        return KeyboardInterrupt, (str(self),)
+
+
+class StopSignals:
+    "Inside, a first Ctrl-C or SIGTERM is only remembered; the next one acts as it always does."
+
+    def __init__(self, processes: SingleProcess = SINGLE_PROCESS):
+        self.processes, self.number, self.before = processes, 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    self.before[number] = signal.signal(number, self.remember)
+        return self
+
+    def __exit__(self, *error):
+        while self.before:
+            signal.signal(*self.before.popitem())
+
+    def remember(self, number, frame):
+        "The handler. Written past Python's buffers, which it may have interrupted."
+        self.number = number
+        self.__exit__()
+        if self.processes.main:
+            with suppress(OSError):
+                os.write(2, b"\nbitflow: stopping after this step; once more stops at once\n")
+
+    def agreed(self) -> int:
+        "The signal that some process has been sent, 0 where none has. All must ask at once."
+        if not self.processes.all_reduce_mean([float(self.number > 0)])[0]:
+            return 0
+        return self.number or signal.SIGTERM

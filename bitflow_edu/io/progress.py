@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoints import MetricsLog, gathered
-from .files import save_grid
+from .files import BitflowError, save_grid
 
 # %% auto #0
 __all__ = ['progress_bar', 'log_step', 'open_logs', 'whole_model', 'draw_grid']
@@ -67,7 +67,7 @@ def whole_model(state) -> nn.Module:
 
 
 def draw_grid(state, sampler, folder: Path, watcher=None):
-    "A sample grid of the averaged model, drawn by the main process; the samples to the watcher."
+    "A sample grid of the averaged model, and what was drawn, by the main process; None elsewhere."
     model, path = whole_model(state), folder / "samples" / f"step-{state.step:08d}.png"
 
     def draw():
@@ -75,5 +75,20 @@ def draw_grid(state, sampler, folder: Path, watcher=None):
         save_grid(getattr(drawn, "picture", drawn), path)
         if watcher:
             watcher.samples(state.step, drawn.x)
+        return drawn
 
-    state.processes.on_rank_zero(draw)
+    return state.processes.on_rank_zero(draw)
+
+# %% ../../nbs/io/progress.ipynb #3fd08c65
+def check_samples_drawn(state, drawn):
+    "A training whose last samples, as `draw_grid` gave them, all hold NaN is no success."
+
+    def check():
+        x = getattr(drawn, "x", None)
+        if isinstance(x, Tensor) and not x.isfinite().flatten(1).all(dim=1).any():
+            raise BitflowError(
+                f"training is finished and its checkpoint saved, but all {len(x)} samples hold "
+                "NaN or infinity; train with a lower learning rate, or clip α and μ of F"
+            )
+
+    state.processes.on_rank_zero(check)

@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 import yaml
 
-from ..io.files import BitflowError, report_write_errors, write_atomically
+from ..io.files import BitflowError, check_finite, report_write_errors, write_atomically
 from ..io.models import REMOVED, RENAMED, modern_fields
 from .presets import PARTS, Preset, check_preset, kind_of_flow, nearest_field
 
@@ -50,7 +50,9 @@ def one_line(message: str) -> str:
 def read_fields(preset: Preset, argv: list[str]) -> Preset:
     "A preset changed by words like `--data.image-size 8`; `SystemExit` for --help (0) or mistakes."
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    return tyro.cli(Preset, default=preset, args=argv, prog="bitflow …", config=options)
+    changed = tyro.cli(Preset, default=preset, args=argv, prog="bitflow …", config=options)
+    check_finite(changed)
+    return changed
 
 # %% ../../nbs/lab/preset_fields.ipynb #88cd9ce7
 def todays_words(given: dict) -> dict:
@@ -120,11 +122,37 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+MOST_BYTES, MOST_NODES = 1_000_000, 10_000  # a whole preset has 3,000 bytes and 200 nodes
+
+
+def written_out(node) -> int:
+    "The nodes of a YAML tree, aliases written out, counted as far as one past `MOST_NODES`."
+    waiting, count = [node], 0
+    while waiting and count <= MOST_NODES:
+        node, count = waiting.pop(), count + 1
+        if isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    return count
+
+
+def load_yaml(text: str):
+    "What YAML says. Raises `YAMLError` where a few aliases would stand for a large tree."
+    loader = UniqueKeys(text)
+    node = loader.get_single_node()
+    if written_out(node) > MOST_NODES:
+        raise yaml.YAMLError(f"it has more than {MOST_NODES} values, aliases written out")
+    return None if node is None else loader.construct_document(node)
+
+
 def read_tree(path: Path) -> dict:
     "The mapping in a YAML file. Raises `BitflowError` where there is none."
     try:
-        tree = yaml.load(path.read_text(), UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        if path.stat().st_size > MOST_BYTES:
+            raise yaml.YAMLError(f"it has {path.stat().st_size} bytes, more than {MOST_BYTES}")
+        tree = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, TypeError, yaml.YAMLError) as e:
         why, hint = " ".join(str(e).split()), "bitflow info --yaml writes one"
         raise BitflowError(f"{path} is no YAML file that can be read ({why}); {hint}") from e
     if not isinstance(tree, dict):

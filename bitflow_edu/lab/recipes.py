@@ -27,8 +27,9 @@ from bitflow_edu.inverse_strategies import (
     normalised,
     reverse_loss,
 )
+from ..io.checkpoints import recorded_start, start_from
 from ..io.files import report_write_errors
-from ..io.models import build
+from ..io.models import build, checkpoints_of, newest_checkpoint
 from ..io.processes import SINGLE_PROCESS, SingleProcess
 from ..io.results import commit, hardware, now, versions
 from .preset_fields import write_preset
@@ -51,7 +52,7 @@ def note_start(preset: Preset, folder: Path, step: int):
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     line = {"date": now(), "step": step, "command": command}
     line |= {"commit": commit(), "versions": versions(), "hardware": hardware()}
-    with report_write_errors(folder), (folder / "starts.jsonl").open("a") as file:
+    with report_write_errors(folder), (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 # %% ../../nbs/lab/recipes.ipynb #fa81f0e4
@@ -80,6 +81,18 @@ def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
     "What F minimises: with Gaussian noise where it has a σ, else uniform dequantisation."
     return forward_loss if getattr(cfg, "noise_std", 0) else uniform_noise_loss
 
+# %% ../../nbs/lab/recipes.ipynb #d5b1f7e8
+def starting_weights(model: nn.Module, init: str | Path | None, folder: Path, resume: bool) -> dict:
+    """Weights of another run into a fresh model, where `init` names them; what run.json says of it.
+
+    A resumed run keeps what it was started with, and reads it only while it has no checkpoint."""
+    weights = str(newest_checkpoint(Path(init))) if init else None
+    if resume and not init:
+        weights = recorded_start(folder)
+    if weights and not checkpoints_of(folder):
+        start_from(model, weights)
+    return {"init": weights} if weights else {}
+
 # %% ../../nbs/lab/recipes.ipynb #fd027eca
 def train_forward(
     preset: Preset,
@@ -89,6 +102,7 @@ def train_forward(
     resume: bool = False,
     processes: SingleProcess = SINGLE_PROCESS,
     watch: Watch = None,
+    init: str | Path = None,  # run or checkpoint whose weights to start from
 ) -> nn.Module:
     "Stage 1: F by maximum likelihood on noisy images."
     cfg, shape, labels, watcher = preset.train_forward, preset.forward, None, None
@@ -101,6 +115,7 @@ def train_forward(
     loss, start = stage_one_loss(preset.forward), partial(note_start, preset)
     grid = partial(sample_grid, sample=invert_flow, labels=labels)
     about = {"preset": preset.name, "stage": "forward"}
+    about |= starting_weights(model, init, folder, resume)
     return train(model, loss, data, cfg, folder, resume, grid, about, start, processes, watcher)
 
 # %% ../../nbs/lab/recipes.ipynb #d34a116c
@@ -141,6 +156,7 @@ def train_reverse(
     resume: bool = False,
     processes: SingleProcess = SINGLE_PROCESS,
     watch: Watch = None,
+    init: str | Path = None,  # run or checkpoint whose weights to start from
 ) -> ReverseModel:
     "Stage 2: G on F's trajectories, with F frozen."
     check_pair_preset(preset)
@@ -154,4 +170,5 @@ def train_reverse(
         labels, watcher = watch.of(data, cfg, model.cfg.patch_size, noise_std)
     grid, start = partial(sample_grid, sample=one_pass, labels=labels), partial(note_start, preset)
     about = {"preset": preset.name, "stage": "reverse", "objective": dataclasses.asdict(objective)}
+    about |= starting_weights(model, init, folder, resume)
     return train(model, loss, data, cfg, folder, resume, grid, about, start, processes, watcher)

@@ -275,7 +275,7 @@ def finished_evaluation(folder: Path, processes) -> Streamed:
 
     def read():
         found, images = (
-            read_json(folder / "measurements.json", "name another folder"),
+            read_json(folder / "measurements.json", "name another folder", list),
             folder / "first.npz",
         )
         if not images.exists():  # finished by an earlier version

@@ -18,8 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import image_grid
-from ..io.checkpoints import MetricsLog, read_metrics
-from ..io.files import BitflowError, report_write_errors, write_atomically
+from ..io.checkpoints import MetricsLog, read_metrics, section
+from bitflow_edu.io.files import (
+    BitflowError,
+    first_sentence,
+    read_json,
+    report_write_errors,
+    write_atomically,
+)
 from .alarms import WINDOW, SampleReference, check_line, check_samples
 
 # %% auto #0
@@ -29,7 +35,7 @@ __all__ = ['to_tensorboard', 'Watcher', 'watch']
 def images_per_second(line: dict, before: dict | None, batch_size: int) -> float:
     "Throughput between two lines of metrics (None: the run's start); 0 where no time has passed."
     before = before or {"step": 0, "seconds": 0}
-    steps, seconds = (line[key] - before[key] for key in ("step", "seconds"))
+    steps, seconds = (line.get(key, 0) - before.get(key, 0) for key in ("step", "seconds"))
     return batch_size * steps / seconds if seconds > 0 else 0.0
 
 # %% ../../nbs/scale/watching.ipynb #2d69b2c9
@@ -58,15 +64,31 @@ def write_line(writer, line: dict, walltime: float = None):
 
 # %% ../../nbs/scale/watching.ipynb #a1b2c2b0
 def lines_of(path: Path) -> list:
-    "The lines of a metrics file, none where there is no file."
-    return read_metrics(path) if path.exists() else []
+    "The lines of a metrics file, none where there is no file. Raises `BitflowError` for a word."
+    lines = read_metrics(path) if path.exists() else []
+    for line in lines:
+        for name, value in line.items():
+            if not isinstance(value, int | float):
+                problem = f"{name} of step {line['step']} is {value!r:.40}, no number"
+                raise BitflowError(f"{path} is damaged ({problem}); remove that line")
+    return lines
+
+
+def alarms_of(path: Path) -> list:
+    "The lines of an alarms file, none where there is no file; each has a name and a message."
+    lines = read_metrics(path) if path.exists() else []
+    for line in lines:
+        if not all(isinstance(line.get(name), str) for name in ("name", "message")):
+            problem = f"an alarm of step {line['step']} has no name or message"
+            raise BitflowError(f"{path} is damaged ({problem}); remove that line")
+    return lines
 
 # %% ../../nbs/scale/watching.ipynb #a1b2c2b1
 def items_of(run: Path) -> list:
     "All that a run wrote, as (step, kind, what): JSON lines, and pictures with size and time."
     found = []
-    for kind in ("metrics", "alarms"):
-        lines = lines_of(run / f"{kind}.jsonl")
+    for kind, read in (("metrics", lines_of), ("alarms", alarms_of)):
+        lines = read(run / f"{kind}.jsonl")
         found += [(line["step"], kind, json.dumps(line)) for line in lines]
     for path in (run / "samples").glob("step-*.png"):
         if path.stem[5:].isdigit():
@@ -89,24 +111,28 @@ def write_item(writer, run: Path, step: int, kind: str, what: str):
 
 
 def read_picture(path: Path):
-    "A PNG as uint8 `(H, W, 3)`."
-    return np.asarray(Image.open(path).convert("RGB"))
+    "A PNG as uint8 `(H, W, 3)`. Raises `BitflowError` where it is damaged."
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BitflowError(f"{path} is no picture ({first_sentence(e)}); delete it") from e
 
 # %% ../../nbs/scale/watching.ipynb #8d7d4582
 def mirrored(log_dir: Path) -> set:
     "What an earlier call wrote there. Raises `BitflowError` for a folder with others' events."
-    try:
-        return {tuple(item) for item in json.loads((log_dir / "mirror.json").read_text())}
-    except FileNotFoundError:
+    path, hint = log_dir / "mirror.json", f"delete {log_dir} and mirror again"
+    if not path.exists():
         if log_dir.is_dir() and any(log_dir.glob("events.out.tfevents.*")):
             raise BitflowError(
                 f"{log_dir} holds events that were not mirrored from a run; name another folder"
-            ) from None
+            )
         return set()
-    except (ValueError, TypeError) as e:
-        raise BitflowError(
-            f"{log_dir / 'mirror.json'} is damaged ({e}); delete {log_dir} and mirror again"
-        ) from e
+    items = read_json(path, hint, list)
+    for item in items:
+        if not isinstance(item, list) or [type(part) for part in item] != [int, str, str]:
+            raise BitflowError(f"{path} is damaged (it holds {item!r:.60}); {hint}")
+    return {tuple(item) for item in items}
 
 # %% ../../nbs/scale/watching.ipynb #9da08172
 def to_tensorboard(
@@ -155,7 +181,7 @@ class Watcher:
         old = lines_of(self.folder / "metrics.jsonl")
         self.lines = deque([line for line in old if line["step"] <= step], maxlen=WINDOW)
         self.log = MetricsLog(self.folder / "alarms.jsonl", step)
-        self.said = {line["name"] for line in read_metrics(self.folder / "alarms.jsonl")}
+        self.said = {line["name"] for line in alarms_of(self.folder / "alarms.jsonl")}
         self.writer = None
         if tensorboard:
             self.writer = summary_writer(self.folder / "tensorboard", step + 1)
@@ -217,7 +243,7 @@ def pace(lines: list, budget: dict) -> str:
     rate = images_per_second(last, first, 1)
     whole, used = math.inf, 0.0  # seconds
     if budget.get("minutes"):
-        whole, used = budget["minutes"] * 60, last["seconds"]
+        whole, used = budget["minutes"] * 60, last.get("seconds", 0.0)
     elif rate:
         whole, used = budget["steps"] / rate, last["step"] / rate
     left = "time left unknown"
@@ -248,13 +274,13 @@ def alarm_lines(alarms: list) -> list:
 # %% ../../nbs/scale/watching.ipynb #d694b245
 def run_budget(run: Path) -> dict:
     "Budget and batch size of a run, from run.json. Raises `BitflowError` where there is none."
-    try:
-        return json.loads((run / "run.json").read_text())["train"]
-    except (OSError, ValueError, KeyError) as e:
-        raise BitflowError(
-            f"{run} is no run: its run.json is missing or damaged ({e}); "
-            "name the folder that --out named"
-        ) from e
+    path, hint = run / "run.json", f"{run} is no run; name the folder that --out named"
+    train = section(read_json(path, hint), "train", path)
+    for name in ("batch_size", "steps" if train.get("minutes") is None else "minutes"):
+        value = train.get(name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise BitflowError(f"{path} is damaged (train.{name} is {value!r:.40}); {hint}")
+    return train
 
 # %% ../../nbs/scale/watching.ipynb #7b1548cf
 def watch(
@@ -266,7 +292,7 @@ def watch(
     if not lines:
         return f"{run}: no line of metrics yet"
     age = time.time() - (run / "metrics.jsonl").stat().st_mtime
-    alarms = lines_of(run / "alarms.jsonl")
+    alarms = alarms_of(run / "alarms.jsonl")
     pictures = sorted((run / "samples").glob("step-*.png"))
     values = [f"{k} {v:.4g}" for k, v in lines[-1].items() if k not in ("step", "seconds")]
     text = [f"{run}: {pace(lines, budget)}"]

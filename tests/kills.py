@@ -1,0 +1,181 @@
+"""kill -9 at random moments, go on, and compare with work that nobody touched, bit for bit.
+
+    python tests/kills.py              20 kills: of F, of G, of an evaluation, of a cache of latents
+    python tests/kills.py --kills 4    fewer (one of each)
+
+Not a test that pytest collects: it takes many minutes, most of them to start programs. Moments
+are counted in seconds of the processor, which do not depend on what else it does (Linux).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bitflow_edu.io.checkpoints import read_metrics, read_state
+from bitflow_edu.io.models import newest_checkpoint
+from bitflow_edu.scale.autoencoder import tiny_vae
+from bitflow_edu.scale.image_sources import synthetic_images
+
+SMOKE = ["--preset", "mnist-mini-smoke", "--device", "cpu"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+OFTEN = ["--train-{}.checkpoint-every", "7", "--train-{}.log-every", "1", "--steps", "60"]
+
+
+def start(words):
+    command = [sys.executable, "-m", "bitflow_edu.cli", *map(str, words)]
+    output = tempfile.TemporaryFile()
+    process = subprocess.Popen(command, env=ENV, stdout=output, stderr=output)
+    process.output = output
+    return process
+
+
+def check_ended(process, *codes):
+    """The process ended with one of these codes, or what it said is shown."""
+    process.output.seek(0)
+    assert process.returncode in codes, process.output.read().decode()[-2000:]
+
+
+class Training:
+    """F or G; what counts are all tensors of the last checkpoint, and the logged losses."""
+
+    def __init__(self, home, stage):
+        self.home, self.name = home, stage
+        self.more = ["--forward", home / "whole-forward"] if stage == "reverse" else []
+
+    def words(self, name, again):
+        often = [word.format(self.name) for word in OFTEN]
+        words = ["train", self.name, *SMOKE, *often, *self.more, "--out", self.home / name]
+        return [*words, "--resume"] if again else words
+
+    def result(self, name):
+        state = read_state(newest_checkpoint(self.home / name))
+        lines = read_metrics(self.home / name / "metrics.jsonl")
+        losses = {"losses": torch.tensor([[m["step"], m["loss"]] for m in lines])}
+        return {**state["averaged"], **state["training"], **losses}
+
+    def finished(self, name):
+        return (self.home / name / "checkpoints" / "step-00000060").exists()
+
+
+class Evaluation:
+    """A stream of samples of both models; what counts are all values in the results file."""
+
+    name = "evaluate"
+
+    def __init__(self, home):
+        self.home = home
+
+    def words(self, name, again):
+        pair = ["--forward", self.home / "whole-forward", "--reverse", self.home / "whole-reverse"]
+        words = ["evaluate", *SMOKE, *pair, "--features", "mnist-cnn", "--no-timing", "--n", 80]
+        words += ["--batch-size", 4, "--work", self.home / name, "--out", self.out(name)]
+        return [*words, "--resume"] if again else words
+
+    def out(self, name):
+        return self.home / f"{name}.json"
+
+    def result(self, name):
+        lines = json.loads(self.out(name).read_text(encoding="utf-8"))["measurements"]
+        return {(m["row"], m["metric"]): torch.tensor(m["value"]) for m in lines}
+
+    def finished(self, name):
+        return self.out(name).exists()
+
+
+class Latents:
+    """Shards of latents; what counts are their bytes."""
+
+    name = "cache-latents"
+
+    def __init__(self, home):
+        self.home, self.vae = home, tiny_vae(home / "vae")
+        synthetic_images(home / "images", 240, "train")
+
+    def words(self, name, again):
+        words = ["cache-latents", "--source", self.home / "images", "--vae", self.vae]
+        words += ["--image-size", 16, "--per-shard", 8, "--batch-size", 4, "--device", "cpu"]
+        return [*words, "--out", self.home / name]
+
+    def result(self, name):
+        shards = sorted((self.home / name / "train" / "shards").glob("*.safetensors"))
+        return {p.name: torch.tensor(bytearray(p.read_bytes())) for p in shards}
+
+    def finished(self, name):
+        return (self.home / name / "train" / "index.json").exists()
+
+
+def wait_until(process, seconds) -> float:
+    """Wait until a process has ended, or used the processor for so long: what it had used."""
+    used = 0.0
+    while process.poll() is None and used < seconds:
+        time.sleep(0.02)
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            words = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            used = max(used, (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"))
+    return used
+
+
+def whole(work):
+    """The undisturbed result, and how many seconds it took."""
+    process = start(work.words(f"whole-{work.name}", False))
+    seconds = wait_until(process, float("inf"))
+    check_ended(process, 0)
+    return work.result(f"whole-{work.name}"), seconds
+
+
+def disturbed(work, name, kills, seconds, draw) -> int:
+    """The same, killed at most so many times, and gone on with: the kills that hit it."""
+    hits = again = 0
+    while not work.finished(name):
+        process, again = start(work.words(name, again)), 1
+        wait_until(process, draw.uniform(0.4, 1.0) * seconds if hits < kills else float("inf"))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            hits += 1
+        check_ended(process, 0, -signal.SIGKILL)
+    return hits
+
+
+def check(work, kills, draw):
+    """Kill it until there were enough, in as many tries as it takes; all must equal the whole."""
+    expected, seconds = whole(work)
+    hits = tries = 0
+    while hits < kills and tries < 3 * kills:
+        name, tries = f"{work.name}-{tries}", tries + 1
+        hits += disturbed(work, name, kills - hits, seconds, draw)
+        found = work.result(name)
+        assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+        other = [k for k in expected if not torch.equal(expected[k], found[k])]
+        assert not other, f"{name}: {len(other)} of {len(expected)} differ: {other[:5]}"
+    print(f"{work.name}: {hits} kills in {tries} tries, {len(expected)} values equal to the bit")
+    return hits
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args, total = parser.parse_args(), 0
+    draw = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        works = [Training(home, "forward"), Training(home, "reverse"), Evaluation(home)]
+        works.append(Latents(home))
+        for i, work in enumerate(works):
+            total += check(work, args.kills // 4 + (i < args.kills % 4), draw)
+    print(f"{total} kills, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    main()
