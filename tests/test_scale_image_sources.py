@@ -15,10 +15,8 @@ from bitflow_edu.scale.image_sources import (
     FolderSource,
     TarSource,
     as_jpeg,
-    braces,
     center_crop,
     find_source,
-    read_tar,
     synthetic_images,
     synthetic_picture,
     synthetic_tar,
@@ -90,12 +88,6 @@ def test_a_file_that_is_gone_is_named(toys, tmp_path):
         list(pieces.read(0))
 
 
-def test_braces():
-    assert braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
-    assert braces("{x,y}/{0..1}") == ["x/0", "x/1", "y/0", "y/1"]
-    assert braces("plain.tar") == ["plain.tar"]
-
-
 def test_what_a_source_is(tmp_path):
     assert isinstance(find_source(tmp_path), FolderSource)
     for where in ("s3://bucket/a.tar", "a-{0..3}.tar", "a-*.tar", tmp_path / "a.tar", "a.tar.gz"):
@@ -114,29 +106,3 @@ def test_tars_from_disk_and_from_object_storage(tmp_path):
         found = [raw for k in range(len(pieces.names)) for raw in pieces.read(k)]
         assert [r.label for r in found] == [i % 2 for i in range(15)]
         assert all(r.data == as_jpeg(synthetic_picture(i)) for i, r in enumerate(found))
-
-
-def test_a_tar_cut_anywhere_is_refused_and_named(tmp_path):
-    data, path = synthetic_tar(range(3)), tmp_path / "cut.tar"
-    end = len(data.rstrip(b"\0"))
-    for cut in [0, 1, 100, *range(512, end, 512), end - 3, end + 1]:
-        path.write_bytes(data[:cut])
-        with pytest.raises(BitflowError, match=r"cut\.tar"):
-            list(read_tar(str(path), 2))
-    path.write_bytes(data)
-    assert len(list(read_tar(str(path), 2))) == 3
-
-
-def test_bad_tars_are_refused(tmp_path):
-    (tmp_path / "label.tar").write_bytes(synthetic_tar(range(2)))
-    with pytest.raises(BitflowError, match="000001.cls says '1'"):
-        list(read_tar(str(tmp_path / "label.tar"), 1))
-    with pytest.raises(BitflowError, match="none.tar"):
-        list(read_tar(str(tmp_path / "none.tar"), 2))
-    (tmp_path / "no.tar").write_bytes(b"this is no tar" * 1000)
-    with pytest.raises(BitflowError, match="no.tar"):
-        list(read_tar(str(tmp_path / "no.tar"), 2))
-    with pytest.raises(BitflowError, match="no tar is named"):
-        TarSource(f"{tmp_path}/x-*.tar").open()
-    with pytest.raises(BitflowError, match="nothing://"):
-        list(read_tar("nothing://bucket/a.tar", 2))
