@@ -309,8 +309,8 @@ class CacheLatents:
     precision: str = "fp32"
     # Images a shard, from a folder.
     per_shard: int = 2048
-    # Classes in tar shards.
-    num_classes: int = 1000
+    # Classes in tar shards; default: as many as their labels name.
+    num_classes: int | None = None
     # Unreadable images that are skipped, and named, before it stops.
     max_corrupt: int = 100
     # Threads that read and decode images.

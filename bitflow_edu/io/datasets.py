@@ -20,7 +20,7 @@ from torchvision import datasets
 
 from .files import BitflowError, asset, first_sentence, read_arrays
 from .images import IMAGE_SUFFIXES, find_images, left_out_line, open_image
-from .shards import Latents, read_latents
+from .shards import Latents, read_index, read_latents
 
 # %% auto #0
 __all__ = ['DataConfig', 'data_root', 'folder_classes', 'image_files', 'resize', 'check_arrays', 'read_split', 'described']
@@ -263,3 +263,18 @@ def described(
     root = data_root(root)
     lossy = cfg.name == "cifar10" and root and (root / "cifar10_jpeg.npz").exists()
     return f"{cfg.name}, JPEG copy" if lossy else cfg.name
+
+# %% ../../nbs/io/datasets.ipynb #e47d8311
+def count_classes(cfg: DataConfig, root: str | Path | None = None) -> int | None:
+    "How many classes the data at `root` have, without loading them; None where they are missing."
+    root = data_root(root)
+    splits = [split for split in ("train", "test") if root and (root / split).is_dir()]
+    copy = root and root / "cifar10_jpeg.npz"
+    if cfg.name == "image-folder":
+        return len(folder_classes(root, splits[0])) if splits else None
+    if cfg.name == "imagenet-latents":
+        found = [root / split for split in splits if (root / split / "index.json").exists()]
+        return len(read_index(found[0])["classes"]) if found else None
+    if cfg.name == "cifar10" and copy and copy.exists():
+        return len(read_arrays(copy, "classes")[0])
+    return 10
