@@ -1,7 +1,10 @@
 """Squares as ADM cuts them, folders and tars read piece by piece."""
 
 import io
+import os
 import shutil
+import sys
+import zipfile
 
 import fsspec
 import numpy as np
@@ -9,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from bitflow_edu.data import load_data
+from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.scale import image_sources
 from bitflow_edu.scale.image_sources import (
+    FolderImages,
     FolderSource,
+    StoredImages,
     TarSource,
     as_jpeg,
     center_crop,
@@ -106,3 +113,98 @@ def test_tars_from_disk_and_from_object_storage(tmp_path):
         found = [raw for k in range(len(pieces.names)) for raw in pieces.read(k)]
         assert [r.label for r in found] == [i % 2 for i in range(15)]
         assert all(r.data == as_jpeg(synthetic_picture(i)) for i, r in enumerate(found))
+
+
+def test_a_thread_of_pixels_is_no_square():
+    """One pixel wide and resized to a square's width, it would take terabytes."""
+    long = stored(np.zeros((100_000, 1, 3), np.uint8), "PNG")
+    with pytest.raises(BitflowError, match="long.png.*100000 and 1"):
+        center_crop(long, 64, "long.png")
+
+
+def test_every_reader_takes_the_same_files(tmp_path):
+    """Nested, linked and hidden files: image folder, listing and images by number agree."""
+    root = tmp_path / "pictures"
+    synthetic_images(root, 6)
+    place = root / "train" / "n01440764"
+    picture = next(place.iterdir()).read_bytes()
+    (place / "a" / "b").mkdir(parents=True)
+    (place / ".hidden").mkdir()
+    (tmp_path / "other").mkdir()
+    for name in ("a/b/c.JPG", ".hidden/d.jpg", "e.gif", "../beside.jpg", "../../../other/f.png"):
+        (place / name).write_bytes(picture)
+    if os.name == "posix":
+        (place / "linked").symlink_to(tmp_path / "other")
+    n = 8 if os.name == "posix" else 7
+    with pytest.warns(UserWarning, match="left out") as caught:
+        cfg = DataConfig("image-folder", 16, 3, num_classes=2)
+        assert len(load_data(cfg, "train", root)) == n
+        assert len(FolderImages(root, "train", 16)) == n
+    reasons = "1 ending in .gif", "1 hidden", "1 beside the class folders"
+    assert all(reason in str(w.message) for w in caught for reason in reasons)
+    pieces = FolderSource(str(root)).open(tmp_path)
+    assert len(list(pieces.read(0))) == n
+    assert pieces.left_out == {"ending in .gif": 1, "hidden": 1, "beside the class folders": 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names are text without line breaks")
+@pytest.mark.parametrize("name", [b"a\nb.jpg", b"a\rb.jpg", b"\xff.jpg"])
+def test_names_that_a_listing_cannot_hold_are_refused(tmp_path, name):
+    synthetic_images(tmp_path, 2)
+    place = os.fsencode(tmp_path / "train" / "n01440764")
+    with open(os.path.join(place, name), "wb") as file:
+        file.write(b"")
+    with pytest.raises(BitflowError, match="rename"):
+        FolderSource(str(tmp_path)).open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]\n0\ta/b.jpg",
+        '{"classes": 5}\n0\ta/b.jpg',
+        '{"classes": [1]}\n0\ta/b.jpg',
+        '{"classes": ["a"]}',
+        '{"classes": ["a"]}\n0',
+        '{"classes": ["a"]}\n1\ta/b.jpg',
+        '{"classes": ["a"]}\n-1\ta/b.jpg',
+        '{"classes": ["a"]}\nx\ta/b.jpg',
+        '{"classes": ["a"], "left_out": {"hidden": "many"}}\n0\ta/b.jpg',
+        '{"classes": ["a"], "left_out": []}\n0\ta/b.jpg',
+        "\xff",
+    ],
+)
+def test_damaged_listings_are_named(tmp_path, text):
+    (tmp_path / "listing.tsv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BitflowError, match=r"listing\.tsv"):
+        FolderSource(str(tmp_path)).open(tmp_path)
+
+
+def test_sizes_that_make_no_shards_are_refused():
+    with pytest.raises(BitflowError, match="per_shard is -1"):
+        find_source("somewhere", per_shard=-1)
+    for n in (0, -3, 10**9):
+        with pytest.raises(BitflowError, match=f"num_classes {n}"):
+            find_source("a.tar", num_classes=n)
+
+
+def npz(path, header, data):
+    """An .npz file whose arr_0 has this header and these bytes."""
+    text = repr(header).encode().ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        head = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+        archive.writestr("arr_0.npy", head + text + data)
+
+
+@pytest.mark.parametrize(
+    "shape", [(10**12, 8, 8, 3), (2, 10**6, 10**6, 3), (-1, 8, 8, 3), (9, 8, 8, 3)]
+)
+def test_stored_images_are_as_many_as_their_bytes(tmp_path, shape):
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    npz(tmp_path / "some.npz", header, bytes(8 * 8 * 8 * 3))
+    with pytest.raises(BitflowError, match="some.npz"):
+        StoredImages(tmp_path / "some.npz")
+    npz(tmp_path / "right.npz", {**header, "shape": (8, 8, 8, 3)}, bytes(8 * 8 * 8 * 3))
+    assert len(StoredImages(tmp_path / "right.npz")) == 8

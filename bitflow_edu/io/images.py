@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,17 +95,24 @@ def decoded(file: Path | BinaryIO, mode: str = "RGB") -> Image.Image:
         raise BitflowError(first_sentence(e)) from e
 
 # %% ../../nbs/io/images.ipynb #42821d22
+@contextmanager
+def naming(name: str | Path):
+    "Say of which file an image cannot be read, and what to do."
+    try:
+        yield
+    except BitflowError as e:
+        problem = f"{name} is no readable image ({e})"
+        raise BitflowError(f"{problem}; replace or remove the file") from e
+
+
 def open_image(
     file: Path | BinaryIO,  # an image file, or its bytes
     mode: str = "RGB",  # or "L", grey
     name: str = "",  # of bytes, for the message
 ) -> Image.Image:  # 8 bits a channel, upright, without transparency
     "Open an image. Raises `BitflowError` for a file that is none, or that has no one meaning."
-    try:
+    with naming(name or file):
         return decoded(file, mode)
-    except BitflowError as e:
-        problem = f"{name or file} is no readable image ({e})"
-        raise BitflowError(f"{problem}; replace or remove the file") from e
 
 # %% ../../nbs/io/images.ipynb #4e99c2f2
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..data import to_model_range
 from ..io.datasets import folder_classes, image_files, labelled_files
 from ..io.files import BitflowError, first_sentence, report_write_errors, write_atomically
-from ..io.images import MAX_BYTES, open_image
+from ..io.images import MAX_BYTES, MAX_PIXELS, decoded, naming
 from ..io.processes import SINGLE_PROCESS
 from ..io.shards import is_names, is_tally
 from .tars import MAX_CLASSES, EncodedImage, expand, read_tar
@@ -83,11 +83,14 @@ def synthetic_tar(pictures, size: int = 40) -> bytes:
 
 # %% ../../nbs/scale/image_sources.ipynb #f0024e85
 def square_of(image: Image.Image, size: int) -> Tensor:
-    "The centre of an RGB image, cut as ADM does: uint8 `(3, size, size)`."
+    "The centre of an RGB image, cut as ADM does: uint8 `(3, size, size)`. `BitflowError`."
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(s // 2 for s in image.size), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
     shape = tuple(round(s * scale) for s in image.size)
+    if shape[0] * shape[1] > MAX_PIXELS:
+        long, short = max(image.size), min(image.size)
+        raise BitflowError(f"its sides {long} and {short} are too unlike for a square of {size}")
     image = image.resize(shape, resample=Image.Resampling.BICUBIC)
     left, top = ((s - size) // 2 for s in image.size)
     cut = np.array(image)[top : top + size, left : left + size]
@@ -100,7 +103,8 @@ def center_crop(
     name: str = "the data",  # of the file, for the message
 ) -> Tensor:  # uint8 `(3, size, size)`
     "The centre of an image, cut as ADM does. Raises `BitflowError` for what is no image."
-    return square_of(open_image(io.BytesIO(data), "RGB", name), size)
+    with naming(name):
+        return square_of(decoded(io.BytesIO(data)), size)
 
 # %% ../../nbs/scale/image_sources.ipynb #92e58c8e
 @dataclass(frozen=True)
@@ -254,8 +258,12 @@ class FolderImages:
 
     def draw(self, index, generator=None):
         "Images in [-1, 1] `(n, 3, size, size)` by number. `BitflowError` for a damaged file."
-        squares = [square_of(open_image(self.paths[i]), self.size) for i in index.tolist()]
-        return to_model_range(torch.stack(squares))
+        return to_model_range(torch.stack([self.read(self.paths[i]) for i in index.tolist()]))
+
+    def read(self, path: Path) -> Tensor:
+        "One file as uint8 `(3, size, size)`."
+        with naming(path):
+            return square_of(decoded(path), self.size)
 
 # %% ../../nbs/scale/image_sources.ipynb #5074506e
 @contextmanager
