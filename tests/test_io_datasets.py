@@ -135,3 +135,38 @@ def test_a_lossy_copy_is_named(tmp_path):
     assert described(cfg, tmp_path) == "cifar10"
     (tmp_path / "cifar10_jpeg.npz").write_bytes(b"")
     assert described(cfg, tmp_path) == "cifar10, JPEG copy"
+
+
+def test_images_with_more_in_them_than_colours(tmp_path):
+    """16-bit greys keep their brightness, and what is transparent is white."""
+    place = tmp_path / "train" / "a"
+    place.mkdir(parents=True)
+    Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)).save(place / "0.png")
+    Image.new("LA", (8, 8), (0, 0)).save(place / "1.png")
+    data = load_data(DataConfig("image-folder", 8, 1, num_classes=1), "train", tmp_path)
+    assert (data.pixels[0] == 100).all() and (data.pixels[1] == 255).all()
+
+
+def test_no_other_program_is_started_by_an_image(tmp_path):
+    make_folder(tmp_path)
+    Image.new("RGB", (20, 20)).save(tmp_path / "train" / "cat" / "0.png", "EPS")
+    with pytest.raises(BitflowError, match=r"0\.png is no readable image"):
+        load_data(DataConfig("image-folder", 8, 3, num_classes=2), "train", tmp_path)
+    Image.new("RGB", (32, 32)).save(buffer := io.BytesIO(), "EPS")
+    blob = np.frombuffer(buffer.getvalue(), np.uint8)
+    arrays = {"train_jpeg": blob, "train_offsets": [0, len(blob)], "train_labels": [0]}
+    np.savez(tmp_path / "cifar10_jpeg.npz", classes=["a"], **arrays)
+    with pytest.raises(BitflowError, match=r"cifar10_jpeg\.npz, image 0 of train"):
+        load_data(DataConfig("cifar10", 32, 3), "train", tmp_path)
+
+
+def test_what_was_left_out_is_said(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("")
+    (tmp_path / "train" / "dog" / ".x.png").write_text("")
+    with pytest.warns(UserWarning, match="6 images; left out: 1 ending in .txt, 1 hidden"):
+        load_data(DataConfig("image-folder", 8, 3, num_classes=2), "train", tmp_path)
+    for path in (tmp_path / "train" / "cat").glob("*.png"):
+        path.unlink()
+    with pytest.raises(BitflowError, match="cat holds no images.*1 ending in .txt"):
+        load_data(DataConfig("image-folder", 8, 3, num_classes=2), "train", tmp_path)

@@ -245,3 +245,13 @@ def test_a_picture_is_written_as_it_is(tmp_path):
     save_grid(picture, tmp_path / "new" / "p.png")
     with Image.open(tmp_path / "new" / "p.png") as back:
         assert np.array_equal(np.asarray(back), picture)
+
+
+def test_arrays_that_unpack_to_too_much_are_refused_before_they_are(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "bomb.npz", a=np.zeros(1 << 20, np.uint8), b=np.arange(3))
+    monkeypatch.setattr(files, "MAX_ARRAYS", 1 << 20)
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(BitflowError, match=r"bomb\.npz.*1,048,704 bytes"):
+        read_arrays(tmp_path / "bomb.npz", "a")
+    monkeypatch.undo()
+    assert read_arrays(tmp_path / "bomb.npz", "b")[0].tolist() == [0, 1, 2]

@@ -6,14 +6,15 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bitflow_edu.data import load_data
-from bitflow_edu.io.datasets import DataConfig
+from bitflow_edu.io.datasets import DataConfig, count_classes
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.shards import VERSION, Latents, block_order, sha256_of
 
 SCALE, SHIFT = 0.5, 0.25
+CFG = DataConfig("imagenet-latents", 8, 4, 2)
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,95 @@ def test_versions_are_told_apart(cache, tmp_path):
     (out / "index.json").write_text(json.dumps({**index, "version": 2}))
     with pytest.raises(BitflowError, match="version 2"):
         Latents(out)
+
+
+WRONG = {
+    "no object": [],
+    "nothing": None,
+    "shards": {"shards": {"00000.safetensors": 8}},
+    "a shard": {"shards": [5]},
+    "its keys": {"shards": [{"name": "00000.safetensors"}]},
+    "its count": {"count": -8},
+    "its size": {"bytes": "8"},
+    "its checksum": {"sha256": None},
+    "its name": {"name": 5},
+    "its folder": {"name": "../../other.safetensors"},
+    "classes": {"classes": "cat"},
+    "a class": {"classes": [1, 2]},
+    "shape": {"shape": [4, 8]},
+    "a side": {"shape": [4, -8, 8]},
+    "vae": {"vae": [0.5, 0.25]},
+    "a factor": {"vae": {"scaling_factor": "0.5", "shift_factor": 0.0}},
+    "an infinite factor": {"vae": {"scaling_factor": float("inf"), "shift_factor": 0.0}},
+    "a large factor": {"vae": {"scaling_factor": 10**400, "shift_factor": 0.0}},
+    "a large count": {"count": 10**30},
+    "a version": {"version": [VERSION]},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("read", [Latents, lambda out: count_classes(CFG, out.parent)])
+def test_an_index_with_wrong_values_is_named(cache, tmp_path, what, read):
+    out, change = shutil.copytree(cache, tmp_path / "train"), WRONG[what]
+    index = json.loads((out / "index.json").read_text())
+    if isinstance(change, dict) and set(change) <= set(index["shards"][0]):
+        index["shards"][0] |= change
+    else:
+        index = index | change if isinstance(change, dict) else change
+    (out / "index.json").write_text(json.dumps(index))
+    with pytest.raises(BitflowError, match="index.json|version") as e:
+        read(out)
+    assert str(out) in str(e.value) and len(str(e.value)) < 500
+
+
+@pytest.mark.parametrize("key", ["version", "shards", "classes", "shape", "vae"])
+def test_an_index_without_a_key_is_named(cache, tmp_path, key):
+    out = shutil.copytree(cache, tmp_path / "train")
+    index = json.loads((out / "index.json").read_text())
+    del index[key]
+    (out / "index.json").write_text(json.dumps(index))
+    with pytest.raises(BitflowError, match=key):
+        Latents(out)
+
+
+def with_shard(cache, tmp_path, **changes):
+    """A copy of the latents whose first shard holds other tensors, with a note that fits them."""
+    out = shutil.copytree(cache, tmp_path / "train")
+    path, index = shard(out, 0), json.loads((out / "index.json").read_text())
+    tensors = load_file(path) | changes
+    save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, path)
+    index["shards"][0] |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    (out / "index.json").write_text(json.dumps(index))
+    return out
+
+
+SHARDS = {
+    "fewer labels": {"labels": torch.zeros(7, dtype=torch.int64)},
+    "no labels": {"labels": None},
+    "float labels": {"labels": torch.zeros(8)},
+    "other moments": {"moments": torch.zeros(8, 2, 2, 4, 8, 4).half()},
+    "float moments": {"moments": torch.zeros(8, 2, 2, 4, 8, 8)},
+    "one more": {"more": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("what", SHARDS)
+def test_a_shard_that_does_not_fit_its_index_is_named(cache, tmp_path, what):
+    with pytest.raises(BitflowError, match="00000.safetensors holds"):
+        Latents(with_shard(cache, tmp_path, **SHARDS[what]))
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_without_a_name_are_refused(cache, tmp_path, label):
+    out = with_shard(cache, tmp_path, labels=torch.full((8,), label))
+    with pytest.raises(BitflowError, match=f"labels from .*{label}"):
+        load_data(dataclasses.replace(CFG, num_classes=5), "train", out.parent)
+
+
+def test_no_shards_are_no_latents(cache, tmp_path):
+    out = shutil.copytree(cache, tmp_path / "train")
+    index = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps({**index, "shards": []}))
+    with pytest.raises(BitflowError, match="holds no latents"):
+        load_data(CFG, "train", out.parent)
+    assert count_classes(CFG, out.parent) == 2

@@ -1,7 +1,10 @@
 """Squares as ADM cuts them, folders and tars read piece by piece."""
 
 import io
+import os
 import shutil
+import sys
+import zipfile
 
 import fsspec
 import numpy as np
@@ -9,16 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
+from bitflow_edu.data import load_data
+from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.scale import image_sources
 from bitflow_edu.scale.image_sources import (
+    FolderImages,
     FolderSource,
+    StoredImages,
     TarSource,
     as_jpeg,
-    braces,
     center_crop,
     find_source,
-    read_tar,
     synthetic_images,
     synthetic_picture,
     synthetic_tar,
@@ -90,12 +95,6 @@ def test_a_file_that_is_gone_is_named(toys, tmp_path):
         list(pieces.read(0))
 
 
-def test_braces():
-    assert braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
-    assert braces("{x,y}/{0..1}") == ["x/0", "x/1", "y/0", "y/1"]
-    assert braces("plain.tar") == ["plain.tar"]
-
-
 def test_what_a_source_is(tmp_path):
     assert isinstance(find_source(tmp_path), FolderSource)
     for where in ("s3://bucket/a.tar", "a-{0..3}.tar", "a-*.tar", tmp_path / "a.tar", "a.tar.gz"):
@@ -116,27 +115,96 @@ def test_tars_from_disk_and_from_object_storage(tmp_path):
         assert all(r.data == as_jpeg(synthetic_picture(i)) for i, r in enumerate(found))
 
 
-def test_a_tar_cut_anywhere_is_refused_and_named(tmp_path):
-    data, path = synthetic_tar(range(3)), tmp_path / "cut.tar"
-    end = len(data.rstrip(b"\0"))
-    for cut in [0, 1, 100, *range(512, end, 512), end - 3, end + 1]:
-        path.write_bytes(data[:cut])
-        with pytest.raises(BitflowError, match=r"cut\.tar"):
-            list(read_tar(str(path), 2))
-    path.write_bytes(data)
-    assert len(list(read_tar(str(path), 2))) == 3
+def test_a_thread_of_pixels_is_no_square():
+    """One pixel wide and resized to a square's width, it would take terabytes."""
+    long = stored(np.zeros((100_000, 1, 3), np.uint8), "PNG")
+    with pytest.raises(BitflowError, match="long.png.*100000 and 1"):
+        center_crop(long, 64, "long.png")
 
 
-def test_bad_tars_are_refused(tmp_path):
-    (tmp_path / "label.tar").write_bytes(synthetic_tar(range(2)))
-    with pytest.raises(BitflowError, match="000001.cls says '1'"):
-        list(read_tar(str(tmp_path / "label.tar"), 1))
-    with pytest.raises(BitflowError, match="none.tar"):
-        list(read_tar(str(tmp_path / "none.tar"), 2))
-    (tmp_path / "no.tar").write_bytes(b"this is no tar" * 1000)
-    with pytest.raises(BitflowError, match="no.tar"):
-        list(read_tar(str(tmp_path / "no.tar"), 2))
-    with pytest.raises(BitflowError, match="no tar is named"):
-        TarSource(f"{tmp_path}/x-*.tar").open()
-    with pytest.raises(BitflowError, match="nothing://"):
-        list(read_tar("nothing://bucket/a.tar", 2))
+def test_every_reader_takes_the_same_files(tmp_path):
+    """Nested, linked and hidden files: image folder, listing and images by number agree."""
+    root = tmp_path / "pictures"
+    synthetic_images(root, 6)
+    place = root / "train" / "n01440764"
+    picture = next(place.iterdir()).read_bytes()
+    (place / "a" / "b").mkdir(parents=True)
+    (place / ".hidden").mkdir()
+    (tmp_path / "other").mkdir()
+    for name in ("a/b/c.JPG", ".hidden/d.jpg", "e.gif", "../beside.jpg", "../../../other/f.png"):
+        (place / name).write_bytes(picture)
+    if os.name == "posix":
+        (place / "linked").symlink_to(tmp_path / "other")
+    n = 8 if os.name == "posix" else 7
+    with pytest.warns(UserWarning, match="left out") as caught:
+        cfg = DataConfig("image-folder", 16, 3, num_classes=2)
+        assert len(load_data(cfg, "train", root)) == n
+        assert len(FolderImages(root, "train", 16)) == n
+    reasons = "1 ending in .gif", "1 hidden", "1 beside the class folders"
+    assert all(reason in str(w.message) for w in caught for reason in reasons)
+    pieces = FolderSource(str(root)).open(tmp_path)
+    assert len(list(pieces.read(0))) == n
+    assert pieces.left_out == {"ending in .gif": 1, "hidden": 1, "beside the class folders": 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names are text without line breaks")
+@pytest.mark.parametrize("name", [b"a\nb.jpg", b"a\rb.jpg", b"\xff.jpg"])
+def test_names_that_a_listing_cannot_hold_are_refused(tmp_path, name):
+    synthetic_images(tmp_path, 2)
+    place = os.fsencode(tmp_path / "train" / "n01440764")
+    with open(os.path.join(place, name), "wb") as file:
+        file.write(b"")
+    with pytest.raises(BitflowError, match="rename"):
+        FolderSource(str(tmp_path)).open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]\n0\ta/b.jpg",
+        '{"classes": 5}\n0\ta/b.jpg',
+        '{"classes": [1]}\n0\ta/b.jpg',
+        '{"classes": ["a"]}',
+        '{"classes": ["a"]}\n0',
+        '{"classes": ["a"]}\n1\ta/b.jpg',
+        '{"classes": ["a"]}\n-1\ta/b.jpg',
+        '{"classes": ["a"]}\nx\ta/b.jpg',
+        '{"classes": ["a"], "left_out": {"hidden": "many"}}\n0\ta/b.jpg',
+        '{"classes": ["a"], "left_out": []}\n0\ta/b.jpg',
+        "\xff",
+    ],
+)
+def test_damaged_listings_are_named(tmp_path, text):
+    (tmp_path / "listing.tsv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BitflowError, match=r"listing\.tsv"):
+        FolderSource(str(tmp_path)).open(tmp_path)
+
+
+def test_sizes_that_make_no_shards_are_refused():
+    with pytest.raises(BitflowError, match="per_shard is -1"):
+        find_source("somewhere", per_shard=-1)
+    for n in (0, -3, 10**9):
+        with pytest.raises(BitflowError, match=f"num_classes {n}"):
+            find_source("a.tar", num_classes=n)
+
+
+def npz(path, header, data):
+    """An .npz file whose arr_0 has this header and these bytes."""
+    text = repr(header).encode().ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        head = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+        archive.writestr("arr_0.npy", head + text + data)
+
+
+@pytest.mark.parametrize(
+    "shape", [(10**12, 8, 8, 3), (2, 10**6, 10**6, 3), (-1, 8, 8, 3), (9, 8, 8, 3)]
+)
+def test_stored_images_are_as_many_as_their_bytes(tmp_path, shape):
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    npz(tmp_path / "some.npz", header, bytes(8 * 8 * 8 * 3))
+    with pytest.raises(BitflowError, match="some.npz"):
+        StoredImages(tmp_path / "some.npz")
+    npz(tmp_path / "right.npz", {**header, "shape": (8, 8, 8, 3)}, bytes(8 * 8 * 8 * 3))
+    assert len(StoredImages(tmp_path / "right.npz")) == 8

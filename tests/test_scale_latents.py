@@ -2,14 +2,17 @@
 
 import dataclasses
 import errno
+import json
 import resource
 import shutil
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers", reason="latents need diffusers")
 from latent_toys import CFG, contents, make_cache, make_toys, pictures_of, shard
@@ -20,7 +23,7 @@ from bitflow_edu.io.shards import Latents, sha256_of
 from bitflow_edu.scale import latents
 from bitflow_edu.scale.autoencoder import load_vae, tiny_vae
 from bitflow_edu.scale.image_sources import FolderSource, TarSource, center_crop, synthetic_tar
-from bitflow_edu.scale.latents import CacheConfig, cache_latents
+from bitflow_edu.scale.latents import CacheConfig, cache_latents, latents_report
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +281,86 @@ def test_sizes_that_do_not_fit_are_refused(source, vae, tmp_path):
         cache_latents(source, tmp_path / "out", vae, dataclasses.replace(CFG, image_size=17))
     with pytest.raises(BitflowError, match="nothing can be encoded"):
         CacheConfig(precision="fp8")
+
+
+def tars_of(tmp_path, pieces):
+    """Shards of the numbered pictures, and their pattern."""
+    for k, numbers in enumerate(pieces):
+        (tmp_path / f"t-{k}.tar").write_bytes(synthetic_tar(numbers))
+    return f"{tmp_path}/t-{{0..{len(pieces) - 1}}}.tar"
+
+
+def test_labels_say_how_many_classes_a_tar_has(vae, tmp_path):
+    index = cache_latents(TarSource(tars_of(tmp_path, [(0, 2), (1, 3)])), tmp_path / "o", vae, CFG)
+    assert index["classes"] == ["0", "1"] and index["total"] == 4
+    given = cache_latents(TarSource(f"{tmp_path}/t-0.tar", 5), tmp_path / "five", vae, CFG)
+    assert given["classes"] == list("01234")
+
+
+def test_a_cache_begun_with_the_old_default_goes_on(vae, tmp_path):
+    """Earlier versions wrote 1000 classes into the settings where nobody gave a number."""
+    out, pattern = tmp_path / "out", tars_of(tmp_path, [(0, 2), (1, 3)])
+    first = cache_latents(TarSource(pattern), out, vae, CFG)
+    settings = json.loads((out / "settings.json").read_text())
+    settings["source"]["num_classes"] = 1000
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert cache_latents(TarSource(pattern), out, vae, CFG)["shards"] == first["shards"]
+    with pytest.raises(BitflowError, match="source.num_classes = 1000, not 5"):
+        cache_latents(TarSource(pattern, 5), out, vae, CFG)
+
+
+def test_what_was_left_out_is_in_the_index_and_the_report(vae, toys, tmp_path):
+    pattern = tars_of(tmp_path, [(0, 1), (2, 3)])
+    with tarfile.open(tmp_path / "t-1.tar", "a") as tar:
+        for name in ("x.json", "y.txt", "._z.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    index = cache_latents(TarSource(pattern), tmp_path / "out", vae, CFG)
+    assert index["left_out"] == {"samples without an image": 2, "hidden": 1}
+    assert "2 samples without an image" in latents_report(index)
+    again = cache_latents(TarSource(pattern), tmp_path / "out", vae, CFG)
+    assert again == index, "counted once, also when it is all there already"
+    shutil.copytree(toys / "pictures", tmp_path / "p")
+    (next((tmp_path / "p").rglob("*.JPEG")).parent / "notes.txt").write_text("")
+    index = cache_latents(FolderSource(str(tmp_path / "p")), tmp_path / "folder", vae, CFG)
+    assert index["left_out"] == {"ending in .txt": 1} and ".txt" in latents_report(index)
+
+
+def test_no_image_at_all_is_an_error(vae, tmp_path):
+    (tmp_path / "t-0.tar").write_bytes(synthetic_tar([]))
+    with pytest.raises(BitflowError, match="no image was encoded"):
+        cache_latents(TarSource(f"{tmp_path}/t-0.tar"), tmp_path / "out", vae, CFG)
+    assert not (tmp_path / "out" / "index.json").exists()
+    for k in range(2):
+        place = tmp_path / "p" / "train" / "a"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{k}.png").write_bytes(b"no image")
+    with pytest.raises(BitflowError, match="no image was encoded: 2 cannot be decoded"):
+        cache_latents(FolderSource(str(tmp_path / "p")), tmp_path / "none", vae, CFG)
+
+
+def test_no_other_program_decodes_an_image(vae, toys, tmp_path):
+    """EPS under another name is what Ghostscript would be started for."""
+    shutil.copytree(toys / "pictures", tmp_path / "p")
+    spoilt = next((tmp_path / "p").rglob("*.JPEG"))
+    Image.new("RGB", (20, 20)).save(spoilt, "EPS")
+    index = cache_latents(FolderSource(str(tmp_path / "p")), tmp_path / "out", vae, CFG)
+    assert len(index["corrupt"]) == 1 and spoilt.name in index["corrupt"][0]
+
+
+NOTES = [b"", b"[]", b"null", b'{"name": "00000.safetensors"}', b'{"corrupt": 5}']
+
+
+@pytest.mark.parametrize("text", NOTES)
+def test_a_shard_with_a_damaged_note_is_made_again(source, vae, cache, tmp_path, text):
+    out = shutil.copytree(cache, tmp_path / "train")
+    (out / "shards" / "00000.json").write_bytes(text)
+    cache_latents(source, out, vae, CFG)
+    assert contents(out) == contents(cache)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"source": 5}'])
+def test_damaged_settings_are_named(source, vae, cache, tmp_path, text):
+    out = shutil.copytree(cache, tmp_path / "train")
+    (out / "settings.json").write_text(text)
+    with pytest.raises(BitflowError, match=r"settings\.json"):
+        cache_latents(source, out, vae, CFG)

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 from .options import Budget, Common, command_line
 from ..data import load_data
+from ..io.datasets import count_classes
 from ..io.files import BitflowError, check_writable
+from ..io.models import newest_checkpoint, read_config
 from ..io.results import save_results
-from ..lab.preset_fields import read_preset, split_fields, with_words
-from ..lab.presets import Preset, check_pair_preset, find_preset
+from ..lab.preset_fields import read_preset, read_tree, split_fields, to_words, with_words
+from ..lab.presets import Preset, check_pair_preset, find_preset, with_num_classes
+from ..lab.sampling import FLOWS
 from ..tarflow import TARFlowConfig
 
 # %% auto #0
@@ -24,7 +28,54 @@ def preset_of(args: Common) -> Preset:
     preset = find_preset(args.preset)
     if args.config:
         preset = read_preset(args.config, preset)
-    return with_words(preset, split_fields(args.changes)[1])
+    preset = with_words(preset, split_fields(args.changes)[1])
+    return with_classes_of_data(preset, args)
+
+# %% ../../nbs/cli/common.ipynb #e56b89f3
+def num_classes_given(args: Common) -> bool:
+    "Whether a field beside the preset, or of the YAML file, says how many classes there are."
+    words = split_fields(args.changes)[1]
+    if args.config:
+        words |= to_words(read_tree(args.config))
+    return any(name.endswith(".num_classes") for name in words)
+
+
+def classes_of_model(args: Common, preset: Preset) -> int | None:
+    "The classes of the run that goes on, or of the F that is named; None without such a model."
+    resumed = getattr(args, "resume", False)
+    if hasattr(args, "forward"):
+        folder = run_folder(args.forward, preset, "forward")
+    elif resumed and hasattr(args, "batch_size"):
+        folder = run_folder(args.out, preset, "forward")
+    elif resumed:
+        folder = args.out / "forward"
+    else:
+        return None
+    try:
+        return read_config(newest_checkpoint(folder), FLOWS[type(preset.forward)]).num_classes
+    except BitflowError:  # what is wrong with it is said when it is loaded
+        return None
+
+# %% ../../nbs/cli/common.ipynb #d3e4d058
+def with_classes_of_data(preset: Preset, args: Common) -> Preset:
+    "The preset with as many classes as its model or its data have. Raises `BitflowError`."
+    named, known = count_classes(preset.data, args.data_root), classes_of_model(args, preset)
+    wanted, given = preset.data.num_classes, num_classes_given(args)
+    if known is not None and (named is None or known >= named):
+        if named is not None and known > named:
+            what = f"the model knows {known} classes, but the data have {named}"
+            warnings.warn(f"{what}: its samples of the others mean nothing", stacklevel=2)
+        return preset if given else with_num_classes(preset, known)
+    if named is None or named == wanted:
+        return preset
+    if given:
+        parts = [p for p in ("data", "forward", "reverse") if getattr(preset, p) is not None]
+        options = " ".join(f"--{part}.num-classes {named}" for part in parts)
+        raise BitflowError(
+            f"the data have {named} classes, but num_classes {wanted} was given; "
+            f"give {options}, or leave num_classes out"
+        )
+    return with_num_classes(preset, named)
 
 # %% ../../nbs/cli/common.ipynb #0a73f421
 def said_once(args: Budget, stage: str):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,11 @@ from torch import Tensor
 from torchvision import datasets
 
 from .files import BitflowError, asset, first_sentence, read_arrays
-from .shards import Latents, read_latents
+from .images import IMAGE_SUFFIXES, find_images, left_out_line, open_image
+from .shards import Latents, read_index, read_latents
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'DataConfig', 'data_root', 'folder_classes', 'image_files', 'resize', 'check_arrays', 'read_split',
-           'described']
+__all__ = ['DataConfig', 'data_root', 'folder_classes', 'image_files', 'resize', 'check_arrays', 'read_split', 'described']
 
 # %% ../../nbs/io/datasets.ipynb #0a1853f7
 CHANNELS = {"imagenet-latents": (4,)}  # of data that are no 8-bit images
@@ -100,20 +102,12 @@ def load_cifar10(root: Path | None, split: str) -> Arrays:
     names = (f"{split}_jpeg", f"{split}_offsets", f"{split}_labels", "classes")
     blob, ends, labels, classes = read_arrays(path, *names)
     images = []
-    for a, b in zip(ends[:-1], ends[1:]):
-        image = Image.open(io.BytesIO(blob[a:b].tobytes()))
-        images.append(np.asarray(image.convert("RGB")))
+    for i, (a, b) in enumerate(zip(ends[:-1], ends[1:])):
+        image = io.BytesIO(blob[a:b].tobytes())
+        images.append(np.asarray(open_image(image, "RGB", f"{path}, image {i} of {split}")))
     return np.stack(images).transpose(0, 3, 1, 2), labels, tuple(str(c) for c in classes)
 
-# %% ../../nbs/io/datasets.ipynb #573d5553
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-
 # %% ../../nbs/io/datasets.ipynb #6d61e576
-def is_image(path: Path) -> bool:
-    "A file with a known suffix."
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-
-
 def class_folders(
     folder: Path,  # `root/train` or `root/test`
 ) -> list[str]:  # sorted
@@ -142,28 +136,41 @@ def folder_classes(root: Path | None, split: str) -> tuple[str, ...]:
     return tuple(classes)
 
 # %% ../../nbs/io/datasets.ipynb #370a386a
-def image_files(root: Path, split: str, classes: tuple[str, ...]) -> tuple[list, np.ndarray]:
-    "The image files of a split and their labels."
-    paths, labels = [], []
+def labelled_files(
+    root: Path, split: str, classes: tuple[str, ...]
+) -> tuple[list[Path], np.ndarray, Counter]:
+    "The image files of a split, their labels, and how many files were left out, by reason."
+    paths, labels, left_out = [], [], Counter()
     for label, name in enumerate(classes):
         folder = root / split / name
-        found = sorted(f for f in folder.rglob("*") if is_image(f))
-        if folder.is_dir() and not found:
+        if not folder.is_dir():
+            continue
+        found, others = find_images(folder)
+        if not found:
             problem = f"class folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})"
-            raise BitflowError(f"{problem}; fill it or remove it")
+            seen = f"; {left_out_line(others)}" if others else ""
+            raise BitflowError(f"{problem}; fill it or remove it{seen}")
         paths += found
         labels += [label] * len(found)
-    return paths, np.array(labels, dtype=np.int64)
+        left_out += others
+    beside = sum(not entry.is_dir() for entry in (root / split).iterdir())
+    left_out += Counter({"beside the class folders": beside})
+    return paths, np.array(labels, dtype=np.int64), left_out
+
+# %% ../../nbs/io/datasets.ipynb #4b1dbd85
+def image_files(root: Path, split: str, classes: tuple[str, ...]) -> tuple[list, np.ndarray]:
+    "The image files of a split and their labels; a warning says what was left out."
+    paths, labels, left_out = labelled_files(root, split, classes)
+    if left_out:
+        warnings.warn(
+            f"{root / split}: {len(paths)} images; {left_out_line(left_out)}", stacklevel=2
+        )
+    return paths, labels
 
 # %% ../../nbs/io/datasets.ipynb #ce7752bd
 def read_square(path: Path, size: int, channels: int) -> np.ndarray:
     "The largest centred square of an image file, resized: uint8 `(channels, size, size)`."
-    try:
-        with Image.open(path) as image:
-            image = image.convert("L" if channels == 1 else "RGB")
-    except Exception as e:
-        problem = f"{path} is no readable image"
-        raise BitflowError(f"{problem}; replace or remove the file ({first_sentence(e)})") from e
+    image = open_image(path, "L" if channels == 1 else "RGB")
     pixels = np.asarray(ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -256,3 +263,18 @@ def described(
     root = data_root(root)
     lossy = cfg.name == "cifar10" and root and (root / "cifar10_jpeg.npz").exists()
     return f"{cfg.name}, JPEG copy" if lossy else cfg.name
+
+# %% ../../nbs/io/datasets.ipynb #e47d8311
+def count_classes(cfg: DataConfig, root: str | Path | None = None) -> int | None:
+    "How many classes the data at `root` have, without loading them; None where they are missing."
+    root = data_root(root)
+    splits = [split for split in ("train", "test") if root and (root / split).is_dir()]
+    copy = root and root / "cifar10_jpeg.npz"
+    if cfg.name == "image-folder":
+        return len(folder_classes(root, splits[0])) if splits else None
+    if cfg.name == "imagenet-latents":
+        found = [root / split for split in splits if (root / split / "index.json").exists()]
+        return len(read_index(found[0])["classes"]) if found else None
+    if cfg.name == "cifar10" and copy and copy.exists():
+        return len(read_arrays(copy, "classes")[0])
+    return 10

@@ -43,16 +43,70 @@ def check_shard(path: Path, note: dict, verify: bool = True):
         )
 
 # %% ../../nbs/io/shards.ipynb #d8c65385
-def checked_index(folder: Path, verify: bool) -> dict:
-    "The index of finished latents whose shards are all there. Raises `BitflowError`."
-    index = read_json(
-        folder / "index.json", "run bitflow cache-latents again, into the same folder to finish it"
-    )
+AGAIN = "run bitflow cache-latents again, into the same folder to finish it"
+
+
+def is_count(value) -> bool:
+    "A whole number that is not negative, as JSON gave it, and that a tensor can hold."
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def is_names(value) -> bool:
+    "A list of texts."
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def is_tally(value) -> bool:
+    "How many of each, by name."
+    return isinstance(value, dict) and all(map(is_count, value.values()))
+
+
+def is_note(note) -> bool:
+    "The note of a shard: name, count, bytes and checksum."
+    if not isinstance(note, dict) or not is_names([note.get("name"), note.get("sha256")]):
+        return False
+    plain = note["name"] not in ("", ".", "..") and not set(note["name"]) & set("/\\:\0")
+    return plain and is_count(note.get("count")) and is_count(note.get("bytes"))
+
+
+def is_number(value) -> bool:
+    "A finite number, as JSON gave it."
+    return isinstance(value, int | float) and -1e30 < value < 1e30
+
+
+def wrong_in(index) -> str:
+    "The first key of an index whose value cannot be right; empty where all can."
+    shape, vae = index.get("shape"), index.get("vae")
+    scaling = vae if isinstance(vae, dict) else {}
+    right = {
+        "shards": isinstance(index.get("shards"), list) and all(map(is_note, index["shards"])),
+        "classes": is_names(index.get("classes")),
+        "shape": isinstance(shape, list) and len(shape) == 3 and all(map(is_count, shape)),
+        "vae": all(is_number(scaling.get(f"{key}_factor")) for key in ("scaling", "shift")),
+    }
+    return next((key for key, fits in right.items() if not fits), "")
+
+# %% ../../nbs/io/shards.ipynb #41da418a
+def read_index(folder: Path) -> dict:
+    "The index of finished latents, its values checked; no shard is looked at. `BitflowError`."
+    path = folder / "index.json"
+    index = read_json(path, AGAIN)
+    if not isinstance(index, dict):
+        raise BitflowError(f"{path} holds no index but {str(index)[:40]!r}; {AGAIN}")
     if index.get("version") != VERSION:
         raise BitflowError(
-            f"{folder} holds latents of version {index.get('version')}, "
+            f"{folder} holds latents of version {str(index.get('version'))[:40]}, "
             f"this is bitflow_edu for version {VERSION}; encode the images again"
         )
+    if wrong := wrong_in(index):
+        value = str(index.get(wrong, "missing"))[:80]
+        raise BitflowError(f"{path} is damaged: {wrong} is {value}; {AGAIN}")
+    return index
+
+
+def checked_index(folder: Path, verify: bool) -> dict:
+    "The index of finished latents whose shards are all there. Raises `BitflowError`."
+    index = read_index(folder)
     for note in index["shards"]:
         check_shard(folder / "shards" / note["name"], note, verify)
     return index
@@ -85,6 +139,19 @@ def map_shard(path: Path) -> dict:
             "make it again with bitflow cache-latents"
         ) from e
 
+
+def shard_labels(path: Path, count: int, shape: tuple[int, ...]) -> Tensor:
+    "The labels of a shard `(count,)`, whose moments fit the index. Raises `BitflowError`."
+    tensors = map_shard(path)
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    moments = (torch.float16, (count, 2, 2, *shape))
+    if found != {"moments": moments, "labels": (torch.int64, (count,))}:
+        raise BitflowError(
+            f"shard {path} holds {found}, not float16 moments {moments[1]} and int64 labels; "
+            "make it again with bitflow cache-latents"
+        )
+    return tensors["labels"].clone()
+
 # %% ../../nbs/io/shards.ipynb #4b9b1d0b
 class Latents:
     "Encoded images on disk: a dataset for `train`."
@@ -94,10 +161,12 @@ class Latents:
         self.window, self.index = window, checked_index(Path(folder), verify)
         self.paths = [Path(folder) / "shards" / s["name"] for s in self.index["shards"]]
         self.shard = lru_cache(maxsize=2 * window)(lambda s: map_shard(self.paths[s]))
-        self.labels = torch.cat([map_shard(path)["labels"].clone() for path in self.paths])
         self.counts = tuple(s["count"] for s in self.index["shards"])
         self.ends = torch.tensor(self.counts).cumsum(0)
         self.classes, self.shape = tuple(self.index["classes"]), tuple(self.index["shape"])
+        shards = zip(self.paths, self.counts)
+        labels = [shard_labels(path, count, self.shape) for path, count in shards]
+        self.labels = torch.cat([torch.empty(0, dtype=torch.int64), *labels])
 
     def __len__(self):
         return len(self.labels)
@@ -134,7 +203,12 @@ def check_latents(found: Latents, folder: Path, cfg):
         )
     if not len(found):
         raise BitflowError(f"{folder} holds no latents; encode some images")
-    top = int(found.labels.max())
+    top, lowest = int(found.labels.max()), int(found.labels.min())
+    if lowest < 0 or top >= len(found.classes):
+        raise BitflowError(
+            f"{folder} holds labels from {lowest} to {top}, but names for {len(found.classes)} "
+            "classes; encode the images again"
+        )
     if top >= cfg.num_classes:
         raise BitflowError(
             f"{folder} holds label {top}, which is out of range for {cfg.num_classes} classes; "

@@ -318,14 +318,22 @@ def with_strategy(preset: Preset, strategy: str) -> Preset:
     reverse = replace(preset.reverse, token_states=needs_token_states(strategy))
     return replace(preset, objective=objective, reverse=reverse)
 
+# %% ../../nbs/lab/presets.ipynb #d3318470
+def with_num_classes(preset: Preset, num_classes: int) -> Preset:
+    "The same preset for data of so many classes: the number stands in the data, F and G."
+    parts = {name: getattr(preset, name) for name in ("data", "forward", "reverse")}
+    changed = {k: replace(v, num_classes=num_classes) for k, v in parts.items() if v is not None}
+    return replace(preset, **changed)
+
 # %% ../../nbs/lab/presets.ipynb #7f34623e
-def check_same(a: str, b: str, names: tuple, preset: Preset):
-    "Refuse two parts of a preset that disagree about a field."
+def check_same(parts: tuple, names: tuple, preset: Preset):
+    "Refuse parts of a preset that disagree about a field, naming every place where it stands."
+    parts = [part for part in parts if getattr(preset, part) is not None]
     for name in names:
-        one, other = (getattr(getattr(preset, part), name) for part in (a, b))
-        if one != other:
-            what = f"{a}.{name} is {one} but {b}.{name} is {other}"
-            raise BitflowError(f"{what}; they must agree: change both")
+        said = {f"{part}.{name}": getattr(getattr(preset, part), name) for part in parts}
+        if len(set(said.values())) > 1:
+            what = ", ".join(f"{place} is {value}" for place, value in said.items())
+            raise BitflowError(f"{what}; they must agree: set {', '.join(said)} to one value")
 
 # %% ../../nbs/lab/presets.ipynb #68eb1070
 # what a flow alone lacks
@@ -334,8 +342,7 @@ PARTS = {"reverse": ReverseConfig, "train_reverse": TrainConfig, "objective": Ob
 
 def check_preset(preset: Preset) -> Preset:
     "The preset itself, refused where its parts contradict each other."
-    shape = ("image_size", "channels", "num_classes")
-    check_same("data", "forward", shape, preset)
+    check_same(("data", "forward", "reverse"), ("image_size", "channels", "num_classes"), preset)
     missing = [name for name in PARTS if getattr(preset, name) is None]
     if len(missing) == len(PARTS):
         return preset
@@ -346,7 +353,7 @@ def check_preset(preset: Preset) -> Preset:
     if not isinstance(preset.forward, TARFlowConfig):
         way_out = "set reverse, train_reverse and objective to null, or give a TARFlow"
         raise BitflowError(f"only a TARFlow has an inverse G to learn; {way_out}")
-    check_same("forward", "reverse", (*shape, "patch_size", "num_blocks"), preset)
+    check_same(("forward", "reverse"), ("patch_size", "num_blocks"), preset)
     check_objective(preset)
     return preset
 

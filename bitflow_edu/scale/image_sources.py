@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
-import re
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import to_model_range
-from ..io.datasets import IMAGE_SUFFIXES, folder_classes, image_files
+from ..io.datasets import folder_classes, image_files, labelled_files
 from ..io.files import BitflowError, first_sentence, report_write_errors, write_atomically
+from ..io.images import MAX_BYTES, MAX_PIXELS, decoded, naming
 from ..io.processes import SINGLE_PROCESS
+from ..io.shards import is_names, is_tally
+from .tars import MAX_CLASSES, EncodedImage, expand, read_tar
 
 # %% auto #0
 __all__ = ['TOY_CLASSES', 'synthetic_picture', 'as_jpeg', 'synthetic_images', 'center_crop', 'find_source']
@@ -80,60 +82,82 @@ def synthetic_tar(pictures, size: int = 40) -> bytes:
     return buffer.getvalue()
 
 # %% ../../nbs/scale/image_sources.ipynb #f0024e85
-def center_crop(
-    data: bytes,  # of an image file
-    size: int,  # pixels a side
-) -> Tensor:  # uint8 `(3, size, size)`
-    "The centre of an image, cut as ADM does. Raises Pillow's errors for bytes that are no image."
-    with Image.open(io.BytesIO(data)) as image:
-        image = image.convert("RGB")
+def square_of(image: Image.Image, size: int) -> Tensor:
+    "The centre of an RGB image, cut as ADM does: uint8 `(3, size, size)`. `BitflowError`."
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(s // 2 for s in image.size), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
     shape = tuple(round(s * scale) for s in image.size)
+    if shape[0] * shape[1] > MAX_PIXELS:
+        long, short = max(image.size), min(image.size)
+        raise BitflowError(f"its sides {long} and {short} are too unlike for a square of {size}")
     image = image.resize(shape, resample=Image.Resampling.BICUBIC)
     left, top = ((s - size) // 2 for s in image.size)
     cut = np.array(image)[top : top + size, left : left + size]
     return torch.from_numpy(cut.transpose(2, 0, 1).copy())
 
+# %% ../../nbs/scale/image_sources.ipynb #2788716d
+def center_crop(
+    data: bytes,  # of an image file
+    size: int,  # pixels a side
+    name: str = "the data",  # of the file, for the message
+) -> Tensor:  # uint8 `(3, size, size)`
+    "The centre of an image, cut as ADM does. Raises `BitflowError` for what is no image."
+    with naming(name):
+        return square_of(decoded(io.BytesIO(data)), size)
+
 # %% ../../nbs/scale/image_sources.ipynb #92e58c8e
-@dataclass(frozen=True)
-class EncodedImage:
-    "An image as its source holds it."
-
-    name: str  # to name it in a report
-    data: bytes  # of the image file
-    label: int
-
-
 @dataclass(frozen=True)
 class ShardSource:
     "An opened source."
 
-    classes: tuple[str, ...]  # a name for every label
+    classes: tuple[str, ...]  # a name for every label; empty: as many as the labels say
     names: tuple[str, ...]  # of the pieces
-    read: object  # k → the `EncodedImage` images of piece k, in order
+    # (k, what was left out: a `Counter` that is added to) → `EncodedImage`s of piece k, in order
+    read: object
+    left_out: dict  # what was left out before any piece was read, by reason
 
 # %% ../../nbs/scale/image_sources.ipynb #f66ac0cd
+def is_text(name: str) -> bool:
+    "Whether a file's name can be written as UTF-8; on Linux it may be any bytes."
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def list_folder(
     root: Path,  # holds `<split>/<class>/<image>`
     split: str,
-) -> str:  # a line of JSON (classes), then `<label> TAB <class>/<file>` for each image
+) -> str:  # a line of JSON (classes, left out), then `<label> TAB <class>/<file>` for each image
     "All images of a split, shuffled once and for all. Raises `BitflowError` where there are none."
     folder, classes = root / split, folder_classes(root, split)
-    lines = []
-    for label, name in enumerate(classes):
-        files = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
-        images = [f.name for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
-        lines += [f"{label}\t{name}/{image}" for image in images]
-    if not lines:
+    paths, labels, left_out = labelled_files(root, split, classes)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    for name in names:
+        if {"\n", "\r"} & set(name) or not is_text(name):
+            raise BitflowError(f"{folder} has a file {name!r} that a list cannot hold; rename it")
+    order = np.random.default_rng(0).permutation(len(names))
+    head = json.dumps({"classes": classes, "left_out": left_out})
+    return "\n".join([head, *(f"{labels[i]}\t{names[i]}" for i in order)]) + "\n"
+
+# %% ../../nbs/scale/image_sources.ipynb #80161768
+def read_listing(path: Path) -> tuple[tuple[str, ...], dict, list[str]]:
+    "Classes, what was left out, and the lines of a listing. `BitflowError` for a damaged one."
+    try:
+        first, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        head = json.loads(first)
+        classes, left_out = tuple(head["classes"]), head.get("left_out", {})
+        labels = {int(line.split("\t", 1)[0]) for line in lines}
+        fits = all("\t" in line for line in lines) and labels <= set(range(len(classes)))
+        if not (lines and fits and is_names(head["classes"]) and is_tally(left_out)):
+            raise ValueError("a line names no image of a known class")
+        return classes, left_out, lines
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise BitflowError(
-            f"{folder} holds no <class>/<image> ({', '.join(IMAGE_SUFFIXES)}); "
-            "lay the images out so, or name another folder"
-        )
-    order = np.random.default_rng(0).permutation(len(lines))
-    head = json.dumps({"classes": classes})
-    return "\n".join([head, *(lines[i] for i in order)]) + "\n"
+            f"{path} is no listing of images, or damaged ({first_sentence(e)}); "
+            "delete it and all shards"
+        ) from e
 
 # %% ../../nbs/scale/image_sources.ipynb #968fbaed
 def read_files(folder: Path, lines: list):
@@ -164,130 +188,23 @@ class FolderSource:
     split: str = "train"
     per_shard: int = 2048  # images a piece
 
+    def __post_init__(self):
+        if self.per_shard < 1:
+            raise BitflowError(f"per_shard is {self.per_shard}; a shard holds 1 image at least")
+
     def open(self, out: Path, processes=SINGLE_PROCESS) -> ShardSource:
         "List the folder, or read the listing that `out` holds already."
         folder, path = Path(self.root) / self.split, out / "listing.tsv"
         processes.on_rank_zero(lambda: write_listing(path, Path(self.root), self.split))
-        head, *lines = path.read_text().rstrip("\n").split("\n")
-        classes, starts = json.loads(head)["classes"], range(0, len(lines), self.per_shard)
+        classes, left_out, lines = read_listing(path)
+        starts = range(0, len(lines), self.per_shard)
         parts = [lines[i : i + self.per_shard] for i in starts]
         names = tuple(f"images from {i}" for i in starts)
-        return ShardSource(tuple(classes), names, lambda k: read_files(folder, parts[k]))
 
-# %% ../../nbs/scale/image_sources.ipynb #57dc8cd3
-def braces(pattern: str) -> list:
-    "The names that `a-{000..127}.tar` or `{x,y}.tar` stands for, as in a shell."
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
-        return [pattern]
-    parts = found[1].split(",")
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
-        first, last = numbers.groups()
-        parts = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    return [name for part in parts for name in braces(before + part + after)]
+        def read(k: int, left_out: Counter = None):
+            return read_files(folder, parts[k])
 
-# %% ../../nbs/scale/image_sources.ipynb #a587b61e
-def find_tars(url: str) -> list:
-    "The tars that an address with `*` names, sorted where they were searched for."
-    import fsspec
-
-    fs, path = reached(url, lambda: fsspec.core.url_to_fs(url))
-    return sorted(fs.unstrip_protocol(p) for p in reached(url, lambda: fs.glob(path)))
-
-
-def expand(urls: str) -> list:
-    "The tars that a pattern with braces or `*` names. Raises `BitflowError` for none."
-    found = []
-    for url in braces(urls):
-        found += find_tars(url) if "*" in url else [url]
-    if not found:
-        raise BitflowError(f"no tar is named by {urls!r}; correct the pattern")
-    return found
-
-# %% ../../nbs/scale/image_sources.ipynb #7ad1a083
-def reached(url: str, call):
-    "`call()`, which goes to a disk or a network. Raises `BitflowError` with the address."
-    try:
-        return call()
-    except ImportError as e:
-        raise BitflowError(
-            f"{url} needs a package that is missing ({first_sentence(e)}); for s3:// it is: "
-            "pip install s3fs, for https:// pip install aiohttp, for gs:// pip install gcsfs"
-        ) from e
-    except Exception as e:
-        raise BitflowError(
-            f"{url} cannot be read ({first_sentence(e)}); "
-            "correct the address, or look whether it can be reached from here"
-        ) from e
-
-# %% ../../nbs/scale/image_sources.ipynb #529db8d9
-class Tail:
-    "A stream that remembers its last 1024 bytes."
-
-    def __init__(self, file):
-        self.file, self.last = file, b""
-
-    def read(self, n: int = -1) -> bytes:
-        "The next bytes."
-        data = self.file.read(n)
-        self.last = (self.last + data[-1024:])[-1024:]
-        return data
-
-    def ends_well(self) -> bool:
-        "Whether the rest of the stream ends as a whole tar does."
-        while self.read(1 << 20):
-            pass
-        return len(self.last) == 1024 and not any(self.last)
-
-# %% ../../nbs/scale/image_sources.ipynb #96849d0a
-def samples(tar: tarfile.TarFile):
-    "(key, {extension: bytes}) of a WebDataset shard; a key ends at the first dot of a file name."
-
-    def key(member):
-        folder, slash, name = member.name.rpartition("/")
-        return folder + slash + name.partition(".")[0]
-
-    files = (member for member in tar if member.isfile())
-    for name, members in itertools.groupby(files, key):
-        kinds = ((m.name[len(name) + 1 :].lower(), m) for m in members)
-        yield name, {kind: tar.extractfile(m).read() for kind, m in kinds}
-
-# %% ../../nbs/scale/image_sources.ipynb #18dcdd96
-def labelled(key: str, fields: dict, num_classes: int, url: str) -> EncodedImage | None:
-    "A sample, None where it has no image. `BitflowError` for a label missing or out of range."
-    image = next((data for kind, data in fields.items() if f".{kind}" in IMAGE_SUFFIXES), None)
-    if image is None:
-        return None
-    text = fields.get("cls", b"nothing").decode(errors="replace").strip()
-    if not text.isdecimal() or int(text) >= num_classes:
-        raise BitflowError(
-            f"{url}: {key}.cls says {text[:40]!r}, where a label from 0 to {num_classes - 1} "
-            "should stand; correct the shard, or the number of classes"
-        )
-    return EncodedImage(f"{url}:{key}", image, int(text))
-
-# %% ../../nbs/scale/image_sources.ipynb #d0d2310b
-def read_tar(url: str, num_classes: int):
-    "The images of a shard, read as a stream. `BitflowError` where it is missing or damaged."
-    import fsspec
-
-    try:
-        with reached(url, lambda: fsspec.open(url, "rb", compression="infer").open()) as file:
-            tail = Tail(file)
-            with tarfile.open(fileobj=tail, mode="r|", bufsize=1 << 18) as tar:
-                for key, fields in samples(tar):
-                    raw = labelled(key, fields, num_classes, url)
-                    if raw is not None:
-                        yield raw
-            if not tail.ends_well():
-                raise EOFError("the end mark is missing")
-    except BitflowError:
-        raise
-    except Exception as e:
-        raise BitflowError(
-            f"shard {url} is cut off or damaged ({first_sentence(e)}); fetch it again"
-        ) from e
+        return ShardSource(classes, names, read, left_out)
 
 # %% ../../nbs/scale/image_sources.ipynb #d726c1c8
 @dataclass(frozen=True)
@@ -295,20 +212,31 @@ class TarSource:
     "WebDataset shards with `<key>.jpg` (or another image) and `<key>.cls`."
 
     urls: str  # with {000..127} or *; on disk or on object storage
-    num_classes: int = 1000  # labels are 0 … num_classes − 1
+    num_classes: int | None = None  # labels are 0 … num_classes − 1; None: as the labels say
+
+    def __post_init__(self):
+        if self.num_classes is not None and not 1 <= self.num_classes <= MAX_CLASSES:
+            raise BitflowError(
+                f"num_classes {self.num_classes} must lie from 1 to {MAX_CLASSES:,}; "
+                "without it, the labels say how many there are"
+            )
 
     def open(self, out: Path = None, processes=SINGLE_PROCESS) -> ShardSource:
         "Find the shards' names; nothing is read yet."
         urls = expand(self.urls)
-        classes = tuple(str(c) for c in range(self.num_classes))
-        return ShardSource(classes, tuple(urls), lambda k: read_tar(urls[k], self.num_classes))
+        classes = tuple(str(c) for c in range(self.num_classes or 0))
+
+        def read(k: int, left_out: Counter = None):
+            return read_tar(urls[k], self.num_classes, left_out)
+
+        return ShardSource(classes, tuple(urls), read, {})
 
 # %% ../../nbs/scale/image_sources.ipynb #e13f2ff6
 def find_source(
     where: str | Path,  # a folder with `<split>/<class>/<image>`, or tars: address or pattern
     split: str = "train",  # of the folder
     per_shard: int = 2048,  # images a shard, from a folder
-    num_classes: int = 1000,  # in tars
+    num_classes: int | None = None,  # in tars; None: as many as their labels name
 ) -> FolderSource | TarSource:
     "What a user named: tars where it looks like an address or a pattern, else an image folder."
     where = str(where)
@@ -332,14 +260,10 @@ class FolderImages:
         "Images in [-1, 1] `(n, 3, size, size)` by number. `BitflowError` for a damaged file."
         return to_model_range(torch.stack([self.read(self.paths[i]) for i in index.tolist()]))
 
-    def read(self, path):
+    def read(self, path: Path) -> Tensor:
         "One file as uint8 `(3, size, size)`."
-        try:
-            return center_crop(path.read_bytes(), self.size)
-        except Exception as e:
-            raise BitflowError(
-                f"{path} is no readable image; replace or remove the file ({first_sentence(e)})"
-            ) from e
+        with naming(path):
+            return square_of(decoded(path), self.size)
 
 # %% ../../nbs/scale/image_sources.ipynb #5074506e
 @contextmanager
@@ -359,16 +283,25 @@ class StoredImages:
     def __init__(self, path: Path):
         self.path = path
         with reading_images(path):
-            self.file = zipfile.ZipFile(path).open("arr_0.npy")
+            archive = zipfile.ZipFile(path)
+            self.file = archive.open("arr_0.npy")
             version = np.lib.format.read_magic(self.file)
+            if version not in ((1, 0), (2, 0)):
+                raise ValueError(f"version {version} of NumPy's format")
             read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
             self.shape, fortran, dtype = read_header(self.file)
+            self.start = self.file.tell()
+            stored = archive.getinfo("arr_0.npy").file_size - self.start
         if len(self.shape) != 4 or dtype != np.uint8 or fortran or self.shape[3] not in (1, 3):
             raise BitflowError(
                 f"{path}: arr_0 is {dtype} {self.shape}, not images, uint8 (N, H, W, C); "
                 "name another file"
             )
-        self.start = self.file.tell()
+        if math.prod(self.shape) != stored or math.prod(self.shape[1:]) > MAX_BYTES:
+            raise BitflowError(
+                f"{path}: arr_0 says it is {self.shape} and holds {stored:,} bytes; "
+                f"an image may have {MAX_BYTES:,}; replace the file"
+            )
 
     def __len__(self):
         return self.shape[0]

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,22 +17,32 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from bitflow_edu.io.files import (
     BitflowError,
     check_same_settings,
-    first_sentence,
     read_json,
     report_write_errors,
     write_atomically,
 )
+from ..io.images import decoded, left_out_line
 from ..io.models import save_tensors
 from ..io.processes import SINGLE_PROCESS
-from ..io.shards import VERSION, Latents, check_shard, sha256_of
+from bitflow_edu.io.shards import (
+    AGAIN,
+    VERSION,
+    Latents,
+    check_shard,
+    is_names,
+    is_note,
+    is_tally,
+    sha256_of,
+    shard_labels,
+)
 from .autoencoder import latent_scale_shift, latent_shape, posterior_moments
-from .image_sources import EncodedImage, ShardSource, center_crop
+from .image_sources import ShardSource, center_crop, square_of
+from .tars import EncodedImage
 
 # %% auto #0
 __all__ = ['CacheConfig', 'latents_report', 'cache_latents', 'reading_rate', 'decoding_rate', 'feeding']
@@ -70,11 +81,19 @@ def settings_of(source, vae: nn.Module, cfg: CacheConfig) -> dict:
     scale, shift = latent_scale_shift(vae)
     own = {"weights": fingerprint(vae), "scaling_factor": scale, "shift_factor": shift}
     size, shape = cfg.image_size, list(latent_shape(vae, cfg.image_size))
-    found = {"version": VERSION, "source": dataclasses.asdict(source), "vae": own}
+    given = {name: value for name, value in vars(source).items() if value is not None}
+    found = {"version": VERSION, "source": given, "vae": own}
     return found | {"image_size": size, "precision": cfg.precision, "shape": shape}
 
 # %% ../../nbs/scale/latents.ipynb #23c95b53
-AGAIN = "run bitflow cache-latents again, into the same folder to finish it"
+def read_settings(path: Path, settings: dict) -> dict:
+    "The settings of a folder, without a number of classes that nobody gives any more."
+    old = read_json(path, AGAIN)
+    if not isinstance(old, dict) or not isinstance(old.get("source"), dict):
+        raise BitflowError(f"{path} holds no settings but {str(old)[:40]!r}; {AGAIN}")
+    if "num_classes" not in settings["source"]:  # an earlier version wrote its default, 1000
+        old["source"].pop("num_classes", None)
+    return old
 
 
 def open_cache(out: Path, settings: dict):
@@ -89,17 +108,25 @@ def open_cache(out: Path, settings: dict):
                 )
             write_atomically(path, json.dumps(settings, indent=1) + "\n")
     hint = "use the old setting, or name another folder with --out"
-    check_same_settings(read_json(path, AGAIN), settings, out, hint)
+    check_same_settings(read_settings(path, settings), settings, out, hint)
 
 # %% ../../nbs/scale/latents.ipynb #edbe8529
+def read_note(path: Path) -> dict:
+    "The note of a shard: size, checksum, and what was left out. `BitflowError` for a damaged one."
+    note = read_json(path, AGAIN)
+    if not (is_note(note) and is_names(note.get("corrupt")) and is_tally(note.get("left_out", {}))):
+        raise BitflowError(f"{path} is damaged: it holds {str(note)[:40]!r}; {AGAIN}")
+    return note
+
+
 def finished(out: Path, k: int) -> dict | None:
     "The note of shard k, None where the shard has yet to be made, or made again."
     shard, note = (out / "shards" / f"{k:05d}.{kind}" for kind in ("safetensors", "json"))
     try:
-        found = json.loads(note.read_text())
+        found = read_note(note)
         check_shard(shard, found)
         return found
-    except (OSError, ValueError, KeyError):  # a `BitflowError` is a `ValueError`
+    except (OSError, BitflowError):
         return None
 
 # %% ../../nbs/scale/latents.ipynb #d01458fe
@@ -117,12 +144,9 @@ def prefetch(items, call, pool: ThreadPoolExecutor, depth: int):
 def readable(raw: EncodedImage, size: int) -> tuple:
     "(square or None, label, what to report)."
     try:
-        return center_crop(raw.data, size), raw.label, raw.name
-    except UnidentifiedImageError:  # its own words name a place in memory
-        why = "no image that Pillow knows"
-    except Exception as e:
-        why = first_sentence(e)
-    return None, raw.label, f"{raw.name} ({why})"
+        return square_of(decoded(io.BytesIO(raw.data)), size), raw.label, raw.name
+    except BitflowError as e:
+        return None, raw.label, f"{raw.name} ({e})"
 
 # %% ../../nbs/scale/latents.ipynb #81764be9
 def good_images(raws, cfg: CacheConfig, pool: ThreadPoolExecutor, corrupt: list):
@@ -159,13 +183,17 @@ def encode_piece(
     return {"moments": torch.cat(found), "labels": torch.tensor(labels, dtype=torch.int64)}
 
 # %% ../../nbs/scale/latents.ipynb #f102f053
-def write_shard(out: Path, k: int, tensors: dict, corrupt: list) -> dict:
+def write_shard(
+    out: Path, k: int, tensors: dict, corrupt: list, left_out: dict | None = None
+) -> dict:
     "A shard, then its note: size, checksum, and what was left out."
     path = out / "shards" / f"{k:05d}.safetensors"
     with report_write_errors(out):
         save_tensors(tensors, path)
         note = {"name": path.name, "count": len(tensors["labels"]), "bytes": path.stat().st_size}
         note |= {"sha256": sha256_of(path), "corrupt": corrupt}
+        if left_out:
+            note["left_out"] = dict(left_out)
         write_atomically(path.with_suffix(".json"), json.dumps(note, indent=1) + "\n")
     return note
 
@@ -177,24 +205,42 @@ def make_shards(pieces: ShardSource, out: Path, vae: nn.Module, cfg: CacheConfig
         for k in tqdm(share, desc="shards", unit="shard", disable=not processes.main):
             note = finished(out, k)
             if note is None:
-                before = len(corrupt)
-                tensors = encode_piece(pieces.read(k), vae, cfg, pool, corrupt)
-                write_shard(out, k, tensors, corrupt[before:])
+                before, left_out = len(corrupt), Counter()
+                tensors = encode_piece(pieces.read(k, left_out), vae, cfg, pool, corrupt)
+                write_shard(out, k, tensors, corrupt[before:], left_out)
             else:
                 corrupt += note["corrupt"]
             check_corrupt(corrupt, cfg)
 
 # %% ../../nbs/scale/latents.ipynb #a285ddea
+def classes_of(pieces: ShardSource, out: Path, notes: list, shape: list) -> list:
+    "The names of the classes: the source's, else numbers up to the largest label in the shards."
+    if pieces.classes:
+        return list(pieces.classes)
+    top = -1
+    for note in notes:
+        labels = shard_labels(out / "shards" / note["name"], note["count"], tuple(shape))
+        top = max(top, int(labels.max())) if len(labels) else top
+    return [str(c) for c in range(top + 1)]
+
+
 def write_latents_index(
     pieces: ShardSource, out: Path, settings: dict, vae_name: str, cfg: CacheConfig
 ) -> dict:
-    "`index.json`: settings, shards, corrupt images. `BitflowError` as of `check_corrupt`."
-    notes = [read_json(out / "shards" / f"{k:05d}.json", AGAIN) for k in range(len(pieces.names))]
+    "`index.json`: settings, shards, what was left out. `BitflowError` for too much, or no image."
+    notes = [read_note(out / "shards" / f"{k:05d}.json") for k in range(len(pieces.names))]
     corrupt = [name for note in notes for name in note.pop("corrupt")]
+    left_out = sum((Counter(note.pop("left_out", {})) for note in notes), Counter(pieces.left_out))
     check_corrupt(corrupt, cfg)
     index = settings | {"vae": {"name": vae_name, **settings["vae"]}}
     index["total"] = sum(note["count"] for note in notes)
-    index |= {"classes": list(pieces.classes), "corrupt": corrupt, "shards": notes}
+    if not index["total"]:
+        raise BitflowError(
+            f"no image was encoded: {len(corrupt)} cannot be decoded; "
+            f"{left_out_line(left_out) or 'the source holds no others'}; name another source"
+        )
+    index["classes"] = classes_of(pieces, out, notes, settings["shape"])
+    index |= {"corrupt": corrupt, "left_out": dict(left_out), "shards": notes}
     with report_write_errors(out):
         write_atomically(out / "index.json", json.dumps(index, indent=1) + "\n")
     return index
@@ -209,7 +255,10 @@ def latents_report(index: dict) -> str:
         f"in {len(index['shards'])} shards, {size / 1e6:,.1f} MB",
         f"{len(corrupt)} images could not be decoded and are left out" + ":" * bool(corrupt),
     ]
-    return "\n".join(lines + [f"  {name}" for name in corrupt])
+    lines += [f"  {name}" for name in corrupt]
+    if line := left_out_line(index.get("left_out", {})):
+        lines.append(line)
+    return "\n".join(lines)
 
 # %% ../../nbs/scale/latents.ipynb #f5970486
 def cache_latents(
