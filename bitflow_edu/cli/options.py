@@ -173,14 +173,16 @@ class Evaluate(Common):
     # takes two passes.
     w: tuple[float, ...] = ()
     # mnist-cnn, effnet-lite0 or inception (FID): figures of all samples in a stream, over all
-    # processes, resumable; default for digits: FD[mnist-cnn] and label accuracy in memory, for
-    # other images inception.
+    # processes, resumable; default for presets of digits (mnist, mnist-mini): FD[mnist-cnn] and
+    # label accuracy in memory, for pairs of other images inception; a flow alone of other images
+    # is drawn from, and not compared.
     features: str | None = None
-    # File with Inception's weights, where they cannot be downloaded.
+    # File with Inception's weights, where they cannot be downloaded (in a stream).
     weights: Path | None = None
-    # Statistics of real images (.npz with mu and sigma); default: computed from the test images.
+    # Statistics of real images (.npz with mu and sigma), for a stream; default: computed from the
+    # test images.
     reference: Path | None = None
-    # Methods to measure in a stream: exact, exact+denoise, one-pass; default all, and real training
+    # Methods to measure: exact, exact+denoise, one-pass; default all, and in a stream real training
     # images for the floor.
     rows: tuple[str, ...] = ()
     # Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder.
@@ -189,9 +191,9 @@ class Evaluate(Common):
     batch_size: int = 128
     # Folder for what a stream has done so far; default runs/evaluate-<preset>.
     work: Path | None = None
-    # Go on with what is in that folder.
+    # Go on with what is in that folder, where it was made from the same weights and images.
     resume: bool = False
-    # Measure speed as well.
+    # Measure speed as well (of a pair, in a stream, or of a flow alone).
     timing: bool = True
     # Results file to write, and beside it a picture of the first samples; default
     # results/evaluate-<preset>.json.
