@@ -425,5 +425,5 @@ def training_record(folder: Path) -> list:
 
 def run_settings(folder: Path) -> dict:
     "What a run was trained with, from its `run.json`; nothing for weights without their run."
-    written = newest_checkpoint(Path(folder)).parents[1] / "run.json"
+    written = newest_checkpoint(Path(folder)).absolute().parent.parent / "run.json"
     return read_object(written, "name another run") if written.exists() else {}

@@ -324,9 +324,8 @@ def stream_settings(reference, network, cfg: StreamConfig, row: str, about: dict
 def check_measurements(found, path: Path):
     "Refuse what is no list of measurements."
     needed = {"row", "metric", "value", "unit", "n", "batch"}
-    if not isinstance(found, list) or not all(
-        isinstance(m, dict) and needed <= set(m) for m in found
-    ):
+    lines = found if isinstance(found, list) else [found]
+    if not lines or not all(isinstance(m, dict) and needed <= set(m) for m in lines):
         raise BitflowError(f"{path} is damaged: it holds no measurements; name another folder")
 
 
