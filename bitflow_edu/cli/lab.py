@@ -31,7 +31,7 @@ from ..io.models import load_model
 from ..io.results import hardware, load_result, measurement, save_results
 from ..lab import ablations, bench, recipes, reproduce
 from ..lab.bench_speed import bench_geometry
-from ..lab.evaluate import Evaluation, evaluate
+from ..lab.evaluate import Evaluation, check_drawn, evaluate
 from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..lab.report import draw_rows, sample_rows, write_report
 from ..tarflow import TARFlow
@@ -100,7 +100,7 @@ def run_bench(args: Bench):
 # %% ../../nbs/cli/lab.ipynb #379f91a2
 def table_stem(name: str, args: Ablate) -> str:
     "What a table's files are named: after its preset, and its steps if they are not the preset's."
-    steps = f"-{args.steps}-steps" if args.steps else ""
+    steps = f"-{args.steps}-steps" if args.steps is not None else ""
     return f"ablate-{name}-{preset_of(args).name}{steps}"
 
 # %% ../../nbs/cli/lab.ipynb #48756635
@@ -112,9 +112,10 @@ def tables_asked(args: Ablate) -> list:
     if names[0] not in known:
         choices = ", ".join(known)
         raise BitflowError(f"no ablation is named {args.table!r}; choose {choices}, or all")
-    if args.seeds < 1 or (args.workers or 1) < 1:
-        asked = f"--seeds {args.seeds} and --workers {args.workers}"
-        raise BitflowError(f"{asked} must be at least 1")
+    for name, least in (("seeds", 1), ("workers", 1), ("steps", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise BitflowError(f"--{name} {value} must be at least {least}")
     if not args.resume:
         for name in names:
             check_new_file(args.results / f"{table_stem(name, args)}.json")
@@ -123,7 +124,7 @@ def tables_asked(args: Ablate) -> list:
 # %% ../../nbs/cli/lab.ipynb #baa34638
 def workers_for(args: Ablate, device: str) -> int:
     "Trainings at a time: one on an accelerator, else one for each core and 2 GB of memory."
-    if args.workers:
+    if args.workers is not None:
         return args.workers
     if device != "cpu":
         return 1
@@ -135,7 +136,7 @@ def ablation_preset(args: Ablate) -> Preset:
     "The preset with the steps asked for."
     preset = preset_of(args)
     check_pair_preset(preset)
-    if args.steps:
+    if args.steps is not None:
         return replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps))
     return preset
 
@@ -159,9 +160,11 @@ def run_ablate(args: Ablate):
     jobs = ablations.jobs_of(names, preset, seeds)
     workers = workers_for(args, device)
     figures = ablations.run_jobs(jobs, args.out, device, workers, data_root=args.data_root)
-    for name in names:
-        found = ablations.table_measurements(name, preset, seeds, figures)
+    tables = {n: ablations.table_measurements(n, preset, seeds, figures) for n in names}
+    for name, found in tables.items():
         save_table(name, args, preset, found, time.perf_counter() - start)
+    for found in tables.values():
+        check_drawn(found)
 
 # %% ../../nbs/cli/lab.ipynb #59ec1224
 def run_guard(args: Reproduce):

@@ -127,6 +127,11 @@ def finite_values(found: list) -> list:
         warnings.warn(f"{', '.join(lost)}: not finite, so left out", stacklevel=2)
     return [m for m in found if math.isfinite(m["value"])]
 
+# %% ../../nbs/lab/evaluate.ipynb #0f8f54e5
+def finite_numbers(found: dict) -> dict:
+    "The values that are finite, which is all that JSON knows."
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
 # %% ../../nbs/lab/evaluate.ipynb #bd2fb2b6
 @torch.no_grad()
 def fidelity(

@@ -6,13 +6,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ..data import Images
-from ..io.files import BitflowError
+from ..io.files import BitflowError, read_json, report_write_errors, write_atomically
+from ..io.models import newest_checkpoint
 from ..io.processes import SINGLE_PROCESS
 from ..io.shards import Latents, sha256_of
 from .autoencoder import Decoded, latent_scale_shift
@@ -42,6 +44,11 @@ def model_fingerprint(model: nn.Module) -> str:
     if dataclasses.is_dataclass(cfg := getattr(model, "cfg", None)):
         return digest_of(fingerprint(model), dataclasses.asdict(cfg))
     return digest_of(fingerprint(model))
+
+
+def run_fingerprint(folder: Path) -> str:
+    "Of the newest weights in the folder of a run, or of a checkpoint's."
+    return digest_of(sha256_of(newest_checkpoint(folder) / "model.safetensors"))
 
 
 def autoencoder_fingerprint(vae: nn.Module) -> str:
@@ -110,3 +117,33 @@ def check_noted(noted: dict, needed: dict, where):
             f"{where} was made by an earlier version, which did not note from what weights and "
             "images, so that it may be out of date; name another folder"
         )
+
+# %% ../../nbs/scale/fingerprints.ipynb #3cde0e74
+def note_images(folder: Path, images: str):
+    "Note what a training sees in its folder, or refuse one that saw other images."
+    note, needed = folder / "images.json", {"real_images": images}
+    if note.exists():
+        noted = read_json(note, "name another folder")
+    else:
+        noted = {} if folder.is_dir() and any(folder.iterdir()) else needed
+    if not isinstance(noted, dict):
+        raise BitflowError(f"{note} is damaged; name another folder")
+    check_noted(noted, needed, folder)
+    if noted != needed:
+        raise BitflowError(
+            f"{folder} was trained on other images than those that are there now "
+            f"({noted['real_images']}, not {images}); name another folder"
+        )
+    with report_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps(needed) + "\n")
+
+# %% ../../nbs/scale/fingerprints.ipynb #bcf3976a
+def stored_figures(file: Path, about: dict) -> dict:
+    "Numbers that were measured before, where they were made from the same; else a fresh start."
+    try:
+        found = json.loads(file.read_text())
+        same = found["made_from"] == about and all(isinstance(v, dict) for v in found.values())
+    except (OSError, ValueError, TypeError, KeyError):  # none, damaged, or of an earlier version
+        same = False
+    return found if same else {"made_from": about}
