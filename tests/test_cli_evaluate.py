@@ -150,7 +150,7 @@ def test_every_option_is_used_or_refused(runs, tmp_path, capsys, monkeypatch, op
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-@pytest.mark.parametrize("option", ["--reference no.npz", "--batch-size 0", "--weights no.pth"])
+@pytest.mark.parametrize("option", ["--reference no.npz", "--batch-size 0", "--weights weights"])
 def test_options_of_a_stream_are_looked_at(runs, tmp_path, capsys, option):
     words = f"evaluate {SMOKE} --forward {runs}/f --out {tmp_path}/e.json --features mnist-cnn"
     refused(f"{words} --work {tmp_path}/w {option}", capsys, option.split()[-1])

@@ -17,6 +17,7 @@ from ..io.datasets import described
 from ..io.files import BitflowError, check_new_file, report_write_errors
 from ..io.models import find_device, load_model, newest_checkpoint
 from bitflow_edu.lab.evaluate import (
+    MOST_IN_MEMORY,
     Evaluation,
     Judge,
     are_digits,
@@ -37,7 +38,7 @@ from ..scale.distributed import find_processes
 from ..scale.feature_networks import find_features
 from ..scale.fid import import_reference, make_reference, reference_path
 from ..scale.fingerprints import autoencoder_fingerprint
-from ..scale.streaming import StreamConfig
+from ..scale.streaming import MOST_SAMPLES, StreamConfig
 from ..tarflow import TARFlow
 
 # %% auto #0
@@ -160,8 +161,9 @@ STREAM_ONLY = ("weights", "reference", "batch_size", "work", "resume")
 def check_evaluate(args: Evaluate, preset: Preset, streamed: bool):
     "Refuse options that nothing can be measured with, or that would be ignored."
     n = number_of_samples(args, preset)
-    if n < 2:
-        raise BitflowError(f"--n {n}: a distance needs at least 2 samples, better 2000")
+    most = MOST_SAMPLES if streamed else MOST_IN_MEMORY
+    if not 2 <= n <= most:
+        raise BitflowError(f"--n {n}: give 2 samples at least, better 2000, and {most} at most")
     if not 0 <= args.seed < 2**53:
         raise BitflowError(f"--seed {args.seed} must be a whole number from 0 to 2^53 - 1")
     if args.batch_size < 1:

@@ -114,9 +114,16 @@ def network_for(test: Images, channels: int) -> FeatureNetwork | None:
         return None
 
 
+MOST_IN_MEMORY = 1_000_000  # samples of each method
+
+
 def stream_config(n: int, seed: int = 0) -> StreamConfig:
     "In memory: samples drawn 500 at a time and looked at 100 at a time, all features kept."
     check_enough(n)
+    if n > MOST_IN_MEMORY:
+        raise BitflowError(
+            f"{n} samples do not fit into memory, {MOST_IN_MEMORY} do; draw fewer, or a stream"
+        )
     return StreamConfig(n, batch_size=500, seed=seed, splits=min(n, 10), per_pass=100)
 
 # %% ../../nbs/lab/evaluate.ipynb #47418607
