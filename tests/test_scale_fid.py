@@ -32,6 +32,7 @@ from bitflow_edu.scale.fid import (
     read_reference,
     reference_in_memory,
     reference_path,
+    shared_territory,
 )
 from bitflow_edu.scale.image_sources import FolderImages, StoredImages
 from bitflow_edu.scale.streaming import Moments, collect, dataset_source, kept_mask
@@ -135,6 +136,45 @@ def test_broken_samples_stand_beside_the_distance_of_the_others(tiny, reference)
 def test_too_few_finite_samples_are_refused(n):
     with pytest.raises(BitflowError, match=f"{n} finite samples"):
         check_enough(n)
+
+
+def clouds(*sizes):
+    g = torch.Generator().manual_seed(1)
+    return [i / 20 + torch.rand(n, 12, generator=g) for i, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("size", [50, 1000])
+def test_what_rows_share_changes_no_bit(size):
+    """KID, precision and recall are those of lesson 06, for the first row and for the next."""
+    real, *rows = clouds(120, 90, 90, 130, 90)
+    known = Reference(*moments(real), real)
+    for fake in rows:
+        generator, values = torch.Generator().manual_seed(5), []
+        for _ in range(7):
+            n = min(size, len(real), len(fake))
+            a, b = (f[torch.randperm(len(f), generator=generator)[:n]] for f in (real, fake))
+            values.append(kid(a, b))
+        values = torch.tensor(values, dtype=torch.float64)
+        expected = values.mean().item(), values.std(correction=0).item()
+        assert kid_over_subsets(known, fake, 7, size, seed=5) == expected
+        for k in (1, 3):
+            assert shared_territory(known, fake, k) == precision_recall(real, fake, k)
+    real, fake = clouds(1300, 1100)
+    known = Reference(*moments(real), real)
+    assert shared_territory(known, fake, 3) == precision_recall(real, fake, 3)
+
+
+def test_kernel_distances_are_the_formula_to_the_bit():
+    a, b = clouds(40, 30)
+
+    def kernel(a, b):
+        return (a.double() @ b.double().T / 12 + 1) ** 3
+
+    def within(m):
+        return (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
+
+    own = within(kernel(a, a)) + within(kernel(b, b))
+    assert kid(a, b) == (own - 2 * kernel(a, b).mean()).item()
 
 
 def test_few_finite_samples_are_enough_for_every_metric(tiny, digits):
@@ -590,9 +630,10 @@ def test_kid_agrees_with_torchmetrics(tiny, digits):
     mean, std = theirs.compute()
     real = tiny.features(as_stored(digits[:120].x)).detach()
     fake = tiny.features(as_stored(samples(range(90)))).detach()
-    ours = kid_over_subsets(real, fake, 7, 50, seed=5)
+    known = Reference(*moments(real), real)
+    ours = kid_over_subsets(known, fake, 7, 50, seed=5)
     assert ours == pytest.approx((mean.item(), std.item()), rel=1e-4)
-    assert kid_over_subsets(real, fake, 1, 90) != kid(real, fake)  # 90 of the 120, not all
+    assert kid_over_subsets(known, fake, 1, 90)[0] != kid(real, fake)  # 90 of the 120, not all
 
 
 @pytest.mark.filterwarnings("ignore:Metric")

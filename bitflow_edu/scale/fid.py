@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation import check_features, distance_of_moments, kid, precision_recall
+from bitflow_edu.evaluation import (
+    ball_radii,
+    check_features,
+    distance_of_moments,
+    kernel_within,
+    pairwise_distances,
+    polynomial_kernel,
+)
 from bitflow_edu.io.files import (
     BitflowError,
     check_same_settings,
@@ -223,35 +230,80 @@ def gaussian_distance(a: Reference, b: Reference) -> float:
     return distance_of_moments((a.mu, a.sigma), (b.mu, b.sigma))
 
 # %% ../../nbs/scale/fid.ipynb #46c3666c
+@lru_cache(maxsize=2)
+def chosen_subsets(
+    reference: Reference,
+    num_fake: int,
+    device: str,  # to compute on
+    subsets: int,
+    size: int,  # of each
+    seed: int,  # of the choice
+) -> list:  # of (real features `(size, K)` by number, fake ones, `kernel_within` of the real ones)
+    "Random subsets of real and of fake features: the same for all rows with as many samples."
+    generator, found = torch.Generator().manual_seed(seed), []
+    real = reference.features.to(device).double()
+    for _ in range(subsets):
+        of_real, of_fake = (
+            torch.randperm(n, generator=generator)[:size] for n in (len(real), num_fake)
+        )
+        found.append((of_real, of_fake, kernel_within(real[of_real.to(device)])))
+    return found
+
+
 def kid_over_subsets(
-    real: Tensor,  # features `(N, K)`
+    reference: Reference,  # with features `(N, K)`
     fake: Tensor,  # features `(M, K)`
     subsets: int = 100,
     size: int = 1000,  # of each; fewer where there are fewer features
     seed: int = 0,  # of the choice
 ) -> tuple:  # mean and standard deviation over the subsets
     "Kernel distance as published: the mean over random subsets (arXiv 1801.01401)."
-    generator = torch.Generator().manual_seed(seed)
-    size = min(size, len(real), len(fake))
-
-    def pick(features):
-        return features[torch.randperm(len(features), generator=generator)[:size]]
-
-    values = [kid(pick(real), pick(fake)) for _ in range(subsets)]
+    device, size = str(fake.device), min(size, len(reference.features), len(fake))
+    real, fake, values = reference.features.to(device).double(), fake.double(), []
+    check_features(real, fake)
+    chosen = chosen_subsets(reference, len(fake), device, subsets, size, seed)
+    for of_real, of_fake, within_real in chosen:
+        a, b = real[of_real.to(device)], fake[of_fake.to(device)]
+        across = polynomial_kernel(a, b).mean()
+        values.append((within_real + kernel_within(b) - 2 * across).item())
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), values.std(correction=0).item()
 
+# %% ../../nbs/scale/fid.ipynb #ef515770
+@lru_cache(maxsize=2)
+def real_radii(reference: Reference, k: int, device: str) -> Tensor:
+    "The balls of the real images' features `(N,)`: the same for all rows."
+    return ball_radii(reference.features.to(device), k)
+
+
+def shared_territory(
+    reference: Reference,  # with features `(N, K)`
+    fake: Tensor,  # features `(M, K)`
+    k: int,  # neighbour that sets the size of a ball
+) -> tuple:  # precision, recall: shares in [0, 1]
+    "What `precision_recall` gives, to the bit, with each distance computed once."
+    real = reference.features.to(fake.device)
+    check_features(real, fake, least=k + 1)
+    of_real, precise = real_radii(reference, k, str(fake.device)), []
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=fake.device)
+    for part, of_fake in zip(fake.split(500), ball_radii(fake, k).split(500)):
+        apart = pairwise_distances(part, real)
+        precise.append((apart <= of_real).any(dim=1))
+        recalled |= (apart <= of_fake[:, None]).any(dim=0)
+    return torch.cat(precise).float().mean().item(), recalled.float().mean().item()
+
 # %% ../../nbs/scale/fid.ipynb #5d442d02
 def compared_one_by_one(
-    real: Tensor, fake: Tensor, network: FeatureNetwork, cfg: StreamConfig, say: Callable
+    reference: Reference, fake: Tensor, network: FeatureNetwork, cfg: StreamConfig, say: Callable
 ) -> list:
     "KID, precision and recall, from the kept features."
-    mean, spread = kid_over_subsets(real, fake, cfg.subsets, cfg.subset_size, cfg.seed)
+    mean, spread = kid_over_subsets(reference, fake, cfg.subsets, cfg.subset_size, cfg.seed)
+    real = reference.features
     pair, size = dict(kept=len(fake), kept_real=len(real)), min(len(real), len(fake))
     how = dict(spread=spread, subsets=cfg.subsets, subset_size=min(cfg.subset_size, size))
     found = [say(network.metric("kid"), mean, **how, **pair)]
     neighbours = min(cfg.neighbours, size - 1)
-    shares = zip(("precision", "recall"), precision_recall(real, fake, neighbours))
+    shares = zip(("precision", "recall"), shared_territory(reference, fake, neighbours))
     for kind, value in shares:
         found.append(say(network.metric(kind), value, neighbours=neighbours, **pair))
     return found
@@ -305,8 +357,7 @@ def figures(
         found.append(say(name, mean, spread=spread, splits=cfg.splits))
     if reference.features is not None and min(len(reference.features), len(stats.kept)) > 1:
         device = "cpu" if network.device == "mps" else network.device  # no float64 there
-        real, fake = reference.features.to(device), stats.kept.to(device)
-        found += compared_one_by_one(real, fake, network, cfg, say)
+        found += compared_one_by_one(reference, stats.kept.to(device), network, cfg, say)
     return found
 
 # %% ../../nbs/scale/fid.ipynb #a51e0c8b
