@@ -14,7 +14,7 @@ from .options import Evaluate
 from ..data import load_data
 from ..inverse_strategies import check_pair
 from ..io.datasets import described
-from ..io.files import BitflowError, check_new_file, report_write_errors
+from ..io.files import BitflowError, check_new_file
 from ..io.models import find_device, load_model, newest_checkpoint
 from bitflow_edu.lab.evaluate import (
     MOST_IN_MEMORY,
@@ -203,11 +203,9 @@ def evaluation_settings(args: Evaluate, preset: Preset, forward, reverse) -> dic
 # %% ../../nbs/cli/evaluate.ipynb #2a76f56e
 def save_picture(rows: dict, path: Path):
     "The first samples of every method as a picture."
+    path.parent.mkdir(parents=True, exist_ok=True)
     labels = {**METHODS, "real": "real training images"}
-    picture = draw_rows({labels.get(row, row): x for row, x in rows.items()})
-    with report_write_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.savefig(path, dpi=110)
+    draw_rows({labels.get(row, row): x for row, x in rows.items()}).savefig(path, dpi=110)
 
 # %% ../../nbs/cli/evaluate.ipynb #7b7d1326
 def run_evaluate(args: Evaluate):
@@ -215,22 +213,21 @@ def run_evaluate(args: Evaluate):
     preset, device, start = preset_of(args), find_device(args.device), time.perf_counter()
     out = args.out or Path(f"results/evaluate-{preset.name}.json")
     processes = find_processes(device)
-    streamed = is_streamed(args, preset, processes)
-    check_evaluate(args, preset, streamed)
     processes.on_rank_zero(lambda: check_new_file(out))
     F, G = load_pair(args, preset, device)
+    check_evaluate(args, preset, is_streamed(args, preset, processes))
     samplers = samplers_asked(args, F, G)
-    if streamed:
+    if is_streamed(args, preset, processes):
         done = evaluate_streamed(args, preset, F, G, samplers, device, processes)
     else:
         done = evaluate_in_memory(args, preset, F, G, samplers, device)
     found = done.measurements + training_lines(args, preset)
 
     def write():
-        config = evaluation_settings(args, preset, F, G)
-        write_figures(out, preset.name, args, config, found, start)
         if done.samples:
             save_picture(done.samples, out.with_suffix(".png"))
-        check_drawn(found)
+        config = evaluation_settings(args, preset, F, G)
+        write_figures(out, preset.name, args, config, found, start)
 
     processes.on_rank_zero(write)
+    check_drawn(found)
