@@ -1,8 +1,23 @@
 """`bitflow evaluate`: in memory, in a stream, and of a flow alone."""
 
 import json
+import math
+import shlex
+import shutil
 
+import numpy as np
+import pytest
+import torch
 from commands import GLOW, SMOKE, measurements, refused, run
+from safetensors.torch import load_file, save_file
+
+from bitflow_edu.cli import evaluate as cli
+from bitflow_edu.cli.main import main
+from bitflow_edu.cli.options import parse
+from bitflow_edu.io.files import asset
+from bitflow_edu.io.models import newest_checkpoint
+from bitflow_edu.lab.presets import find_preset
+from bitflow_edu.scale.feature_networks import FeatureNetwork
 
 
 def test_evaluate(runs, tmp_path, capsys):
@@ -56,6 +71,111 @@ def test_a_streamed_evaluation_has_a_floor_and_says_how_models_were_trained(
     run(f"{words} --rows one-pass --work again --out results/one.json")
     again = {m["row"] for m in measurements(tmp_path / "results/one.json")}
     assert again == {"one-pass", "guided, w = 0.5", "exact"}  # exact: F's training
+
+
+def with_weights(run_folder, folder, change):
+    """A copy of a run, its newest weights changed."""
+    shutil.copytree(run_folder, folder)
+    path = newest_checkpoint(folder) / "model.safetensors"
+    save_file({k: change(t) for k, t in load_file(path).items()}, path)
+    return folder
+
+
+def nan(t):
+    return torch.full_like(t, math.nan)
+
+
+@pytest.mark.filterwarnings("ignore:.*broken", "ignore:.*left out")
+@pytest.mark.parametrize("more", ["", "--features mnist-cnn --work WORK"])
+def test_a_broken_model_ends_with_2_and_with_its_results(runs, tmp_path, capsys, more):
+    """What could be measured is written, and the rest named."""
+    G = with_weights(runs / "g", tmp_path / "nan", nan)
+    words = f"evaluate {SMOKE} --forward {runs}/f --reverse {G} --n 20 --out {tmp_path}/e.json"
+    more = f"--no-timing {more.replace('WORK', str(tmp_path / 'work'))}"
+    refused_after_work(f"{words} {more}", capsys, "one-pass", "broken")
+    text = (tmp_path / "e.json").read_text()
+    found = {(m["row"], m["metric"]): m["value"] for m in measurements(tmp_path / "e.json")}
+    assert found["one-pass", "broken_samples"] == 1 and found["exact", "fd[mnist-cnn]"] > 0
+    assert "NaN" not in text and (tmp_path / "e.png").exists()
+
+
+def refused_after_work(line, capsys, *words):
+    """Code 2 and one sentence, after what was written."""
+    capsys.readouterr()
+    assert main(shlex.split(line)) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("bitflow: ")
+    for word in words:
+        assert word in said
+
+
+def test_work_of_other_weights_or_images_is_not_taken_over(runs, tmp_path, capsys):
+    """The same paths and as many images; only their content differs."""
+    F = shutil.copytree(runs / "f", tmp_path / "f")
+    data = tmp_path / "data"
+    data.mkdir()
+    mini = dict(np.load(asset("mnist-mini.npz")))
+    np.savez(data / "mnist-mini.npz", **mini)
+    words = f"evaluate {SMOKE} --forward {F} --features mnist-cnn --n 20 --no-timing --resume "
+    words += f"--work {tmp_path}/work --data-root {data} --out {tmp_path}"
+    run(f"{words}/a.json")
+    run(f"{words}/b.json")
+    assert measurements(tmp_path / "a.json") == measurements(tmp_path / "b.json")
+    for split in ("test", "train"):
+        changed = {**mini, f"{split}_images": mini[f"{split}_images"][::-1]}
+        np.savez(data / "mnist-mini.npz", **changed)
+        refused(f"{words}/c.json", capsys, "real_images", "name another folder")
+    np.savez(data / "mnist-mini.npz", **mini)
+    shutil.rmtree(F)
+    with_weights(runs / "f", F, lambda t: t * 1.001)
+    refused(f"{words}/c.json", capsys, "weights", "name another folder")
+    assert not (tmp_path / "c.json").exists()
+    run(f"{words}/c.json --work {tmp_path}/other")
+    timed = words.replace(" --no-timing", "")
+    run(f"{timed}/d.json --work {tmp_path}/other")
+    assert any(m["metric"] == "ms_per_image" for m in measurements(tmp_path / "d.json"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--reference no.npz", "--batch-size -7", "--batch-size 7", "--work w", "--resume"]
+    + ["--weights no.pth", "--vae no", "--w 0", "--w -1", "--w nan", "--rows bogus"]
+    + ["--n 1", "--n -3", "--n 1000000000000", "--seed -1"],
+)
+def test_every_option_is_used_or_refused(runs, tmp_path, capsys, monkeypatch, option):
+    """In memory, where there is no work to go on with, and no batch."""
+    monkeypatch.chdir(tmp_path)
+    words = f"evaluate {SMOKE} --forward {runs}/f --reverse {runs}/g --out e.json {option}"
+    refused(words, capsys, option.split()[0])
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize("option", ["--reference no.npz", "--batch-size 0", "--weights weights"])
+def test_options_of_a_stream_are_looked_at(runs, tmp_path, capsys, option):
+    words = f"evaluate {SMOKE} --forward {runs}/f --out {tmp_path}/e.json --features mnist-cnn"
+    refused(f"{words} --work {tmp_path}/w {option}", capsys, option.split()[-1])
+
+
+def test_few_samples_and_methods_named_twice(runs, tmp_path):
+    """No more splits than samples; each row is measured once."""
+    words = f"evaluate {SMOKE} --forward {runs}/f --reverse {runs}/g --n 4 --no-timing --w 1 1"
+    words += " --rows one-pass one-pass"
+    for more in ("", f"--features mnist-cnn --work {tmp_path}/w"):
+        out = tmp_path / f"e{len(more)}.json"
+        run(f"{words} {more} --out {out}")
+        rows = [m["row"] for m in measurements(out) if m["metric"] == "fd[mnist-cnn]"]
+        assert [row for row in rows if row != "real"] == ["one-pass", "guided, w = 1"]
+
+
+def test_data_decides_what_judges():
+    """Digits in memory, pairs of all other images in a stream; never the words for the classes."""
+    one = type("One", (), {"size": 1})
+    args, digits = parse(["evaluate"]), find_preset("mnist")
+    fashion, glow = find_preset("fashion-mnist"), find_preset("mnist-glow")
+    assert not cli.is_streamed(args, digits, one) and not cli.is_streamed(args, glow, one)
+    assert cli.is_streamed(args, fashion, one)
+    network = FeatureNetwork("mnist-cnn", None)
+    assert cli.knows_labels(network, digits) and not cli.knows_labels(network, fashion)
 
 
 def test_a_flow_alone(glow, tmp_path):

@@ -1,6 +1,7 @@
 """Ablation tables: what is trained, what is kept, and what is said about the order."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from bitflow_edu.evaluation import (
     load_classifier,
     precision_recall,
 )
+from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.results import measurement
 from bitflow_edu.lab import ablations
 from bitflow_edu.lab.ablations import (
@@ -36,6 +38,7 @@ from bitflow_edu.lab.hub import load_pretrained
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.sampling import SAMPLERS, WITHOUT_REVERSE, draw_all, noise_for
 from bitflow_edu.scale.fid import reference_in_memory
+from bitflow_edu.scale.fingerprints import note_images
 from bitflow_edu.scale.streaming import dataset_source
 
 SMOKE = find_preset("mnist-mini-smoke")
@@ -114,6 +117,7 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     assert main(words) == 2 and "exists already" in capsys.readouterr().err
     preset = lab.ablation_preset(options.parse(words))
     jobs = jobs_of(["denoising"], preset, range(2))
+    assert all((tmp_path / "runs" / t.key / "images.json").exists() for t in jobs)
     files = {t.key: tmp_path / "runs" / t.key / "figures.json" for t, ways in jobs.items() if ways}
     figures = {key: json.loads(file.read_text()) for key, file in files.items()}
     assert table_measurements("denoising", preset, range(2), figures) == result["measurements"]
@@ -126,6 +130,10 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
         (["denoising", "--preset", "mnist-minix"], "did you mean mnist-mini"),
         (["denoising", "--preset", "mnist-glow"], "flow alone"),
         (["denoising", "--seeds", "0"], "--seeds 0"),
+        (["denoising", "--steps", "0"], "--steps 0"),
+        (["denoising", "--steps", "-4"], "--steps -4"),
+        (["denoising", "--workers", "0"], "--workers 0"),
+        (["denoising", "--seed", "-1"], "--seed -1"),
     ],
 )
 def test_bad_words(words, say, tmp_path, monkeypatch, capsys):
@@ -182,11 +190,45 @@ def test_what_is_measured_already_is_not_measured_again(tmp_path, monkeypatch):
     training = Training(SMOKE, 0, "forward")
     folder = tmp_path / training.key
     folder.mkdir()
+    about = {"num_samples": 100, "train": "ab", "test": "cd", "weights": "ef", "forward": "ef"}
     stored = {"exact@0": {"params": 1}, "exact+denoise@0.5": {"params": 2}, "training": {}}
-    (folder / "figures.json").write_text(json.dumps(stored))
+    stored |= {"made_from": about}
+    file = folder / "figures.json"
     monkeypatch.setattr(ablations, "run_training", lambda *args: None)
+    monkeypatch.setattr(ablations, "made_from", lambda *args: dict(about))
+    monkeypatch.setattr(ablations, "measure", lambda *args: {"params": 3, "fd": math.nan})
+    monkeypatch.setattr(ablations, "anatomy", lambda *args: {"state_rms_0": 1.0})
+    monkeypatch.setitem(SAMPLERS, "exact", lambda *args: None)
+    monkeypatch.setitem(SAMPLERS, "exact+denoise", lambda *args: None)
     ways = [("exact", 0.0), ("exact+denoise", 0.5)]
-    assert ablations.measure_training(training, ways, tmp_path, "cpu") == stored
+
+    def measured(text):
+        file.write_text(text)
+        return ablations.measure_training(training, ways, tmp_path, "cpu")
+
+    assert measured(json.dumps(stored)) == stored
+    new = {"exact@0": {"params": 3}, "exact+denoise@0.5": {"params": 3}}
+    new |= {"training": {"state_rms_0": 1.0}, "made_from": about}
+    earlier = {name: found for name, found in stored.items() if name != "made_from"}
+    others = [stored | {"made_from": about | {name: "other"}} for name in about]
+    for text in map(json.dumps, [earlier, *others, {**stored, "exact@0": 1}, [], None]):
+        assert measured(text) == new
+    assert measured(json.dumps(stored)[:50]) == new == json.loads(file.read_text())
+
+
+def test_trainings_on_other_images_are_not_taken_for_these(tmp_path):
+    """The folder of a training notes its images; what notes none is not trusted."""
+    note_images(tmp_path / "run", "ab")
+    note_images(tmp_path / "run", "ab")
+    with pytest.raises(BitflowError, match="other images.*ab, not cd"):
+        note_images(tmp_path / "run", "cd")
+    (tmp_path / "old" / "run").mkdir(parents=True)
+    with pytest.raises(BitflowError, match="old was made by an earlier version"):
+        note_images(tmp_path / "old", "ab")
+    for text in ("[]", "null", "{", "3"):
+        (tmp_path / "run" / "images.json").write_text(text)
+        with pytest.raises(BitflowError, match="images.json|earlier version"):
+            note_images(tmp_path / "run", "ab")
 
 
 def test_broken_samples_of_one_seed_are_none_of_the_others():

@@ -1,7 +1,9 @@
 """The evaluator: in memory, on disk, of a pair and of a flow alone."""
 
+import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from bitflow_edu.io.models import build
 from bitflow_edu.lab import sampling
 from bitflow_edu.lab.evaluate import (
     Judge,
+    are_digits,
+    check_drawn,
     evaluate,
     evaluate_flow,
     indexed_noise,
@@ -173,10 +177,14 @@ def test_other_images_than_digits_have_no_judge(digits):
 
 
 def test_who_judges(digits):
-    classes = ("0 zero", *"123456789")
-    assert network_for(replace(digits, classes=classes), 1).name == "mnist-cnn"
+    """The dataset decides, not the words for its classes."""
     letters = replace(digits, classes=tuple("abcdefghij"))
-    assert network_for(letters, 1) is None and network_for(digits, 4) is None
+    assert digits.name == "mnist-mini" and digits[:3].name == "mnist-mini"
+    assert network_for(letters, 1).name == "mnist-cnn"
+    for name in ("fashion-mnist", "image-folder", ""):
+        assert network_for(replace(digits, name=name), 1) is None
+    assert network_for(digits, 4) is None
+    assert are_digits("mnist") and not are_digits("cifar10")
 
 
 def test_photographs_are_not_compared_where_the_network_is_not_installed(digits, monkeypatch):
@@ -274,9 +282,14 @@ def test_samples_that_overflow_are_counted(digits, broken_inverse):
     assert found["exact", "label_accuracy"]["value"] == pytest.approx(right)
     assert found["exact", "bits_per_dim"]["value"] > 0
     assert done.samples["exact"].isfinite().all()
+    check_drawn(done.measurements)
     broken_inverse(lambda i: i >= 0)
-    with pytest.raises(BitflowError, match="0 finite samples"):
-        evaluate_flow(flow, digits, digits[:50], n=20, timing=False)
+    done = evaluate_flow(flow, digits, digits[:50], n=20, timing=False)
+    found = numbers(done.measurements)
+    assert found["exact", "broken_samples"] == 1 and found["exact", "bits_per_dim"] > 0
+    assert ("exact", "fd[mnist-cnn]") not in found and ("real", "fd[mnist-cnn]") in found
+    with pytest.raises(BitflowError, match="samples of exact are broken"):
+        check_drawn(done.measurements)
 
 
 def test_samples_that_overflow_are_counted_where_nobody_judges(digits, broken_inverse):
@@ -287,8 +300,38 @@ def test_samples_that_overflow_are_counted_where_nobody_judges(digits, broken_in
     found = numbers(evaluate_flow(flow, colour, colour, n=20, timing=False).measurements)
     assert found["exact", "broken_samples"] == 0.25
     broken_inverse(lambda i: i > 0)
-    with pytest.raises(BitflowError, match="1 finite samples"):
-        evaluate_flow(flow, colour, colour, n=20, timing=False)
+    done = evaluate_flow(flow, colour, colour, n=20, timing=False)
+    assert numbers(done.measurements)["exact", "broken_samples"] == pytest.approx(0.95)
+    assert done.samples["exact"].isfinite().all()
+
+
+def nan_weights(model):
+    """A model whose training has diverged."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*broken", "ignore:.*left out")
+def test_a_broken_model_ends_none_of_the_other_rows(pair, digits):
+    """Whichever of the two it is; what is no number is not recorded."""
+    F, G = pair
+    data = digits[200:400], digits[:200]
+    whole = numbers(evaluate(F, G, *data, n=40, timing=False).measurements)
+    for models, broken in (((F, nan_weights(G)), {"one-pass"}), ((nan_weights(F), G), None)):
+        done = evaluate(*models, *data, n=40, timing=False)
+        found, broken = numbers(done.measurements), broken or {"exact", "exact+denoise"}
+        assert {r for (r, m), v in found.items() if m == "broken_samples" and v == 1} == broken
+        assert all(map(math.isfinite, found.values()))
+        judged = {(r, m) for r, m in whole if m in ("fd[mnist-cnn]", "kid[mnist-cnn]")}
+        for row, metric in judged:
+            assert ((row, metric) in found) == (row not in broken)
+            if row not in broken:
+                assert found[row, metric] == whole[row, metric]
+        with pytest.raises(BitflowError, match=re.escape(", ".join(sorted(broken)))):
+            check_drawn(done.measurements)
 
 
 # Samples by number, and a judge with a folder

@@ -32,6 +32,7 @@ from bitflow_edu.scale.fid import (
     read_reference,
     reference_in_memory,
     reference_path,
+    shared_territory,
 )
 from bitflow_edu.scale.image_sources import FolderImages, StoredImages
 from bitflow_edu.scale.streaming import Moments, collect, dataset_source, kept_mask
@@ -137,6 +138,45 @@ def test_too_few_finite_samples_are_refused(n):
         check_enough(n)
 
 
+def clouds(*sizes):
+    g = torch.Generator().manual_seed(1)
+    return [i / 20 + torch.rand(n, 12, generator=g) for i, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("size", [50, 1000])
+def test_what_rows_share_changes_no_bit(size):
+    """KID, precision and recall are those of lesson 06, for the first row and for the next."""
+    real, *rows = clouds(120, 90, 90, 130, 90)
+    known = Reference(*moments(real), real)
+    for fake in rows:
+        generator, values = torch.Generator().manual_seed(5), []
+        for _ in range(7):
+            n = min(size, len(real), len(fake))
+            a, b = (f[torch.randperm(len(f), generator=generator)[:n]] for f in (real, fake))
+            values.append(kid(a, b))
+        values = torch.tensor(values, dtype=torch.float64)
+        expected = values.mean().item(), values.std(correction=0).item()
+        assert kid_over_subsets(known, fake, 7, size, seed=5) == expected
+        for k in (1, 3):
+            assert shared_territory(known, fake, k) == precision_recall(real, fake, k)
+    real, fake = clouds(1300, 1100)
+    known = Reference(*moments(real), real)
+    assert shared_territory(known, fake, 3) == precision_recall(real, fake, 3)
+
+
+def test_kernel_distances_are_the_formula_to_the_bit():
+    a, b = clouds(40, 30)
+
+    def kernel(a, b):
+        return (a.double() @ b.double().T / 12 + 1) ** 3
+
+    def within(m):
+        return (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
+
+    own = within(kernel(a, a)) + within(kernel(b, b))
+    assert kid(a, b) == (own - 2 * kernel(a, b).mean()).item()
+
+
 def test_few_finite_samples_are_enough_for_every_metric(tiny, digits):
     def two(index):
         x = samples(index)
@@ -165,12 +205,12 @@ def test_the_end_leaves_statistics_in_the_common_form(tiny, reference, tmp_path)
     assert evaluate_stream(never, reference, tiny, **run, resume=True).first is None
 
 
-def test_settings_are_those_of_earlier_versions(tiny, reference, tmp_path):
-    """So that what they began goes on."""
+def test_settings_say_all_that_the_figures_depend_on(tiny, reference, tmp_path):
     evaluate_stream(source, reference, tiny, CFG, folder=tmp_path / "run", about={"w": 0.0})
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     numbers = "n batch_size seed keep subsets subset_size splits neighbours parts".split()
-    assert list(settings) == ["row", "features", "reference", *numbers, "w"]
+    content = ["network_weights", "reference_content"]
+    assert list(settings) == ["row", "features", "reference", *numbers, *content, "w"]
 
 
 @pytest.mark.parametrize("broken_after", [0, 3, 7, 10])
@@ -225,12 +265,39 @@ def test_a_folder_of_something_else_is_refused(tiny, reference, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_nan_images_and_features_are_refused(tiny, reference, tmp_path):
-    def without_values(index):
-        return samples(index) * math.nan, None
+@pytest.mark.parametrize("finite", [0, 1])
+@pytest.mark.filterwarnings("ignore:one-pass. 20")
+def test_of_broken_samples_alone_their_share_is_the_figure(tiny, reference, tmp_path, finite):
+    """In memory, on disk, and when it goes on: nothing is raised that would end other rows."""
 
-    with pytest.raises(BitflowError, match="0 finite samples"):
-        evaluate_stream(without_values, reference, tiny, CFG, folder=tmp_path / "a")
+    def breaks(index):
+        x = samples(index)
+        x[index >= finite] = math.nan
+        return x, index % 5
+
+    def more():
+        return [measurement("one-pass", "nfe", 1)]
+
+    run = dict(reference=reference, network=tiny, cfg=CFG, more=more)
+    on_disk = evaluate_stream(breaks, **run, folder=tmp_path / "a")
+    again = evaluate_stream(breaks, **run, folder=tmp_path / "a", resume=True)
+    broken, nfe = evaluate_stream(breaks, **run).measurements
+    assert on_disk.measurements == again.measurements == [broken, nfe]
+    assert broken["metric"] == "broken_samples" and broken["n"] == 203
+    assert broken["value"] == pytest.approx(1 - finite / 203) and nfe["metric"] == "nfe"
+
+
+def test_broken_samples_are_said(tiny, reference):
+    def breaks(index):
+        x = samples(index)
+        x[index % 5 == 0] = math.inf
+        return x, None
+
+    with pytest.warns(UserWarning, match="exact: 41 of 203 samples are broken"):
+        evaluate_stream(breaks, reference, tiny, CFG, "exact")
+
+
+def test_features_that_are_not_finite_are_refused(tiny, tmp_path):
     bad = own_network(nn.Flatten(), "bad")
     bad = replace(bad, look=lambda x: (x.flatten(1) / 0, None))
     other = Reference(torch.zeros(256), torch.eye(256))
@@ -317,6 +384,93 @@ def test_reference_is_made_once_and_named_after_what_it_is(tiny, digits, tmp_pat
         make_reference(digits[:300], replace(tiny, name="other"), path, CFG)
 
 
+def flipped(digits):
+    """As many images, another pixel in one of them."""
+    pixels = digits.pixels.clone()
+    pixels[5, 0, 8, 8] ^= 1
+    return replace(digits, pixels=pixels)
+
+
+def other_labels(digits):
+    return replace(digits, labels=digits.labels.flip(0))
+
+
+@pytest.mark.parametrize("change", [flipped, other_labels])
+def test_a_reference_of_other_images_is_not_taken_for_these(tiny, digits, tmp_path, change):
+    path, part = tmp_path / "digits.npz", digits[:100]
+    made = make_reference(part, tiny, path, CFG)
+    with pytest.raises(BitflowError, match="digits.npz was made with real_images = "):
+        make_reference(change(part), tiny, path, CFG)
+    other = own_network(Tiny(), "tiny")
+    with torch.no_grad():
+        other = replace(other, weights="other weights of the same name")
+    with pytest.raises(BitflowError, match="network_weights = .*, not other weights"):
+        make_reference(part, other, path, CFG)
+    assert torch.equal(make_reference(part, tiny, path, CFG).mu, made.mu)
+
+
+def test_a_reference_that_notes_no_images_is_made_again(tiny, digits, tmp_path):
+    """As earlier versions wrote it. A file that notes nothing is somebody's, and left alone."""
+    path, part = tmp_path / "digits.npz", digits[:100]
+    made = make_reference(part, tiny, path, CFG)
+    arrays = {name: np.load(path)[name] for name in ("mu", "sigma", "features")}
+    arrays["mu"] = arrays["mu"] + 1
+    about = {"network": "tiny", "n": 100, "keep": CFG.keep}
+    np.savez(path, **arrays, about=json.dumps(about))
+    assert torch.equal(make_reference(part, tiny, path, CFG).mu, made.mu)
+    np.savez(path, **arrays)
+    with pytest.raises(BitflowError, match="delete it to make it anew"):
+        make_reference(part, tiny, path, CFG)
+    assert np.array_equal(np.load(path)["mu"], arrays["mu"])
+    np.savez(path, **arrays, about="{")
+    with pytest.raises(BitflowError, match="digits.npz is damaged"):
+        make_reference(part, tiny, path, CFG)
+
+
+def test_rows_against_another_reference_of_the_same_name_are_not_taken_over(
+    tiny, reference, tmp_path
+):
+    run = dict(network=tiny, cfg=CFG, folder=tmp_path / "run")
+    evaluate_stream(source, reference, **run)
+    for other in (
+        replace(reference, mu=reference.mu + 1e-9),
+        replace(reference, features=reference.features[:-1]),
+        replace(reference, features=None),
+    ):
+        with pytest.raises(BitflowError, match="reference_content = "):
+            evaluate_stream(source, other, **run, resume=True)
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    del settings["reference_content"], settings["network_weights"]
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(BitflowError, match="made by an earlier version.*name another folder"):
+        evaluate_stream(source, reference, **run, resume=True)
+
+
+DAMAGE = {
+    "settings.json": ["[]", "null", "3", "{"],
+    "measurements.json": ["[", "null", "[1]", "[]", '[{"row": "one-pass"}]', '{"row": 3}'],
+    "first.npz": ["cut"],
+}
+
+
+@pytest.mark.parametrize("name, text", [(n, text) for n, texts in DAMAGE.items() for text in texts])
+def test_a_damaged_evaluation_is_named(tiny, reference, tmp_path, name, text):
+    run = dict(reference=reference, network=tiny, cfg=CFG, folder=tmp_path / "run")
+    evaluate_stream(source, **run)
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(BitflowError, match=name):
+        evaluate_stream(source, **run, resume=True)
+
+
+def test_first_images_of_another_kind_are_named(tiny, reference, tmp_path):
+    run = dict(reference=reference, network=tiny, cfg=CFG, folder=tmp_path / "run")
+    evaluate_stream(source, **run)
+    for first in (np.zeros(3, np.float32), np.zeros((2, 1, 4, 4), int)):
+        np.savez(tmp_path / "run" / "first.npz", first=first)
+        with pytest.raises(BitflowError, match="first.npz is damaged"):
+            evaluate_stream(source, **run, resume=True)
+
+
 def test_an_interrupted_reference_goes_on(tiny, digits, tmp_path):
     part, seen = digits[:300], []
 
@@ -328,7 +482,7 @@ def test_an_interrupted_reference_goes_on(tiny, digits, tmp_path):
 
         def draw(self, indices, generator=None):
             seen.append(indices)
-            if len(seen) == 9:
+            if len(seen) == 10:
                 raise KeyboardInterrupt
             return part[indices].x
 
@@ -336,7 +490,8 @@ def test_an_interrupted_reference_goes_on(tiny, digits, tmp_path):
         make_reference(Breaks(), tiny, tmp_path / "a.npz", CFG)
     resumed = make_reference(Breaks(), tiny, tmp_path / "a.npz", CFG)
     unbroken = make_reference(part, tiny, tmp_path / "b.npz", CFG)
-    assert len(seen) == 9 + 7 and torch.equal(resumed.sigma, unbroken.sigma)
+    # some are drawn for the fingerprint, each time
+    assert len(seen) == 10 + 8 and torch.equal(resumed.sigma, unbroken.sigma)
 
 
 def test_files_in_the_common_form(tmp_path):
@@ -365,6 +520,9 @@ PLAIN = {"mu": np.zeros(2), "sigma": np.eye(2)}
         ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no covariance"),
         ({**PLAIN, "features": np.zeros((4, 3), np.float32)}, "cannot be compared"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "damaged"),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "mu holds <U1"),
+        ({**PLAIN, "features": np.array([["a", "b"]])}, "features holds <U1"),
+        ({**PLAIN, "mu": np.zeros(2, complex)}, "mu holds complex128"),
     ],
 )
 def test_bad_statistics_files_are_refused(tmp_path, arrays, message):
@@ -472,9 +630,10 @@ def test_kid_agrees_with_torchmetrics(tiny, digits):
     mean, std = theirs.compute()
     real = tiny.features(as_stored(digits[:120].x)).detach()
     fake = tiny.features(as_stored(samples(range(90)))).detach()
-    ours = kid_over_subsets(real, fake, 7, 50, seed=5)
+    known = Reference(*moments(real), real)
+    ours = kid_over_subsets(known, fake, 7, 50, seed=5)
     assert ours == pytest.approx((mean.item(), std.item()), rel=1e-4)
-    assert kid_over_subsets(real, fake, 1, 90) != kid(real, fake)  # 90 of the 120, not all
+    assert kid_over_subsets(known, fake, 1, 90)[0] != kid(real, fake)  # 90 of the 120, not all
 
 
 @pytest.mark.filterwarnings("ignore:Metric")

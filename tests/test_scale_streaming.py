@@ -141,6 +141,42 @@ def test_kept_features_are_those_of_the_chosen_images(tiny, tmp_path):
     assert torch.allclose(stats.kept, expected, atol=1e-6)
 
 
+DAMAGE = {
+    "n": np.array(3.5),
+    "total": np.zeros(11),
+    "outer": np.zeros((12, 11)),
+    "kept": np.zeros((60, 11), np.float32),
+    "counts": np.zeros(2, int),
+    "count": np.zeros((2, 2)),
+    "plogp": np.zeros(3),
+    "p": np.zeros(5),
+    "first": np.zeros((10, 16), np.float32),
+}
+CHANGED = [*DAMAGE.items(), ("total", np.full(12, np.nan)), ("outer", np.array("a"))]
+
+
+@pytest.mark.parametrize("name, array", CHANGED)
+def test_a_damaged_part_is_named(tiny, tmp_path, name, array):
+    """Of another type or shape, cut off, or without an array."""
+    collect(asked, tiny, CFG, tmp_path)
+    path = tmp_path / "part-0000.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, name: array})
+    with pytest.raises(BitflowError, match="part-0000.npz is damaged"):
+        collect(asked, tiny, CFG, tmp_path)
+    np.savez(path, **{key: a for key, a in arrays.items() if key != "outer"})
+    with pytest.raises(BitflowError, match="part-0000.npz"):
+        collect(asked, tiny, CFG, tmp_path)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(BitflowError, match="part-0000.npz"):
+        collect(asked, tiny, CFG, tmp_path)
+
+
+def test_more_samples_than_anybody_draws_are_refused():
+    with pytest.raises(BitflowError, match="n is 1000000000000"):
+        StreamConfig(n=10**12)
+
+
 def test_a_missing_part_is_named(tiny, tmp_path):
     with pytest.raises(BitflowError, match="part-0001.npz is missing"):
         collect(source, tiny, CFG, tmp_path, Played(0, 2))

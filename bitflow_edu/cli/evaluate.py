@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ from ..io.datasets import described
 from ..io.files import BitflowError, check_new_file
 from ..io.models import find_device, load_model, newest_checkpoint
 from bitflow_edu.lab.evaluate import (
+    MOST_IN_MEMORY,
     Evaluation,
     Judge,
     are_digits,
+    check_drawn,
     evaluate,
     evaluate_flow,
     fidelity,
@@ -34,7 +37,8 @@ from ..scale.autoencoder import Decoded, decode_all, load_decoder
 from ..scale.distributed import find_processes
 from ..scale.feature_networks import find_features
 from ..scale.fid import import_reference, make_reference, reference_path
-from ..scale.streaming import StreamConfig
+from ..scale.fingerprints import autoencoder_fingerprint
+from ..scale.streaming import MOST_SAMPLES, StreamConfig
 from ..tarflow import TARFlow
 
 # %% auto #0
@@ -55,15 +59,19 @@ def load_pair(args: Evaluate, preset: Preset, device: str):
 
 # %% ../../nbs/cli/evaluate.ipynb #9773def7
 def samplers_asked(args: Evaluate, F, G) -> list:
-    "The methods of --rows, all where none is named, and G at every scale of --w."
+    "The methods of --rows, all where none is named, and G at every scale of --w; each once."
     if args.w and G is None:
         raise BitflowError("--w is for G; name one with --reverse, or leave it out")
+    for w in args.w:
+        if not 0 < w < math.inf:
+            raise BitflowError(f"--w {w:g} must be a number above 0; G is measured at 0 anyway")
     try:
         methods = choose_samplers(args.rows, F, G)
     except BitflowError as e:
         way_out = " with --reverse" if G is None else ""
         raise BitflowError(f"--rows {e}{way_out}") from None
-    return methods + guided_samplers(G, args.w)
+    samplers = methods + guided_samplers(G, args.w)
+    return list({sampler.name: sampler for sampler in samplers}.values())
 
 # %% ../../nbs/cli/evaluate.ipynb #857c04ca
 def number_of_samples(args: Evaluate, preset: Preset) -> int:
@@ -73,6 +81,11 @@ def number_of_samples(args: Evaluate, preset: Preset) -> int:
 
 def find_decoder(args: Evaluate, preset: Preset, device: str):
     "The autoencoder that turns latents into images, or None. Refuses latents without one."
+    if args.vae and preset.data.channels <= 3:
+        raise BitflowError(
+            f"--vae {args.vae}: preset {preset.name} draws images, not latents; "
+            "leave the option out"
+        )
     if preset.data.channels > 3 and not args.vae:
         raise BitflowError(
             f"preset {preset.name} draws latents; "
@@ -81,10 +94,11 @@ def find_decoder(args: Evaluate, preset: Preset, device: str):
     return load_decoder(args.vae, device) if args.vae else None
 
 
-def find_judge(args: Evaluate, preset: Preset, test, device: str, processes) -> Judge:
+def find_judge(args: Evaluate, preset: Preset, test, vae, device: str, processes) -> Judge:
     "What samples are compared with: statistics from a file, or of the test images."
     network = find_features(args.features or "inception", device, args.weights)
-    cfg = StreamConfig(number_of_samples(args, preset), args.batch_size, args.seed)
+    n = number_of_samples(args, preset)
+    cfg = StreamConfig(n, args.batch_size, args.seed, splits=min(n, 10))
     work = args.work or Path(f"runs/evaluate-{preset.name}")
     if args.reference:
         reference = import_reference(args.reference, network, work, cfg, processes)
@@ -95,14 +109,14 @@ def find_judge(args: Evaluate, preset: Preset, test, device: str, processes) -> 
         "forward": str(newest_checkpoint(run_folder(args.forward, preset, "forward"))),
         "reverse": args.reverse and str(newest_checkpoint(args.reverse)),
     }
+    if vae:
+        about["autoencoder"] = autoencoder_fingerprint(vae)
     return Judge(network, reference, cfg, work, processes, args.resume, about)
 
 # %% ../../nbs/cli/evaluate.ipynb #33b4aa48
-def knows_labels(network, test, preset: Preset) -> bool:
+def knows_labels(network, preset: Preset) -> bool:
     "Whether the network can say if a sample shows the class that was asked for."
-    if network.name != "mnist-cnn" or test is None:
-        return False
-    return preset.conditional and are_digits(test.classes, preset.data.channels)
+    return network.name == "mnist-cnn" and preset.conditional and are_digits(preset.data.name)
 
 
 def evaluate_streamed(args: Evaluate, preset: Preset, F, G, samplers, device, processes):
@@ -113,9 +127,9 @@ def evaluate_streamed(args: Evaluate, preset: Preset, F, G, samplers, device, pr
         if not args.vae and not args.rows:  # everything is measured, so the floor is, too
             train = load_together(preset.data, "train", args.data_root, processes)
     real = Decoded(test, vae) if vae and test is not None else test
-    judge = find_judge(args, preset, real, device, processes)
+    judge = find_judge(args, preset, real, vae, device, processes)
     decoder = partial(decode_all, vae) if vae else None
-    labelled = knows_labels(judge.network, real, preset)
+    labelled = knows_labels(judge.network, preset)
     done = judge_samplers(judge, samplers, train, decoder, labelled, args.timing)
     if train is not None and isinstance(F, TARFlow):
         measure = partial(fidelity, F, G, test, args.seed, device)
@@ -138,7 +152,30 @@ def is_streamed(args: Evaluate, preset: Preset, processes) -> bool:
     "Whether samples are drawn by number, with parts kept on disk, instead of all in memory."
     if args.features or args.vae or processes.size > 1:
         return True
-    return preset.reverse is not None and preset.data.channels > 1
+    return preset.reverse is not None and not are_digits(preset.data.name)
+
+
+STREAM_ONLY = ("weights", "reference", "batch_size", "work", "resume")
+
+
+def check_evaluate(args: Evaluate, preset: Preset, streamed: bool):
+    "Refuse options that nothing can be measured with, or that would be ignored."
+    n = number_of_samples(args, preset)
+    most = MOST_SAMPLES if streamed else MOST_IN_MEMORY
+    if not 2 <= n <= most:
+        raise BitflowError(f"--n {n}: give 2 samples at least, better 2000, and {most} at most")
+    if not 0 <= args.seed < 2**53:
+        raise BitflowError(f"--seed {args.seed} must be a whole number from 0 to 2^53 - 1")
+    if args.batch_size < 1:
+        raise BitflowError(f"--batch-size {args.batch_size} must be at least 1")
+    for name in STREAM_ONLY:
+        value = getattr(args, name)
+        if not streamed and value != getattr(Evaluate, name):
+            flag = f"--{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
+            raise BitflowError(
+                f"{flag} is for a stream, but preset {preset.name} is measured in memory; "
+                "name a network with --features, or leave the option out"
+            )
 
 # %% ../../nbs/cli/evaluate.ipynb #7ca00554
 def training_lines(args: Evaluate, preset: Preset) -> list:
@@ -178,6 +215,7 @@ def run_evaluate(args: Evaluate):
     processes = find_processes(device)
     processes.on_rank_zero(lambda: check_new_file(out))
     F, G = load_pair(args, preset, device)
+    check_evaluate(args, preset, is_streamed(args, preset, processes))
     samplers = samplers_asked(args, F, G)
     if is_streamed(args, preset, processes):
         done = evaluate_streamed(args, preset, F, G, samplers, device, processes)
@@ -192,3 +230,4 @@ def run_evaluate(args: Evaluate):
         write_figures(out, preset.name, args, config, found, start)
 
     processes.on_rank_zero(write)
+    check_drawn(found)

@@ -24,14 +24,15 @@ from ..evaluation import precision_recall
 from ..inverse_strategies import STRATEGIES, mse
 from ..io.checkpoints import read_metrics
 from ..io.datasets import DataConfig
-from ..io.files import write_atomically
+from ..io.files import report_write_errors, write_atomically
 from ..io.models import load_model, num_parameters
 from ..io.results import measurement, rows_of
-from .evaluate import network_for, sampler_source, stream_config
+from .evaluate import finite_numbers, network_for, sampler_source, stream_config
 from .plotting import plot_rows
 from .presets import Preset, with_strategy
 from .recipes import train_forward, train_reverse
 from .sampling import SAMPLERS, WITHOUT_REVERSE, Sampler, noise_for
+from ..scale import fingerprints
 from ..scale.feature_networks import FeatureNetwork
 from ..scale.fid import Reference, gaussian_distance, reference_in_memory, share
 from ..scale.streaming import collect
@@ -264,6 +265,12 @@ def images_of(cfg: DataConfig, split: str) -> Images:
     "The images of a split, read once a process, from the folder that `prepare_worker` was told."
     return load_data(cfg, split, _WORKER["data_root"])
 
+
+@lru_cache(maxsize=2)
+def fingerprint_of(cfg: DataConfig, split: str) -> str:
+    "What tells the images of a split from others."
+    return fingerprints.data_fingerprint(images_of(cfg, split))
+
 # %% ../../nbs/lab/ablations.ipynb #d4b90aa6
 def run_training(training: Training, root: Path, device: str):
     "Train, go on, or load: the averaged model. F has to be finished before its G is begun."
@@ -303,6 +310,8 @@ def judged(source: Callable, n: int, seed: int, real: RealImages) -> dict:
     "Numbers of n samples: distances, precision, recall, and the accuracy of digits."
     cfg = replace(stream_config(n, seed), keep=max(n, PRECISION_FROM))
     stats = collect(source, real.network, cfg)
+    if stats.moments.n < 2:
+        return {"broken_samples": share(stats.broken, n)}
     samples = Reference(*stats.gaussian(), stats.kept)
     found = {
         real.network.metric("fd"): gaussian_distance(samples, real.test),
@@ -311,7 +320,8 @@ def judged(source: Callable, n: int, seed: int, real: RealImages) -> dict:
     if stats.asked:
         found["label_accuracy"] = share(stats.right, stats.asked)
     few_real, few = real.test.features[:PRECISION_FROM], stats.kept[:PRECISION_FROM]
-    found["precision"], found["recall"] = precision_recall(few_real, few)
+    if min(len(few_real), len(few)) > 3:  # a ball reaches to the third neighbour
+        found["precision"], found["recall"] = precision_recall(few_real, few)
     if stats.broken:
         found["broken_samples"] = share(stats.broken, n)
     return found
@@ -332,10 +342,10 @@ def anatomy(F, training: Training, root: Path, device: str) -> dict:
     noisy = add_noise(test.x[:1000], F.cfg.noise_std, torch.Generator().manual_seed(0))
     states = F(noisy.to(device), test.labels[:1000].to(device)).states
     found = {f"state_rms_{i}": s.square().mean().sqrt().item() for i, s in enumerate(states)}
-    if training.stage == "reverse":
+    if training.stage == "reverse" and log:
         last = log[-max(len(log) // 10, 1) :]  # a tenth of the steps
         names = [name for name in last[-1] if name == "image" or name.startswith("depth_")]
-        sizes = {name: statistics.fmean(row[name] for row in last) for name in names}
+        sizes = {n: statistics.fmean(row[n] for row in last if n in row) for n in names}
         found |= {f"share_{name}": size / sum(sizes.values()) for name, size in sizes.items()}
     return found
 
@@ -355,11 +365,19 @@ def measure(sampler: Sampler, F: TARFlow, training: Training, device: str) -> di
     return found | judged(source, n, seed, real)
 
 # %% ../../nbs/lab/ablations.ipynb #b25f055a
+def made_from(training: Training, root: Path) -> dict:
+    "What the numbers of a training depend on besides its key: images, samples, weights."
+    data, runs = training.preset.data, {"weights": training, "forward": training.forward}
+    weights = {name: fingerprints.run_fingerprint(root / t.key / "run") for name, t in runs.items()}
+    images = {split: fingerprint_of(data, split) for split in ("train", "test")}
+    return {"num_samples": training.preset.num_samples, **images, **weights}
+
+
 def measure_training(training: Training, ways: list, root: Path, device: str) -> dict:
     'Train and measure what is missing: "method@w" → numbers, "training" → its `anatomy`.'
     model = run_training(training, root, device)
     file = root / training.key / "figures.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = fingerprints.stored_figures(file, made_from(training, root))
     missing = [(method, w) for method, w in ways if f"{method}@{w:g}" not in found]
     if missing or "training" not in found:
         F = model
@@ -367,9 +385,10 @@ def measure_training(training: Training, ways: list, root: Path, device: str) ->
             F = load_model(root / training.forward.key / "run", TARFlow, device)
         for method, w in missing:
             sampler = SAMPLERS[method](F, model, w)
-            found[f"{method}@{w:g}"] = measure(sampler, F, training, device)
-        found["training"] = anatomy(F, training, root, device)
-        write_atomically(file, json.dumps(found, indent=1) + "\n")
+            found[f"{method}@{w:g}"] = finite_numbers(measure(sampler, F, training, device))
+        found["training"] = finite_numbers(anatomy(F, training, root, device))
+        with report_write_errors(file.parent):
+            write_atomically(file, json.dumps(found, indent=1) + "\n")
     return found
 
 # %% ../../nbs/lab/ablations.ipynb #7167917a
@@ -404,6 +423,9 @@ def run_jobs(
     threads, found = max(torch.get_num_threads() // workers, 1), {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, prepare_worker, (threads, data_root)) as pool:
+        images = pool.submit(fingerprint_of, next(iter(jobs)).preset.data, "train").result()
+        for t in jobs:
+            fingerprints.note_images(root / t.key, images)
         for stage in ("forward", "reverse"):
             todo = {}
             for t, ways in jobs.items():
@@ -428,9 +450,12 @@ def table_measurements(name: str, preset: Preset, seeds: range, figures: dict) -
             by_seed = by_seed[:1]  # all seeds share one F
         more = dict(method=row.method, w=row.w, paper=row.paper)
         for metric in dict.fromkeys(name for f in by_seed for name in f):
-            values = [f.get(metric, 0.0) for f in by_seed]  # only broken samples can be missing
-            for seed, v in zip(seeds, values):
-                found.append(measurement(row.name, metric, v, n=n, seed=seed, **more))
+            none = [0.0] if metric == "broken_samples" else []  # others may be missing
+            values = []
+            for seed, f in zip(seeds, by_seed):
+                for v in [f[metric]] if metric in f else none:
+                    values.append(v)
+                    found.append(measurement(row.name, metric, v, n=n, seed=seed, **more))
             spread = statistics.stdev(values) if len(values) > 1 else None
             over = dict(n=n, spread=spread, seeds=len(values), **more)
             mean = statistics.fmean(values)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,7 +49,8 @@ from bitflow_edu.scale.fid import (
     reference_in_memory,
     share,
 )
-from ..scale.streaming import SHOWN, StreamConfig, dataset_source
+from ..scale.fingerprints import check_same_for_all, data_fingerprint, model_fingerprint
+from ..scale.streaming import SHOWN, StreamConfig, dataset_source, whole_images
 from ..speed import count_flops
 from ..tarflow import TARFlow
 
@@ -87,15 +89,18 @@ def sampler_source(
 
     return source
 
+# %% ../../nbs/lab/evaluate.ipynb #f7395767
+DIGITS = ("mnist-mini", "mnist")  # datasets
+
 # %% ../../nbs/lab/evaluate.ipynb #b05d7c36
 def digit_network(test: Images, channels: int) -> FeatureNetwork | None:
     "The digit classifier where the images are digits, else None."
-    return mnist_cnn_network() if are_digits(test.classes, channels) else None
+    return mnist_cnn_network() if are_digits(test.name) and channels == 1 else None
 
 # %% ../../nbs/lab/evaluate.ipynb #7eca5759
-def are_digits(classes: tuple, channels: int) -> bool:
-    "Whether images are digits, so that the digit classifier can judge them."
-    return channels == 1 and tuple(name[0] for name in classes) == tuple("0123456789")
+def are_digits(name: str) -> bool:
+    "Whether the dataset of this name holds digits, so that the digit classifier can judge it."
+    return name in DIGITS
 
 # %% ../../nbs/lab/evaluate.ipynb #6ce253af
 def network_for(test: Images, channels: int) -> FeatureNetwork | None:
@@ -109,10 +114,30 @@ def network_for(test: Images, channels: int) -> FeatureNetwork | None:
         return None
 
 
+MOST_IN_MEMORY = 1_000_000  # samples of each method
+
+
 def stream_config(n: int, seed: int = 0) -> StreamConfig:
     "In memory: samples drawn 500 at a time and looked at 100 at a time, all features kept."
     check_enough(n)
+    if n > MOST_IN_MEMORY:
+        raise BitflowError(
+            f"{n} samples do not fit into memory, {MOST_IN_MEMORY} do; draw fewer, or a stream"
+        )
     return StreamConfig(n, batch_size=500, seed=seed, splits=min(n, 10), per_pass=100)
+
+# %% ../../nbs/lab/evaluate.ipynb #47418607
+def finite_values(found: list) -> list:
+    "The measurements that are finite numbers, which is all that JSON knows; names the others."
+    lost = [f"{m['metric']} of {m['row']}" for m in found if not math.isfinite(m["value"])]
+    if lost:
+        warnings.warn(f"{', '.join(lost)}: not finite, so left out", stacklevel=2)
+    return [m for m in found if math.isfinite(m["value"])]
+
+# %% ../../nbs/lab/evaluate.ipynb #0f8f54e5
+def finite_numbers(found: dict) -> dict:
+    "The values that are finite, which is all that JSON knows."
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 # %% ../../nbs/lab/evaluate.ipynb #bd2fb2b6
 @torch.no_grad()
@@ -132,7 +157,7 @@ def fidelity(
     if reverse is not None:
         error = mse(one_pass(reverse, forward(x, c).z, c), x).mean().item()
         found.append(measurement("one-pass", "reconstruction_mse", error, "x²", len(part), seed))
-    return found
+    return finite_values(found)
 
 # %% ../../nbs/lab/evaluate.ipynb #d84a9cba
 @torch.no_grad()
@@ -150,7 +175,7 @@ def likelihood(
         error = (bpd.std() / len(bpd) ** 0.5).item()
         more = dict(protocol=protocol, standard_error=error)
         found.append(measurement("exact", name, bpd.mean().item(), "bits", len(test), seed, **more))
-    return found
+    return finite_values(found)
 
 
 def flow_round_trip(model: nn.Module, test: Images) -> float:
@@ -158,7 +183,10 @@ def flow_round_trip(model: nn.Module, test: Images) -> float:
     device = next(model.parameters()).device
     x, c = test[:1000].x.to(device), test.labels[:1000].to(device)
     if isinstance(model, CouplingFlow):
-        return check_invertible(model, x, math.inf)
+        try:
+            return check_invertible(model, x, math.inf)
+        except BitflowError:  # it overflows
+            return math.nan
     return round_trip_error(model, x, c)
 
 # %% ../../nbs/lab/evaluate.ipynb #6c4b222c
@@ -200,22 +228,53 @@ class Judge:
 # %% ../../nbs/lab/evaluate.ipynb #30c9a8e5
 def judge_real(judge: Judge, train, n: int, labelled: bool = False) -> Streamed:
     "The floor: n real training images, a random choice in memory, the first of a stream."
-    pick = None
+    pick, about = None, {"w": 0.0}
     if judge.folder is None:
         pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(judge.cfg.seed))
+    else:
+        about["real_images"] = data_fingerprint(train)
+        check_same_for_all(about["real_images"], "training images", judge.processes)
     source = dataset_source(train, pick, labelled)
     cfg = replace(judge.cfg, n=n, splits=min(n, judge.cfg.splits))
-    return judge.row("real", source, cfg, "real", {"w": 0.0})
+    return judge.row("real", source, cfg, "real", about)
 
 
 def stream_costs(sampler: Sampler, source: Callable, cfg: StreamConfig, timing: bool) -> list:
     "Passes through a network, and milliseconds per image in batches as they are drawn."
     found = [measurement(sampler.name, "nfe", sampler.nfe)]
-    if timing:
-        size = min(cfg.batch_size, cfg.n)
-        times = timed(partial(source, torch.arange(size)), 5, warmup=1)
-        found.append(time_per_image(sampler.name, times, size))
+    return found + (stream_times(sampler, source, cfg) if timing else [])
+
+
+def stream_times(sampler: Sampler, source: Callable, cfg: StreamConfig) -> list:
+    "Milliseconds per image, in batches as they are drawn."
+    size = min(cfg.batch_size, cfg.n)
+    times = timed(partial(source, torch.arange(size)), 5, warmup=1)
+    return [time_per_image(sampler.name, times, size)]
+
+
+def weights_of(samplers: list, processes: SingleProcess) -> dict:
+    "Model → fingerprint of its weights, which must be the same on all processes."
+    found = {m: model_fingerprint(m) for m in dict.fromkeys(s.model for s in samplers)}
+    for fingerprint in found.values():
+        check_same_for_all(fingerprint, "weights", processes)
     return found
+
+# %% ../../nbs/lab/evaluate.ipynb #fb0a1082
+def num_finite(found: list, n: int) -> int:
+    "How many of a row's n samples are finite, from its measurements; the others do not count."
+    shares = [m["value"] for m in found if m["metric"] == "broken_samples"]
+    return round(n * (1 - shares[0])) if shares else n
+
+
+def check_drawn(found: list):
+    "Refuse rows of which nothing could be measured, because their samples are broken."
+    broken = [m for m in found if m["metric"] == "broken_samples"]
+    rows = [m["row"] for m in broken if num_finite([m], m["n"]) < 2]
+    if rows:
+        raise BitflowError(
+            f"the samples of {', '.join(rows)} are broken (NaN or infinite), so that they could "
+            "not be compared; the weights have diverged: name another checkpoint"
+        )
 
 # %% ../../nbs/lab/evaluate.ipynb #f171b8e9
 def judge_samplers(
@@ -228,18 +287,24 @@ def judge_samplers(
 ) -> Evaluation:
     "Every sampler's distances, and those of as many real training images."
     cfg, found, shown, finite = judge.cfg, [], {}, [judge.cfg.n]
+    weights = weights_of(samplers, judge.processes) if judge.folder is not None else {}
     for sampler in samplers:
-        noise, more = None, None
+        noise, more, about = None, None, {"w": sampler.w}
         if judge.folder is None:
             noise = noise_for(sampler.model.cfg, cfg.n, cfg.seed)
         source = sampler_source(sampler, cfg.seed, decoder, noise, labelled)
         if judge.folder is not None:
             more = partial(stream_costs, sampler, source, cfg, timing)
-        done = judge.row(sampler.name, source, cfg, sampler.folder, {"w": sampler.w}, more)
+            about["weights"] = weights[sampler.model]
+        done = judge.row(sampler.name, source, cfg, sampler.folder, about, more)
         found, shown[sampler.name] = found + done.measurements, done.first
-        finite.append(done.measurements[0]["n"])  # of the distance: broken samples do not count
+        if timing and "ms_per_image" not in (m["metric"] for m in done.measurements):
+            times = partial(stream_times, sampler, source, cfg)  # finished without
+            found += judge.processes.on_rank_zero(times) or []
+        finite.append(num_finite(done.measurements, cfg.n))
     if train is not None:
-        done = judge_real(judge, train, min(*finite, len(train)), labelled)
+        n = min(n for n in finite if n > 1)
+        done = judge_real(judge, train, min(n, len(train)), labelled)
         found, shown["real"] = found + done.measurements, done.first
     return Evaluation(shown, found)
 
@@ -248,12 +313,13 @@ def draw_unjudged(samplers: list, n: int, seed: int, device: str) -> Evaluation:
     "The first samples, and the share of broken ones, where nobody can judge the images."
     shown, found = {}, []
     for name, x in draw_all(samplers, n, seed, device).items():
-        finite = int(x.isfinite().flatten(1).all(dim=1).sum())
-        check_enough(finite)
-        shown[name] = x[:SHOWN]
-        if finite < n:
-            broken = 1 - share(finite, n)
+        whole = whole_images(x)
+        if not whole.all():
+            x[~whole] = 0.0
+            broken = 1 - share(int(whole.sum()), n)
             found.append(measurement(name, "broken_samples", broken, n=n, seed=seed))
+            warnings.warn(f"{name}: {n - int(whole.sum())} of {n} samples are broken", stacklevel=2)
+        shown[name] = x[:SHOWN]
     return Evaluation(shown, found)
 
 
@@ -338,8 +404,17 @@ def evaluate_flow(
     trip, checked = flow_round_trip(model, test), min(1000, len(test))
     found = likelihood(model, test, seed, conditional)
     found += broken or [measurement("exact", "broken_samples", 0.0, n=n, seed=seed)]
-    found.append(measurement("exact", "round_trip_max_error", trip, "x", checked, seed))
+    trip = measurement("exact", "round_trip_max_error", trip, "x", checked, seed)
+    found += finite_values([trip])
     return Evaluation(done.samples, found + judged + flow_cost(model, seed, timing))
+
+# %% ../../nbs/lab/evaluate.ipynb #4b606c14
+def read_object(path: Path, hint: str) -> dict:
+    "The object in a JSON file. Raises `BitflowError` where there is another thing."
+    found = read_json(path, hint)
+    if not isinstance(found, dict):
+        raise BitflowError(f"{path} is damaged: it holds no JSON object; {hint}")
+    return found
 
 # %% ../../nbs/lab/evaluate.ipynb #4d60c8af
 def training_record(folder: Path) -> list:
@@ -347,15 +422,20 @@ def training_record(folder: Path) -> list:
     state = newest_checkpoint(Path(folder)) / "training_state.json"
     if not state.exists():
         return []
-    counters = read_json(state, "use another checkpoint")
-    seconds, threads = counters["seconds"], counters.get("threads")
+    counters = read_object(state, "use another checkpoint")
+    step, seconds = (counters.get(name) for name in ("step", "seconds"))
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in (step, seconds)):
+        raise BitflowError(
+            f"{state} is damaged: step {step!r}, seconds {seconds!r}; use another checkpoint"
+        )
+    threads = counters.get("threads")
     return [
-        measurement("exact", "train_steps", counters["step"]),
+        measurement("exact", "train_steps", step),
         measurement("exact", "train_s", seconds, "s", threads=threads),
     ]
 
 
 def run_settings(folder: Path) -> dict:
     "What a run was trained with, from its `run.json`; nothing for weights without their run."
-    written = newest_checkpoint(Path(folder)).parents[1] / "run.json"
-    return read_json(written, "name another run") if written.exists() else {}
+    written = newest_checkpoint(Path(folder)).absolute().parent.parent / "run.json"
+    return read_object(written, "name another run") if written.exists() else {}

@@ -16,6 +16,7 @@ from ..data import Images, add_noise, image_grid, unpatchify
 from ..io.checkpoints import read_metrics
 from ..io.files import write_atomically
 from ..io.results import figure, measured
+from .evaluate import are_digits
 from .plotting import plot_curves, stretch
 from .sampling import METHODS
 from ..reverse_model import ReverseModel, one_pass
@@ -45,14 +46,19 @@ def draw_rows(rows: dict, scale: float = 0.72) -> Figure:
             spine.set_visible(False)
     return fig
 
+# %% ../../nbs/lab/report.ipynb #c637415a
+def of_class(test: Images, c: int, k: int = 0) -> int:
+    "The number of the (k + 1)-th test image of a class; of any class where there are fewer."
+    found = (test.labels == c).nonzero()[:, 0]
+    return int(found[k]) if k < len(found) else c % len(test)
+
 # %% ../../nbs/lab/report.ipynb #e8732fad
 def sample_rows(samples: dict, test: Images, n: int = 10) -> dict:
     "The first n samples of every method, and the first test image of each sample's class."
-    firsts = [(test.labels == i % len(test.classes)).nonzero()[0, 0] for i in range(n)]
-    real = torch.stack([test.pixels[i] for i in firsts])
+    firsts = [of_class(test, i % len(test.classes)) for i in range(n)]
     rows = {METHODS.get(row, row): x[:n] for row, x in samples.items()}
-    name = "real digits" if test.classes[0][0] == "0" else "real images"
-    return {**rows, name: Images(real, torch.arange(n), test.classes).x}
+    name = "real digits" if are_digits(test.name) else "real images"
+    return {**rows, name: test[firsts].x}
 
 # %% ../../nbs/lab/report.ipynb #c0596f3c
 @torch.no_grad()
@@ -95,7 +101,7 @@ def draw_state(ax, image, title):
 def reconstruction_rows(forward: TARFlow, reverse: ReverseModel, test: Images, n: int = 10) -> dict:
     "Test images, and what G makes of their noise F(x)."
     device = next(forward.parameters()).device
-    seconds = [(test.labels == i % len(test.classes)).nonzero()[1, 0].item() for i in range(n)]
+    seconds = [of_class(test, i % len(test.classes), 1) for i in range(n)]
     part = test[sorted(seconds)]
     x, c = part.x.to(device), part.labels.to(device)
     z = forward(x, c).z
@@ -281,7 +287,7 @@ def page(result: dict, pictures: dict) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>BiFlow on {result['preset']}</title><style>{STYLE}</style>"
+        f"<title>BiFlow on {html.escape(result['preset'])}</title><style>{STYLE}</style>"
         f"<h1>Noise to digits in one pass</h1>{INTRO}<p><b>{headline(result)}</b></p>{body}"
         f"<h2>Figures</h2>{table(result)}{METRIC_NOTE}{SPEED_NOTE}"
         f"<h2>How this was measured</h2>{facts(result)}</html>\n"

@@ -15,6 +15,7 @@ from ..data import to_pixels
 from ..distances import as_photos, effnet_features, imagenet_units
 from ..evaluation import load_classifier
 from ..io.files import BitflowError, first_sentence
+from .fingerprints import model_fingerprint
 
 # %% auto #0
 __all__ = ['FeatureNetwork', 'mnist_cnn_network', 'effnet_lite0_network', 'find_features']
@@ -27,6 +28,7 @@ class FeatureNetwork:
     name: str  # figures are named after it
     look: Callable  # images `(N, C, H, W)` → features `(N, K)`, logits `(N, classes)` or None
     device: str = "cpu"  # where it computes, and where features are compared
+    weights: str = ""  # fingerprint of what it computes with
 
     def features(self, x):
         "Images in [-1, 1] `(N, C, H, W)` to features `(N, K)`."
@@ -51,7 +53,7 @@ def mnist_cnn_network(device: str = "cpu") -> FeatureNetwork:
         features = net.features(x.to(device))
         return features, net.head(features)
 
-    return FeatureNetwork("mnist-cnn", look, device)
+    return FeatureNetwork("mnist-cnn", look, device, model_fingerprint(net))
 
 # %% ../../nbs/scale/feature_networks.ipynb #c23bb541
 def effnet_lite0_network(device: str = "cpu") -> FeatureNetwork:
@@ -62,7 +64,7 @@ def effnet_lite0_network(device: str = "cpu") -> FeatureNetwork:
         features = net.extract_features(imagenet_units(as_photos(x.to(device)))).mean(dim=(2, 3))
         return features, net._fc(features)
 
-    return FeatureNetwork("effnet-lite0", look, device)
+    return FeatureNetwork("effnet-lite0", look, device, model_fingerprint(net))
 
 # %% ../../nbs/scale/feature_networks.ipynb #360c3e37
 def own_network(module: nn.Module, name: str, device: str = "cpu") -> FeatureNetwork:
@@ -74,7 +76,7 @@ def own_network(module: nn.Module, name: str, device: str = "cpu") -> FeatureNet
         features, logits = out if isinstance(out, tuple) else (out, None)
         return features.flatten(1), logits
 
-    return FeatureNetwork(name, look, device)
+    return FeatureNetwork(name, look, device, model_fingerprint(net))
 
 # %% ../../nbs/scale/feature_networks.ipynb #428d2747
 INCEPTION_FILE = "torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
@@ -137,7 +139,7 @@ def inception(
     def look(x):
         return net(to_pixels(x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)).to(device))
 
-    return FeatureNetwork("inception", look, device)
+    return FeatureNetwork("inception", look, device, model_fingerprint(net))
 
 # %% ../../nbs/scale/feature_networks.ipynb #7a3a1e28
 FEATURES = {

@@ -83,6 +83,9 @@ class LabelSums:
         scores = (plogp / count - torch.xlogy(mean, mean).sum(dim=1)).exp()
         return scores.mean().item(), scores.std(correction=0).item()
 
+# %% ../../nbs/scale/streaming.ipynb #dedf53ed
+MOST_SAMPLES = 100_000_000  # of a method: each has a number, and a place in a mask
+
 # %% ../../nbs/scale/streaming.ipynb #e469fdec
 @dataclass(frozen=True)
 class StreamConfig:
@@ -105,6 +108,8 @@ class StreamConfig:
             lowest = least.get(name, 1)
             if value < lowest:
                 raise BitflowError(f"{name} is {value}; it must be {lowest} at least")
+        if self.n > MOST_SAMPLES:
+            raise BitflowError(f"n is {self.n}; it must be {MOST_SAMPLES} at most")
         if self.n < self.splits:
             raise BitflowError(
                 f"{self.n} samples cannot be split into {self.splits} for the Inception score; "
@@ -187,6 +192,11 @@ def extract_features(
     return features.float(), logits
 
 # %% ../../nbs/scale/streaming.ipynb #d2f166ab
+def whole_images(x: Tensor) -> Tensor:
+    "Which images `(N, …)` have finite values only: bool `(N,)`; the others are broken."
+    return x.isfinite().flatten(1).all(dim=1)
+
+
 def batch_stats(
     source: Callable,  # see `collect`
     network: FeatureNetwork,
@@ -203,7 +213,7 @@ def batch_stats(
             f"asked for {len(index)} images ({batch.start} to {batch.stop - 1}) and got "
             f"{len(images)}; a source must give one for each number"
         )
-    whole = images.isfinite().flatten(1).all(dim=1)
+    whole = whole_images(images)
     shown = torch.where(whole[:, None, None, None], images, torch.zeros_like(images))
     first = shown[:SHOWN].cpu() if batch.start == 0 else None
     features, logits = extract_features(network, shown, width, cfg.per_pass)
@@ -244,15 +254,30 @@ def save_stats(stats: FeatureStats, path: Path):
     save_arrays(arrays, path)
 
 
+def check_part(arrays: dict, path: Path):
+    "Refuse arrays that `save_stats` cannot have written."
+    shapes = {name: array.shape for name, array in arrays.items()}
+    K, S = shapes["total"][-1:], shapes.get("count", ())
+    fits = shapes["total"] == K and shapes["outer"] == K + K and shapes["kept"][1:] == K
+    fits &= shapes["n"] == () and shapes.get("counts", (3,)) == (3,) and len(shapes["kept"]) == 2
+    if "count" in shapes:
+        fits &= len(S) == 1 and shapes.get("plogp") == S and shapes.get("p", ())[:1] == S
+    fits &= len(shapes.get("first", (0,) * 4)) == 4
+    whole = [name for name in ("n", "counts") if name in arrays]
+    fits &= all(arrays[name].dtype.kind in ("iu" if name in whole else "f") for name in arrays)
+    if not fits or not all(np.isfinite(array).all() for array in arrays.values()):
+        raise BitflowError(f"{path} is damaged: no sums over features; delete it to make it anew")
+
+
 def read_stats(path: Path) -> FeatureStats:
     "What `save_stats` wrote. Raises `BitflowError` for a damaged file."
     there = names_in(path)
     wanted = [f.name for f in dataclasses.fields(Moments)] + ["kept"]
     optional = [f.name for f in dataclasses.fields(LabelSums)] + ["counts", "first"]
     wanted += [name for name in optional if name in there]  # earlier versions wrote no counts
-    arrays = map(torch.from_numpy, read_arrays(path, *wanted))
-    found = dict(zip(wanted, arrays))
-    labels = None
+    arrays = dict(zip(wanted, read_arrays(path, *wanted)))
+    check_part(arrays, path)
+    found, labels = {name: torch.from_numpy(array) for name, array in arrays.items()}, None
     if "count" in found:
         labels = LabelSums(found["count"], found["plogp"], found["p"])
     sums = Moments(int(found["n"]), found["total"], found["outer"])
