@@ -42,8 +42,7 @@ def test_every_command_can_be_typed(name, budget, tmp_path):
     assert set(experiment.minutes) == set(BUDGETS)
     for command in commands:
         if isinstance(command, (options.TrainForward, options.TrainReverse)):
-            stage = "forward" if isinstance(command, options.TrainForward) else "reverse"
-            common.with_options(common.preset_of(command), command, stage)
+            common.preset_of(command)
         if isinstance(command, (options.TrainReverse, options.Evaluate)):
             assert command.forward == commands[0].out
 

@@ -84,7 +84,8 @@ def find_decoder(args: Evaluate, preset: Preset, device: str):
 def find_judge(args: Evaluate, preset: Preset, test, device: str, processes) -> Judge:
     "What samples are compared with: statistics from a file, or of the test images."
     network = find_features(args.features or "inception", device, args.weights)
-    cfg = StreamConfig(number_of_samples(args, preset), args.batch_size, args.seed)
+    n = number_of_samples(args, preset)
+    cfg = StreamConfig(n, args.batch_size, args.seed, splits=min(n, StreamConfig.splits))
     work = args.work or Path(f"runs/evaluate-{preset.name}")
     if args.reference:
         reference = import_reference(args.reference, network, work, cfg, processes)

@@ -393,16 +393,21 @@ def parse(argv: list[str]):
         raise BitflowError(f"{problem}; see {help_words}") from None
 
 # %% ../../nbs/cli/options.ipynb #e418f5ff
+def flag_of(name: str) -> str:
+    "An option as it is typed: `--batch-size`."
+    return f"--{name.replace('_', '-')}"
+
+
 def option_words(name: str, value) -> list[str]:
     "One option as it would be typed: `--resume`, `--no-timing`, `--out runs/f`."
-    flag = name.replace("_", "-")
+    flag = flag_of(name)
     if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
+        return [flag if value else f"--no-{flag[2:]}"]
     if isinstance(value, tuple):
-        return [f"--{flag}", *map(str, value)]
+        return [flag, *map(str, value)]
     if isinstance(value, Path) and value.is_absolute():
         value = value.name  # the folders above mean nothing on another machine
-    return [f"--{flag}", str(value)]
+    return [flag, str(value)]
 
 # %% ../../nbs/cli/options.ipynb #49ed3917
 def command_line(args) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -24,7 +25,7 @@ __all__ = ['hardware', 'versions', 'commit', 'measurement', 'time_per_image', 'n
 def processor() -> str:
     "The processor's name."
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     for line in lines:
@@ -83,6 +84,17 @@ def time_per_image(row: str, t: dict, batch: int, **more) -> dict:
     more |= {"low": low, "high": high}
     return measurement(row, "ms_per_image", median, "ms", t["repeats"], batch=batch, **more)
 
+# %% ../../nbs/io/results.ipynb #da46a68e
+def check_name(name: str, what: str = "name"):
+    "Refuse what cannot safely be part of a file's name, here or on another system."
+    good = isinstance(name, str) and re.fullmatch(r"\w[\w .,+=()@-]*", name) and len(name) <= 100
+    if not good or name != name.strip():
+        shown = repr(name) if len(str(name)) <= 100 else f"{str(name)[:100]!r}…"
+        raise BitflowError(
+            f"{what} {shown} cannot name a file; begin with a letter or digit, go on with these, "
+            "spaces and . , + = ( ) @ - _, at most 100 in all"
+        )
+
 # %% ../../nbs/io/results.ipynb #7fd6811e
 def now() -> str:
     "Date and time, UTC, to the second."
@@ -101,6 +113,8 @@ def save_results(
     "Write a results file: every number that the project shows comes from one."
     head = {"name": name, "preset": preset, "command": command, "commit": commit(), "date": now()}
     head.update(wall_s=round(wall_s, 1), hardware=hardware(), versions=versions(), config=config)
+    if Path(name).name != name:
+        raise BitflowError(f"results cannot be named {name!r}, which is a path; give a plain name")
     path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, results_text(head, measurements))

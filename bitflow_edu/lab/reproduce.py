@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..data import load_data
-from ..io.files import BitflowError, report_write_errors, write_atomically
+from ..io.files import BitflowError, read_json, report_write_errors, write_atomically
 from ..io.results import load_result, measured, results_text, save_results
 from .evaluate import evaluate
 from .presets import find_preset, nearest_name
@@ -356,6 +356,26 @@ flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with chapter 1
 """
 PLANNED = {"gpu": "of one H200", "cpu": "of a core or two", "smoke": "of a core"}
 
+# %% ../../nbs/lab/reproduce.ipynb #759ab607
+def is_page(path: Path) -> bool:
+    "Whether a file is one that `write_results_index` writes anew."
+    if path.suffix == ".json":
+        lines = read_json(path, "move it away")
+        return isinstance(lines, list) and all("command" in line for line in lines)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text.startswith((PAGE.splitlines()[0], LIST.splitlines()[0]))
+
+
+def check_pages(folder: Path):
+    "Refuse to write the page, its list and its index over files of somebody else's."
+    for name in ("index.json", "README.md", "EXPERIMENTS.md"):
+        path = folder / name
+        if path.exists() and not is_page(path):
+            raise BitflowError(
+                f"{path} would be overwritten, and is no page of results; "
+                "move it away, or name another folder of results"
+            )
+
 # %% ../../nbs/lab/reproduce.ipynb #6d29b5eb
 def experiments_text() -> str:
     "The list of experiments as Markdown: what each asks, and its commands in each size."
@@ -374,6 +394,7 @@ def experiments_text() -> str:
 # %% ../../nbs/lab/reproduce.ipynb #87361e0d
 def write_results_index(folder: Path) -> Path:
     "Write `index.json`, `README.md` and `EXPERIMENTS.md` of a folder of results; gives the page."
+    check_pages(folder)
     found = all_results(folder)
     lines = [index_entry(result, folder) for result in found]
     index = ",\n".join(" " + json.dumps(line) for line in lines)
