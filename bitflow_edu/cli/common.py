@@ -29,7 +29,7 @@ from bitflow_edu.cli.options import (
 from ..data import load_data
 from ..inverse_strategies import needs_token_states
 from ..io.files import BitflowError, check_writable
-from ..io.results import save_results
+from ..io.results import save_results, text_table
 from ..lab.preset_fields import fields_in, split_fields, with_words
 from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..tarflow import TARFlowConfig
@@ -236,9 +236,12 @@ def check_fits(model, data):
 # %% ../../nbs/cli/common.ipynb #10c418bc
 def show(measurements: list):
     "Print measurements, a line each."
+    rows = []
     for m in measurements:
-        batch = f" batch {m['batch']}" if m["batch"] else ""
-        print(f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}{batch}")
+        batch = f"batch {m['batch']}" if m["batch"] else ""
+        value = "–" if m["value"] is None else f"{m['value']:.5g}"
+        rows.append([m["row"], m["metric"], value, m["unit"], batch])
+    print(text_table(rows, "llr", (14, 24, 14, 5), " "))
 
 # %% ../../nbs/cli/common.ipynb #3486afb9
 def write_figures(out: Path, preset: str, args, config: dict, found: list, start: float):

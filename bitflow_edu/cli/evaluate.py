@@ -8,12 +8,19 @@ import time
 from functools import partial
 from pathlib import Path
 
-from .common import check_fits, load_together, preset_of, run_folder, write_figures
+from bitflow_edu.cli.common import (
+    check_fits,
+    load_together,
+    new_outputs,
+    preset_of,
+    run_folder,
+    write_figures,
+)
 from .options import Evaluate
 from ..data import load_data
 from ..inverse_strategies import check_pair
 from ..io.datasets import described
-from ..io.files import BitflowError, check_new_file
+from ..io.files import BitflowError
 from ..io.models import find_device, load_model, newest_checkpoint
 from bitflow_edu.lab.evaluate import (
     Evaluation,
@@ -84,8 +91,7 @@ def find_decoder(args: Evaluate, preset: Preset, device: str):
 def find_judge(args: Evaluate, preset: Preset, test, device: str, processes) -> Judge:
     "What samples are compared with: statistics from a file, or of the test images."
     network = find_features(args.features or "inception", device, args.weights)
-    n = number_of_samples(args, preset)
-    cfg = StreamConfig(n, args.batch_size, args.seed, splits=min(n, StreamConfig.splits))
+    cfg = StreamConfig(number_of_samples(args, preset), args.batch_size, args.seed)
     work = args.work or Path(f"runs/evaluate-{preset.name}")
     if args.reference:
         reference = import_reference(args.reference, network, work, cfg, processes)
@@ -177,7 +183,7 @@ def run_evaluate(args: Evaluate):
     preset, device, start = preset_of(args), find_device(args.device), time.perf_counter()
     out = args.out or Path(f"results/evaluate-{preset.name}.json")
     processes = find_processes(device)
-    processes.on_rank_zero(lambda: check_new_file(out))
+    outputs = processes.on_rank_zero(lambda: new_outputs(out, ".json", ".png"))
     F, G = load_pair(args, preset, device)
     samplers = samplers_asked(args, F, G)
     if is_streamed(args, preset, processes):
@@ -187,9 +193,10 @@ def run_evaluate(args: Evaluate):
     found = done.measurements + training_lines(args, preset)
 
     def write():
+        results, picture = outputs
         if done.samples:
-            save_picture(done.samples, out.with_suffix(".png"))
+            save_picture(done.samples, picture)
         config = evaluation_settings(args, preset, F, G)
-        write_figures(out, preset.name, args, config, found, start)
+        write_figures(results, preset.name, args, config, found, start)
 
     processes.on_rank_zero(write)

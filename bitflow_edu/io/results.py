@@ -85,7 +85,7 @@ def time_per_image(row: str, t: dict, batch: int, **more) -> dict:
     return measurement(row, "ms_per_image", median, "ms", t["repeats"], batch=batch, **more)
 
 # %% ../../nbs/io/results.ipynb #da46a68e
-def check_name(name: str, what: str = "name"):
+def check_plain_name(name: str, what: str = "name"):
     "Refuse what cannot safely be part of a file's name, here or on another system."
     good = isinstance(name, str) and re.fullmatch(r"\w[\w .,+=()@-]*", name) and len(name) <= 100
     if not good or name != name.strip():
@@ -184,6 +184,38 @@ def figure(
     missing = f"{result['name']} has no {metric} of {row}{at_batch}"
     raise BitflowError(f"{missing}; it has {', '.join(sorted(has))}")
 
+# %% ../../nbs/io/results.ipynb #36c47b20
+def text_table(
+    rows: list[list[str]],  # headings first
+    sides: str = "",  # "l" or "r" for each column; left where it is not said
+    least: tuple[int, ...] = (),  # widths of columns, at least
+    gap: str = "   ",  # between columns
+) -> str:  # a line for each row
+    "A table whose columns are as wide as they have to be."
+    columns = list(zip(*rows))
+    least = [*least, *[0] * (len(columns) - len(least))]
+    widths = [max(floor, *map(len, column)) for floor, column in zip(least, columns)]
+    sides = sides.ljust(len(columns), "l")
+    lines = []
+    for row in rows:
+        cells = [
+            text.rjust(width) if side == "r" else text.ljust(width)
+            for text, width, side in zip(row, widths, sides)
+        ]
+        lines.append(gap.join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    "A table in Markdown, from rows with the headings first; no cell can break out of it."
+
+    def line(row):
+        cells = [" ".join(text.split()).replace("|", "\\|") for text in row]
+        return "|" + "".join(f" {text} |" if text else " |" for text in cells)
+
+    head, *rest = rows
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rest)])
+
 # %% ../../nbs/io/results.ipynb #rowsof01
 def rows_of(
     result: dict,  # a table of `bitflow ablate`, loaded
@@ -209,6 +241,4 @@ def table_text(
         found = [column[name] for column in columns]
         seeds = [", ".join(f"{v:.4g}" for v in values) for values, _, _ in found]
         lines.append([name, *(f"{mean:.4g} ({s})" for (_, mean, _), s in zip(found, seeds))])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [[f"{text:{width}}" for text, width in zip(line, widths)] for line in lines]
-    return "\n".join("   ".join(line).rstrip() for line in padded)
+    return text_table(lines)

@@ -81,13 +81,14 @@ def with_words(preset: Preset, given: dict, where: str = "") -> Preset:
         argv += [f"--{name.replace('_', '-')}", *words]
     try:
         with contextlib.redirect_stderr(said):
-            return check_preset(read_fields(preset, argv) if argv else preset)
+            changed = read_fields(preset, argv) if argv else preset
     except SystemExit:
         problem = one_line(said.getvalue())
         if problem.startswith("Error parsing "):  # a config's own message says what to do
             raise BitflowError(f"{where}{problem.partition(': ')[2]}") from None
         hint = "bitflow info --fields says what each field takes"
         raise BitflowError(f"{where}{problem}; {hint}") from None
+    return check_preset(changed)
 
 # %% ../../nbs/lab/preset_fields.ipynb #e3775f32
 def split_fields(argv) -> tuple:
@@ -133,7 +134,7 @@ class UniqueKeys(yaml.SafeLoader):
 def read_tree(path: Path) -> dict:
     "The mapping in a YAML file. Raises `BitflowError` where there is none."
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+        tree = yaml.load(path.read_text(), UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         why, hint = " ".join(str(e).split()), "bitflow info --yaml writes one"
         raise BitflowError(f"{path} is no YAML file that can be read ({why}); {hint}") from e

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..data import load_data
 from ..io.files import BitflowError, read_json, report_write_errors, write_atomically
-from ..io.results import load_result, measured, results_text, save_results
+from ..io.results import load_result, markdown_table, measured, results_text, save_results
 from .evaluate import evaluate
 from .presets import find_preset, nearest_name
 from .recipes import train_forward, train_reverse
@@ -278,7 +278,7 @@ def column_of(m: dict) -> str:
     return ", ".join(words)
 
 # %% ../../nbs/lab/reproduce.ipynb #f7a75b50
-def markdown_table(result: dict) -> str:
+def results_table(result: dict) -> str:
     "A results file as a Markdown table: a row for each method, with the values of all seeds."
     rows, columns = {}, {}
     for m in result["measurements"]:
@@ -286,11 +286,10 @@ def markdown_table(result: dict) -> str:
             continue
         rows.setdefault(m["row"], {}).setdefault(column_of(m), []).append(format_value(m))
         columns[column_of(m)] = None
-    lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    table = [["", *columns]]
     for row, cells in rows.items():
-        values = ["; ".join(cells.get(c, ["–"])) for c in columns]
-        lines.append("| " + " | ".join([row, *values]) + " |")
-    return "\n".join(lines)
+        table.append([row, *("; ".join(cells.get(c, ["–"])) for c in columns)])
+    return markdown_table(table)
 
 # %% ../../nbs/lab/reproduce.ipynb #7435ec55
 def section_of(result: dict, line: dict) -> str:
@@ -303,7 +302,7 @@ def section_of(result: dict, line: dict) -> str:
         f"; {line['hardware']}; commit {line['commit']}, {date}, {line['wall_s'] / 60:.1f} minutes."
     )
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
-    body, count = markdown_table(result), len(result["measurements"])
+    body, count = results_table(result), len(result["measurements"])
     if body.count("|") >= 1500:
         body = f"{count} figures, too many for a page: [{name}.json]({name}.json)"
     return f"## {name}\n\n{how}\n\n{picture}{body}\n"
@@ -331,13 +330,12 @@ def sizes_done(name: str, lines: list[dict]) -> list[str]:
 
 def experiments_table(lines: list[dict]) -> str:
     "The experiments as Markdown: what each asks, was planned for, and in which size it was done."
-    rows = ["| experiment | question | minutes on one H200 | minutes on a CPU | done |"]
-    rows.append("|---|---|---|---|---|")
+    rows = ["experiment | question | minutes on one H200 | minutes on a CPU | done".split(" | ")]
     for name, e in EXPERIMENTS.items():
         done = ", ".join(sizes_done(name, lines)) or "not yet"
         gpu, cpu = e.minutes["gpu"], e.minutes["cpu"]
-        rows.append(f"| `{name}` | {e.question} | {gpu} | {cpu} | {done} |")
-    return "\n".join(rows) + "\n"
+        rows.append([f"`{name}`", e.question, str(gpu), str(cpu), done])
+    return markdown_table(rows) + "\n"
 
 # %% ../../nbs/lab/reproduce.ipynb #5682473e
 LIST = """# The experiments
