@@ -126,7 +126,7 @@ def test_a_finished_demo_is_not_taken_for_another(capsys, tmp_path):
     (tmp_path / "report.html").touch()
     run(f"demo {SMOKE} --resume --out {tmp_path}")
     refused(f"demo {SMOKE} --resume --seed 3 --out {tmp_path}", capsys, "seed", "3")
-    refused(f"demo --resume --out {tmp_path}", capsys, "mnist-mini-smoke")
+    refused(f"demo --resume --out {tmp_path}", capsys, "num_blocks = 2, not 4")
 
 
 def test_bench_counts_tokens_and_memory():

@@ -40,7 +40,7 @@ def test_a_model_of_nan_is_shown_and_is_an_error(tmp_path, capsys):
     save_model(model, tmp_path / "g")
     line = f"sample --checkpoint {tmp_path}/g --n 4 --out {tmp_path}/s.png"
     refused(line, capsys, "4 of 4", "s.png", f"{tmp_path}/g")
-    assert Image.open(tmp_path / "s.png").size[1] == 17
+    assert Image.open(tmp_path / "s.png").size[1] == 16
 
 
 def test_broken_images_are_counted(tmp_path, capsys):

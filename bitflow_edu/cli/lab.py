@@ -264,9 +264,9 @@ def check_finished(args: Demo, preset: Preset):
 
 def check_folders(args: Demo, preset: Preset):
     "Refuse a demo's folders and files before any work is done."
+    refuse_existing(args.out, args.resume)
     figures = args.results / f"demo-{preset.name}.json"
     new_outputs(figures, ".json", ".png", option="--results", anew=args.resume)
-    refuse_existing(args.out, args.resume)
 
 # %% ../../nbs/cli/lab.ipynb #43049793
 def run_demo(args: Demo):
