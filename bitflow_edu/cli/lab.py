@@ -125,6 +125,9 @@ def table_stem(name: str, args: Ablate) -> str:
     steps = f"-{args.steps}-steps" if args.steps else ""
     return f"ablate-{name}-{preset_of(args).name}{steps}"
 
+# %% ../../nbs/cli/lab.ipynb #4144dc7a
+PLACE = "--results, or write it anew with --resume"  # of `ablate` and `demo`
+
 # %% ../../nbs/cli/lab.ipynb #48756635
 def tables_asked(args: Ablate) -> list:
     "The tables to make. Refuses an unknown one, and results that would be overwritten."
@@ -139,7 +142,7 @@ def tables_asked(args: Ablate) -> list:
         raise BitflowError(f"{asked} must be at least 1")
     for name in names:
         table = args.results / f"{table_stem(name, args)}.json"
-        new_outputs(table, ".json", ".png", option="--results", anew=args.resume)
+        new_outputs(table, ".json", ".png", option=PLACE, anew=args.resume)
     return names
 
 # %% ../../nbs/cli/lab.ipynb #baa34638
@@ -266,7 +269,7 @@ def check_folders(args: Demo, preset: Preset):
     "Refuse a demo's folders and files before any work is done."
     refuse_existing(args.out, args.resume)
     figures = args.results / f"demo-{preset.name}.json"
-    new_outputs(figures, ".json", ".png", option="--results", anew=args.resume)
+    new_outputs(figures, ".json", ".png", option=PLACE, anew=args.resume)
 
 # %% ../../nbs/cli/lab.ipynb #43049793
 def run_demo(args: Demo):

@@ -80,7 +80,8 @@ def well_behaved(program: Callable) -> Callable:
             try:
                 return program(argv)
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:  # as behind `>&-`
+                    sys.stdout.flush()
         except BrokenPipeError:
             to_nowhere(sys.stdout)
             to_nowhere(sys.stderr)
