@@ -89,7 +89,7 @@ def test_a_table_is_as_wide_as_it_has_to_be():
 
 def test_no_cell_breaks_out_of_a_markdown_table():
     rows = [["", "a|b"], ["one\ntwo", ""]]
-    assert markdown_table(rows).splitlines() == ["| | a\\|b |", "|---|---|", "| one two | |"]
+    assert markdown_table(rows).splitlines() == ["| | a\\|b |", "|---|---|", "| one two |  |"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/x"])

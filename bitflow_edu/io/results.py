@@ -211,7 +211,8 @@ def markdown_table(rows: list[list[str]]) -> str:
 
     def line(row):
         cells = [" ".join(text.split()).replace("|", "\\|") for text in row]
-        return "|" + "".join(f" {text} |" if text else " |" for text in cells)
+        text = "| " + " | ".join(cells) + " |"
+        return text if cells[0] else text.replace("|  |", "| |", 1)  # an empty corner
 
     head, *rest = rows
     return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rest)])
