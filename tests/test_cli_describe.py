@@ -43,6 +43,19 @@ def test_info_writes_reads_and_lists(tmp_path, capsys):
     refused(sample, capsys, "--data.image-size", "sample")
 
 
+UNREAD = """--seed 3, --device cpu, --data-root x, --checkpoint c --preset mnist,
+--checkpoint c --config x.yaml, --checkpoint c --forward.num-blocks 3, --checkpoint c --yaml x,
+--checkpoint c --fields, --checkpoint c --mfu 0.2, --yaml x --fields, --yaml x --mfu 0.2,
+--fields --mfu 0.2, --fields --peak-tflops 3, --preset mnist-glow --mfu 0.2"""
+
+
+@pytest.mark.parametrize("options", [words.strip() for words in UNREAD.split(",")])
+def test_info_refuses_options_that_it_would_not_read(capsys, options):
+    first = options.rpartition("--")[2].split()[0]
+    refused(f"info {options}", capsys, f"--{first}", "not read")
+    assert not capsys.readouterr().out
+
+
 def test_info_of_the_largest(capsys):
     """Size, assumptions and what is inferred are said; twice the utilisation, half the hours."""
     hours, sizes = [], ["256 of 16 values", "published F: 690M", "within 3 %", "activations"]

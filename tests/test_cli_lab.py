@@ -1,6 +1,7 @@
 """`bitflow demo` and `bitflow bench`: what they measure and write, and what they refuse."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,14 +12,19 @@ import torch
 from commands import SMOKE, measurements, refused, run
 
 from bitflow_edu.lab import bench
+from bitflow_edu.lab.preset_fields import write_preset
+from bitflow_edu.lab.presets import find_preset
 
 
 def test_the_demo_from_end_to_end(tmp_path):
     command = [Path(sys.executable).with_name("bitflow"), "demo", *SMOKE.split()]
     command += ["--out", "runs/demo"]
-    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # prints ASCII alone
+    plain = os.environ | plain | {"PYTHONIOENCODING": "ascii"}
+    more = {"cwd": tmp_path, "check": True, "env": plain}
+    done = subprocess.run(command, **more, capture_output=True, text=True)
     assert done.stdout.strip().endswith("report: runs/demo/report.html")
-    report = (tmp_path / "runs/demo/report.html").read_text()
+    report = (tmp_path / "runs/demo/report.html").read_text(encoding="utf-8")
     assert len(report) < 3_000_000 and report.count("data:image/png;base64,") == 4
     assert not re.search(r'(src|href)="(?!data:)', report)
     result = json.loads((tmp_path / "results/demo-mnist-mini-smoke.json").read_text())
@@ -29,7 +35,8 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert again.returncode == 2 and "--resume" in again.stderr
     resumed = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
     assert resumed.returncode == 0 and "report.html" in resumed.stdout
-    assert (tmp_path / "runs/demo/report.html").read_text() == report, "nothing is overwritten"
+    same = (tmp_path / "runs/demo/report.html").read_text(encoding="utf-8") == report
+    assert same, "nothing is overwritten"
     rows = {(m["row"], m["metric"], m["batch"]) for m in result["measurements"]}
     metrics = ("fd[mnist-cnn]", "label_accuracy", "params", "serial_steps", "flops_per_image")
     for row in ("exact", "exact+denoise", "one-pass"):
@@ -79,6 +86,47 @@ def test_mistakes_with_bench(tmp_path, capsys):
     refused(f"{bench_to} --geometry mnits", capsys, "mnits", "256-tokens")
     (tmp_path / "x.json").touch()
     refused(bench_to, capsys, "exists already")
+    refused(f"bench --out {tmp_path}/x", capsys, "x.json exists already")
+
+
+UNREAD = {
+    "tokens": "--segments 3, --compiled, --geometry 64-tokens, --w 1, --device cuda",
+    "inverse": "--batches 4, --precision bf16, --w 1, --checkpoint x --geometry 64-tokens",
+    "training": "--segments 3, --batches 4, --checkpoint x --geometry 64-tokens",
+    "pair": "--batches 4, --precision bf16, --w 1",
+}
+UNREAD = [(what, more) for what, options in UNREAD.items() for more in options.split(", ")]
+
+
+@pytest.mark.parametrize("what, more", UNREAD)
+def test_bench_refuses_options_that_it_would_not_read(capsys, tmp_path, what, more):
+    refused(f"bench --what {what} --out {tmp_path}/x.json {more}", capsys, *more.split()[-2:])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_geometry_is_a_name_and_no_path(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused("bench --geometry ../../x", capsys, "../../x")
+    refused("bench --what speed --checkpoint y --geometry ../../x", capsys, "../../x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_keeps_the_results_of_another(capsys, tmp_path):
+    demo = f"demo {SMOKE} --out {tmp_path}/d --results {tmp_path}"
+    for suffix in ("json", "png"):
+        path = tmp_path / f"demo-mnist-mini-smoke.{suffix}"
+        path.write_text("kept")
+        refused(demo, capsys, path.name, "--results")
+        path.unlink()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_demo_is_not_taken_for_another(capsys, tmp_path):
+    write_preset(find_preset("mnist-mini-smoke"), tmp_path / "forward" / "preset.yaml")
+    (tmp_path / "report.html").touch()
+    run(f"demo {SMOKE} --resume --out {tmp_path}")
+    refused(f"demo {SMOKE} --resume --seed 3 --out {tmp_path}", capsys, "seed", "3")
+    refused(f"demo --resume --out {tmp_path}", capsys, "num_blocks = 2, not 4")
 
 
 def test_bench_counts_tokens_and_memory():

@@ -1,5 +1,7 @@
 """The program: its help, its exit codes, and every command as a table of names."""
 
+import io
+import os
 import signal
 import subprocess
 import sys
@@ -36,6 +38,40 @@ def test_mistakes_in_words(capsys, tmp_path):
 
 def test_every_command_is_carried_out():
     assert {*COMMANDS, Reproduce} == set(NAMES)
+
+
+@pytest.mark.parametrize("words", [["info"], ["info", "--fields"], ["--help"]])
+def test_a_closed_pipe_is_an_end(words):
+    """As behind `bitflow info | true`: no traceback, and no complaint when Python ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bitflow_edu.cli", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_cannot_be_printed_is_replaced(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["info", "--name", "größe"]) == 0
+    assert b"preset   gr??e" in shown.buffer.getvalue()
+
+
+def test_what_the_system_says_of_a_path_is_a_sentence(monkeypatch, capsys):
+    def denied(command):
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr("bitflow_edu.cli.main.run_command", denied)
+    refused("info", capsys, "/some/file", "Permission denied")
+
+
+def test_options_that_cannot_be_meant_are_refused_before_anything_is_read(capsys, tmp_path):
+    refused(f"sample --checkpoint {tmp_path}/none --n 0", capsys, "--n 0")
+    refused(f"sample --checkpoint {'a' * 300}", capsys, "--checkpoint", "too long")
+    refused(f"train forward --seed -1 --out {tmp_path}/f", capsys, "--seed -1")
+    refused(f"cache-latents --source x --out {tmp_path}/c --per-shard -1", capsys, "--per-shard")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_module_and_the_script_are_the_same_program():

@@ -12,11 +12,13 @@ from bitflow_edu.io.results import (
     commit,
     figure,
     load_result,
+    markdown_table,
     measured,
     measurement,
     rows_of,
     save_results,
     table_text,
+    text_table,
     time_per_image,
 )
 
@@ -72,3 +74,26 @@ def test_a_table_has_every_seed_and_the_mean():
     result = {"name": "made up", "measurements": lines}
     assert rows_of(result, "d") == {"a": ([1.0, 2.0], 1.5, 3.0)}
     assert table_text(result, "d").splitlines()[1].split() == ["a", "1.5", "(1,", "2)"]
+
+
+def test_a_table_is_as_wide_as_it_has_to_be():
+    rows = [["", "ms"], ["exact", "12"], ["one-pass", "3"]]
+    assert text_table(rows, "lr").splitlines() == [
+        "           ms",
+        "exact      12",
+        "one-pass    3",
+    ]
+    assert text_table(rows, "lr", (10, 4), "").splitlines()[1] == "exact       12"
+    assert text_table(rows).splitlines()[1] == "exact      12"
+
+
+def test_no_cell_breaks_out_of_a_markdown_table():
+    rows = [["", "a|b"], ["one\ntwo", ""]]
+    assert markdown_table(rows).splitlines() == ["| | a\\|b |", "|---|---|", "| one two |  |"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x"])
+def test_results_stay_in_their_folder(tmp_path, name):
+    with pytest.raises(BitflowError, match="cannot be named"):
+        save_results(tmp_path / "results", name, "p", "bitflow", {}, [], 1.0)
+    assert not list(tmp_path.iterdir())

@@ -73,3 +73,23 @@ def test_the_nearest_name_is_offered():
     with pytest.raises(BitflowError, match="mnist-mini") as e:
         find_preset("mnist-mimi")
     assert "mnist-mimi" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../x", "a/b", "a\\b", "/etc", "..", ".x", "", " a", "a ", "<b>", "a\n", "x" * 101, "-x"],
+)
+def test_a_name_that_leads_elsewhere_is_refused_where_it_enters(name):
+    with pytest.raises(BitflowError, match="cannot name a file"):
+        replace(BASE, name=name)
+
+
+@pytest.mark.parametrize("name", ["mnist-mini", "my run (2)", "größe_1.5", "7", "lr=1e-3, σ 0.1"])
+def test_other_names_are_kept(name):
+    assert replace(BASE, name=name).name == name
+
+
+@pytest.mark.parametrize("n", [-1, 0, 1])
+def test_a_distance_needs_two_samples(n):
+    with pytest.raises(BitflowError, match=f"num_samples is {n}"):
+        replace(BASE, num_samples=n)

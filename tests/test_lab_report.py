@@ -45,6 +45,16 @@ def test_the_page_asks_for_no_other_file(result):
     assert report.headline(result) in page and result["commit"] in page
 
 
+def test_nothing_that_was_written_elsewhere_becomes_html(result):
+    tag = "<script>1</script>"
+    texts = {name: tag for name in ("preset", "command", "commit", "date")}
+    config = {"name": tag}
+    lines = [{**m, "protocol": tag} if "protocol" in m else m for m in result["measurements"]]
+    hostile = {**result, **texts, "config": config, "versions": config, "measurements": lines}
+    page = report.page(hostile, {})
+    assert tag not in page and page.count("&lt;script&gt;") == 7
+
+
 def test_rows_of_pictures_end_with_real_ones(pair, digits):
     rows = report.sample_rows(draw_all(pair_samplers(*pair), 10, seed=0), digits)
     assert list(rows) == [*METHODS.values(), "real digits"]

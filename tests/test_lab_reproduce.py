@@ -17,8 +17,8 @@ from bitflow_edu.lab.reproduce import (
     EXPERIMENTS,
     commands_of,
     compare_guard,
-    markdown_table,
     result_exists,
+    results_table,
     run_experiment,
     tag_result,
     write_results_index,
@@ -42,8 +42,7 @@ def test_every_command_can_be_typed(name, budget, tmp_path):
     assert set(experiment.minutes) == set(BUDGETS)
     for command in commands:
         if isinstance(command, (options.TrainForward, options.TrainReverse)):
-            stage = "forward" if isinstance(command, options.TrainForward) else "reverse"
-            common.with_options(common.preset_of(command), command, stage)
+            common.preset_of(command)
         if isinstance(command, (options.TrainReverse, options.Evaluate)):
             assert command.forward == commands[0].out
 
@@ -105,6 +104,9 @@ def test_a_result_of_another_size_is_not_taken_for_ours(tmp_path):
         ("mnist-ful", "did you mean mnist-full?"),
         ("mnist-full --budget tpu", "choose gpu, cpu, smoke"),
         ("--check", "measure it first"),
+        ("--check --budget gpu", "--budget gpu is not read"),
+        ("mnist-full --record", "mnist-full"),
+        ("--budget smoke", "--budget smoke is not read"),
     ],
 )
 def test_mistakes(tmp_path, capsys, words, said):
@@ -117,7 +119,7 @@ def test_the_page_shows_every_seed_and_no_mean(tmp_path):
     found += [measurement("naive", "mean fid", 4.5)]
     found += [measurement("exact", "ms_per_image", 2.0, "ms", batch=64)]
     save_results(tmp_path, "t", "mnist-mini", "bitflow ablate", {}, found, 1.0)
-    table = markdown_table(json.loads((tmp_path / "t.json").read_text()))
+    table = results_table(json.loads((tmp_path / "t.json").read_text()))
     assert "| naive | 4; 5 | – |" in table and "| exact | – | 2 ms |" in table
     assert "mean" not in table
     (tmp_path / "other.json").write_text("[]")
@@ -147,3 +149,15 @@ def test_the_guard_sees_what_moved(value, fine):
 def test_quality_is_as_stored():
     """The regression guard itself: a minute of training."""
     assert main(["reproduce", "--check", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("name, text", [("README.md", "# My project"), ("index.json", '{"a": 1}')])
+def test_pages_of_somebody_else_are_kept(tmp_path, capsys, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    assert main(["reproduce", "--results", str(tmp_path)]) == 2
+    assert str(path) in capsys.readouterr().err
+    assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    for _ in range(2):  # its own pages are written anew
+        assert main(["reproduce", "--results", str(tmp_path)]) == 0

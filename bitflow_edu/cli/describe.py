@@ -7,7 +7,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from .common import preset_of, show
+from .common import preset_of, refuse_unread, show
 from .options import Info
 from ..excursions.glow import CouplingFlow
 from ..io import models
@@ -28,8 +28,9 @@ __all__ = []
 # %% ../../nbs/cli/describe.ipynb #3b425c3f
 def load_any(folder: Path, device: str):
     "The F (a TARFlow or a coupling flow) or the G in a checkpoint, whichever it is."
+    path = newest_checkpoint(folder) / "config.json"
     try:
-        kind = json.loads((newest_checkpoint(folder) / "config.json").read_text())["kind"]
+        kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
     except (OSError, ValueError, KeyError, TypeError):
         kind = None
     kinds = {"ReverseModel": ReverseModel, "CouplingFlow": CouplingFlow}
@@ -101,6 +102,9 @@ def describe_costs(preset: Preset, args: Info):
 def describe_preset(preset: Preset, args: Info):
     "Print a preset's data, models, budgets and costs, and what of it stands in no source."
     d, f = preset.data, preset.forward
+    if not isinstance(f, TARFlowConfig):
+        of = f"for preset {preset.name}, whose hours are not reckoned"
+        refuse_unread(args, ("peak_tflops", "mfu"), of)
     images = f"{d.image_size}x{d.image_size}x{d.channels}, {d.num_classes} classes"
     print(f"preset   {preset.name}: {d.name}, {images}")
     if not isinstance(f, TARFlowConfig):
@@ -124,13 +128,26 @@ def list_fields(preset: Preset):
         read_fields(preset, ["--help"])
 
 # %% ../../nbs/cli/describe.ipynb #ced82f00
+def check_info(args: Info):
+    "Refuse options that describing does not read."
+    costs, elsewhere = ("peak_tflops", "mfu"), ("seed", "device", "data_root")
+    refuse_unread(args, elsewhere, "by info, which neither computes nor opens images")
+    if args.checkpoint:
+        unread = ("preset", "config", "changes", "yaml", "fields", *costs)
+        refuse_unread(args, unread, "beside --checkpoint, which describes itself")
+    if args.yaml:
+        refuse_unread(args, ("fields", *costs), "with --yaml")
+    if args.fields:
+        refuse_unread(args, costs, "with --fields")
+    if not args.mfu <= 1:
+        raise BitflowError(f"--mfu {args.mfu:g} must be at most 1: a share of --peak-tflops")
+
+
 def run_info(args: Info):
     "`bitflow info`"
+    check_info(args)
     if args.checkpoint:
         return describe_model(load_any(args.checkpoint, "cpu"))
-    if not 0 < args.peak_tflops < float("inf") or not 0 < args.mfu <= 1:
-        peak, mfu = f"--peak-tflops {args.peak_tflops:g}", f"--mfu {args.mfu:g}"
-        raise BitflowError(f"{peak} must be positive and {mfu} lie in (0, 1]")
     preset, path = preset_of(args), args.yaml
     if path:
         check_new_file(path, "--yaml")

@@ -3,13 +3,17 @@
 # %% ../../nbs/cli/sample.ipynb #90d9e163
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 
+from .common import new_picture, refuse_unread
 from .describe import load_any
 from .options import Sample
 from ..data import check_labels, image_grid
 from ..excursions.glow import CouplingFlow
-from ..io.files import BitflowError, check_new_file, save_grid
+from ..io.files import BitflowError, save_grid
 from ..io.models import find_device
 from ..lab import sampling
 from bitflow_edu.lab.sampling import (
@@ -41,6 +45,8 @@ def parse_labels(text: str | None, cfg, n: int) -> torch.Tensor:
         message = f"--labels {text!r} is no list of whole numbers such as 0,1,7"
         raise BitflowError(message) from None
     check_labels(labels[labels != -1], cfg.num_classes)
+    if len(labels) > n:
+        raise BitflowError(f"--labels {text} asks for {len(labels)} images, --n {n} for fewer")
     return labels.repeat(-(-n // len(labels)))[:n]
 
 # %% ../../nbs/cli/sample.ipynb #148b5434
@@ -68,38 +74,36 @@ def sampler_for(model, args: Sample) -> Sampler:
     return denoised(sampler, model) if args.denoise else sampler
 
 # %% ../../nbs/cli/sample.ipynb #7f2f73c5
-def check_sample(args: Sample):
-    "Refuse what nobody can draw, before anything is loaded."
-    if args.n < 1 or args.columns < 1:
-        raise BitflowError(f"--n {args.n} and --columns {args.columns} must be at least 1")
-    if not 0 <= args.temperature < float("inf"):
+def report_broken(x: torch.Tensor, out: Path, checkpoint: Path):
+    "Warn of images that are not finite; raise `BitflowError` where none of them is."
+    broken = (~x.isfinite()).flatten(1).any(dim=1).sum().item()
+    found = f"{broken} of {len(x)} images have values that are not finite (NaN or infinite)"
+    if broken == len(x):
         raise BitflowError(
-            f"--temperature {args.temperature} must be a number of at least 0; "
-            "1 is the noise that was trained with"
+            f"{found}; the picture in {out} shows what came. If it is so without guidance (--w) "
+            f"and at --temperature 1, the weights in {checkpoint} are broken: name other ones"
         )
-    if not 0 <= args.w < float("inf"):
-        raise BitflowError(f"--w {args.w} must be a number of at least 0; 0 is no guidance")
-    check_new_file(args.out)
+    if broken:
+        print(f"warning: {found}", file=sys.stderr)
 
 # %% ../../nbs/cli/sample.ipynb #faf96365
 def run_sample(args: Sample):
     "`bitflow sample`"
-    check_sample(args)
-    device = find_device(args.device)
+    device, out = find_device(args.device), new_picture(args.out)
     processes, model = find_processes(device), load_any(args.checkpoint, device)
-    if args.labels is not None and isinstance(model, CouplingFlow):
-        raise BitflowError(
-            f"--labels {args.labels}: the flow in {args.checkpoint} reads no labels; "
-            "leave the option out"
-        )
+    if isinstance(model, CouplingFlow):
+        refuse_unread(args, ["labels"], f"by the flow in {args.checkpoint}, which knows no classes")
+    if model.cfg.channels <= 3:
+        refuse_unread(args, ["vae"], f"for {args.checkpoint}, which draws images and no latents")
     sampler, c = sampler_for(model, args), parse_labels(args.labels, model.cfg, args.n)
     z = noise_for(model.cfg, args.n, args.seed, "cpu", args.temperature)
     vae = load_decoder(args.vae, device) if args.vae else None
     x = draw(sampler, z, c, device, 500 if processes.size == 1 else 64, processes)
 
     def write():
-        save_grid(image_grid(to_picture(x, vae), args.columns), args.out)
+        save_grid(image_grid(to_picture(x, vae), args.columns), out)
         label = METHODS.get(sampler.method, sampler.method)
-        print(f"{args.n} images ({label}) in {args.out}")
+        print(f"{args.n} images ({label}) in {out}")
+        report_broken(x, out, args.checkpoint)
 
     processes.on_rank_zero(write)

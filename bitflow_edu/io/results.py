@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -24,7 +25,7 @@ __all__ = ['hardware', 'versions', 'commit', 'measurement', 'time_per_image', 'n
 def processor() -> str:
     "The processor's name."
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     for line in lines:
@@ -83,6 +84,17 @@ def time_per_image(row: str, t: dict, batch: int, **more) -> dict:
     more |= {"low": low, "high": high}
     return measurement(row, "ms_per_image", median, "ms", t["repeats"], batch=batch, **more)
 
+# %% ../../nbs/io/results.ipynb #da46a68e
+def check_plain_name(name: str, what: str = "name"):
+    "Refuse what cannot safely be part of a file's name, here or on another system."
+    good = isinstance(name, str) and re.fullmatch(r"\w[\w .,+=()@-]*", name) and len(name) <= 100
+    if not good or name != name.strip():
+        shown = repr(name) if len(str(name)) <= 100 else f"{str(name)[:100]!r}…"
+        raise BitflowError(
+            f"{what} {shown} cannot name a file; begin with a letter or digit, go on with these, "
+            "spaces and . , + = ( ) @ - _, at most 100 in all"
+        )
+
 # %% ../../nbs/io/results.ipynb #7fd6811e
 def now() -> str:
     "Date and time, UTC, to the second."
@@ -101,6 +113,8 @@ def save_results(
     "Write a results file: every number that the project shows comes from one."
     head = {"name": name, "preset": preset, "command": command, "commit": commit(), "date": now()}
     head.update(wall_s=round(wall_s, 1), hardware=hardware(), versions=versions(), config=config)
+    if Path(name).name != name:
+        raise BitflowError(f"results cannot be named {name!r}, which is a path; give a plain name")
     path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, results_text(head, measurements))
@@ -170,6 +184,39 @@ def figure(
     missing = f"{result['name']} has no {metric} of {row}{at_batch}"
     raise BitflowError(f"{missing}; it has {', '.join(sorted(has))}")
 
+# %% ../../nbs/io/results.ipynb #36c47b20
+def text_table(
+    rows: list[list[str]],  # headings first
+    sides: str = "",  # "l" or "r" for each column; left where it is not said
+    least: tuple[int, ...] = (),  # widths of columns, at least
+    gap: str = "   ",  # between columns
+) -> str:  # a line for each row
+    "A table whose columns are as wide as they have to be."
+    columns = list(zip(*rows))
+    least = [*least, *[0] * (len(columns) - len(least))]
+    widths = [max(floor, *map(len, column)) for floor, column in zip(least, columns)]
+    sides = sides.ljust(len(columns), "l")
+    lines = []
+    for row in rows:
+        cells = [
+            text.rjust(width) if side == "r" else text.ljust(width)
+            for text, width, side in zip(row, widths, sides)
+        ]
+        lines.append(gap.join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    "A table in Markdown, from rows with the headings first; no cell can break out of it."
+
+    def line(row):
+        cells = [" ".join(text.split()).replace("|", "\\|") for text in row]
+        text = "| " + " | ".join(cells) + " |"
+        return text if cells[0] else text.replace("|  |", "| |", 1)  # an empty corner
+
+    head, *rest = rows
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rest)])
+
 # %% ../../nbs/io/results.ipynb #rowsof01
 def rows_of(
     result: dict,  # a table of `bitflow ablate`, loaded
@@ -195,6 +242,4 @@ def table_text(
         found = [column[name] for column in columns]
         seeds = [", ".join(f"{v:.4g}" for v in values) for values, _, _ in found]
         lines.append([name, *(f"{mean:.4g} ({s})" for (_, mean, _), s in zip(found, seeds))])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [[f"{text:{width}}" for text, width in zip(line, widths)] for line in lines]
-    return "\n".join("   ".join(line).rstrip() for line in padded)
+    return text_table(lines)

@@ -115,7 +115,7 @@ def all_or_nothing(folder: Path):
 def stamp(folder: Path):
     "Note in a `config.json` which version of bitflow_edu wrote it."
     path = folder / "config.json"
-    config = {**json.loads(path.read_text()), "bitflow_edu": __version__}
+    config = {**json.loads(path.read_text(encoding="utf-8")), "bitflow_edu": __version__}
     write_atomically(path, json.dumps(config, indent=1) + "\n")
 
 # %% ../../nbs/lab/hub.ipynb #1cacfb24
@@ -195,8 +195,9 @@ def find_folder(source: str | Path, kind: type, revision: str | None) -> Path:
 # %% ../../nbs/lab/hub.ipynb #f422c61d
 def version_note(folder: Path) -> str:
     "What to say of a folder that another version wrote; empty where none, or this one, is noted."
+    path = folder / "config.json"
     try:
-        writer = json.loads((folder / "config.json").read_text())["bitflow_edu"]
+        writer = json.loads(path.read_text(encoding="utf-8"))["bitflow_edu"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     if writer == __version__:

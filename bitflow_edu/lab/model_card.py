@@ -18,6 +18,7 @@ from .. import __version__
 from ..excursions.glow import CouplingFlow
 from ..io.files import BitflowError, first_difference
 from ..io.models import num_parameters, to_config
+from ..io.results import markdown_table
 from .hub import FILES, Pair, asking_hub, is_repo_id, pair_parts, save_pretrained
 from .sampling import METHODS
 from ..reverse_model import ReverseModel
@@ -142,12 +143,11 @@ def results_table(result: dict, rows: dict) -> str:
     found = [m for m in result["measurements"] if m["row"] in rows]
     cells = {(line_of(m), m["row"]): in_words(m) for m in found}
     head = ["metric", "unit", *rows.values(), "measured with"]
-    table = [head, ["---"] * len(head)]
+    table = [head]
     for line in dict.fromkeys(map(line_of, found)):
         metric, unit, notes = line
         table.append([metric, unit, *(cells.get((line, row), "–") for row in rows), notes])
-    table = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in table]
-    return "\n".join(f"| {line} |" for line in table)
+    return markdown_table(table)
 
 # %% ../../nbs/lab/model_card.ipynb #31dc1496
 def how_measured(result: dict) -> str:

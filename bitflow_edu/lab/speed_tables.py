@@ -8,7 +8,7 @@ import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..io.files import BitflowError
-from ..io.results import measurement
+from ..io.results import measurement, text_table
 from .plotting import PALETTE
 from ..speed import Machine
 
@@ -159,10 +159,11 @@ def speed_table(result: dict) -> str:
     for case in cases_of(result):
         table = with_decoders(result, *case)
         ours = table["one pass"]
-        lines.append(f"{case_title(*case):34s}" + "".join(f"{name:>28s}" for name in ours))
+        rows = [[case_title(*case), *ours]]
         for method, row in table.items():
-            cells = [f"{ms:12.4g} ms ({ms / ours[name]:8.2f} ×)" for name, ms in row.items()]
-            lines.append(f"  {method:32s}" + "".join(f"{cell:>28s}" for cell in cells))
+            cells = [f"{ms:.4g} ms ({ms / ours[name]:8.2f} ×)" for name, ms in row.items()]
+            rows.append([f"  {method}", *cells])
+        lines.append(text_table(rows, "l" + "r" * len(ours), (34, *[28] * len(ours)), ""))
     for m in result["measurements"]:
         if m["metric"] == "left_out":
             case = case_title(m["batch"], m.get("guidance"))

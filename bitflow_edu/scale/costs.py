@@ -14,6 +14,7 @@ from ..exact_inverse import score_denoise, serial_steps
 from ..imagenet import Plan, lost_share
 from ..io.files import BitflowError
 from ..io.models import num_parameters
+from ..io.results import text_table
 from ..reverse_model import ReverseBlock, ReverseModel, one_pass
 from ..speed import count_flops
 from ..tarflow import TARFlow, TARFlowConfig, nll_per_dim
@@ -336,16 +337,16 @@ def bill_table(preset, plan: Plan = Plan()) -> str:  # noqa: B008  frozen
     gpu, stages = plan.gpu, bill(preset, plan)
     lines = [
         f"{preset.name} on {plan.num_gpus} {gpu.name}, {plan.mfu:.0%} of "
-        f"{gpu.peak_tflops} TFLOP/s, ${gpu.dollars_per_hour:g} an hour",
-        f"{'':26}{'EFLOP':>11}{'GPU-hours':>12}{'days':>9}{'dollars':>11}{'GB a GPU':>10}"
-        f"{'GB disk':>9}",
+        f"{gpu.peak_tflops} TFLOP/s, ${gpu.dollars_per_hour:g} an hour"
     ]
+    rows = [["", "EFLOP", "GPU-hours", "days", "dollars", "GB a GPU", "GB disk"]]
     flops, hours = sum(s.flops for s in stages), sum(s.gpu_hours for s in stages)
     memory, disk = max(s.memory_gb for s in stages), sum(s.disk_gb for s in stages)
     for s in (*stages, Stage("in all", flops, hours, memory, disk)):
-        compute = f"{s.flops / 1e18:11.3g}{s.gpu_hours:12,.4g}{s.days(plan):9.3g}"
-        rest = f"{s.dollars(plan):11,.2f}{s.memory_gb:10.3g}{s.disk_gb:9.3g}"
-        lines.append(f"{s.name:26}{compute}{rest}")
+        compute = [f"{s.flops / 1e18:.3g}", f"{s.gpu_hours:,.4g}", f"{s.days(plan):.3g}"]
+        rest = [f"{s.dollars(plan):,.2f}", f"{s.memory_gb:.3g}", f"{s.disk_gb:.3g}"]
+        rows.append([s.name, *compute, *rest])
+    lines.append(text_table(rows, "lrrrrrr", (26, 11, 12, 9, 11, 10, 9), ""))
     if memory > gpu.memory_gb:
         advice = "set activation_checkpointing, more microbatches, or sharding"
         lines.append(f"this does not fit into {gpu.memory_gb} GB: {advice}")
