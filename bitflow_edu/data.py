@@ -50,6 +50,7 @@ class Images:
     pixels: Tensor  # uint8 `(N, C, H, W)`
     labels: Tensor  # int64 `(N,)`
     classes: tuple[str, ...]  # a name for every label
+    name: str = ""  # of the dataset, as `DataConfig` has it; images of one's own have none
     epoch_order: ClassVar = None  # see `Dataset`
 
     def __post_init__(self):
@@ -61,7 +62,7 @@ class Images:
 
     def __getitem__(self, index) -> Images:
         "The same split, restricted to `index` (a slice, or a list or tensor of integers)."
-        return Images(self.pixels[index], self.labels[index], self.classes)
+        return Images(self.pixels[index], self.labels[index], self.classes, self.name)
 
     @property
     def x(self) -> Tensor:
@@ -100,7 +101,8 @@ def check_images(images: Images, cfg: DataConfig) -> Images:
         problem = f"label {top}, which is out of range for {cfg.num_classes} classes"
         raise BitflowError(f"{cfg.name} has {problem}; {way_out}")
     check_labels(images.labels, cfg.num_classes)
-    return Images(resize(images.pixels, cfg.image_size), images.labels, images.classes)
+    pixels = resize(images.pixels, cfg.image_size)
+    return Images(pixels, images.labels, images.classes, cfg.name)
 
 # %% ../nbs/00_data.ipynb #eb54bee7
 def as_images(pixels: np.ndarray, labels: np.ndarray, classes: tuple, cfg: DataConfig) -> Images:

@@ -225,6 +225,20 @@ def fd(
     fake, true = (in_batches(classifier.features, as_stored(images), 100) for images in (x, real))
     return frechet_distance(fake, true)
 
+# %% ../nbs/06_evaluation.ipynb #5fb310a7
+def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
+    "Between features `(N, K)` and `(M, K)`: `(N, M)`, without the rounding of |u|² + |v|² − 2 u·v."
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def ball_radii(cloud: Tensor, k: int) -> Tensor:
+    "How far each point of a cloud `(N, K)` is from its k-th nearest neighbour: `(N,)`."
+
+    def radius(part):  # k + 1: the nearest is the point itself
+        return pairwise_distances(part, cloud).kthvalue(k + 1, dim=1).values
+
+    return in_batches(radius, cloud)
+
 # %% ../nbs/06_evaluation.ipynb #03f3ae14
 def covered(
     queries: Tensor,  # features `(M, K)`
@@ -235,13 +249,8 @@ def covered(
     if k < 1:
         raise BitflowError(f"k is {k}; the nearest neighbour is number 1")
     check_features(queries, cloud, least=k + 1)
-
-    def distance(part):
-        return torch.cdist(part, cloud, compute_mode="donot_use_mm_for_euclid_dist")
-
-    # k + 1: the nearest is the point itself
-    radius = in_batches(lambda part: distance(part).kthvalue(k + 1, dim=1).values, cloud)
-    return in_batches(lambda part: (distance(part) <= radius).any(dim=1), queries)
+    radius = ball_radii(cloud, k)
+    return in_batches(lambda part: (pairwise_distances(part, cloud) <= radius).any(dim=1), queries)
 
 
 def precision_recall(

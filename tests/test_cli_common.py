@@ -1,21 +1,13 @@
 """What several commands share: presets put together, classes counted, options, files to write."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import refused, run
-from PIL import Image
-
-from bitflow_edu.cli.common import preset_of
-from bitflow_edu.cli.options import parse
-from bitflow_edu.io.files import BitflowError
-from bitflow_edu.io.shards import VERSION
-import dataclasses
-from pathlib import Path
-
-import pytest
 from PIL import Image
 
 from bitflow_edu.cli.common import (
@@ -40,6 +32,7 @@ from bitflow_edu.cli.options import (
 )
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.results import measurement
+from bitflow_edu.io.shards import VERSION
 
 SHAPES = "--preset image-folder-smoke"
 PLACES = ("data", "forward", "reverse")
@@ -151,6 +144,7 @@ def test_missing_data_are_reported_where_they_are_loaded(tmp_path, capsys):
     refused(f"train forward {SHAPES} --out {tmp_path}/f", capsys, "image-folder", "--data-root")
     with pytest.raises(BitflowError, match="no/such/folder"):
         counts(f"train forward {SHAPES} --data-root no/such/folder")
+
 
 REQUIRED = {"checkpoint": Path("c"), "source": "s", "out": Path("o"), "run": Path("r")}
 OPTIONS = [(kind, f) for kind in NAMES for f in dataclasses.fields(kind)]

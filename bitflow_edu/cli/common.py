@@ -3,18 +3,37 @@
 # %% ../../nbs/cli/common.ipynb #2fb98e6d
 from __future__ import annotations
 
+import dataclasses
+import io
+import math
+import os
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from .options import Budget, Common, command_line
+from PIL import Image
+
+from bitflow_edu.cli.options import (
+    Ablate,
+    Budget,
+    Common,
+    Demo,
+    Evaluate,
+    TrainForward,
+    TrainReverse,
+    command_line,
+    flag_of,
+    option_words,
+)
 from ..data import load_data
+from ..inverse_strategies import needs_token_states
 from ..io.datasets import count_classes
 from ..io.files import BitflowError, check_writable
 from ..io.models import newest_checkpoint, read_config
-from ..io.results import save_results
-from ..lab.preset_fields import read_preset, read_tree, split_fields, to_words, with_words
+from ..io.results import save_results, text_table
+from ..lab.preset_fields import fields_in, split_fields, with_words
 from ..lab.presets import Preset, check_pair_preset, find_preset, with_num_classes
 from ..lab.sampling import FLOWS
 from ..tarflow import TARFlowConfig
@@ -24,22 +43,22 @@ __all__ = []
 
 # %% ../../nbs/cli/common.ipynb #a11b979d
 def preset_of(args: Common) -> Preset:
-    "The preset asked for: by name, changed by a YAML file, changed by fields beside it."
-    preset = find_preset(args.preset)
+    "The preset asked for: by name, changed by a file, by fields and by options, then checked."
+    preset, given, where = find_preset(args.preset), {}, ""
     if args.config:
-        preset = read_preset(args.config, preset)
-    preset = with_words(preset, split_fields(args.changes)[1])
-    return with_classes_of_data(preset, args)
+        preset, given = fields_in(args.config, preset)
+        where = f"{args.config}, with what is given beside it: "
+    typed = split_fields(args.changes)[1]
+    options, given = option_fields(args, preset), given | typed
+    for name, (option, words) in options.items():
+        if name in typed:
+            twice = f"{option} and {flag_of(name)} {' '.join(typed[name])}"
+            raise BitflowError(f"{twice} say the same thing; give one of them")
+        given[name] = words
+    counted = any(name.endswith(".num_classes") for name in given)
+    return with_classes_of_data(with_words(preset, given, where), args, counted)
 
 # %% ../../nbs/cli/common.ipynb #e56b89f3
-def num_classes_given(args: Common) -> bool:
-    "Whether a field beside the preset, or of the YAML file, says how many classes there are."
-    words = split_fields(args.changes)[1]
-    if args.config:
-        words |= to_words(read_tree(args.config))
-    return any(name.endswith(".num_classes") for name in words)
-
-
 def classes_of_model(args: Common, preset: Preset) -> int | None:
     "The classes of the run that goes on, or of the F that is named; None without such a model."
     resumed = getattr(args, "resume", False)
@@ -57,10 +76,14 @@ def classes_of_model(args: Common, preset: Preset) -> int | None:
         return None
 
 # %% ../../nbs/cli/common.ipynb #d3e4d058
-def with_classes_of_data(preset: Preset, args: Common) -> Preset:
+def with_classes_of_data(
+    preset: Preset,
+    args: Common,
+    given: bool,  # whether the user said how many classes there are
+) -> Preset:
     "The preset with as many classes as its model or its data have. Raises `BitflowError`."
     named, known = count_classes(preset.data, args.data_root), classes_of_model(args, preset)
-    wanted, given = preset.data.num_classes, num_classes_given(args)
+    wanted = preset.data.num_classes
     if known is not None and (named is None or known >= named):
         if named is not None and known > named:
             what = f"the model knows {known} classes, but the data have {named}"
@@ -78,41 +101,55 @@ def with_classes_of_data(preset: Preset, args: Common) -> Preset:
     return with_num_classes(preset, named)
 
 # %% ../../nbs/cli/common.ipynb #0a73f421
-def said_once(args: Budget, stage: str):
-    "Refuse an option and a field that say the same thing twice."
-    fields = split_fields(args.changes)[1]
-    for name in ("steps", "minutes", "batch_size", "lr", "seed"):
-        value, flag = getattr(args, name, None), name.replace("_", "-")
-        if value is not None and f"train_{stage}.{name}" in fields:
-            twice = f"--{flag} {value} and --train-{stage}.{flag} say it twice"
-            raise BitflowError(f"{twice}; give one of them")
+TRAINED = {TrainForward: ("forward",), TrainReverse: ("reverse",), Demo: ("forward", "reverse")}
 
-# %% ../../nbs/cli/common.ipynb #67c0310f
-def with_options(preset: Preset, args: Budget, stage: str) -> Preset:
-    "The preset with what the command line says about the training of one stage."
-    if stage == "reverse":
-        check_pair_preset(preset)
-    cfg = getattr(preset, f"train_{stage}")
+
+def budget_fields(args: Budget, stage: str) -> dict:
+    "Options about the training of one stage: field → the option as typed, words for the field."
     if args.steps is not None and args.minutes is not None:
         both = f"--steps {args.steps} and --minutes {args.minutes}"
         raise BitflowError(f"{both} exclude each other; give one of them")
-    said_once(args, stage)
-    if args.steps is not None or args.minutes is not None:
-        cfg = replace(cfg, steps=args.steps, minutes=args.minutes)
-    given = {name: getattr(args, name, None) for name in ("batch_size", "lr", "seed")}
-    cfg = replace(cfg, **{k: v for k, v in given.items() if v is not None})
-    return replace(preset, **{f"train_{stage}": cfg})
+    found = {}
+    for name in ("steps", "minutes", "batch_size", "lr", "seed"):
+        value = getattr(args, name, None)
+        if value is not None:
+            found[f"train_{stage}.{name}"] = f"{flag_of(name)} {value}", [str(value)]
+    for name, other in (("steps", "minutes"), ("minutes", "steps")):
+        if getattr(args, name) is not None:
+            found[f"train_{stage}.{other}"] = f"{flag_of(name)} {getattr(args, name)}", ["None"]
+    return found
 
-# %% ../../nbs/cli/common.ipynb #ed2473d1
-def with_patch_size(preset: Preset, patch_size: int | None) -> Preset:
-    "The preset with another patch size, for F and for G."
-    if patch_size is None:
-        return preset
+# %% ../../nbs/cli/common.ipynb #67c0310f
+def option_fields(args: Common, preset: Preset) -> dict:
+    "Options about a preset: field → the option as typed, words for the field."
+    found = {}
+    for stage in TRAINED.get(type(args), ()):
+        if stage == "reverse":
+            check_pair_preset(preset)
+        found |= budget_fields(args, stage)
+    if patch_size := getattr(args, "patch_size", None):
+        check_has_tokens(preset, patch_size)
+        parts = ("forward", "reverse") if preset.reverse is not None else ("forward",)
+        for part in parts:
+            found[f"{part}.patch_size"] = f"--patch-size {patch_size}", [str(patch_size)]
+    if strategy := getattr(args, "strategy", None):
+        states = str(needs_token_states(strategy))
+        found["objective.strategy"] = f"--strategy {strategy}", [strategy]
+        found["reverse.token_states"] = f"--strategy {strategy}", [states]
+    return found
+
+
+def check_has_tokens(preset: Preset, patch_size: int):
+    "Refuse a patch size for a flow without patches."
     if not isinstance(preset.forward, TARFlowConfig):
         raise BitflowError(
             f"--patch-size {patch_size}: the flow of preset {preset.name} has no tokens; "
             "leave the option out"
         )
+
+# %% ../../nbs/cli/common.ipynb #ed2473d1
+def with_patch_size(preset: Preset, patch_size: int) -> Preset:
+    "The preset with another patch size, for F and for G."
     forward, reverse = replace(preset.forward, patch_size=patch_size), preset.reverse
     if reverse is not None:
         reverse = replace(reverse, patch_size=patch_size)
@@ -132,6 +169,98 @@ def refuse_existing(folder: Path, resume: bool):
         ways_on = "go on with --resume, or name another folder with --out"
         raise BitflowError(f"{folder} exists already; {ways_on}")
     check_writable(folder)
+
+# %% ../../nbs/cli/common.ipynb #890a192f
+def new_outputs(
+    out: Path,  # as it was given
+    *suffixes: str,  # of the files; the first is added to `out` where it is missing
+    option: str = "--out",  # that names them
+    anew: bool = False,  # whether files of an earlier run are written anew
+) -> list[Path]:  # a file for each suffix
+    "The files that a command will write. Raises `BitflowError` where one is there, or cannot be."
+    if out.is_dir():
+        raise BitflowError(f"{out} is a folder; name a file in it with {option}")
+    stem = out.name
+    if stem.lower().endswith(suffixes[0].lower()):
+        stem = stem[: -len(suffixes[0])]
+    files = [out.with_name(f"{stem}{suffix}") for suffix in suffixes]
+    for path in (out, *files):
+        if path.exists() and not anew:
+            move = "move it away, or name another place"
+            raise BitflowError(f"{path} exists already; {move} with {option}")
+    check_writable(out.parent)
+    return files
+
+# %% ../../nbs/cli/common.ipynb #70600ce4
+def new_picture(out: Path) -> Path:
+    "The picture that a command will write, a PNG where no ending is given."
+    suffix = out.suffix or ".png"
+    kind = Image.registered_extensions().get(suffix.lower())
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), kind or suffix)
+    except Exception as e:  # each format has its own
+        problem = f"no colour picture can be written as {suffix}"
+        raise BitflowError(f"--out {out}: {problem}; end its name in .png or .jpg") from e
+    return new_outputs(out, suffix)[0]
+
+# %% ../../nbs/cli/common.ipynb #3685e735
+LEAST = dict.fromkeys("columns batch_size steps seeds workers per_shard image_size".split(), 1)
+LEAST |= {"num_classes": 1, "patch_size": 1, "n": 1, "max_corrupt": 0}
+AMOUNTS = ("minutes", "lr", "peak_tflops", "mfu")
+SCALES = ("w", "temperature")
+
+
+def wrong_number(args, name: str, value: float) -> str:
+    "What an option's number would have to be; empty where it is right."
+    least = LEAST.get(name, -math.inf)
+    if name == "n" and isinstance(args, Evaluate):
+        least = 2  # a distance compares distributions
+    # a training multiplies its seed by about a million, and torch takes 64 bits
+    last_seed = 2**43 - 1 if isinstance(args, (Budget, Ablate)) else 2**63 - 1
+    if value < least:
+        return f"must be at least {least}"
+    if name in AMOUNTS and not 0 < value < math.inf:
+        return "must be greater than 0 and finite"
+    if name in SCALES and not 0 <= value < math.inf:
+        return "must be a number of at least 0"
+    if name == "seed" and not 0 <= value <= last_seed:
+        return f"must lie between 0 and {last_seed}"
+    return ""
+
+# %% ../../nbs/cli/common.ipynb #b5c0eda9
+def check_numbers(args):
+    "Refuse numbers that a command has no use for."
+    for f in dataclasses.fields(args):
+        given = getattr(args, f.name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if not isinstance(value, (int, float)):
+                continue
+            if problem := wrong_number(args, f.name, value):
+                raise BitflowError(f"{flag_of(f.name)} {value} {problem}")
+
+
+def check_paths(args):
+    "Refuse paths that the system cannot hold, with what is added to the names of files."
+    for f in dataclasses.fields(args):
+        path = getattr(args, f.name)
+        if not isinstance(path, Path):
+            continue
+        try:
+            os.lstat(f"{path}.json.part")
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue  # whoever opens it will say more
+        except (OSError, ValueError) as e:
+            why, shown = getattr(e, "strerror", None) or e, f"{str(path)[:80]}"
+            raise BitflowError(f"{flag_of(f.name)} {shown}…: {why}; give another path") from e
+
+# %% ../../nbs/cli/common.ipynb #56108a15
+def refuse_unread(args, names: Iterable[str], why: str):
+    "Refuse options that differ from their defaults but would not be read."
+    for f in dataclasses.fields(args):
+        value = getattr(args, f.name)
+        if f.name in names and value != f.default:
+            said = " ".join(option_words(f.name, value)) if f.name != "changes" else value[0]
+            raise BitflowError(f"{said} is not read {why}; leave it out")
 
 # %% ../../nbs/cli/common.ipynb #1d311984
 def load_together(cfg, split: str, root, processes):
@@ -154,18 +283,21 @@ def check_fits(model, data):
 # %% ../../nbs/cli/common.ipynb #10c418bc
 def show(measurements: list):
     "Print measurements, a line each."
+    rows = []
     for m in measurements:
-        batch = f" batch {m['batch']}" if m["batch"] else ""
-        print(f"{m['row']:14s} {m['metric']:24s} {m['value']:14.5g} {m['unit']:5s}{batch}")
+        batch = f"batch {m['batch']}" if m["batch"] else ""
+        value = "–" if m["value"] is None else f"{m['value']:.5g}"
+        rows.append([m["row"], m["metric"], value, m["unit"], batch])
+    print(text_table(rows, "llr", (14, 24, 14, 5), " "))
 
 # %% ../../nbs/cli/common.ipynb #3486afb9
 def write_figures(out: Path, preset: str, args, config: dict, found: list, start: float):
     "Write a results file, and print what it holds."
     name, command = out.name.removesuffix(".json"), command_line(args)
     took = time.perf_counter() - start
-    save_results(out.parent, name, preset, command, config, found, took)
+    path = save_results(out.parent, name, preset, command, config, found, took)
     show(found)
-    print(f"figures in {out}")
+    print(f"figures in {path}")
 
 # %% ../../nbs/cli/common.ipynb #c00f6ee1
 def whole_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -175,7 +307,7 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     except ValueError:
         found = (0,)
     if any(n < 1 for n in found):
-        raise BitflowError(f"{option} {text!r} is no list of positive whole numbers such as 1,16")
+        raise BitflowError(f"{option} {text!r} is not a list of whole numbers from 1, like 1,16")
     return found
 
 # %% ../../nbs/cli/common.ipynb #70ead3fc

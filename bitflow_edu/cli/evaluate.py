@@ -9,12 +9,19 @@ import time
 from functools import partial
 from pathlib import Path
 
-from .common import check_fits, load_together, preset_of, run_folder, write_figures
+from bitflow_edu.cli.common import (
+    check_fits,
+    load_together,
+    new_outputs,
+    preset_of,
+    run_folder,
+    write_figures,
+)
 from .options import Evaluate
 from ..data import load_data
 from ..inverse_strategies import check_pair
 from ..io.datasets import described
-from ..io.files import BitflowError, check_new_file
+from ..io.files import BitflowError
 from ..io.models import find_device, load_model, newest_checkpoint
 from bitflow_edu.lab.evaluate import (
     MOST_IN_MEMORY,
@@ -213,7 +220,7 @@ def run_evaluate(args: Evaluate):
     preset, device, start = preset_of(args), find_device(args.device), time.perf_counter()
     out = args.out or Path(f"results/evaluate-{preset.name}.json")
     processes = find_processes(device)
-    processes.on_rank_zero(lambda: check_new_file(out))
+    outputs = processes.on_rank_zero(lambda: new_outputs(out, ".json", ".png"))
     F, G = load_pair(args, preset, device)
     check_evaluate(args, preset, is_streamed(args, preset, processes))
     samplers = samplers_asked(args, F, G)
@@ -224,10 +231,11 @@ def run_evaluate(args: Evaluate):
     found = done.measurements + training_lines(args, preset)
 
     def write():
+        results, picture = outputs
         if done.samples:
-            save_picture(done.samples, out.with_suffix(".png"))
+            save_picture(done.samples, picture)
         config = evaluation_settings(args, preset, F, G)
-        write_figures(out, preset.name, args, config, found, start)
+        write_figures(results, preset.name, args, config, found, start)
 
     processes.on_rank_zero(write)
     check_drawn(found)

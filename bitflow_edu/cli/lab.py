@@ -14,23 +14,25 @@ from pathlib import Path
 import torch
 
 from bitflow_edu.cli.common import (
+    new_outputs,
     parse_segments,
     preset_of,
     refuse_existing,
+    refuse_unread,
     show,
     whole_numbers,
-    with_options,
     write_figures,
 )
 from .options import Ablate, Bench, Demo, Reproduce, command_line
 from ..data import load_data
 from ..io import models
-from ..io.files import BitflowError, check_new_file, check_writable
+from ..io.files import BitflowError, check_same_settings
 from ..io.models import load_model
 from ..io.results import hardware, load_result, measurement, save_results
 from ..lab import ablations, bench, recipes, reproduce
 from ..lab.bench_speed import bench_geometry
 from ..lab.evaluate import Evaluation, evaluate
+from ..lab.preset_fields import read_preset
 from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..lab.report import draw_rows, sample_rows, write_report
 from ..tarflow import TARFlow
@@ -51,7 +53,30 @@ def bench_model(args: Bench, device: str) -> TARFlow:
     return bench.random_flow(bench.geometry(args.geometry), device)
 
 # %% ../../nbs/cli/lab.ipynb #d9d2734d
-MEASURED = ("inverse", "training", "tokens", "pair", "speed")
+OF_A_FLOW = ("geometry", "checkpoint", "compiled", "device")
+MEASURED = {  # what can be measured → the options that it reads
+    "inverse": (*OF_A_FLOW, "segments"),
+    "training": OF_A_FLOW,
+    "tokens": ("device",),
+    "pair": (*OF_A_FLOW, "segments"),
+    "speed": (*OF_A_FLOW, "segments", "batches", "precision", "w"),
+}
+
+
+def check_bench(args: Bench):
+    "Refuse what cannot be measured, and options that are not read."
+    if args.what not in MEASURED:
+        choices = ", ".join(MEASURED)
+        raise BitflowError(f"--what {args.what!r} cannot be measured; choose {choices}")
+    unread = {f.name for f in dataclasses.fields(args)} - {"what", "out", *MEASURED[args.what]}
+    refuse_unread(args, unread, f"with --what {args.what}")
+    if args.what == "tokens" and args.device != "cpu":
+        refuse_unread(args, ["device"], "with --what tokens, which counts the memory of a CPU")
+    if args.checkpoint and args.what in ("inverse", "training"):
+        refuse_unread(args, ["geometry"], "beside --checkpoint")
+    bench.geometry(args.geometry)
+    parse_segments(args.segments)
+    whole_numbers(args.batches, "--batches")
 
 
 def run_measurement(args: Bench, model: TARFlow, device: str) -> list:
@@ -90,13 +115,10 @@ def measure_pair(args: Bench, model: TARFlow) -> list:
 # %% ../../nbs/cli/lab.ipynb #517d57a5
 def run_bench(args: Bench):
     "`bitflow bench`"
-    if args.what not in MEASURED:
-        choices = ", ".join(MEASURED)
-        raise BitflowError(f"--what {args.what!r} cannot be measured; choose {choices}")
+    check_bench(args)
     of = "" if args.what == "tokens" else f"-{args.geometry}"
-    out = args.out or Path(f"results/bench-{args.what}{of}.json")
+    (out,) = new_outputs(args.out or Path(f"results/bench-{args.what}{of}.json"), ".json")
     start, device = time.perf_counter(), models.find_device(args.device)
-    check_new_file(out)
     model = bench_model(args, device)
     config, found = dataclasses.asdict(model.cfg), run_measurement(args, model, device)
     write_figures(out, "", args, config, found, start)
@@ -104,8 +126,11 @@ def run_bench(args: Bench):
 # %% ../../nbs/cli/lab.ipynb #379f91a2
 def table_stem(name: str, args: Ablate) -> str:
     "What a table's files are named: after its preset, and its steps if they are not the preset's."
-    steps = f"-{args.steps}-steps" if args.steps else ""
+    steps = f"-{args.steps}-steps" if args.steps is not None else ""
     return f"ablate-{name}-{preset_of(args).name}{steps}"
+
+# %% ../../nbs/cli/lab.ipynb #4144dc7a
+PLACE = "--results, or write it anew with --resume"  # of `ablate` and `demo`
 
 # %% ../../nbs/cli/lab.ipynb #48756635
 def tables_asked(args: Ablate) -> list:
@@ -119,15 +144,15 @@ def tables_asked(args: Ablate) -> list:
     if args.seeds < 1 or (args.workers or 1) < 1:
         asked = f"--seeds {args.seeds} and --workers {args.workers}"
         raise BitflowError(f"{asked} must be at least 1")
-    if not args.resume:
-        for name in names:
-            check_new_file(args.results / f"{table_stem(name, args)}.json")
+    for name in names:
+        table = args.results / f"{table_stem(name, args)}.json"
+        new_outputs(table, ".json", ".png", option=PLACE, anew=args.resume)
     return names
 
 # %% ../../nbs/cli/lab.ipynb #baa34638
 def workers_for(args: Ablate, device: str) -> int:
     "Trainings at a time: one on an accelerator, else one for each core and 2 GB of memory."
-    if args.workers:
+    if args.workers is not None:
         return args.workers
     if device != "cpu":
         return 1
@@ -136,10 +161,14 @@ def workers_for(args: Ablate, device: str) -> int:
 
 # %% ../../nbs/cli/lab.ipynb #3707c7ce
 def ablation_preset(args: Ablate) -> Preset:
-    "The preset with the steps asked for."
+    "The preset with the steps asked for. Refuses numbers that nothing can be trained with."
+    for name, least in (("steps", 1), ("workers", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise BitflowError(f"--{name} {value} must be at least {least}")
     preset = preset_of(args)
     check_pair_preset(preset)
-    if args.steps:
+    if args.steps is not None:
         return replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps))
     return preset
 
@@ -170,9 +199,11 @@ def run_ablate(args: Ablate):
 # %% ../../nbs/cli/lab.ipynb #59ec1224
 def run_guard(args: Reproduce):
     "`bitflow reproduce --check`"
+    unread = ("names", "budget", "out", "data_root")
+    refuse_unread(args, unread, "by --check, which trains and measures mnist-mini")
     device = models.find_device(args.device)
     if args.record:
-        check_new_file(args.results / f"{reproduce.GUARD}.json")
+        new_outputs(args.results / f"{reproduce.GUARD}.json", ".json", option="--results")
         print(f"figures in {reproduce.record_guard(args.results, device=device)}")
         return
     stored, new = load_result(reproduce.GUARD, args.results), reproduce.brief_figures(0, device)
@@ -193,6 +224,10 @@ def run_reproduce(args: Reproduce, main: Callable):
     "`bitflow reproduce`; `main` carries out a command given as words."
     if args.check or args.record:
         return run_guard(args)
+    if not args.names:
+        unread = ("budget", "out", "device", "data_root")
+        refuse_unread(args, unread, "where no experiment is named")
+    reproduce.check_pages(args.results)
     for name in args.names:  # every name is looked up before hours are spent
         reproduce.commands_of(name, args.budget, args.out, args.results)
     more = []
@@ -233,21 +268,31 @@ def save_demo(args: Demo, preset: Preset, done: Evaluation, test, start: float) 
     return path
 
 # %% ../../nbs/cli/lab.ipynb #8f94b924
-def check_folders(args: Demo):
-    "Refuse a demo's folders before any work is done."
-    check_writable(args.results)
+def check_finished(args: Demo, preset: Preset):
+    "Refuse to take a finished demo with other settings for the one that is asked for."
+    was = args.out / "forward" / "preset.yaml"
+    if was.exists():
+        old, new = dataclasses.asdict(read_preset(was, preset)), dataclasses.asdict(preset)
+        check_same_settings(old, new, args.out, "leave the option out, or name another --out")
+
+
+def check_folders(args: Demo, preset: Preset):
+    "Refuse a demo's folders and files before any work is done."
     refuse_existing(args.out, args.resume)
+    figures = args.results / f"demo-{preset.name}.json"
+    new_outputs(figures, ".json", ".png", option=PLACE, anew=args.resume)
 
 # %% ../../nbs/cli/lab.ipynb #43049793
 def run_demo(args: Demo):
     "`bitflow demo`"
     start, device = time.perf_counter(), models.find_device(args.device)
     report = args.out / "report.html"
-    preset = with_options(with_options(preset_of(args), args, "forward"), args, "reverse")
+    preset = preset_of(args)
     if args.resume and report.exists():
+        check_finished(args, preset)
         print(f"{args.out} is finished; its report: {report}")
         return
-    check_folders(args)
+    check_folders(args, preset)
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
     forward, reverse = train_pair(preset, train, args.out, device, args.resume)
     print("drawing and measuring …")
@@ -255,5 +300,6 @@ def run_demo(args: Demo):
     done = evaluate(forward, reverse, train, test, n, seed, device)
     done.samples.pop("real", None)  # the report shows test images
     path = save_demo(args, preset, done, test, start)
-    write_report(report, json.loads(path.read_text()), done.samples, forward, reverse, test)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    write_report(report, result, done.samples, forward, reverse, test)
     print(f"figures in {path}\nreport: {report}")

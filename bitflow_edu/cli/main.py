@@ -3,9 +3,13 @@
 # %% ../../nbs/cli/main.ipynb #fad7c49e
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
 
+from .common import check_numbers, check_paths
 from .describe import run_info
 from .evaluate import run_evaluate
 from .lab import run_ablate, run_bench, run_demo, run_reproduce
@@ -33,7 +37,9 @@ __all__ = ['main']
 
 # %% ../../nbs/cli/main.ipynb #b752fad4
 def run_command(command):
-    "Carry out a command, given as its options."
+    "Carry out a command, given as its options. Refuses numbers and paths that none could use."
+    check_numbers(command)
+    check_paths(command)
     if isinstance(command, Reproduce):
         return run_reproduce(command, main)
     return COMMANDS[type(command)](command)
@@ -52,7 +58,43 @@ COMMANDS = {
     WatchRun: run_watch,
 }
 
+# %% ../../nbs/cli/main.ipynb #bee4cd2c
+def to_nowhere(stream):
+    "Send what is still to be printed to nobody, so that Python has nothing to complain of."
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def well_behaved(program: Callable) -> Callable:
+    """A program that ends well where its output cannot be printed, or nobody reads it any more.
+
+    Signs that the terminal cannot show are replaced. A closed pipe (`bitflow info | head -1`) is
+    an end, not an error. What the system says of a path is a sentence, not a traceback."""
+
+    @wraps(program)
+    def run(argv: list[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a notebook's has not
+                stream.reconfigure(errors="replace")
+        try:
+            try:
+                return program(argv)
+            finally:
+                if sys.stdout is not None:  # as behind `>&-`
+                    sys.stdout.flush()
+        except BrokenPipeError:
+            to_nowhere(sys.stdout)
+            to_nowhere(sys.stderr)
+            return 0
+        except OSError as e:
+            if e.filename is None:
+                raise
+            return ended(f"cannot use {str(e.filename)[:200]} ({e.strerror}); correct the path", 2)
+
+    return run
+
 # %% ../../nbs/cli/main.ipynb #559756a3
+@well_behaved
 def main(argv: list[str] | None = None) -> int:
     """The `bitflow` command; gives its exit code.
 

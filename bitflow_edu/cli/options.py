@@ -179,14 +179,16 @@ class Evaluate(Common):
     # takes two passes.
     w: tuple[float, ...] = ()
     # mnist-cnn, effnet-lite0 or inception (FID): figures of all samples in a stream, over all
-    # processes, resumable; default for digits: FD[mnist-cnn] and label accuracy in memory, for
-    # other images inception.
+    # processes, resumable; default for presets of digits (mnist, mnist-mini): FD[mnist-cnn] and
+    # label accuracy in memory, for pairs of other images inception; a flow alone of other images
+    # is drawn from, and not compared.
     features: str | None = None
-    # File with Inception's weights, where they cannot be downloaded.
+    # File with Inception's weights, where they cannot be downloaded (in a stream).
     weights: Path | None = None
-    # Statistics of real images (.npz with mu and sigma); default: computed from the test images.
+    # Statistics of real images (.npz with mu and sigma), for a stream; default: computed from the
+    # test images.
     reference: Path | None = None
-    # Methods to measure in a stream: exact, exact+denoise, one-pass; default all, and real training
+    # Methods to measure: exact, exact+denoise, one-pass; default all, and in a stream real training
     # images for the floor.
     rows: tuple[str, ...] = ()
     # Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder.
@@ -195,9 +197,9 @@ class Evaluate(Common):
     batch_size: int = 128
     # Folder for what a stream has done so far; default runs/evaluate-<preset>.
     work: Path | None = None
-    # Go on with what is in that folder.
+    # Go on with what is in that folder, where it was made from the same weights and images.
     resume: bool = False
-    # Measure speed as well.
+    # Measure speed as well (of a pair, in a stream, or of a flow alone).
     timing: bool = True
     # Results file to write, and beside it a picture of the first samples; default
     # results/evaluate-<preset>.json.
@@ -315,8 +317,8 @@ class CacheLatents:
     precision: str = "fp32"
     # Images a shard, from a folder.
     per_shard: int = 2048
-    # Classes in tar shards.
-    num_classes: int = 1000
+    # Classes in tar shards; default: as many as their labels name.
+    num_classes: int | None = None
     # Unreadable images that are skipped, and named, before it stops.
     max_corrupt: int = 100
     # Threads that read and decode images.
@@ -399,16 +401,21 @@ def parse(argv: list[str]):
         raise BitflowError(f"{problem}; see {help_words}") from None
 
 # %% ../../nbs/cli/options.ipynb #e418f5ff
+def flag_of(name: str) -> str:
+    "An option as it is typed: `--batch-size`."
+    return f"--{name.replace('_', '-')}"
+
+
 def option_words(name: str, value) -> list[str]:
     "One option as it would be typed: `--resume`, `--no-timing`, `--out runs/f`."
-    flag = name.replace("_", "-")
+    flag = flag_of(name)
     if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
+        return [flag if value else f"--no-{flag[2:]}"]
     if isinstance(value, tuple):
-        return [f"--{flag}", *map(str, value)]
+        return [flag, *map(str, value)]
     if isinstance(value, Path) and value.is_absolute():
         value = value.name  # the folders above mean nothing on another machine
-    return [f"--{flag}", str(value)]
+    return [flag, str(value)]
 
 # %% ../../nbs/cli/options.ipynb #49ed3917
 def command_line(args) -> str:

@@ -10,8 +10,8 @@ from bitflow_edu.cli.common import (
     load_together,
     preset_of,
     refuse_existing,
+    refuse_unread,
     run_folder,
-    with_options,
     with_patch_size,
 )
 from .options import CacheLatents, TrainForward, TrainReverse, WatchRun
@@ -19,11 +19,10 @@ from ..io import models
 from ..io.files import BitflowError
 from ..io.models import load_model, newest_checkpoint
 from ..lab import recipes
-from ..lab.presets import with_strategy
 from ..scale import watching
 from ..scale.autoencoder import load_vae
 from ..scale.distributed import find_processes
-from ..scale.image_sources import find_source
+from ..scale.image_sources import TarSource, find_source
 from ..scale.latents import CacheConfig, cache_latents, latents_report
 from ..tarflow import TARFlow
 
@@ -38,7 +37,7 @@ def watch_of(args) -> recipes.Watch | None:
 # %% ../../nbs/cli/train.ipynb #69bca419
 def run_train_forward(args: TrainForward):
     "`bitflow train forward`"
-    preset = with_patch_size(with_options(preset_of(args), args, "forward"), args.patch_size)
+    preset = preset_of(args)
     folder = run_folder(args.out, preset, "forward")
     device = models.find_device(args.device)
     processes = find_processes(device, args.sharding)
@@ -57,9 +56,7 @@ def say_where(name: str, folder: Path):
 # %% ../../nbs/cli/train.ipynb #22cdc790
 def run_train_reverse(args: TrainReverse):
     "`bitflow train reverse`"
-    preset = with_options(preset_of(args), args, "reverse")
-    if args.strategy:
-        preset = with_strategy(preset, args.strategy)
+    preset = preset_of(args)
     folder = run_folder(args.out, preset, "reverse")
     device = models.find_device(args.device)
     processes = find_processes(device, args.sharding)
@@ -72,12 +69,23 @@ def run_train_reverse(args: TrainReverse):
     recipes.train_reverse(preset, forward, train, folder, device, *more)
     processes.on_rank_zero(lambda: say_where("G", folder))
 
+# %% ../../nbs/cli/train.ipynb #c96b01b1
+def check_cache(args: CacheLatents, source):
+    "Refuse options of `cache-latents` that its source does not read, and unknown precisions."
+    if isinstance(source, TarSource):
+        refuse_unread(args, ["per_shard"], "for tar shards: each of them gives one of latents")
+    else:
+        refuse_unread(args, ["num_classes"], "for a folder, which has a folder for each class")
+    if args.precision not in ("fp32", "bf16"):
+        raise BitflowError(f"unknown --precision {args.precision!r}; choose fp32 or bf16")
+
 # %% ../../nbs/cli/train.ipynb #df10013c
 def run_cache_latents(args: CacheLatents):
     "`bitflow cache-latents`"
     device = models.find_device(args.device)
     processes = find_processes(device)
     source = find_source(args.source, args.split, args.per_shard, args.num_classes)
+    check_cache(args, source)
     limits = args.max_corrupt, args.workers
     cfg = CacheConfig(args.image_size, args.batch_size, args.precision, *limits)
     folder = args.out / ("train" if args.split == "train" else "test")

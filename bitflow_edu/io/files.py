@@ -96,6 +96,17 @@ def save_arrays(arrays: dict, path: Path):
             on_cpu = {k: t.cpu() if isinstance(t, Tensor) else t for k, t in arrays.items()}
             np.savez(file, **{name: np.asarray(array) for name, array in on_cpu.items()})
 
+# %% ../../nbs/io/files.ipynb #a60898fd
+MAX_ARRAYS = 1 << 30  # bytes of the arrays that are read at a time
+
+
+def check_sizes(archive, names: tuple[str, ...]):
+    "Refuse arrays of an open .npz file that are too large, before one is unpacked."
+    wanted = [i for i in archive.zip.infolist() if i.filename.removesuffix(".npy") in names]
+    size = sum(info.file_size for info in wanted)
+    if size > MAX_ARRAYS:
+        raise ValueError(f"{size:,} bytes when unpacked, more than the {MAX_ARRAYS:,} allowed")
+
 # %% ../../nbs/io/files.ipynb #2be62919
 def read_arrays(
     path: Path,  # an .npz file
@@ -106,6 +117,7 @@ def read_arrays(
         if not zipfile.is_zipfile(path):
             raise ValueError("not an .npz file, or cut off")
         with np.load(path, allow_pickle=False) as archive:
+            check_sizes(archive, names)
             return [archive[name] for name in names]
     except Exception as e:
         wanted, why = ", ".join(names), first_sentence(e)

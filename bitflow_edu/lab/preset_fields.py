@@ -65,21 +65,32 @@ def todays_words(given: dict) -> dict:
             words[f"{part}{dot}{RENAMED.get(leaf, leaf)}"] = said
     return words
 
-# %% ../../nbs/lab/preset_fields.ipynb #50b30004
-def with_words(preset: Preset, given: dict, where: str = "") -> Preset:
-    "The preset with fields changed, dotted name → words. Raises `BitflowError` for what is wrong."
-    known, said, argv = to_words(as_tree(preset)), io.StringIO(), []
-    for name, words in todays_words(given).items():
+# %% ../../nbs/lab/preset_fields.ipynb #0c221175
+def known_fields(preset: Preset, given: dict, where: str = "") -> dict:
+    "Fields by the names of today, dotted name → words. Raises `BitflowError` for unknown ones."
+    known, words = to_words(as_tree(preset)), todays_words(given)
+    for name in words:
         if name not in known:
             hint = f"{nearest_field(name, known)}bitflow info --preset {preset.name} --fields"
             raise BitflowError(f"{where}unknown field {name!r}; {hint} lists them all")
+    return words
+
+# %% ../../nbs/lab/preset_fields.ipynb #50b30004
+def with_words(preset: Preset, given: dict, where: str = "") -> Preset:
+    "The preset with fields changed, dotted name → words. Raises `BitflowError` for what is wrong."
+    said, argv = io.StringIO(), []
+    for name, words in known_fields(preset, given, where).items():
         argv += [f"--{name.replace('_', '-')}", *words]
     try:
         with contextlib.redirect_stderr(said):
-            return check_preset(read_fields(preset, argv) if argv else preset)
+            changed = read_fields(preset, argv) if argv else preset
     except SystemExit:
+        problem = one_line(said.getvalue())
+        if problem.startswith("Error parsing "):  # a config's own message says what to do
+            raise BitflowError(f"{where}{problem.partition(': ')[2]}") from None
         hint = "bitflow info --fields says what each field takes"
-        raise BitflowError(f"{where}{one_line(said.getvalue())}; {hint}") from None
+        raise BitflowError(f"{where}{problem}; {hint}") from None
+    return check_preset(changed)
 
 # %% ../../nbs/lab/preset_fields.ipynb #e3775f32
 def split_fields(argv) -> tuple:
@@ -177,9 +188,15 @@ def with_parts_of(preset: Preset, tree: dict) -> Preset:
         changed["forward"] = kind()
     return replace(preset, **changed)
 
+# %% ../../nbs/lab/preset_fields.ipynb #4160bd00
+def fields_in(path: Path, base: Preset) -> tuple[Preset, dict]:
+    "`base` with the parts that a YAML file has, and the file's fields: dotted name → words."
+    tree = read_tree(path)
+    given = {k: v for k, v in tree.items() if k not in PARTS or v is not None}
+    preset = with_parts_of(base, tree)
+    return preset, known_fields(preset, to_words(given), f"{path}: ")
+
 # %% ../../nbs/lab/preset_fields.ipynb #e10c3209
 def read_preset(path: Path, base: Preset) -> Preset:
     "The preset in a YAML file; the fields it leaves out are those of `base`."
-    tree = read_tree(path)
-    given = {k: v for k, v in tree.items() if k not in PARTS or v is not None}
-    return with_words(with_parts_of(base, tree), to_words(given), f"{path}: ")
+    return with_words(*fields_in(path, base), f"{path}: ")

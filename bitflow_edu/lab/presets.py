@@ -14,6 +14,7 @@ from ..improved_tarflow import improved
 from ..inverse_strategies import find_strategy, needs_token_states
 from ..io.datasets import DataConfig
 from ..io.files import BitflowError
+from ..io.results import check_plain_name
 from ..reverse_model import ReverseConfig
 from ..tarflow import TARFlowConfig
 from ..training import TrainConfig
@@ -61,6 +62,11 @@ class Preset:
     train_reverse: TrainConfig | None  # how G is trained
     objective: ObjectiveConfig | None  # what G is asked to match
     num_samples: int = 2000  # images drawn for an evaluation
+
+    def __post_init__(self):
+        check_plain_name(self.name, "preset name")  # runs and results files are named after it
+        if self.num_samples < 2:
+            raise BitflowError(f"num_samples is {self.num_samples}; 2 are compared at least")
 
     @property
     def conditional(self):

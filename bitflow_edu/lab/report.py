@@ -266,16 +266,18 @@ def facts(result: dict) -> str:
     bpd = measured(result, "exact", "bits_per_dim")[0]
     trip = measured(result, "exact", "round_trip_max_error")[0]
     n = next((m["n"] for m in result["measurements"] if m["metric"] == "label_accuracy"), None)
+    how, command = html.escape(bpd["protocol"]), html.escape(result["command"])
+    made = html.escape(f"commit {result['commit']}, {result['date']}")
     made_on = json.dumps({key: result[key] for key in ("hardware", "versions")}, indent=1)
     config = json.dumps(result["config"], indent=1)
     return (
         f"<ul><li>{n} samples of each method from the same noise and labels, seed {bpd['seed']}, "
         f"against {bpd['n']} test images.</li><li>Test bits/dim of F: {bpd['value']:.3f} "
-        f"({bpd['protocol']}, {bpd['n']} images; F was trained for sampling, on images with noise, "
+        f"({how}, {bpd['n']} images; F was trained for sampling, on images with noise, "
         f"not for this number).</li><li>Exact round trip F⁻¹(F(x)): largest error "
         f"{trip['value']:.1e} over {trip['n']} test images, pixels in [-1, 1].</li>"
-        f"<li>Wall time {result['wall_s']:.0f} s. Command: <code>{html.escape(result['command'])}"
-        f"</code>, commit {result['commit']}, {result['date']}.</li></ul><details open><summary>"
+        f"<li>Wall time {result['wall_s']:.0f} s. Command: <code>{command}</code>, {made}."
+        "</li></ul><details open><summary>"
         f"Machine and versions</summary><pre>{html.escape(made_on)}</pre></details>"
         f"<details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>"
     )

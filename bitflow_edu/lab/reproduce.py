@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..data import load_data
-from ..io.files import BitflowError, report_write_errors, write_atomically
-from ..io.results import load_result, measured, results_text, save_results
+from ..io.files import BitflowError, read_json, report_write_errors, write_atomically
+from ..io.results import load_result, markdown_table, measured, results_text, save_results
 from .evaluate import evaluate
 from .presets import find_preset, nearest_name
 from .recipes import train_forward, train_reverse
@@ -278,7 +278,7 @@ def column_of(m: dict) -> str:
     return ", ".join(words)
 
 # %% ../../nbs/lab/reproduce.ipynb #f7a75b50
-def markdown_table(result: dict) -> str:
+def results_table(result: dict) -> str:
     "A results file as a Markdown table: a row for each method, with the values of all seeds."
     rows, columns = {}, {}
     for m in result["measurements"]:
@@ -286,11 +286,10 @@ def markdown_table(result: dict) -> str:
             continue
         rows.setdefault(m["row"], {}).setdefault(column_of(m), []).append(format_value(m))
         columns[column_of(m)] = None
-    lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    table = [["", *columns]]
     for row, cells in rows.items():
-        values = ["; ".join(cells.get(c, ["–"])) for c in columns]
-        lines.append("| " + " | ".join([row, *values]) + " |")
-    return "\n".join(lines)
+        table.append([row, *("; ".join(cells.get(c, ["–"])) for c in columns)])
+    return markdown_table(table)
 
 # %% ../../nbs/lab/reproduce.ipynb #7435ec55
 def section_of(result: dict, line: dict) -> str:
@@ -303,7 +302,7 @@ def section_of(result: dict, line: dict) -> str:
         f"; {line['hardware']}; commit {line['commit']}, {date}, {line['wall_s'] / 60:.1f} minutes."
     )
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
-    body, count = markdown_table(result), len(result["measurements"])
+    body, count = results_table(result), len(result["measurements"])
     if body.count("|") >= 1500:
         body = f"{count} figures, too many for a page: [{name}.json]({name}.json)"
     return f"## {name}\n\n{how}\n\n{picture}{body}\n"
@@ -331,13 +330,12 @@ def sizes_done(name: str, lines: list[dict]) -> list[str]:
 
 def experiments_table(lines: list[dict]) -> str:
     "The experiments as Markdown: what each asks, was planned for, and in which size it was done."
-    rows = ["| experiment | question | minutes on one H200 | minutes on a CPU | done |"]
-    rows.append("|---|---|---|---|---|")
+    rows = ["experiment | question | minutes on one H200 | minutes on a CPU | done".split(" | ")]
     for name, e in EXPERIMENTS.items():
         done = ", ".join(sizes_done(name, lines)) or "not yet"
         gpu, cpu = e.minutes["gpu"], e.minutes["cpu"]
-        rows.append(f"| `{name}` | {e.question} | {gpu} | {cpu} | {done} |")
-    return "\n".join(rows) + "\n"
+        rows.append([f"`{name}`", e.question, str(gpu), str(cpu), done])
+    return markdown_table(rows) + "\n"
 
 # %% ../../nbs/lab/reproduce.ipynb #5682473e
 LIST = """# The experiments
@@ -357,6 +355,26 @@ flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with chapter 1
 """
 PLANNED = {"gpu": "of one H200", "cpu": "of a core or two", "smoke": "of a core"}
 
+# %% ../../nbs/lab/reproduce.ipynb #759ab607
+def is_page(path: Path) -> bool:
+    "Whether a file is one that `write_results_index` writes anew."
+    if path.suffix == ".json":
+        lines = read_json(path, "move it away")
+        return isinstance(lines, list) and all("command" in line for line in lines)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text.startswith((PAGE.splitlines()[0], LIST.splitlines()[0]))
+
+
+def check_pages(folder: Path):
+    "Refuse to write the page, its list and its index over files of somebody else's."
+    for name in ("index.json", "README.md", "EXPERIMENTS.md"):
+        path = folder / name
+        if path.exists() and not is_page(path):
+            raise BitflowError(
+                f"{path} would be overwritten, and is no page of results; "
+                "move it away, or name another folder of results"
+            )
+
 # %% ../../nbs/lab/reproduce.ipynb #6d29b5eb
 def experiments_text() -> str:
     "The list of experiments as Markdown: what each asks, and its commands in each size."
@@ -375,6 +393,7 @@ def experiments_text() -> str:
 # %% ../../nbs/lab/reproduce.ipynb #87361e0d
 def write_results_index(folder: Path) -> Path:
     "Write `index.json`, `README.md` and `EXPERIMENTS.md` of a folder of results; gives the page."
+    check_pages(folder)
     found = all_results(folder)
     lines = [index_entry(result, folder) for result in found]
     index = ",\n".join(" " + json.dumps(line) for line in lines)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation import check_features, distance_of_moments, kid, precision_recall
+from bitflow_edu.evaluation import (
+    ball_radii,
+    check_features,
+    distance_of_moments,
+    pairwise_distances,
+)
 from bitflow_edu.io.files import (
     BitflowError,
     check_same_settings,
@@ -30,6 +36,12 @@ from bitflow_edu.io.files import (
 from ..io.processes import SINGLE_PROCESS
 from ..io.results import measurement
 from .feature_networks import FeatureNetwork
+from bitflow_edu.scale.fingerprints import (
+    check_noted,
+    check_same_for_all,
+    data_fingerprint,
+    digest_of,
+)
 from .image_sources import StoredImages
 from bitflow_edu.scale.streaming import (
     DEFAULT_STREAM,
@@ -41,7 +53,7 @@ from bitflow_edu.scale.streaming import (
 
 # %% auto #0
 __all__ = ['Reference', 'reference_path', 'reference_in_memory', 'make_reference', 'import_reference', 'gaussian_distance',
-           'share', 'check_enough', 'figures', 'Streamed', 'evaluate_stream']
+           'share', 'check_enough', 'broken_share', 'figures', 'Streamed', 'evaluate_stream']
 
 # %% ../../nbs/scale/fid.ipynb #2c63dc7f
 @dataclass(frozen=True, eq=False)
@@ -82,10 +94,16 @@ def read_reference(path: str | Path) -> Reference:
             f"{path} has no {missing[0]}; it holds {', '.join(names)}: "
             "a statistics file needs mu and sigma"
         )
-    mu, sigma = (a.astype(np.float64) for a in read_arrays(path, "mu", "sigma"))
+    held = [name for name in ("mu", "sigma", "features") if name in names]
+    arrays = dict(zip(held, read_arrays(path, *held)))
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise BitflowError(f"{path}: {name} holds {array.dtype}, not numbers; make it anew")
+    mu, sigma = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
     check_gaussian(mu, sigma, path)
-    features = torch.from_numpy(read_arrays(path, "features")[0]) if "features" in names else None
-    if features is not None:
+    features = None
+    if "features" in arrays:
+        features = torch.from_numpy(arrays["features"])
         check_features(features, torch.from_numpy(mu)[None], least=1)
     return Reference(torch.from_numpy(mu), torch.from_numpy(sigma), features, path.name)
 
@@ -121,6 +139,9 @@ def check_same_evaluation(folder: Path, about: dict, resume: bool):
             "go on with it with --resume, or name another folder"
         )
     old = read_json(folder / "settings.json", "name another folder")
+    if not isinstance(old, dict):
+        raise BitflowError(f"{folder / 'settings.json'} is damaged; name another folder")
+    check_noted(old, about, folder)
     check_same_settings(old, about, folder)
 
 # %% ../../nbs/scale/fid.ipynb #a8418c0c
@@ -145,7 +166,9 @@ def make_reference(
 ) -> Reference:
     "Statistics of all images of a dataset, from the file; computed and written if there is none."
     about = {"network": network.name, "n": len(data), "keep": cfg.keep}
-    if not processes.broadcast(path.exists()):
+    about |= {"network_weights": network.weights, "real_images": data_fingerprint(data)}
+    check_same_for_all(about["real_images"], "real images", processes)
+    if not processes.broadcast(is_up_to_date(path)):
         cfg = replace(cfg, n=len(data), seed=0, splits=1)
         parts = path.with_name(f"{path.stem}.parts")
         settings = {**about, "batch_size": cfg.batch_size, "parts": cfg.parts}
@@ -156,10 +179,28 @@ def make_reference(
     return read_reference(path)
 
 # %% ../../nbs/scale/fid.ipynb #9bdbcb0f
+def noted_in(path: Path) -> dict:
+    "What a statistics file says it was made from; nothing where it says nothing."
+    if "about" not in names_in(path):
+        return {}
+    try:
+        return dict(json.loads(str(read_arrays(path, "about")[0])))
+    except (ValueError, TypeError) as e:
+        raise BitflowError(f"{path} is damaged; delete it to make it anew") from e
+
+
+def is_up_to_date(path: Path) -> bool:
+    "Whether a statistics file is there, and no earlier version made it: that noted no images."
+    if not path.exists():
+        return False
+    noted = noted_in(path)
+    return "network" not in noted or "real_images" in noted
+
+
 def check_made_from(path: Path, about: dict):
     "Refuse a cached statistics file that was made from something else."
-    old = json.loads(str(read_arrays(path, "about")[0])) if "about" in names_in(path) else {}
-    check_same_settings(old, about, path, "delete it to make it anew, or name another folder")
+    hint = "delete it to make it anew, or name another folder"
+    check_same_settings(noted_in(path), about, path, hint)
 
 # %% ../../nbs/scale/fid.ipynb #1bb44a92
 def import_reference(
@@ -187,35 +228,91 @@ def gaussian_distance(a: Reference, b: Reference) -> float:
     return distance_of_moments((a.mu, a.sigma), (b.mu, b.sigma))
 
 # %% ../../nbs/scale/fid.ipynb #46c3666c
+def in_place_kernel(a: Tensor, b: Tensor) -> Tensor:
+    "`polynomial_kernel` of features in float64, to the bit, in less than half of its time."
+    return (a @ b.T).div_(a.shape[1]).add_(1).pow_(3)
+
+
+def kernel_within(a: Tensor) -> Tensor:
+    "The mean similarity of features `(N, K)`, without the pairs of a point with itself."
+    m = in_place_kernel(a, a)
+    return (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
+
+
+@lru_cache(maxsize=2)
+def chosen_subsets(
+    reference: Reference,
+    num_fake: int,
+    device: str,  # to compute on
+    subsets: int,
+    size: int,  # of each
+    seed: int,  # of the choice
+) -> list:  # of (real features `(size, K)` by number, fake ones, `kernel_within` of the real ones)
+    "Random subsets of real and of fake features: the same for all rows with as many samples."
+    generator, found = torch.Generator().manual_seed(seed), []
+    real = reference.features.to(device).double()
+    for _ in range(subsets):
+        of_real, of_fake = (
+            torch.randperm(n, generator=generator)[:size] for n in (len(real), num_fake)
+        )
+        found.append((of_real, of_fake, kernel_within(real[of_real.to(device)])))
+    return found
+
+
 def kid_over_subsets(
-    real: Tensor,  # features `(N, K)`
+    reference: Reference,  # with features `(N, K)`
     fake: Tensor,  # features `(M, K)`
     subsets: int = 100,
     size: int = 1000,  # of each; fewer where there are fewer features
     seed: int = 0,  # of the choice
 ) -> tuple:  # mean and standard deviation over the subsets
     "Kernel distance as published: the mean over random subsets (arXiv 1801.01401)."
-    generator = torch.Generator().manual_seed(seed)
-    size = min(size, len(real), len(fake))
-
-    def pick(features):
-        return features[torch.randperm(len(features), generator=generator)[:size]]
-
-    values = [kid(pick(real), pick(fake)) for _ in range(subsets)]
+    device, size = str(fake.device), min(size, len(reference.features), len(fake))
+    real, fake, values = reference.features.to(device).double(), fake.double(), []
+    check_features(real, fake)
+    chosen = chosen_subsets(reference, len(fake), device, subsets, size, seed)
+    for of_real, of_fake, within_real in chosen:
+        a, b = real[of_real.to(device)], fake[of_fake.to(device)]
+        across = in_place_kernel(a, b).mean()
+        values.append((within_real + kernel_within(b) - 2 * across).item())
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), values.std(correction=0).item()
 
+# %% ../../nbs/scale/fid.ipynb #ef515770
+@lru_cache(maxsize=2)
+def real_radii(reference: Reference, k: int, device: str) -> Tensor:
+    "The balls of the real images' features `(N,)`: the same for all rows."
+    return ball_radii(reference.features.to(device), k)
+
+
+def shared_territory(
+    reference: Reference,  # with features `(N, K)`
+    fake: Tensor,  # features `(M, K)`
+    k: int,  # neighbour that sets the size of a ball
+) -> tuple:  # precision, recall: shares in [0, 1]
+    "What `precision_recall` gives, to the bit, with each distance computed once."
+    real = reference.features.to(fake.device)
+    check_features(real, fake, least=k + 1)
+    of_real, precise = real_radii(reference, k, str(fake.device)), []
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=fake.device)
+    for part, of_fake in zip(fake.split(500), ball_radii(fake, k).split(500)):
+        apart = pairwise_distances(part, real)
+        precise.append((apart <= of_real).any(dim=1))
+        recalled |= (apart <= of_fake[:, None]).any(dim=0)
+    return torch.cat(precise).float().mean().item(), recalled.float().mean().item()
+
 # %% ../../nbs/scale/fid.ipynb #5d442d02
 def compared_one_by_one(
-    real: Tensor, fake: Tensor, network: FeatureNetwork, cfg: StreamConfig, say: Callable
+    reference: Reference, fake: Tensor, network: FeatureNetwork, cfg: StreamConfig, say: Callable
 ) -> list:
     "KID, precision and recall, from the kept features."
-    mean, spread = kid_over_subsets(real, fake, cfg.subsets, cfg.subset_size, cfg.seed)
+    mean, spread = kid_over_subsets(reference, fake, cfg.subsets, cfg.subset_size, cfg.seed)
+    real = reference.features
     pair, size = dict(kept=len(fake), kept_real=len(real)), min(len(real), len(fake))
     how = dict(spread=spread, subsets=cfg.subsets, subset_size=min(cfg.subset_size, size))
     found = [say(network.metric("kid"), mean, **how, **pair)]
     neighbours = min(cfg.neighbours, size - 1)
-    shares = zip(("precision", "recall"), precision_recall(real, fake, neighbours))
+    shares = zip(("precision", "recall"), shared_territory(reference, fake, neighbours))
     for kind, value in shares:
         found.append(say(network.metric(kind), value, neighbours=neighbours, **pair))
     return found
@@ -235,11 +332,25 @@ def check_enough(n: int):
         )
 
 
+def broken_share(stats: FeatureStats, cfg: StreamConfig, row: str) -> dict:
+    "The share of samples that are not finite, as a `measurement`; says so, too."
+    n = stats.moments.n + stats.broken
+    warnings.warn(
+        f"{row}: {stats.broken} of {n} samples are broken (NaN or infinite), "
+        "and left out of all its figures",
+        stacklevel=2,
+    )
+    broken = 1 - share(stats.moments.n, n)
+    return measurement(row, "broken_samples", broken, n=cfg.n, seed=cfg.seed)
+
+
 def figures(
     stats: FeatureStats, reference: Reference, network: FeatureNetwork, cfg: StreamConfig, row: str
 ) -> list:  # of `measurement`
     "Every metric that the sums allow: Fréchet distance, labels, Inception score, KID, coverage."
     n, found = stats.moments.n, []
+    if n < 2 and stats.broken:  # other rows may be whole: theirs are not lost
+        return [broken_share(stats, cfg, row)]
     check_enough(n)
     say = partial(measurement, row, n=n, seed=cfg.seed, reference=reference.where)
     distance = gaussian_distance(Reference(*stats.gaussian()), reference)
@@ -248,16 +359,14 @@ def figures(
         accuracy = share(stats.right, stats.asked)
         found.append(measurement(row, "label_accuracy", accuracy, n=stats.asked, seed=cfg.seed))
     if stats.broken:
-        broken = 1 - share(n, n + stats.broken)
-        found.append(measurement(row, "broken_samples", broken, n=cfg.n, seed=cfg.seed))
+        found.append(broken_share(stats, cfg, row))
     if stats.labels:
         mean, spread = stats.labels.score()
         name = network.metric("inception_score")
         found.append(say(name, mean, spread=spread, splits=cfg.splits))
-    if reference.features is not None:
+    if reference.features is not None and min(len(reference.features), len(stats.kept)) > 1:
         device = "cpu" if network.device == "mps" else network.device  # no float64 there
-        real, fake = reference.features.to(device), stats.kept.to(device)
-        found += compared_one_by_one(real, fake, network, cfg, say)
+        found += compared_one_by_one(reference, stats.kept.to(device), network, cfg, say)
     return found
 
 # %% ../../nbs/scale/fid.ipynb #a51e0c8b
@@ -267,20 +376,32 @@ def stream_settings(reference, network, cfg: StreamConfig, row: str, about: dict
     settings |= dataclasses.asdict(cfg)
     if not cfg.per_pass:
         del settings["per_pass"]  # so that folders of earlier versions go on
+    content = [t for t in (reference.mu, reference.sigma, reference.features) if t is not None]
+    settings |= {"network_weights": network.weights, "reference_content": digest_of(*content)}
     return {**settings, **about}
+
+
+def check_measurements(found, path: Path):
+    "Refuse what is no list of measurements."
+    needed = {"row", "metric", "value", "unit", "n", "batch"}
+    lines = found if isinstance(found, list) else [found]
+    if not lines or not all(isinstance(m, dict) and needed <= set(m) for m in lines):
+        raise BitflowError(f"{path} is damaged: it holds no measurements; name another folder")
 
 
 def finished_evaluation(folder: Path, processes) -> Streamed:
     "What `close_evaluation` left."
 
     def read():
-        found, images = (
-            read_json(folder / "measurements.json", "name another folder", list),
-            folder / "first.npz",
-        )
+        path, images = folder / "measurements.json", folder / "first.npz"
+        found = read_json(path, "name another folder", list)
+        check_measurements(found, path)
         if not images.exists():  # finished by an earlier version
             return Streamed(found, None)
-        return Streamed(found, torch.from_numpy(read_arrays(images, "first")[0]))
+        first = read_arrays(images, "first")[0]
+        if first.ndim != 4 or first.dtype != np.float32:
+            raise BitflowError(f"{images} is damaged: it holds no images; name another folder")
+        return Streamed(found, torch.from_numpy(first))
 
     main = processes.on_rank_zero(read)
     return Streamed(processes.broadcast(main and main.measurements), main and main.first)
@@ -326,7 +447,8 @@ def evaluate_stream(
 # %% ../../nbs/scale/fid.ipynb #3b694e2e
 def close_evaluation(folder: Path, stats: FeatureStats, settings: dict, found: list):
     "Leave the samples' statistics, the first of them and the measurements; the parts go."
-    save_reference(stats, folder / "statistics.npz", settings)
+    if stats.moments.n > 1:
+        save_reference(stats, folder / "statistics.npz", settings)
     if stats.first is not None:
         save_arrays({"first": stats.first}, folder / "first.npz")
     with report_write_errors(folder):

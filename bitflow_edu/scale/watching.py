@@ -13,19 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data import image_grid
 from ..io.checkpoints import MetricsLog, read_metrics, section
-from bitflow_edu.io.files import (
-    BitflowError,
-    first_sentence,
-    read_json,
-    report_write_errors,
-    write_atomically,
-)
+from ..io.files import BitflowError, read_json, report_write_errors, write_atomically
+from ..io.images import open_image
 from .alarms import WINDOW, SampleReference, check_line, check_samples
 
 # %% auto #0
@@ -111,12 +105,8 @@ def write_item(writer, run: Path, step: int, kind: str, what: str):
 
 
 def read_picture(path: Path):
-    "A PNG as uint8 `(H, W, 3)`. Raises `BitflowError` where it is damaged."
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise BitflowError(f"{path} is no picture ({first_sentence(e)}); delete it") from e
+    "A PNG as uint8 `(H, W, 3)`."
+    return np.asarray(open_image(path))
 
 # %% ../../nbs/scale/watching.ipynb #8d7d4582
 def mirrored(log_dir: Path) -> set:
