@@ -502,7 +502,7 @@ def calls(case: Case) -> int:
     x = tensor_of(case, n, cfg.channels, cfg.image_size, cfg.image_size)
     c, w = labels_of(case, n), rng.choice((None, 0, 1.0, -1, float("nan"), x))
     number, word = rng.choice((0, -1, 1, 3, 0.5, float("nan"), 2**63)), rng.choice(WORDS)
-    pixels = tensor_of(case, n, 1, 16, 16).numpy()
+    pixels = tensor_of(case, n, 1, 16, 16)
     table = {
         "one_pass": lambda: b.one_pass(G, z, c, w),
         "one_pass of F": lambda: b.one_pass(F, z, c),
@@ -518,7 +518,7 @@ def calls(case: Case) -> int:
         "inpaint": lambda: editing.inpaint(F, G, x, tensor_of(case, 16, 16) > 0, c),
         "patchify": lambda: patchify(x, number),
         "unpatchify": lambda: unpatchify(z, number, 1),
-        "Images": lambda: Images(pixels, c.numpy(), tuple("0123456789")).draw(torch.arange(2)),
+        "Images": lambda: Images(pixels, c, tuple("0123456789")).draw(torch.arange(2)),
         "image_grid": lambda: image_grid(x, number),
         "load_pretrained": lambda: b.load_pretrained(word),
         "find_preset": lambda: b.find_preset(word),
