@@ -327,6 +327,7 @@ def test_one_training_a_folder(tmp_path, data):
     assert [p.name for p in run.iterdir() if "lock" in p.name] == [lock.name]
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
 def test_a_killed_process_that_nobody_waited_for_holds_no_lock(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         assert checkpoints.mark_of(child.pid)

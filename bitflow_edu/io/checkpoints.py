@@ -300,18 +300,14 @@ def check_stale(lock: Path):
     "Refuse a lock whose process may still be at work."
     holder = read_json(lock, "where no training uses the folder, delete that file")
     host, pid = holder.get("host"), holder.get("pid")
-    if host != socket.gethostname() or not is_count(pid):
-        raise BitflowError(
-            f"{lock.parent} is in use by process {pid} on {host!r:.80}; "
-            f"if that has ended, delete {lock}"
-        )
-    if mark_of(pid) not in (None, holder.get("mark")):
+    here = host == socket.gethostname() and is_count(pid)
+    mark = mark_of(pid) if here else None
+    if here and (mark is None or mark != holder.get("mark")):
         return
-    if mark_of(pid):
-        raise BitflowError(
-            f"{lock.parent} is in use: process {pid} trains there; "
-            "wait for it or stop it, or name another folder with --out"
-        )
+    raise BitflowError(
+        f"{lock.parent} is in use by process {pid} on {host!r:.80}; wait for it, or name another "
+        f"folder with --out; if it has ended, delete {lock}"
+    )
 
 
 def create_whole(path: Path, text: str):
