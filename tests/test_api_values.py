@@ -487,7 +487,7 @@ def test_what_is_right_is_taken(name):
     call(**good(arguments))
 
 
-@pytest.mark.parametrize("name,argument,wrong", cases())
+@pytest.mark.parametrize("name,argument,wrong", list(cases()))
 def test_what_is_wrong_is_refused_in_words(name, argument, wrong):
     call, arguments = TABLE[name]
     value = wrong_values(arguments[argument])[wrong]
