@@ -147,7 +147,13 @@ WRONG = {  # kind of argument → (good value → name → wrong values)
     "label types": label_types,
     "mask": masks,
     "mask alone": lambda m: {k: v for k, v in masks(m).items() if k != "fewer"},
-    "pixels": lambda p: {"float": p / 255, "int64": p.long(), "bool": p > 9, "list": p.tolist()},
+    "pixels": lambda p: {
+        "float": p / 255,
+        "bool": p > 9,
+        "list": p.tolist(),
+        "16 bits": 257 * p.int(),
+        "below 0": p.long() - 256,
+    },
     "features": features,
     "scores": lambda s: {k: v for k, v in features(s).items() if k != "one"},
     "of 4 channels": lambda x: sizes(x) | integers(x),
@@ -487,7 +493,7 @@ def test_what_is_right_is_taken(name):
     call(**good(arguments))
 
 
-@pytest.mark.parametrize("name,argument,wrong", cases())
+@pytest.mark.parametrize("name,argument,wrong", list(cases()))
 def test_what_is_wrong_is_refused_in_words(name, argument, wrong):
     call, arguments = TABLE[name]
     value = wrong_values(arguments[argument])[wrong]

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from bitflow_edu.data import to_model_range
 from bitflow_edu.io import checks
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.tarflow import TARFlow, forward_loss
@@ -116,3 +117,10 @@ def test_images_samples_and_latents_are_not_warned_of(x):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checks.warn_of_range(x)
+
+
+def test_pixels_may_be_wider_integers_within_8_bits():
+    wide = torch.arange(256).reshape(1, 1, 16, 16)
+    assert torch.equal(to_model_range(wide), to_model_range(wide.to(torch.uint8)))
+    with pytest.raises(BitflowError, match="0 to 256, beyond 8 bits"):
+        to_model_range(torch.arange(257))

@@ -62,11 +62,18 @@ def check_image_batch(
 
 
 def check_pixels(pixels: Tensor) -> Tensor:  # pixels themselves
-    "Refuse what is not 8-bit pixels, of any shape. Reads no values."
-    if getattr(pixels, "dtype", None) != torch.uint8 or not isinstance(pixels, Tensor):
-        seen = getattr(pixels, "dtype", type(pixels).__name__)
-        way_out = "to_pixels makes them of images in [-1, 1], .to(torch.uint8) of 0 … 255"
+    "Refuse what is not 8-bit pixels, of any shape. Reads values of wider integers alone."
+    seen = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+    if seen == torch.uint8:
+        return pixels
+    if seen not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        way_out = "to_pixels makes them of images in [-1, 1]"
         raise BitflowError(f"pixels: {seen}, but a torch.uint8 tensor is needed; {way_out}")
+    if pixels.numel() and readable(pixels):
+        low, high = (v.item() for v in pixels.aminmax())
+        if low < 0 or high > 255:
+            way_out = "scale them to 0 … 255"
+            raise BitflowError(f"pixels run from {low} to {high}, beyond 8 bits; {way_out}")
     return pixels
 
 
