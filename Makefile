@@ -39,7 +39,7 @@ $(STAMP): $(TARGET)/bin/python settings.ini setup.py
 setup: $(STAMP)  ## make or use an environment and install everything
 
 demo: $(STAMP)  ## train F and G on real digits (about 5 minutes on 2 cores), write runs/demo/report.html
-	@echo "Training on the embedded digits; the figures go to results/, the report to runs/demo/report.html"
+	@echo "Training on the embedded digits; report, figures and models go to runs/demo"
 	"$(BIN)/bitflow" demo --resume
 
 test: $(STAMP)  ## everything that CI runs: style, generated files, pytest, every notebook

@@ -27,8 +27,8 @@ def test_the_demo_from_end_to_end(tmp_path):
     report = (tmp_path / "runs/demo/report.html").read_text(encoding="utf-8")
     assert len(report) < 3_000_000 and report.count("data:image/png;base64,") == 4
     assert not re.search(r'(src|href)="(?!data:)', report)
-    result = json.loads((tmp_path / "results/demo-mnist-mini-smoke.json").read_text())
-    assert (tmp_path / "results/demo-mnist-mini-smoke.png").exists()
+    result = json.loads((tmp_path / "runs/demo/demo-mnist-mini-smoke.json").read_text())
+    assert (tmp_path / "runs/demo/demo-mnist-mini-smoke.png").exists()
     assert result["command"].startswith("bitflow demo --preset mnist-mini-smoke")
     assert str(tmp_path) not in json.dumps(result)
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

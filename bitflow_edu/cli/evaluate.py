@@ -169,12 +169,8 @@ def check_evaluate(args: Evaluate, preset: Preset, streamed: bool):
     "Refuse options that nothing can be measured with, or that would be ignored."
     n = number_of_samples(args, preset)
     most = MOST_SAMPLES if streamed else MOST_IN_MEMORY
-    if not 2 <= n <= most:
+    if n > most:
         raise BitflowError(f"--n {n}: give 2 samples at least, better 2000, and {most} at most")
-    if not 0 <= args.seed < 2**53:
-        raise BitflowError(f"--seed {args.seed} must be a whole number from 0 to 2^53 - 1")
-    if args.batch_size < 1:
-        raise BitflowError(f"--batch-size {args.batch_size} must be at least 1")
     for name in STREAM_ONLY:
         value = getattr(args, name)
         if not streamed and value != getattr(Evaluate, name):
@@ -208,6 +204,12 @@ def evaluation_settings(args: Evaluate, preset: Preset, forward, reverse) -> dic
     }
 
 # %% ../../nbs/cli/evaluate.ipynb #2a76f56e
+def evaluation_outputs(args: Evaluate, preset: Preset) -> list[Path]:
+    "The results file and the picture, neither of which may be there yet."
+    out = args.out or Path(f"results/evaluate-{preset.name}.json")
+    return new_outputs(out, ".json", ".png")
+
+
 def save_picture(rows: dict, path: Path):
     "The first samples of every method as a picture."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,13 +220,12 @@ def save_picture(rows: dict, path: Path):
 def run_evaluate(args: Evaluate):
     "`bitflow evaluate`"
     preset, device, start = preset_of(args), find_device(args.device), time.perf_counter()
-    out = args.out or Path(f"results/evaluate-{preset.name}.json")
     processes = find_processes(device)
-    outputs = processes.on_rank_zero(lambda: new_outputs(out, ".json", ".png"))
+    outputs = processes.on_rank_zero(lambda: evaluation_outputs(args, preset))
     F, G = load_pair(args, preset, device)
-    check_evaluate(args, preset, is_streamed(args, preset, processes))
-    samplers = samplers_asked(args, F, G)
-    if is_streamed(args, preset, processes):
+    samplers, streamed = samplers_asked(args, F, G), is_streamed(args, preset, processes)
+    check_evaluate(args, preset, streamed)
+    if streamed:
         done = evaluate_streamed(args, preset, F, G, samplers, device, processes)
     else:
         done = evaluate_in_memory(args, preset, F, G, samplers, device)
@@ -232,10 +233,10 @@ def run_evaluate(args: Evaluate):
 
     def write():
         results, picture = outputs
-        if done.samples:
-            save_picture(done.samples, picture)
         config = evaluation_settings(args, preset, F, G)
         write_figures(results, preset.name, args, config, found, start)
+        if done.samples:
+            save_picture(done.samples, picture)
 
     processes.on_rank_zero(write)
     check_drawn(found)

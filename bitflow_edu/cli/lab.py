@@ -31,7 +31,7 @@ from ..io.models import load_model
 from ..io.results import hardware, load_result, measurement, save_results
 from ..lab import ablations, bench, recipes, reproduce
 from ..lab.bench_speed import bench_geometry
-from ..lab.evaluate import Evaluation, evaluate
+from ..lab.evaluate import Evaluation, check_drawn, evaluate
 from ..lab.preset_fields import read_preset
 from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..lab.report import draw_rows, sample_rows, write_report
@@ -161,11 +161,7 @@ def workers_for(args: Ablate, device: str) -> int:
 
 # %% ../../nbs/cli/lab.ipynb #3707c7ce
 def ablation_preset(args: Ablate) -> Preset:
-    "The preset with the steps asked for. Refuses numbers that nothing can be trained with."
-    for name, least in (("steps", 1), ("workers", 1), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise BitflowError(f"--{name} {value} must be at least {least}")
+    "The preset with the steps asked for."
     preset = preset_of(args)
     check_pair_preset(preset)
     if args.steps is not None:
@@ -262,7 +258,8 @@ def save_demo(args: Demo, preset: Preset, done: Evaluation, test, start: float) 
         found.append(measurement("demo", "peak_memory_mb", memory, "MB"))
     name, command = f"demo-{preset.name}", command_line(args)
     took = time.perf_counter() - start
-    path = save_results(args.results, name, preset.name, command, config, found, took)
+    folder = args.results or args.out
+    path = save_results(folder, name, preset.name, command, config, found, took)
     draw_rows(sample_rows(done.samples, test)).savefig(path.with_suffix(".png"), dpi=110)
     show(found)
     return path
@@ -279,7 +276,7 @@ def check_finished(args: Demo, preset: Preset):
 def check_folders(args: Demo, preset: Preset):
     "Refuse a demo's folders and files before any work is done."
     refuse_existing(args.out, args.resume)
-    figures = args.results / f"demo-{preset.name}.json"
+    figures = (args.results or args.out) / f"demo-{preset.name}.json"
     new_outputs(figures, ".json", ".png", option=PLACE, anew=args.resume)
 
 # %% ../../nbs/cli/lab.ipynb #43049793
@@ -301,5 +298,6 @@ def run_demo(args: Demo):
     done.samples.pop("real", None)  # the report shows test images
     path = save_demo(args, preset, done, test, start)
     result = json.loads(path.read_text(encoding="utf-8"))
+    check_drawn(result["measurements"])  # a report needs figures
     write_report(report, result, done.samples, forward, reverse, test)
     print(f"figures in {path}\nreport: {report}")

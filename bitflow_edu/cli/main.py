@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 
@@ -65,6 +66,11 @@ def to_nowhere(stream):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def warning_line(message, category, filename, lineno, line=None) -> str:
+    "A warning as the command line prints it: what it says, not where in the program it arose."
+    return f"bitflow: warning: {message}\n"
+
+
 def well_behaved(program: Callable) -> Callable:
     """A program that ends well where its output cannot be printed, or nobody reads it any more.
 
@@ -76,6 +82,7 @@ def well_behaved(program: Callable) -> Callable:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a notebook's has not
                 stream.reconfigure(errors="replace")
+        plain, warnings.formatwarning = warnings.formatwarning, warning_line
         try:
             try:
                 return program(argv)
@@ -90,6 +97,8 @@ def well_behaved(program: Callable) -> Callable:
             if e.filename is None:
                 raise
             return ended(f"cannot use {str(e.filename)[:200]} ({e.strerror}); correct the path", 2)
+        finally:
+            warnings.formatwarning = plain
 
     return run
 

@@ -81,8 +81,8 @@ class Demo(Budget):
 
     # Folder for the models and report.html.
     out: Path = Path("runs/demo")
-    # Folder for the figures, demo-<preset>.json.
-    results: Path = Path("results")
+    # Folder for the figures, demo-<preset>.json; default: beside the report.
+    results: Path | None = None
 
 # %% ../../nbs/cli/options.ipynb #221983f2
 @dataclass(frozen=True)

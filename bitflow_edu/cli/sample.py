@@ -30,6 +30,7 @@ from bitflow_edu.lab.sampling import (
 from ..reverse_model import ReverseModel
 from ..scale.autoencoder import load_decoder
 from ..scale.distributed import find_processes
+from ..scale.streaming import whole_images
 
 # %% auto #0
 __all__ = []
@@ -76,7 +77,7 @@ def sampler_for(model, args: Sample) -> Sampler:
 # %% ../../nbs/cli/sample.ipynb #7f2f73c5
 def report_broken(x: torch.Tensor, out: Path, checkpoint: Path):
     "Warn of images that are not finite; raise `BitflowError` where none of them is."
-    broken = (~x.isfinite()).flatten(1).any(dim=1).sum().item()
+    broken = (~whole_images(x)).sum().item()
     found = f"{broken} of {len(x)} images have values that are not finite (NaN or infinite)"
     if broken == len(x):
         raise BitflowError(
