@@ -79,3 +79,22 @@ def test_the_module_and_the_script_are_the_same_program():
         assert shown.returncode == 0 and "cache-latents" in shown.stdout
         wrong = subprocess.run([*command, "dmeo"], capture_output=True, text=True)
         assert wrong.returncode == 2 and wrong.stderr.startswith("bitflow: ")
+
+
+STEM = "mnist-mini-smoke"
+WRITERS = [
+    ("evaluate --out {}/mine", "mine.json"),
+    ("evaluate --out {}/mine.json", "mine.png"),
+    ("bench --out {}/mine", "mine.json"),
+    ("sample --checkpoint none --out {}/mine", "mine.png"),
+    (f"demo --preset {STEM} --out {{}}/new --results {{}}", f"demo-{STEM}.png"),
+    (f"ablate depth --preset {STEM} --out {{}}/new --results {{}}", f"ablate-depth-{STEM}.png"),
+    ("reproduce --check --record --results {}", "check-mnist-mini.json"),
+]
+
+
+@pytest.mark.parametrize("words, file", WRITERS)
+def test_no_command_overwrites_a_file_or_works_before_it_says_so(capsys, tmp_path, words, file):
+    (tmp_path / file).write_text("kept")
+    refused(words.format(tmp_path, tmp_path), capsys, f"{file} exists already")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
