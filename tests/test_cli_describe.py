@@ -43,7 +43,7 @@ def test_info_writes_reads_and_lists(tmp_path, capsys):
     refused(sample, capsys, "--data.image-size", "sample")
 
 
-UNREAD = """--seed 3, --device cpu, --data-root x, --checkpoint c --preset mnist,
+UNREAD = """--seed 3, --device cpu, --checkpoint c --preset mnist,
 --checkpoint c --config x.yaml, --checkpoint c --forward.num-blocks 3, --checkpoint c --yaml x,
 --checkpoint c --fields, --checkpoint c --mfu 0.2, --yaml x --fields, --yaml x --mfu 0.2,
 --fields --mfu 0.2, --fields --peak-tflops 3, --preset mnist-glow --mfu 0.2"""

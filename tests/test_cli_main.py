@@ -109,3 +109,22 @@ def test_ways_on():
     assert way_on(None) == way_on(Info()) == ""
     assert "--resume" in way_on(Demo()) and "--resume" in way_on(TrainForward())
     assert "--resume" not in way_on(CacheLatents(source="a", out=Path("b")))
+
+
+STEM = "mnist-mini-smoke"
+WRITERS = [
+    ("evaluate --out {}/mine", "mine.json"),
+    ("evaluate --out {}/mine.json", "mine.png"),
+    ("bench --out {}/mine", "mine.json"),
+    ("sample --checkpoint none --out {}/mine", "mine.png"),
+    (f"demo --preset {STEM} --out {{}}/new --results {{}}", f"demo-{STEM}.png"),
+    (f"ablate depth --preset {STEM} --out {{}}/new --results {{}}", f"ablate-depth-{STEM}.png"),
+    ("reproduce --check --record --results {}", "check-mnist-mini.json"),
+]
+
+
+@pytest.mark.parametrize("words, file", WRITERS)
+def test_no_command_overwrites_a_file_or_works_before_it_says_so(capsys, tmp_path, words, file):
+    (tmp_path / file).write_text("kept")
+    refused(words.format(tmp_path, tmp_path), capsys, f"{file} exists already")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]

@@ -130,8 +130,8 @@ def list_fields(preset: Preset):
 # %% ../../nbs/cli/describe.ipynb #ced82f00
 def check_info(args: Info):
     "Refuse options that describing does not read."
-    costs, elsewhere = ("peak_tflops", "mfu"), ("seed", "device", "data_root")
-    refuse_unread(args, elsewhere, "by info, which neither computes nor opens images")
+    costs = ("peak_tflops", "mfu")
+    refuse_unread(args, ("seed", "device"), "by info, which computes nothing")
     if args.checkpoint:
         unread = ("preset", "config", "changes", "yaml", "fields", *costs)
         refuse_unread(args, unread, "beside --checkpoint, which describes itself")
