@@ -48,7 +48,7 @@ test: $(STAMP)  ## everything that CI runs: style, generated files, pytest, ever
 	@echo "2/5 generated files: nbdev_clean, nbdev_export and the README must leave nothing changed"
 	@"$(BIN)/python" tests/check_generated.py
 	@echo "3/5 tests"
-	"$(BIN)/python" -m pytest -q tests
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile tests
 	@echo "4/5 notebooks; small models that come with the course are trained anew, for a few steps"
 	RETRAIN=1 OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers 2 --timing
 	@echo "5/5 malformed input, at random, for 100 seconds"
