@@ -276,7 +276,7 @@ def options(case: Case) -> int:
     commands = {
         ("sample", "--checkpoint", g, *short): "--labels --temperature --w --columns --seed --out "
         "--vae --device --checkpoint --denoise",
-        ("info", *SMOKE): "--fields --yaml --mfu --peak-tflops --seed --data-root --config "
+        ("info", *SMOKE[:2]): "--fields --yaml --mfu --peak-tflops --seed --data-root --config "
         "--preset --forward.patch-size --forward.num-blocks --train-forward.lr --data.num-classes",
         ("train", "forward", *SMOKE, "--steps", 1): "--out --batch-size --lr --patch-size --seed "
         "--sharding --minutes --data-root --resume --train-forward.log-every --num-samples "
@@ -324,8 +324,8 @@ def preset(case: Case) -> int:
         path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     else:
         path.write_bytes(damaged(case, text.encode()) if way == "bytes" else odd[way].encode())
-    given = ["--config", path, "--device", "cpu"]
-    train = ["train", "forward", *given, "--steps", 1]
+    given = ["--config", path]
+    train = ["train", "forward", *given, "--device", "cpu", "--steps", 1]
     return case.run(*rng.choice((["info", *given], train, [*train, "--out", "f"])))
 
 
@@ -513,7 +513,7 @@ def calls(case: Case) -> int:
         "guided_pass": lambda: guidance.guided_pass(G, z, c, w),
         "Guidance": lambda: guidance.Guidance(number),
         "encode": lambda: editing.encode(F, x, c),
-        "decode": lambda: editing.decode(F, G, z, c, w),
+        "decode": lambda: editing.decode(G, z, c, w),
         "edit_class": lambda: editing.edit_class(F, G, x, c, labels_of(case, n)),
         "inpaint": lambda: editing.inpaint(F, G, x, tensor_of(case, 16, 16) > 0, c),
         "patchify": lambda: patchify(x, number),
@@ -548,7 +548,7 @@ def make_material(folder: Path):
         words = ["--forward", f"{folder}/f", "--out", f"{folder}/g"]
         bitflow(["train", "reverse", *few, "mnist-mini-smoke", *words, *each[1]])
         bitflow(["train", "forward", *few, "mnist-glow-smoke", "--out", f"{folder}/glow"])
-        bitflow(["info", *SMOKE, "--yaml", f"{folder}/preset.yaml"])
+        bitflow(["info", *SMOKE[:2], "--yaml", f"{folder}/preset.yaml"])
     for split in ("train", "test"):
         synthetic_images(folder / "pictures", 16, split)
     (folder / "arrays").mkdir()
@@ -591,6 +591,7 @@ def child(seed: int, number: int, work: Path):
     sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
     if number < 0:
         make_material(material)
+        assert (material / "preset.yaml").exists() and (material / "g").exists(), "no material"
         return
     case = Case(random.Random(f"{seed}/{number}"), home, material, work / "description")
     family = FAMILIES[number % len(FAMILIES)]
