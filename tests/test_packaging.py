@@ -14,7 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from bitflow_edu.lab.preset_fields import UniqueKeys
+from bitflow_edu.io.images import FORMATS, MAX_BYTES, MAX_PIXELS
+from bitflow_edu.lab.preset_fields import MOST_BYTES, MOST_NODES, UniqueKeys
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = "setup.py settings.ini pyproject.toml MANIFEST.in README.md SECURITY.md LICENSE".split()
@@ -187,6 +188,8 @@ def is_risky(name, given, args):
     """Whether a call could run what a file says."""
     if name in ("np.load", "numpy.load"):
         return given.get("allow_pickle") is not False
+    if name == "Image.open":  # of EPS it would start Ghostscript
+        return "formats" not in given
     if name == "torch.load":
         return given.get("weights_only") is not True
     if name == "yaml.load":
@@ -204,6 +207,10 @@ def test_what_security_says_of_reading_files():
     found = [(path.name, call) for path in modules for call in calls_in(path) if is_risky(*call)]
     assert not found
     assert issubclass(UniqueKeys, yaml.SafeLoader)
+    said = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert all(name in said for name in FORMATS) and "EPS" not in FORMATS
+    assert f"{MAX_PIXELS:,} pixels" in said and f"{MAX_BYTES:,} bytes" in said
+    assert f"{MOST_BYTES:,} bytes" in said and f"{MOST_NODES:,} values" in said
     assert is_risky("np.load", {"allow_pickle": True}, []) and is_risky("eval", {}, ["x"])
     kinds = {call[0] for path in modules for call in calls_in(path)}
     assert {"np.load", "torch.load"} <= kinds, "the scan sees what is read"
