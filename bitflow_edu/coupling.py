@@ -89,7 +89,7 @@ def log_scale_and_shift(
     s, t = net(seen).to(seen.dtype).chunk(2, dim=1)
     return bounded(s, bound), t
 
-
+# %% ../nbs/02_affine_coupling.ipynb #579560e1
 class AffineCoupling(Bijection):
     "RealNVP (arXiv 1605.08803, eq. 4–5): y_a = x_a, y_b = x_b·exp(s(x_a)) + t(x_a)."
 
@@ -278,7 +278,7 @@ def check_range(
         problem = f"pixel values run from {low:.4g} to {high:.4g}, but must lie in [-1, 1]"
         raise BitflowError(f"{problem}; scale the images (load_data does)")
 
-
+# %% ../nbs/02_affine_coupling.ipynb #59e529d2
 class Logit(Bijection):
     "Pixels in [-1, 1] to the line: logit(α + (1 − 2α)·(x + 1)/2) (RealNVP §4.1; α = 0.05 there)."
 

@@ -140,8 +140,8 @@ def image_grid(
     "Tile images into one picture, row by row."
     check_tensor(x, "images", ("N", "C", "H", "W"), "add missing axes")
     N, C, H, W = x.shape
-    if N < 1 or C not in (1, 3) or columns < 1 or gap < 0:
-        wanted = "a picture needs an image, 1 or 3 channels, a column, and a gap of at least 0"
+    if N < 1 or C not in (1, 3) or gap < 0 or not 0 < columns * (W + gap) < 65_536:
+        wanted = "a picture needs an image, 1 or 3 channels, a gap of at least 0, 1 to 65535 pixels"
         raise BitflowError(f"{N} images, {C} channels, {columns} columns, gap {gap}: {wanted}")
     rows = -(-N // columns)
     canvas = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, dtype=np.uint8)

@@ -96,7 +96,7 @@ def check_budget(cfg: TrainConfig):
         cut = f"a batch of {cfg.batch_size} cannot be cut into {cfg.num_microbatches}"
         raise BitflowError(f"{cut} equal microbatches; change batch_size or num_microbatches")
 
-
+# %% ../nbs/05_training.ipynb #8194e83a
 def check_rates(cfg: TrainConfig):
     "Refuse shares and decays outside their range, and unknown precisions."
     if cfg.precision not in ("fp32", "bf16", "auto"):

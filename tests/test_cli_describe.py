@@ -1,11 +1,13 @@
 """`bitflow info`: presets of every size, files, checkpoints, and what they cost."""
 
 import re
+import shutil
 
 import pytest
 from commands import refused, run
 
 from bitflow_edu.cli.main import main
+from bitflow_edu.io.models import newest_checkpoint
 from bitflow_edu.lab.preset_fields import read_preset
 from bitflow_edu.lab.presets import PRESETS, find_preset
 
@@ -20,6 +22,13 @@ def test_info(preset, capsys):
 def test_info_of_a_checkpoint(runs, capsys):
     run(f"info --checkpoint {runs}/g")
     assert "ReverseModel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", ['{"kind": [1, 2]}', "[]", "{"])
+def test_info_of_a_damaged_checkpoint(runs, tmp_path, capsys, config):
+    shutil.copytree(newest_checkpoint(runs / "f"), tmp_path / "f")
+    (tmp_path / "f" / "config.json").write_text(config)
+    refused(f"info --checkpoint {tmp_path}/f", capsys, "config.json")
 
 
 def test_info_writes_reads_and_lists(tmp_path, capsys):

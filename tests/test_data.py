@@ -85,6 +85,9 @@ def test_a_grid_keeps_every_pixel():
     assert grid.shape == (5, 5, 3) and (grid[2] == 255).all() and (grid[:, 2] == 255).all()
     assert grid[:2, 3:, 0].tolist() == [[80, 100], [120, 140]]
     assert grid[3:, :2, 1].tolist() == [[160, 180], [200, 220]]
+    for columns in (-1, 0, 2**63):
+        with pytest.raises(BitflowError, match=f"{columns} columns"):
+            image_grid(x, columns)
 
 
 def test_a_part_of_a_split_is_a_split(digits):

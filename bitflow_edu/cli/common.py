@@ -138,7 +138,7 @@ def option_fields(args: Common, preset: Preset) -> dict:
         found["reverse.token_states"] = f"--strategy {strategy}", [states]
     return found
 
-
+# %% ../../nbs/cli/common.ipynb #1e64ff43
 def check_has_tokens(preset: Preset, patch_size: int):
     "Refuse a patch size for a flow without patches."
     if not isinstance(preset.forward, TARFlowConfig):

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 from .common import preset_of, refuse_unread, show
 from .options import Info
 from ..excursions.glow import CouplingFlow
 from ..io import models
-from ..io.files import BitflowError, check_new_file
+from ..io.files import BitflowError, check_new_file, read_json
 from ..io.models import load_model, newest_checkpoint
 from ..lab import sampling
 from ..lab.evaluate import flow_cost
@@ -30,9 +29,9 @@ def load_any(folder: Path, device: str):
     "The F (a TARFlow or a coupling flow) or the G in a checkpoint, whichever it is."
     path = newest_checkpoint(folder) / "config.json"
     try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = None
+        kind = str(read_json(path).get("kind"))
+    except BitflowError:  # whoever loads it says what is wrong
+        kind = "TARFlow"
     kinds = {"ReverseModel": ReverseModel, "CouplingFlow": CouplingFlow}
     return load_model(folder, kinds.get(kind, TARFlow), device)
 
@@ -142,7 +141,7 @@ def check_info(args: Info):
     if not args.mfu <= 1:
         raise BitflowError(f"--mfu {args.mfu:g} must be at most 1: a share of --peak-tflops")
 
-
+# %% ../../nbs/cli/describe.ipynb #ddeeb491
 def run_info(args: Info):
     "`bitflow info`"
     check_info(args)

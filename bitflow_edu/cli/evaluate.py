@@ -100,7 +100,7 @@ def find_decoder(args: Evaluate, preset: Preset, device: str):
         )
     return load_decoder(args.vae, device) if args.vae else None
 
-
+# %% ../../nbs/cli/evaluate.ipynb #dbaf396f
 def find_judge(args: Evaluate, preset: Preset, test, vae, device: str, processes) -> Judge:
     "What samples are compared with: statistics from a file, or of the test images."
     network = find_features(args.features or "inception", device, args.weights)
@@ -164,7 +164,7 @@ def is_streamed(args: Evaluate, preset: Preset, processes) -> bool:
 
 STREAM_ONLY = ("weights", "reference", "batch_size", "work", "resume")
 
-
+# %% ../../nbs/cli/evaluate.ipynb #5e063da1
 def check_evaluate(args: Evaluate, preset: Preset, streamed: bool):
     "Refuse options that nothing can be measured with, or that would be ignored."
     n = number_of_samples(args, preset)

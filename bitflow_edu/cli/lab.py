@@ -24,6 +24,11 @@ from bitflow_edu.cli.common import (
     write_figures,
 )
 from .options import Ablate, Bench, Demo, Reproduce, command_line
+
+# %% auto #0
+__all__ = []
+
+# %% ../../nbs/cli/lab.ipynb #d8488ae9
 from ..data import load_data
 from ..io import models
 from ..io.files import BitflowError, check_same_settings
@@ -42,9 +47,6 @@ try:
 except ImportError:  # on Windows
     resource = None
 
-# %% auto #0
-__all__ = []
-
 # %% ../../nbs/cli/lab.ipynb #2ff50d37
 def bench_model(args: Bench, device: str) -> TARFlow:
     "The F that is measured: from a checkpoint, or with random weights."
@@ -62,7 +64,7 @@ MEASURED = {  # what can be measured → the options that it reads
     "speed": (*OF_A_FLOW, "segments", "batches", "precision", "w"),
 }
 
-
+# %% ../../nbs/cli/lab.ipynb #55ba8b57
 def check_bench(args: Bench):
     "Refuse what cannot be measured, and options that are not read."
     if args.what not in MEASURED:
@@ -78,7 +80,7 @@ def check_bench(args: Bench):
     parse_segments(args.segments)
     whole_numbers(args.batches, "--batches")
 
-
+# %% ../../nbs/cli/lab.ipynb #8262a184
 def run_measurement(args: Bench, model: TARFlow, device: str) -> list:
     "The figures of `args.what`, one of `MEASURED`."
     if args.what == "training":

@@ -70,7 +70,7 @@ def warning_line(message, category, filename, lineno, line=None) -> str:
     "A warning as the command line prints it: what it says, not where in the program it arose."
     return f"bitflow: warning: {message}\n"
 
-
+# %% ../../nbs/cli/main.ipynb #1885b7ed
 def well_behaved(program: Callable) -> Callable:
     """A program that ends well where its output cannot be printed, or nobody reads it any more.
 

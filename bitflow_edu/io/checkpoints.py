@@ -93,7 +93,7 @@ def check_moments(model: nn.Module, tensors: dict, bare: list | None, where: str
         if not whole or (not name.startswith("adam.exp_avg.") and (tensors[name] < 0).any()):
             raise BitflowError(f"{where}: {name} holds NaN, infinity or a negative number")
 
-
+# %% ../../nbs/io/checkpoints.ipynb #cc23c356
 def laid_out_like(t: Tensor, own: Tensor) -> Tensor:
     "A whole tensor, placed as `own` is: AdamW goes through both in the order of their memory."
     if isinstance(own, DTensor):
@@ -137,7 +137,7 @@ def weights_in(training: dict) -> dict:
     own = [name for name in training if name.startswith("weights.")]
     return {name.removeprefix("weights."): training[name] for name in own}
 
-
+# %% ../../nbs/io/checkpoints.ipynb #19263d35
 def restore_tensors(state, saved: dict, where: str | Path):
     "Weights, averages and AdamW's moments into a `TrainState`: all are checked before one is put."
     tensors = saved["training"]
@@ -284,7 +284,7 @@ def mark_of(pid: int) -> str | None:
     state, *rest = text.rpartition(")")[2].split()  # a name may hold anything
     return None if state in "ZX" else rest[18]  # its start, in ticks since the machine's
 
-
+# %% ../../nbs/io/checkpoints.ipynb #abf34989
 def is_alive(pid: int) -> bool:
     "Whether a process of that number runs, on a POSIX system."
     try:
@@ -295,7 +295,7 @@ def is_alive(pid: int) -> bool:
         pass
     return True
 
-
+# %% ../../nbs/io/checkpoints.ipynb #71fa6d7a
 def check_stale(lock: Path):
     "Refuse a lock whose process may still be at work."
     holder = read_json(lock, "where no training uses the folder, delete that file")
@@ -309,7 +309,7 @@ def check_stale(lock: Path):
         f"folder with --out; if it has ended, delete {lock}"
     )
 
-
+# %% ../../nbs/io/checkpoints.ipynb #d607fc40
 def create_whole(path: Path, text: str):
     "Make a file that must not be there yet, with its text in it from the first moment."
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -324,7 +324,7 @@ def create_whole(path: Path, text: str):
     finally:
         part.unlink()
 
-
+# %% ../../nbs/io/checkpoints.ipynb #6c7be8e7
 def take_lock(folder: Path) -> Path:
     "Write down who trains in a folder. Raises `BitflowError` where another process does."
     lock, pid = folder / LOCK, os.getpid()
@@ -339,7 +339,7 @@ def take_lock(folder: Path) -> Path:
             create_whole(lock, text)
     return lock
 
-
+# %% ../../nbs/io/checkpoints.ipynb #4c2fcb47
 @contextmanager
 def run_lock(folder: Path, processes: SingleProcess = SINGLE_PROCESS):
     "Inside, no other training may use a folder; the main process holds the lock for all."
@@ -373,7 +373,7 @@ def section(run: dict, name: str, path: Path) -> dict:
         raise BitflowError(f"{path} is damaged ({name} is {found!r:.40}); name another folder")
     return modern_fields(found)
 
-
+# %% ../../nbs/io/checkpoints.ipynb #5caf62d2
 def check_same_run(folder: Path, describe: dict, defaults: dict) -> list:
     """Refuse a run that was made with other settings, and a folder that does not hold a run.
 
@@ -394,7 +394,7 @@ def check_same_run(folder: Path, describe: dict, defaults: dict) -> list:
         changes = [*changes, {"after": newest_step(folder), **{k: train[k] for k in changed}}]
     return changes
 
-
+# %% ../../nbs/io/checkpoints.ipynb #faa95db1
 def newest_step(folder: Path) -> int:
     "The step of a run's newest checkpoint, 0 where there is none."
     found = checkpoints_of(folder)

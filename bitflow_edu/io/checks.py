@@ -38,7 +38,7 @@ def check_shape(t: Tensor, name: str, shape: tuple, way_out: str):
         seen = f"{name} of shape {written(tuple(t.shape))}"
         raise BitflowError(f"{seen}, but it must be {written(shape)}; {way_out}")
 
-
+# %% ../../nbs/io/checks.ipynb #59d29711
 def check_tensor(
     t: Tensor,
     name: str,  # of the argument, for the message
@@ -60,7 +60,7 @@ def check_image_batch(
     way_out = "scale pixels to [-1, 1] (to_model_range), resize images, add missing axes"
     return check_tensor(x, name, ("N", *shape), way_out)
 
-
+# %% ../../nbs/io/checks.ipynb #a48c8b4e
 def check_pixels(pixels: Tensor) -> Tensor:  # pixels themselves
     "Refuse what is not 8-bit pixels, of any shape. Reads values of wider integers alone."
     seen = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
@@ -76,7 +76,7 @@ def check_pixels(pixels: Tensor) -> Tensor:  # pixels themselves
             raise BitflowError(f"pixels run from {low} to {high}, beyond 8 bits; {way_out}")
     return pixels
 
-
+# %% ../../nbs/io/checks.ipynb #ae58cc7d
 def check_tokens(
     z: Tensor,
     cfg,  # has `num_tokens` and `token_dim`
@@ -95,7 +95,7 @@ def check_not_empty(t: Tensor, name: str):
         shape = written(tuple(t.shape))
         raise BitflowError(f"{name} of shape {shape} hold nothing; give at least one")
 
-
+# %% ../../nbs/io/checks.ipynb #d8616659
 def check_same_shape(a: Tensor, b: Tensor, what: str = "two batches that are compared"):
     "Refuse tensors that would be broadcast against each other. Reads no values."
     for t in (a, b):
@@ -112,7 +112,7 @@ def readable(t: Tensor) -> bool:
         return False
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
-
+# %% ../../nbs/io/checks.ipynb #e9e4cee5
 def as_labels(
     labels: Tensor,  # integers `(n,)`
     n: int = None,  # how many there must be; None: any number
@@ -130,7 +130,7 @@ def as_labels(
         raise BitflowError(f"{problem}; give one label for each image")
     return labels.long()
 
-
+# %% ../../nbs/io/checks.ipynb #7d7faecf
 def check_label_range(labels: Tensor, num_classes: int, lowest: int = 0):
     "Refuse labels below `lowest` or above the last class, naming the first bad one."
     if not labels.numel() or not readable(labels):
@@ -200,7 +200,7 @@ def check_finite(t: Tensor, name: str):
         problem = f"{bad} of {t.numel()} values of {name} are not finite"
         raise BitflowError(f"{problem} (NaN or infinite); find out where they come from")
 
-
+# %% ../../nbs/io/checks.ipynb #fb025490
 def check_like_weights(t: Tensor, model: nn.Module, name: str):
     "Refuse a tensor of another type or on another device than the model's weights."
     weight = next(model.parameters())

@@ -244,7 +244,7 @@ def at_most(count: int, where: str | Path):
     finally:
         hook.remove()
 
-
+# %% ../../nbs/io/models.ipynb #8fe9ae06
 def check_size(kind: type, cfg, shapes: dict, where: str | Path):
     """Refuse a config whose model has other tensors than the file of its weights.
 

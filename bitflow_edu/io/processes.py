@@ -55,7 +55,7 @@ class SingleProcess:
     def barrier(self):
         "Wait until all are here."
 
-
+# %% ../../nbs/io/processes.ipynb #5f6c538a
 SINGLE_PROCESS = SingleProcess()
 
 # %% ../../nbs/io/processes.ipynb #a9c88894
@@ -86,7 +86,7 @@ class Interrupted(KeyboardInterrupt):
     def __reduce__(self):  # a worker process hands it on
         return KeyboardInterrupt, (str(self),)
 
-
+# %% ../../nbs/io/processes.ipynb #38f21560
 class StopSignals:
     "Inside, a first Ctrl-C or SIGTERM is only remembered; the next one acts as it always does."
 

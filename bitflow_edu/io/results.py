@@ -205,7 +205,7 @@ def text_table(
         lines.append(gap.join(cells).rstrip())
     return "\n".join(lines)
 
-
+# %% ../../nbs/io/results.ipynb #3e1ccff3
 def markdown_table(rows: list[list[str]]) -> str:
     "A table in Markdown, from rows with the headings first; no cell can break out of it."
 

@@ -73,7 +73,7 @@ def is_number(value) -> bool:
     "A finite number, as JSON gave it."
     return isinstance(value, int | float) and -1e30 < value < 1e30
 
-
+# %% ../../nbs/io/shards.ipynb #62796b15
 def wrong_in(index) -> str:
     "The first key of an index whose value cannot be right; empty where all can."
     shape, vae = index.get("shape"), index.get("vae")

@@ -372,7 +372,7 @@ def made_from(training: Training, root: Path) -> dict:
     images = {split: fingerprint_of(data, split) for split in ("train", "test")}
     return {"num_samples": training.preset.num_samples, **images, **weights}
 
-
+# %% ../../nbs/lab/ablations.ipynb #3d436b6f
 def measure_training(training: Training, ways: list, root: Path, device: str) -> dict:
     'Train and measure what is missing: "method@w" → numbers, "training" → its `anatomy`.'
     model = run_training(training, root, device)

@@ -177,7 +177,7 @@ def likelihood(
         found.append(measurement("exact", name, bpd.mean().item(), "bits", len(test), seed, **more))
     return finite_values(found)
 
-
+# %% ../../nbs/lab/evaluate.ipynb #ca7be228
 def flow_round_trip(model: nn.Module, test: Images) -> float:
     "The largest |x − F⁻¹(F(x))| over 1,000 test images, in units of x."
     device = next(model.parameters()).device
@@ -197,7 +197,7 @@ class Evaluation:
     samples: dict  # row → its first images `(m, C, H, W)`
     measurements: list  # of `measurement`
 
-
+# %% ../../nbs/lab/evaluate.ipynb #db4a2555
 @dataclass(frozen=True, eq=False)
 class Judge:
     "What samples are compared with, and how the work is kept and shared."
@@ -251,7 +251,7 @@ def stream_times(sampler: Sampler, source: Callable, cfg: StreamConfig) -> list:
     times = timed(partial(source, torch.arange(size)), 5, warmup=1)
     return [time_per_image(sampler.name, times, size)]
 
-
+# %% ../../nbs/lab/evaluate.ipynb #8b8f23f0
 def weights_of(samplers: list, processes: SingleProcess) -> dict:
     "Model → fingerprint of its weights, which must be the same on all processes."
     found = {m: model_fingerprint(m) for m in dict.fromkeys(s.model for s in samplers)}
@@ -322,7 +322,7 @@ def draw_unjudged(samplers: list, n: int, seed: int, device: str) -> Evaluation:
         shown[name] = x[:SHOWN]
     return Evaluation(shown, found)
 
-
+# %% ../../nbs/lab/evaluate.ipynb #44f1fb4b
 def judge_in_memory(
     samplers: list, train: Images, test: Images, n: int, seed: int, device: str, labelled: bool
 ) -> Evaluation:
@@ -408,21 +408,13 @@ def evaluate_flow(
     found += finite_values([trip])
     return Evaluation(done.samples, found + judged + flow_cost(model, seed, timing))
 
-# %% ../../nbs/lab/evaluate.ipynb #4b606c14
-def read_object(path: Path, hint: str) -> dict:
-    "The object in a JSON file. Raises `BitflowError` where there is another thing."
-    found = read_json(path, hint)
-    if not isinstance(found, dict):
-        raise BitflowError(f"{path} is damaged: it holds no JSON object; {hint}")
-    return found
-
 # %% ../../nbs/lab/evaluate.ipynb #4d60c8af
 def training_record(folder: Path) -> list:
     "Optimiser steps and seconds that a checkpoint took; nothing without a training state."
     state = newest_checkpoint(Path(folder)) / "training_state.json"
     if not state.exists():
         return []
-    counters = read_object(state, "use another checkpoint")
+    counters = read_json(state, "use another checkpoint")
     step, seconds = (counters.get(name) for name in ("step", "seconds"))
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in (step, seconds)):
         raise BitflowError(
@@ -438,4 +430,4 @@ def training_record(folder: Path) -> list:
 def run_settings(folder: Path) -> dict:
     "What a run was trained with, from its `run.json`; nothing for weights without their run."
     written = newest_checkpoint(Path(folder)).absolute().parent.parent / "run.json"
-    return read_object(written, "name another run") if written.exists() else {}
+    return read_json(written, "name another run") if written.exists() else {}

@@ -167,7 +167,6 @@ def how_measured(result: dict) -> str:
 
 # %% ../../nbs/lab/model_card.ipynb #01cfba2f
 CLASS_HOMES = {ReverseModel: "reverse_model", TARFlow: "tarflow", CouplingFlow: "coupling"}
-
 SNIPPET = """{imports}
 
 model = from_pretrained({source}, {kind})
@@ -175,7 +174,7 @@ z, c = noise_for({cfg}, 10, seed=0), grid_labels({cfg}, 10)  # noise and labels 
 images = draw({sampler}, z, c)  # (10, C, H, W), about -1 to 1
 """
 
-
+# %% ../../nbs/lab/model_card.ipynb #0297f33a
 def snippet(kind: type, source: str) -> str:
     "Python that loads a model and draws ten images."
     loader = "Pair, from_pretrained" if kind is Pair else "from_pretrained"

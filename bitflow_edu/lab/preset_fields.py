@@ -147,7 +147,7 @@ def written_out(node) -> int:
             waiting += node.value
     return count
 
-
+# %% ../../nbs/lab/preset_fields.ipynb #e78d99be
 def load_yaml(text: str):
     "What YAML says. Raises `YAMLError` where a few aliases would stand for a large tree."
     loader = UniqueKeys(text)

@@ -359,7 +359,7 @@ PLANNED = {"gpu": "of one H200", "cpu": "of a core or two", "smoke": "of a core"
 def is_page(path: Path) -> bool:
     "Whether a file is one that `write_results_index` writes anew."
     if path.suffix == ".json":
-        lines = read_json(path, "move it away")
+        lines = read_json(path, "move it away", object)
         return isinstance(lines, list) and all("command" in line for line in lines)
     text = path.read_text(encoding="utf-8", errors="replace")
     return text.startswith((PAGE.splitlines()[0], LIST.splitlines()[0]))

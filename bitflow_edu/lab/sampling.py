@@ -66,7 +66,7 @@ METHODS = {
     "one-pass": "one pass of G",
 }
 
-
+# %% ../../nbs/lab/sampling.ipynb #6cf8db56
 @dataclass(frozen=True, eq=False)
 class Sampler:
     "One way from noise to images: call it with noise and labels."

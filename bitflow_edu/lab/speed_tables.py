@@ -69,7 +69,7 @@ def fastest_ratios(ms: dict, at: dict) -> list:
         lines.append(measurement("one-pass", metric, ratio, "×", **at, fastest=fastest))
     return lines
 
-
+# %% ../../nbs/lab/speed_tables.ipynb #c0d86823
 def speedups(lines: list) -> list:
     "How much faster than `exact` each exact inverse and each one pass is, in each case."
     found = []

@@ -156,7 +156,7 @@ def reference_in_memory(data, network: FeatureNetwork, cfg: StreamConfig, where:
     stats = collect(dataset_source(data), network, cfg)
     return Reference(*stats.gaussian(), stats.kept, where)
 
-
+# %% ../../nbs/scale/fid.ipynb #c8aae163
 def make_reference(
     data,
     network: FeatureNetwork,
@@ -238,7 +238,7 @@ def kernel_within(a: Tensor) -> Tensor:
     m = in_place_kernel(a, a)
     return (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
 
-
+# %% ../../nbs/scale/fid.ipynb #da4905aa
 @lru_cache(maxsize=2)
 def chosen_subsets(
     reference: Reference,
@@ -258,7 +258,7 @@ def chosen_subsets(
         found.append((of_real, of_fake, kernel_within(real[of_real.to(device)])))
     return found
 
-
+# %% ../../nbs/scale/fid.ipynb #fcb7a8ea
 def kid_over_subsets(
     reference: Reference,  # with features `(N, K)`
     fake: Tensor,  # features `(M, K)`
@@ -343,7 +343,7 @@ def broken_share(stats: FeatureStats, cfg: StreamConfig, row: str) -> dict:
     broken = 1 - share(stats.moments.n, n)
     return measurement(row, "broken_samples", broken, n=cfg.n, seed=cfg.seed)
 
-
+# %% ../../nbs/scale/fid.ipynb #5d991d22
 def figures(
     stats: FeatureStats, reference: Reference, network: FeatureNetwork, cfg: StreamConfig, row: str
 ) -> list:  # of `measurement`
@@ -388,7 +388,7 @@ def check_measurements(found, path: Path):
     if not lines or not all(isinstance(m, dict) and needed <= set(m) for m in lines):
         raise BitflowError(f"{path} is damaged: it holds no measurements; name another folder")
 
-
+# %% ../../nbs/scale/fid.ipynb #bff2a102
 def finished_evaluation(folder: Path, processes) -> Streamed:
     "What `close_evaluation` left."
 
@@ -413,7 +413,7 @@ class Streamed(NamedTuple):
     measurements: list  # of `measurement`
     first: Tensor | None  # its first images, on the main process
 
-
+# %% ../../nbs/scale/fid.ipynb #0be2da33
 def evaluate_stream(
     source: Callable,  # see `collect`
     reference: Reference,

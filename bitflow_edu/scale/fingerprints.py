@@ -142,7 +142,7 @@ def note_images(folder: Path, images: str):
 def stored_figures(file: Path, about: dict) -> dict:
     "Numbers that were measured before, where they were made from the same; else a fresh start."
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         same = found["made_from"] == about and all(isinstance(v, dict) for v in found.values())
     except (OSError, ValueError, TypeError, KeyError):  # none, damaged, or of an earlier version
         same = False

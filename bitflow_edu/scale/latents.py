@@ -223,7 +223,7 @@ def classes_of(pieces: ShardSource, out: Path, notes: list, shape: list) -> list
         top = max(top, int(labels.max())) if len(labels) else top
     return [str(c) for c in range(top + 1)]
 
-
+# %% ../../nbs/scale/latents.ipynb #0df3a4f4
 def write_latents_index(
     pieces: ShardSource, out: Path, settings: dict, vae_name: str, cfg: CacheConfig
 ) -> dict:

@@ -196,7 +196,7 @@ def whole_images(x: Tensor) -> Tensor:
     "Which images `(N, …)` have finite values only: bool `(N,)`; the others are broken."
     return x.isfinite().flatten(1).all(dim=1)
 
-
+# %% ../../nbs/scale/streaming.ipynb #4161bd4c
 def batch_stats(
     source: Callable,  # see `collect`
     network: FeatureNetwork,
@@ -253,7 +253,7 @@ def save_stats(stats: FeatureStats, path: Path):
         arrays["first"] = stats.first
     save_arrays(arrays, path)
 
-
+# %% ../../nbs/scale/streaming.ipynb #d1552223
 def check_part(arrays: dict, path: Path):
     "Refuse arrays that `save_stats` cannot have written."
     shapes = {name: array.shape for name, array in arrays.items()}
@@ -268,7 +268,7 @@ def check_part(arrays: dict, path: Path):
     if not fits or not all(np.isfinite(array).all() for array in arrays.values()):
         raise BitflowError(f"{path} is damaged: no sums over features; delete it to make it anew")
 
-
+# %% ../../nbs/scale/streaming.ipynb #cbd8f46e
 def read_stats(path: Path) -> FeatureStats:
     "What `save_stats` wrote. Raises `BitflowError` for a damaged file."
     there = names_in(path)

@@ -42,7 +42,7 @@ def names_of(pattern: str):
     for part in parts:
         yield from names_of(before + part + after)
 
-
+# %% ../../nbs/scale/tars.ipynb #0a3b863d
 def braces(pattern: str) -> list:
     "The names of `a-{000..127}.tar` or `{x,y}.tar`, as in a shell. `BitflowError` for too many."
     what = f"the pattern {pattern[:80]!r} of {len(pattern)} characters"
@@ -180,7 +180,7 @@ def field_of(fields: dict, kind: str, where: str) -> bytes | None:
     found = plain or ending
     return fields[found[0]] if found else None
 
-
+# %% ../../nbs/scale/tars.ipynb #a9db57aa
 def labelled(key: str, fields: dict, num_classes: int | None, url: str) -> EncodedImage | None:
     "A sample, None where it has no image. `BitflowError` for a label missing or out of range."
     where = f"{url}: {key}"
@@ -216,7 +216,7 @@ def images_of(tar: tarfile.TarFile, tail: Tail, num_classes, url: str, left_out:
             f"an image ends in one of {', '.join(IMAGE_SUFFIXES)}"
         )
 
-
+# %% ../../nbs/scale/tars.ipynb #7adc6ce4
 def read_tar(url: str, num_classes: int | None = None, left_out: Counter = None):
     "The images of a shard, read as a stream. `BitflowError` where it is missing or damaged."
     import fsspec
