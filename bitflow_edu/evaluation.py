@@ -117,7 +117,7 @@ def in_batches(
         raise BitflowError(f"batch_size is {batch_size}; it must be at least 1")
     return torch.cat([fn(part) for part in x.split(batch_size)])
 
-# %% ../nbs/06_evaluation.ipynb #a84b4a3d
+
 def as_stored(
     x: Tensor,  # images `(N, C, H, W)`
 ) -> Tensor:  # the middles of the 8-bit bins, float32 in (-1, 1)
@@ -324,7 +324,7 @@ def call_times(fn, repeats: int) -> list[float]:
     "Milliseconds of every call: on the GPU where this process uses one, else wall time."
     return event_times(fn, repeats) if torch.cuda.is_initialized() else wall_times(fn, repeats)
 
-# %% ../nbs/06_evaluation.ipynb #ad024750
+
 def timed(
     fn,  # called without arguments
     repeats: int = 15,  # measured calls, at least 2

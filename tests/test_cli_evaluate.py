@@ -195,7 +195,7 @@ def test_a_flow_alone(glow, tmp_path):
 def test_mistakes_with_a_flow_alone(glow, tmp_path, capsys):
     """It has no labels, no noise to remove, no tokens and no G."""
     draw = f"sample --checkpoint {glow} --out {tmp_path}/l.png"
-    refused(f"{draw} --labels 3", capsys, "reads no labels")
+    refused(f"{draw} --labels 3", capsys, "--labels 3", "no classes")
     refused(f"{draw} --denoise", capsys, "--denoise")
     refused(f"{draw} --w 1", capsys, "--w 1")
     refused(f"{draw} --temperature -1", capsys, "-1")

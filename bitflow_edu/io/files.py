@@ -181,7 +181,7 @@ def check_same_settings(
 # %% ../../nbs/io/files.ipynb #7b20cc14
 def check_finite(cfg):
     "Refuse a config, nested ones included, with a number that is NaN or infinite."
-    for f in fields(cfg):
+    for f in fields(cfg) if is_dataclass(cfg) else ():
         value = getattr(cfg, f.name)
         if is_dataclass(value):
             check_finite(value)

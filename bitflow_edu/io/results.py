@@ -156,7 +156,7 @@ def load_result(
 ) -> dict:
     "A results file. `BitflowError` where it is missing or damaged."
     path = Path(folder) / f"{name}.json"
-    return with_row_names(read_json(path, "measure it first, or name another folder"))
+    return with_row_names(read_json(path, "measure it first, or name another folder", object))
 
 # %% ../../nbs/io/results.ipynb #b2f309f4
 def measured(
