@@ -19,7 +19,7 @@ from bitflow_edu.io.checks import (
     check_tensor,
     forward_labels,
 )
-from .io.files import BitflowError
+from .io.files import BitflowError, check_finite
 from .transformer import Transformer, TransformerConfig
 
 # %% auto #0
@@ -44,7 +44,8 @@ class TokenGeometry:
 def check_geometry(
     cfg: TokenGeometry,  # with image_size, channels, patch_size and num_classes
 ):
-    "Refuse image and patch sizes that do not tile."
+    "Refuse image and patch sizes that do not tile, and numbers that are not finite."
+    check_finite(cfg)
     size, patch, C, K = cfg.image_size, cfg.patch_size, cfg.channels, cfg.num_classes
     if min(size, C, K) < 1:
         sizes = f"image_size {size}, channels {C} and num_classes {K}"
@@ -67,9 +68,7 @@ class TARFlowConfig(TokenGeometry):
     logit_alpha: float = 0.0  # α of a logit of the pixels (chapter 02); 0: none, as published
     label_dropout: float = 0.1  # share of labels hidden in training; 0: −1 means nothing to it
     clip: float = 0.0  # c: α and μ are clipped to [−c, c] (chapter 09); 0: none, as published
-    block_layers: tuple[
-        int, ...
-    ] = ()  # layers of each block, data first (chapter 09); empty: alike
+    block_layers: tuple[int, ...] = ()  # layers of each block, data first (lesson 09); empty: alike
     embed_std: float = 0.3  # initial size of embeddings (the published 0.01 learns labels late)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
 

@@ -107,8 +107,9 @@ def test_only_optional_packages_are_imported_inside_functions(module):
         )
         if isinstance(node, ast.ImportFrom) and node.level:
             late.append(f"line {node.lineno}: the package itself")
-        # need a package, or a system, that is not always there
-        optional = ("torch.utils.tensorboard", "resource")
+        # need a package or a system that is not always there, or cost every start half a second
+        optional = ("torch.utils.tensorboard", "resource", "torchvision")
+        optional += ("torch.distributed.fsdp", "torch.distributed.tensor")
         late += [
             f"line {node.lineno}: {n}"
             for n in names

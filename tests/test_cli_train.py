@@ -8,7 +8,8 @@ import torch
 from commands import SMOKE, refused, run
 from safetensors.torch import load_file
 
-from bitflow_edu.io.models import newest_checkpoint
+from bitflow_edu.io.models import load_model, newest_checkpoint
+from bitflow_edu.reverse_model import ReverseModel
 
 
 @pytest.mark.parametrize("strategy", ["naive", "hidden-distillation"])
@@ -72,6 +73,14 @@ def test_mistakes_with_folders(capsys, tmp_path, runs):
     refused(f"{demo} --data-root {tmp_path}", capsys, "mnist-mini.npz")
     assert file.read_text() == "kept"
     assert not (tmp_path / "d").exists() and not (tmp_path / "r").exists()
+
+
+def test_g_takes_the_patch_size_of_its_f(tmp_path):
+    sizes = " ".join(f"--{part}.image-size 15" for part in ("data", "forward", "reverse"))
+    small = f"{SMOKE} {sizes} --steps 1 --batch-size 4"
+    run(f"train forward {small} --patch-size 5 --out {tmp_path}/f")
+    run(f"train reverse {small} --forward {tmp_path}/f --out {tmp_path}/g")  # 4 divides no 15
+    assert load_model(tmp_path / "g", ReverseModel).cfg.patch_size == 5
 
 
 def test_weights_to_start_from(runs, tmp_path, capsys):

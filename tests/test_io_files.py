@@ -5,7 +5,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -46,31 +45,6 @@ def test_checksums_in_the_readme_hold():
     assert shipped <= sums.keys(), "run sha256sum on what is new in data/"
     for name, expected in sums.items():
         assert hashlib.sha256((data / name).read_bytes()).hexdigest() == expected, name
-
-
-IN_THE_WHEEL = """
-import bitflow_edu
-from bitflow_edu.data import load_data
-from bitflow_edu.distances import load_feature_net
-from bitflow_edu.evaluation import load_classifier
-from bitflow_edu.io.datasets import DataConfig
-from bitflow_edu.io.files import asset
-load_classifier()
-load_feature_net()
-print(bitflow_edu.__file__, len(load_data(DataConfig())), asset("mnist-mini/reverse").is_dir())
-"""
-
-
-def test_the_wheel_carries_data_and_weights(tmp_path):
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--no-deps", "-w", tmp_path, ROOT], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as z:
-        z.extractall(tmp_path / "site")
-    python = [sys.executable, "-c", IN_THE_WHEEL]
-    env = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
-    out = subprocess.check_output(python, cwd=tmp_path, env=env, text=True).split()
-    assert out[0].startswith(str(tmp_path)) and out[1:] == ["10000", "True"]
 
 
 def test_files_that_come_with_the_package():

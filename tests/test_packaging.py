@@ -82,11 +82,17 @@ def installed(request, wheels, tmp_path):
 LOOK = """
 import importlib, pkgutil, bitflow_edu
 from bitflow_edu.cli.main import main
+from bitflow_edu.data import load_data
+from bitflow_edu.distances import load_feature_net
+from bitflow_edu.evaluation import load_classifier
+from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.files import asset
 for found in pkgutil.walk_packages(bitflow_edu.__path__, "bitflow_edu."):
     if not found.name.startswith("bitflow_edu.assets") and not found.name.endswith("__main__"):
         importlib.import_module(found.name)
 print(bitflow_edu.__file__, asset("mnist-mini"), asset("mnist-mini.npz"), sep="\\n")
+load_classifier(), load_feature_net()
+assert len(load_data(DataConfig())) == 10_000
 assert main(["info"]) == 0
 """
 

@@ -146,9 +146,9 @@ def test_corrupt_images_are_counted_named_and_limited(toys, vae, tmp_path):
     assert all(any(b.name in name for name in index["corrupt"]) for b in bad)
     assert cache_latents(source, tmp_path / "ok", vae, CFG)["corrupt"] == index["corrupt"]
     one = dataclasses.replace(CFG, max_corrupt=1)
-    with pytest.raises(BitflowError, match="max_corrupt = 1"):
+    with pytest.raises(BitflowError, match="1 may be"):
         cache_latents(source, tmp_path / "strict", vae, one)
-    with pytest.raises(BitflowError, match="max_corrupt = 1"):
+    with pytest.raises(BitflowError, match="1 may be"):
         cache_latents(source, tmp_path / "ok", vae, one)  # also when the shards are there already
 
 
@@ -161,7 +161,7 @@ def test_corrupt_images_of_finished_shards_count_at_once(toys, vae, tmp_path):
         (tmp_path / "p" / "train" / name).write_bytes(b"no image")
     cache_latents(source, out, vae, CFG)
     shard(out, 3).unlink()
-    with pytest.raises(BitflowError, match="max_corrupt = 1"):
+    with pytest.raises(BitflowError, match="1 may be"):
         cache_latents(source, out, vae, dataclasses.replace(CFG, max_corrupt=1))
     assert not shard(out, 3).exists()
 

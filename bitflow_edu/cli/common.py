@@ -36,7 +36,7 @@ from ..io.results import save_results, text_table
 from ..lab.preset_fields import fields_in, split_fields, with_words
 from ..lab.presets import Preset, check_pair_preset, find_preset, with_num_classes
 from ..lab.sampling import FLOWS
-from ..tarflow import TARFlowConfig
+from ..tarflow import TARFlow, TARFlowConfig
 
 # %% auto #0
 __all__ = []
@@ -55,10 +55,23 @@ def preset_of(args: Common) -> Preset:
             twice = f"{option} and {flag_of(name)} {' '.join(typed[name])}"
             raise BitflowError(f"{twice} say the same thing; give one of them")
         given[name] = words
+    given = patch_size_of_model(args, preset) | given
     counted = any(name.endswith(".num_classes") for name in given)
     return with_classes_of_data(with_words(preset, given, where), args, counted)
 
 # %% ../../nbs/cli/common.ipynb #e56b89f3
+def patch_size_of_model(args: Common, preset: Preset) -> dict:
+    "The patch size of the F that a G is trained for, as fields: both models have the same tokens."
+    if not isinstance(args, TrainReverse):
+        return {}
+    try:
+        folder = newest_checkpoint(run_folder(args.forward, preset, "forward"))
+        words = [str(read_config(folder, TARFlow).patch_size)]
+    except BitflowError:  # what is wrong with it is said when it is loaded
+        return {}
+    return {"forward.patch_size": words, "reverse.patch_size": words}
+
+
 def classes_of_model(args: Common, preset: Preset) -> int | None:
     "The classes of the run that goes on, or of the F that is named; None without such a model."
     resumed = getattr(args, "resume", False)

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from bitflow_edu.io.files import (
     BitflowError,
@@ -39,7 +38,13 @@ from bitflow_edu.io.models import (
     save_model,
     save_tensors,
 )
-from .processes import SINGLE_PROCESS, SingleProcess, distribute_like, full_tensor
+from bitflow_edu.io.processes import (
+    SINGLE_PROCESS,
+    SingleProcess,
+    distribute_like,
+    full_tensor,
+    is_distributed,
+)
 
 # %% auto #0
 __all__ = ['gathered', 'save_checkpoint', 'read_state', 'restore', 'open_run', 'read_metrics', 'MetricsLog', 'load_or_train']
@@ -96,7 +101,7 @@ def check_moments(model: nn.Module, tensors: dict, bare: list | None, where: str
 # %% ../../nbs/io/checkpoints.ipynb #cc23c356
 def laid_out_like(t: Tensor, own: Tensor) -> Tensor:
     "A whole tensor, placed as `own` is: AdamW goes through both in the order of their memory."
-    if isinstance(own, DTensor):
+    if is_distributed(own):
         return distribute_like(t, own)
     return torch.empty_like(own, requires_grad=False).copy_(t)
 

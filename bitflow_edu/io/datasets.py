@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as nnf
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision import datasets
 
 from .files import BitflowError, asset, first_sentence, read_arrays
 from .images import IMAGE_SUFFIXES, find_images, left_out_line, open_image
@@ -88,6 +87,8 @@ def load_torchvision(name: str, root: Path | None, split: str) -> Arrays:
             "correct --data-root or BITFLOW_DATA, or set neither to download it"
         )
     folder = root or Path.home() / ".cache" / "bitflow_edu"
+    from torchvision import datasets  # half a second, for what few starts need
+
     d = getattr(datasets, kind)(str(folder), train=split == "train", download=root is None)
     pixels = np.asarray(d.data)
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)

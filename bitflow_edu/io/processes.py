@@ -8,11 +8,11 @@ import signal
 import threading
 from contextlib import nullcontext, suppress
 
+import torch.distributed
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 # %% auto #0
-__all__ = ['SINGLE_PROCESS', 'SingleProcess', 'to_local', 'full_tensor', 'distribute_like']
+__all__ = ['SINGLE_PROCESS', 'SingleProcess', 'is_distributed', 'to_local', 'full_tensor', 'distribute_like']
 
 # %% ../../nbs/io/processes.ipynb #519b8b3b
 class SingleProcess:
@@ -59,21 +59,28 @@ class SingleProcess:
 SINGLE_PROCESS = SingleProcess()
 
 # %% ../../nbs/io/processes.ipynb #a9c88894
+def is_distributed(t: Tensor) -> bool:
+    "Whether a tensor is a DTensor, spread over processes."
+    return hasattr(t, "device_mesh")
+
+
 def to_local(t: Tensor) -> Tensor:
     "This process's part of a tensor that is spread over processes; any other tensor itself."
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if is_distributed(t) else t
 
 
 def full_tensor(t: Tensor) -> Tensor:
     "The whole of a tensor that is spread over processes (all must ask at once), or t itself."
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_distributed(t) else t
 
 
 def distribute_like(t: Tensor, own: Tensor) -> Tensor:
     "The opposite: a whole tensor, spread as `own` is."
-    if not isinstance(own, DTensor):
+    if not is_distributed(own):
         return t
-    return distribute_tensor(t.to(own.device), own.device_mesh, own.placements)
+    # imported by whoever distributed `own`: here it would cost every start half a second
+    spread = torch.distributed.tensor.distribute_tensor
+    return spread(t.to(own.device), own.device_mesh, own.placements)
 
 # %% ../../nbs/io/processes.ipynb #0c9be41f
 class Interrupted(KeyboardInterrupt):

@@ -64,7 +64,7 @@ def alike(
         if len(own) < len(places):
             raise BitflowError(
                 f"the reference has {len(own)} images of class {int(k)} and the samples "
-                f"{len(places)}; draw fewer samples of it, or give more data"
+                f"{len(places)}; give more data, or draw fewer samples"
             )
         picked[places] = own[: len(places)]
     return picked

@@ -11,8 +11,6 @@ from datetime import timedelta
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from ..io.files import BitflowError
 from ..io.processes import SINGLE_PROCESS, SingleProcess
@@ -36,6 +34,8 @@ class LossModule(nn.Module):
 # %% ../../nbs/scale/distributed.ipynb #2566ad87
 def shard(module: LossModule, averaged: nn.Module, device: str, size: int):
     "Shard weights over processes in place: layer by layer with hooks, plainly in `averaged`."
+    from torch.distributed.fsdp import fully_shard  # half a second, for one start in many
+
     mesh = init_device_mesh(device, (size,))
     for layer in [m for m in module.modules() if isinstance(m, Layer)]:
         fully_shard(layer, mesh=mesh)
@@ -45,6 +45,8 @@ def shard(module: LossModule, averaged: nn.Module, device: str, size: int):
 
 def distribute_parameters(model: nn.Module, mesh):
     "Replace each parameter by this process's rows of it, as a DTensor without gradient."
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     for part in model.modules():
         for name, p in list(part.named_parameters(recurse=False)):
             rows = distribute_tensor(p.data, mesh, [Shard(0)])

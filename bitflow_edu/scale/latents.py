@@ -164,8 +164,9 @@ def check_corrupt(corrupt: list, cfg: CacheConfig):
     "Refuse more corrupt images than allowed. Raises `BitflowError`."
     if len(corrupt) > cfg.max_corrupt:
         raise BitflowError(
-            f"{len(corrupt)} images cannot be decoded, more than max_corrupt = {cfg.max_corrupt}, "
-            f"the last is {corrupt[-1]}; repair the images, or allow more"
+            f"{len(corrupt)} images cannot be decoded, and {cfg.max_corrupt} may be, "
+            f"the last is {corrupt[-1]}; repair the images, or allow more "
+            "(max_corrupt; bitflow cache-latents: --max-corrupt)"
         )
 
 # %% ../../nbs/scale/latents.ipynb #c8ee0afe
