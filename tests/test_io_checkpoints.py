@@ -262,8 +262,19 @@ def test_diverged_weights_are_no_good_checkpoint(tmp_path, data):
     assert checkpoints.sign_of_divergence({"w": torch.ones(3), "n": torch.tensor(10**9)}) is None
 
 
+@pytest.fixture
+def heard():
+    """Signals are not ignored, as a program that runs in the background may inherit it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_writes_a_checkpoint_first(tmp_path, data, number):
+def test_a_signal_writes_a_checkpoint_first(tmp_path, data, number, heard):
     """The step under way is finished and saved, and going on gives the unbroken run's weights."""
     calls = []
 
@@ -284,7 +295,7 @@ def test_a_signal_writes_a_checkpoint_first(tmp_path, data, number):
     assert all(torch.equal(a[k], b[k]) for k in b)
 
 
-def test_a_second_signal_ends_at_once(tmp_path, data):
+def test_a_second_signal_ends_at_once(tmp_path, data, heard):
     def loss(*batch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

@@ -5,6 +5,7 @@ import os
 import sys
 
 import numpy as np
+import PIL
 import pytest
 from PIL import ExifTags, Image
 
@@ -68,7 +69,10 @@ def test_a_deep_pgm_is_scaled_by_its_own_maximum():
 @pytest.mark.parametrize("wanted", ["L", "RGB"])
 def test_opaque_modes_are_read_as_before(mode, wanted):
     data = stored(COLOUR.convert(mode), "TIFF")
-    before = np.asarray(Image.open(io.BytesIO(data)).convert(wanted))
+    try:
+        before = np.asarray(Image.open(io.BytesIO(data)).convert(wanted))
+    except OSError:
+        pytest.skip(f"Pillow {PIL.__version__} cannot read its own {mode} as TIFF")
     assert np.array_equal(read(data, wanted), before)
 
 
