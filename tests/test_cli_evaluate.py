@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from bitflow_edu.cli import evaluate as cli
 from bitflow_edu.cli.main import main
 from bitflow_edu.cli.options import parse
+from bitflow_edu.io.checkpoints import run_lock
 from bitflow_edu.io.files import asset
 from bitflow_edu.io.models import newest_checkpoint
 from bitflow_edu.lab.presets import find_preset
@@ -28,6 +29,13 @@ def test_evaluate(runs, tmp_path, capsys):
     refused(f"{words} --out {out}", capsys, "exists already")
     run(f"{words} --out {tmp_path}/f.json")
     assert "one-pass" not in {m["row"] for m in measurements(tmp_path / "f.json")}
+
+
+def test_one_evaluation_at_a_time_keeps_its_work_in_a_folder(runs, tmp_path, capsys):
+    words = f"evaluate {SMOKE} --forward {runs}/f --n 50 --rows exact --features mnist-cnn"
+    with run_lock(tmp_path / "w"):
+        refused(f"{words} --work {tmp_path}/w --out {tmp_path}/e", capsys, "in use", "w")
+    assert not (tmp_path / "e.json").exists()
 
 
 def test_the_chosen_methods_are_measured_in_memory(runs, tmp_path, capsys):

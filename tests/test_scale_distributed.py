@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bitflow_edu.io.checkpoints import read_metrics, read_state
+from bitflow_edu.io.checkpoints import LOCK, read_metrics, read_state
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import newest_checkpoint
 from bitflow_edu.io.processes import SINGLE_PROCESS, SingleProcess
@@ -135,7 +135,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(alone, tmp_path):
     os.kill(workers_of(process)[1], signal.SIGTERM)
     said, _ = process.communicate(timeout=100)
     assert "stopped by SIGTERM; step" in said and "go on with --resume" in said, said[-3000:]
-    assert process.returncode != 0 and not (folder / "training.lock").exists()
+    assert process.returncode != 0 and not (folder / LOCK).exists()
     run(1, *FORWARD, "--out", folder, "--resume")
     assert_same_run(alone, folder)
 

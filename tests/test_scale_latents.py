@@ -17,6 +17,7 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="latents need diffusers")
 from latent_toys import CFG, contents, make_cache, make_toys, pictures_of, shard
 
+from bitflow_edu.io.checkpoints import run_lock
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.processes import SingleProcess
 from bitflow_edu.io.shards import Latents, sha256_of
@@ -120,6 +121,12 @@ def test_resume_after_an_interruption_is_exact(source, vae, cache, tmp_path, mon
     cache_latents(source, out, vae, CFG)
     assert len(calls) == 6, "the interrupted, the damaged and the last one; shard 0 left alone"
     assert contents(out) == contents(cache)
+
+
+def test_a_folder_is_filled_by_one_command_at_a_time(source, vae, tmp_path):
+    with run_lock(tmp_path), pytest.raises(BitflowError, match="in use"):
+        cache_latents(source, tmp_path, vae, CFG)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_write_what_one_does(source, vae, cache, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from bitflow_edu.cli.common import (
 from .options import Evaluate
 from ..data import load_data
 from ..inverse_strategies import check_pair
+from ..io.checkpoints import run_lock
 from ..io.datasets import described
 from ..io.files import BitflowError
 from ..io.models import find_device, load_model, newest_checkpoint
@@ -137,7 +138,8 @@ def evaluate_streamed(args: Evaluate, preset: Preset, F, G, samplers, device, pr
     judge = find_judge(args, preset, real, vae, device, processes)
     decoder = partial(decode_all, vae) if vae else None
     labelled = knows_labels(judge.network, preset)
-    done = judge_samplers(judge, samplers, train, decoder, labelled, args.timing)
+    with run_lock(judge.folder, processes):
+        done = judge_samplers(judge, samplers, train, decoder, labelled, args.timing)
     if train is not None and isinstance(F, TARFlow):
         measure = partial(fidelity, F, G, test, args.seed, device)
         done.measurements.extend(processes.on_rank_zero(measure) or [])

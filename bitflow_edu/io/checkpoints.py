@@ -270,7 +270,7 @@ def restore(state, checkpoint: Path):
     return state
 
 # %% ../../nbs/io/checkpoints.ipynb #b7e5f00d
-LOCK = "training.lock"
+LOCK = "in-use.lock"
 
 
 def contents(folder: Path) -> list:
@@ -331,7 +331,7 @@ def create_whole(path: Path, text: str):
 
 # %% ../../nbs/io/checkpoints.ipynb #6c7be8e7
 def take_lock(folder: Path) -> Path:
-    "Write down who trains in a folder. Raises `BitflowError` where another process does."
+    "Write down who works in a folder. Raises `BitflowError` where another process does."
     lock, pid = folder / LOCK, os.getpid()
     text = json.dumps({"host": socket.gethostname(), "pid": pid, "mark": mark_of(pid)})
     with report_write_errors(folder):
@@ -347,7 +347,7 @@ def take_lock(folder: Path) -> Path:
 # %% ../../nbs/io/checkpoints.ipynb #4c2fcb47
 @contextmanager
 def run_lock(folder: Path, processes: SingleProcess = SINGLE_PROCESS):
-    "Inside, no other training may use a folder; the main process holds the lock for all."
+    "Inside, no other command may write to a folder; the main process holds the lock for all."
     lock = processes.on_rank_zero(lambda: take_lock(folder))
     try:
         yield

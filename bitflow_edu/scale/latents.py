@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from ..io.checkpoints import run_lock
 from bitflow_edu.io.files import (
     BitflowError,
     check_same_settings,
@@ -271,13 +272,16 @@ def cache_latents(
 ) -> dict:  # the index
     "Encode images into shards of latents; a second call finishes the first. `BitflowError`."
     out, settings = Path(out), settings_of(source, vae, cfg)
-    processes.on_rank_zero(lambda: open_cache(out, settings))
-    pieces = source.open(out, processes)
-    make_shards(pieces, out, vae, cfg, processes)
-    processes.barrier()
     name = vae.config.get("_name_or_path", "")
-    index = processes.on_rank_zero(lambda: write_latents_index(pieces, out, settings, name, cfg))
-    return processes.broadcast(index)
+    with run_lock(out, processes):
+        processes.on_rank_zero(lambda: open_cache(out, settings))
+        pieces = source.open(out, processes)
+        make_shards(pieces, out, vae, cfg, processes)
+        processes.barrier()
+        index = processes.on_rank_zero(
+            lambda: write_latents_index(pieces, out, settings, name, cfg)
+        )
+        return processes.broadcast(index)
 
 # %% ../../nbs/scale/latents.ipynb #1cb12b79
 def images_per_core_second(call, n: int, seconds: float = 1.0) -> float:
