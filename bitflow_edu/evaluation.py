@@ -29,17 +29,6 @@ __all__ = ['ClassifierConfig', 'Classifier', 'in_batches', 'as_stored', 'accurac
            'moments', 'frechet_distance', 'distance_of_moments', 'fd', 'covered', 'precision_recall',
            'polynomial_kernel', 'kid', 'inception_score', 'wall_times', 'event_times', 'call_times', 'timed']
 
-# %% ../nbs/06_evaluation.ipynb #3c301848
-@dataclass(frozen=True)
-class ClassifierConfig:
-    "The shape of a small convolutional classifier."
-
-    image_size: int = 28  # pixels a side inside the network; other sizes are resized to it
-    channels: int = 1  # of the images
-    num_classes: int = 10  # labels
-    width: int = 32  # channels of the first stage; the second has twice as many
-    num_features: int = 128  # size of the feature vector
-
 # %% ../nbs/06_evaluation.ipynb #24378c9b
 def conv_stage(in_channels: int, out_channels: int) -> nn.Sequential:
     "Two 3×3 convolutions, the second halving height and width."
@@ -59,6 +48,17 @@ def at_size(
     return nnf.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
 
 # %% ../nbs/06_evaluation.ipynb #893b54c7
+@dataclass(frozen=True)
+class ClassifierConfig:
+    "The shape of a small convolutional classifier."
+
+    image_size: int = 28  # pixels a side inside the network; other sizes are resized to it
+    channels: int = 1  # of the images
+    num_classes: int = 10  # labels
+    width: int = 32  # channels of the first stage; the second has twice as many
+    num_features: int = 128  # size of the feature vector
+
+
 class Classifier(nn.Module):
     "The judge: labels images, and turns them into the features behind `FD[mnist-cnn]`."
 

@@ -36,7 +36,7 @@ from ..io.results import save_results, text_table
 from ..lab.preset_fields import fields_in, split_fields, with_words
 from ..lab.presets import Preset, check_pair_preset, find_preset, with_num_classes
 from ..lab.sampling import FLOWS
-from ..tarflow import TARFlow, TARFlowConfig
+from ..tarflow import TARFlowConfig
 
 # %% auto #0
 __all__ = []
@@ -55,25 +55,17 @@ def preset_of(args: Common) -> Preset:
             twice = f"{option} and {flag_of(name)} {' '.join(typed[name])}"
             raise BitflowError(f"{twice} say the same thing; give one of them")
         given[name] = words
-    given = patch_size_of_model(args, preset) | given
     counted = any(name.endswith(".num_classes") for name in given)
-    return with_classes_of_data(with_words(preset, given, where), args, counted)
+    name = given.get("name", [preset.name])[0]
+    model = config_of_model(args, replace(preset, name=name))
+    if isinstance(args, TrainReverse) and isinstance(model, TARFlowConfig):
+        size = [str(model.patch_size)]  # F and G have the same tokens
+        given = {"forward.patch_size": size, "reverse.patch_size": size} | given
+    return with_classes_of_data(with_words(preset, given, where), args, model, counted)
 
 # %% ../../nbs/cli/common.ipynb #e56b89f3
-def patch_size_of_model(args: Common, preset: Preset) -> dict:
-    "The patch size of the F that a G is trained for, as fields: both models have the same tokens."
-    if not isinstance(args, TrainReverse):
-        return {}
-    try:
-        folder = newest_checkpoint(run_folder(args.forward, preset, "forward"))
-        words = [str(read_config(folder, TARFlow).patch_size)]
-    except BitflowError:  # what is wrong with it is said when it is loaded
-        return {}
-    return {"forward.patch_size": words, "reverse.patch_size": words}
-
-
-def classes_of_model(args: Common, preset: Preset) -> int | None:
-    "The classes of the run that goes on, or of the F that is named; None without such a model."
+def config_of_model(args: Common, preset: Preset):
+    "The config of the run that goes on, or of the F that is named; None without such a model."
     resumed = getattr(args, "resume", False)
     if hasattr(args, "forward"):
         folder = run_folder(args.forward, preset, "forward")
@@ -84,7 +76,7 @@ def classes_of_model(args: Common, preset: Preset) -> int | None:
     else:
         return None
     try:
-        return read_config(newest_checkpoint(folder), FLOWS[type(preset.forward)]).num_classes
+        return read_config(newest_checkpoint(folder), FLOWS[type(preset.forward)])
     except BitflowError:  # what is wrong with it is said when it is loaded
         return None
 
@@ -92,11 +84,12 @@ def classes_of_model(args: Common, preset: Preset) -> int | None:
 def with_classes_of_data(
     preset: Preset,
     args: Common,
+    model,  # the config of a model that is there already, or None
     given: bool,  # whether the user said how many classes there are
 ) -> Preset:
     "The preset with as many classes as its model or its data have. Raises `BitflowError`."
-    named, known = count_classes(preset.data, args.data_root), classes_of_model(args, preset)
-    wanted = preset.data.num_classes
+    named, wanted = count_classes(preset.data, args.data_root), preset.data.num_classes
+    known = None if model is None else model.num_classes
     if known is not None and (named is None or known >= named):
         if named is not None and known > named:
             what = f"the model knows {known} classes, but the data have {named}"

@@ -86,47 +86,41 @@ class Demo(Budget):
 
 # %% ../../nbs/cli/options.ipynb #221983f2
 @dataclass(frozen=True)
-class TrainForward(Budget):
-    "Stage 1: train the flow F by maximum likelihood."
+class Training(Budget):
+    "Options of both trainings."
 
-    # Folder for the run; default runs/<preset>-forward.
-    out: Path | None = None
     # Images a step.
     batch_size: int | None = None
     # Peak learning rate.
     lr: float | None = None
-    # Run or checkpoint of a flow of the same shape to take the first weights from; the
-    # training itself starts anew.
+    # Run or checkpoint of a model of the same kind and shape to take the first weights from;
+    # the training itself starts anew.
     init_from: Path | None = None
     # Under torchrun: each process holds a copy of the model (none) or a share of it (full).
     sharding: str = "none"
     # Look for known failures in samples and metrics (alarms.jsonl), and write curves for
     # TensorBoard.
     watch: bool = False
+
+
+@dataclass(frozen=True)
+class TrainForward(Training):
+    "Stage 1: train the flow F by maximum likelihood."
+
+    # Folder for the run; default runs/<preset>-forward.
+    out: Path | None = None
     # Pixels a side of a token; must divide the image size.
     patch_size: int | None = None
 
 # %% ../../nbs/cli/options.ipynb #481de060
 @dataclass(frozen=True)
-class TrainReverse(Budget):
+class TrainReverse(Training):
     "Stage 2: train the one-pass inverse G against a frozen F."
 
     # Run or checkpoint of F; default runs/<preset>-forward.
     forward: Path | None = None
     # Folder for the run; default runs/<preset>-reverse.
     out: Path | None = None
-    # Images a step.
-    batch_size: int | None = None
-    # Peak learning rate.
-    lr: float | None = None
-    # Run or checkpoint of a G of the same shape to take the first weights from; the
-    # training itself starts anew.
-    init_from: Path | None = None
-    # Under torchrun: each process holds a copy of the model (none) or a share of it (full).
-    sharding: str = "none"
-    # Look for known failures in samples and metrics (alarms.jsonl), and write curves for
-    # TensorBoard.
-    watch: bool = False
     # How G learns: naive, hidden-distillation or hidden-alignment; default the preset's.
     strategy: str | None = None
 

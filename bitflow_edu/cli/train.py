@@ -35,13 +35,17 @@ def watch_of(args) -> recipes.Watch | None:
     return recipes.Watch(tensorboard=True) if args.watch else None
 
 # %% ../../nbs/cli/train.ipynb #69bca419
+def open_training(args: TrainForward | TrainReverse, stage: str):
+    "Preset, folder, device and processes of a training; refused here where it cannot begin."
+    preset, device = preset_of(args), models.find_device(args.device)
+    folder, processes = run_folder(args.out, preset, stage), find_processes(device, args.sharding)
+    processes.on_rank_zero(lambda: refuse_existing(folder, args.resume))
+    return preset, folder, device, processes
+
+
 def run_train_forward(args: TrainForward):
     "`bitflow train forward`"
-    preset = preset_of(args)
-    folder = run_folder(args.out, preset, "forward")
-    device = models.find_device(args.device)
-    processes = find_processes(device, args.sharding)
-    processes.on_rank_zero(lambda: refuse_existing(folder, args.resume))
+    preset, folder, device, processes = open_training(args, "forward")
     train, watch = load_together(preset.data, "train", args.data_root, processes), watch_of(args)
     more = args.resume, processes, watch, args.init_from
     recipes.train_forward(preset, train, folder, device, *more)
@@ -56,11 +60,7 @@ def say_where(name: str, folder: Path):
 # %% ../../nbs/cli/train.ipynb #22cdc790
 def run_train_reverse(args: TrainReverse):
     "`bitflow train reverse`"
-    preset = preset_of(args)
-    folder = run_folder(args.out, preset, "reverse")
-    device = models.find_device(args.device)
-    processes = find_processes(device, args.sharding)
-    processes.on_rank_zero(lambda: refuse_existing(folder, args.resume))
+    preset, folder, device, processes = open_training(args, "reverse")
     forward = load_model(run_folder(args.forward, preset, "forward"), TARFlow, device)
     check_fits(forward, preset.data)
     preset = with_patch_size(preset, forward.cfg.patch_size)

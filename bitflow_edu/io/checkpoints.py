@@ -21,6 +21,7 @@ from bitflow_edu.io.files import (
     asset,
     check_same_settings,
     fsync_path,
+    is_count,
     read_json,
     report_write_errors,
     write_atomically,
@@ -43,7 +44,7 @@ from bitflow_edu.io.processes import (
     SingleProcess,
     distribute_like,
     full_tensor,
-    is_distributed,
+    is_dtensor,
 )
 
 # %% auto #0
@@ -101,7 +102,7 @@ def check_moments(model: nn.Module, tensors: dict, bare: list | None, where: str
 # %% ../../nbs/io/checkpoints.ipynb #cc23c356
 def laid_out_like(t: Tensor, own: Tensor) -> Tensor:
     "A whole tensor, placed as `own` is: AdamW goes through both in the order of their memory."
-    if is_distributed(own):
+    if is_dtensor(own):
         return distribute_like(t, own)
     return torch.empty_like(own, requires_grad=False).copy_(t)
 
@@ -113,11 +114,6 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors:
             step, *moments = (tensors[f"adam.{key}.{name}"].to(p.device) for key in MOMENTS)
             first, second = (laid_out_like(t, p) for t in moments)
             optimizer.state[p] = {"step": step.reshape(()), "exp_avg": first, "exp_avg_sq": second}
-
-# %% ../../nbs/io/checkpoints.ipynb #8e0d25aa
-def is_count(step) -> bool:
-    "Whether a value from JSON can be a number of steps."
-    return type(step) is int and 0 <= step < 2**53
 
 # %% ../../nbs/io/checkpoints.ipynb #c4b8e216
 LARGEST_WEIGHT = 1e4  # trained weights stay below a hundred; squares of these overflow soon

@@ -156,6 +156,11 @@ def read_json(
         raise BitflowError(f"{path} is missing or damaged ({first_sentence(e)}); {hint}") from e
     return found
 
+# %% ../../nbs/io/files.ipynb #6d1c40b7
+def is_count(value) -> bool:
+    "A whole number that is not negative, as JSON gave it, and that a tensor can hold."
+    return type(value) is int and 0 <= value < 2**53
+
 # %% ../../nbs/io/files.ipynb #fc76c726
 def first_difference(old, new, name: str = "") -> tuple:
     "Where two nested dicts differ first: dotted name, old value, new value."

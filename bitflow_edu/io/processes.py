@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['SINGLE_PROCESS', 'SingleProcess', 'is_distributed', 'to_local', 'full_tensor', 'distribute_like']
+__all__ = ['SINGLE_PROCESS', 'SingleProcess', 'is_dtensor', 'to_local', 'full_tensor', 'distribute_like']
 
 # %% ../../nbs/io/processes.ipynb #519b8b3b
 class SingleProcess:
@@ -59,24 +59,24 @@ class SingleProcess:
 SINGLE_PROCESS = SingleProcess()
 
 # %% ../../nbs/io/processes.ipynb #a9c88894
-def is_distributed(t: Tensor) -> bool:
+def is_dtensor(t: Tensor) -> bool:
     "Whether a tensor is a DTensor, spread over processes."
     return hasattr(t, "device_mesh")
 
 
 def to_local(t: Tensor) -> Tensor:
     "This process's part of a tensor that is spread over processes; any other tensor itself."
-    return t.to_local() if is_distributed(t) else t
+    return t.to_local() if is_dtensor(t) else t
 
 
 def full_tensor(t: Tensor) -> Tensor:
     "The whole of a tensor that is spread over processes (all must ask at once), or t itself."
-    return t.full_tensor() if is_distributed(t) else t
+    return t.full_tensor() if is_dtensor(t) else t
 
 
 def distribute_like(t: Tensor, own: Tensor) -> Tensor:
     "The opposite: a whole tensor, spread as `own` is."
-    if not is_distributed(own):
+    if not is_dtensor(own):
         return t
     # imported by whoever distributed `own`: here it would cost every start half a second
     spread = torch.distributed.tensor.distribute_tensor

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .checkpoints import MetricsLog, gathered
 from .files import BitflowError, save_grid
-from .processes import is_distributed
+from .processes import is_dtensor
 
 # %% auto #0
 __all__ = ['progress_bar', 'log_step', 'open_logs', 'whole_model', 'draw_grid']
@@ -57,7 +57,7 @@ def open_logs(state, folder: Path, watch):
 # %% ../../nbs/io/progress.ipynb #14124e4c
 def whole_model(state) -> nn.Module:
     "The averaged model, put together on the main process where it is spread. All must ask."
-    if not any(is_distributed(p) for p in state.averaged.parameters()):
+    if not any(is_dtensor(p) for p in state.averaged.parameters()):
         return state.averaged
     tensors = gathered(state.averaged.state_dict(), state.processes)
     if not state.processes.main:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import BitflowError, first_sentence, read_json
+from .files import BitflowError, first_sentence, is_count, read_json
 
 # %% auto #0
 __all__ = ['VERSION', 'DEFAULT_VAE', 'sha256_of', 'check_shard', 'Latents']
@@ -44,11 +44,6 @@ def check_shard(path: Path, note: dict, verify: bool = True):
 
 # %% ../../nbs/io/shards.ipynb #d8c65385
 AGAIN = "run bitflow cache-latents again, into the same folder to finish it"
-
-
-def is_count(value) -> bool:
-    "A whole number that is not negative, as JSON gave it, and that a tensor can hold."
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def is_names(value) -> bool:
@@ -91,8 +86,6 @@ def read_index(folder: Path) -> dict:
     "The index of finished latents, its values checked; no shard is looked at. `BitflowError`."
     path = folder / "index.json"
     index = read_json(path, AGAIN)
-    if not isinstance(index, dict):
-        raise BitflowError(f"{path} holds no index but {str(index)[:40]!r}; {AGAIN}")
     if index.get("version") != VERSION:
         raise BitflowError(
             f"{folder} holds latents of version {str(index.get('version'))[:40]}, "

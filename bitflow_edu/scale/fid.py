@@ -139,8 +139,6 @@ def check_same_evaluation(folder: Path, about: dict, resume: bool):
             "go on with it with --resume, or name another folder"
         )
     old = read_json(folder / "settings.json", "name another folder")
-    if not isinstance(old, dict):
-        raise BitflowError(f"{folder / 'settings.json'} is damaged; name another folder")
     check_noted(old, about, folder)
     check_same_settings(old, about, folder)
 

@@ -90,7 +90,7 @@ def settings_of(source, vae: nn.Module, cfg: CacheConfig) -> dict:
 def read_settings(path: Path, settings: dict) -> dict:
     "The settings of a folder, without a number of classes that nobody gives any more."
     old = read_json(path, AGAIN)
-    if not isinstance(old, dict) or not isinstance(old.get("source"), dict):
+    if not isinstance(old.get("source"), dict):
         raise BitflowError(f"{path} holds no settings but {str(old)[:40]!r}; {AGAIN}")
     if "num_classes" not in settings["source"]:  # an earlier version wrote its default, 1000
         old["source"].pop("num_classes", None)
