@@ -6,11 +6,15 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 from commands import GLOW, SMOKE, run
+from streams import Tiny
 
 from bitflow_edu.data import load_data
 from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.models import build
 from bitflow_edu.reverse_model import ReverseConfig, ReverseModel
+from bitflow_edu.scale.alarms import sample_reference_of, watch_labels
+from bitflow_edu.scale.autoencoder import load_vae
+from bitflow_edu.scale.feature_networks import own_network
 from bitflow_edu.tarflow import TARFlow, TARFlowConfig
 from bitflow_edu.transformer import MODERN, TransformerConfig
 
@@ -90,3 +94,43 @@ def glow(tmp_path_factory):
     run(f"train forward {GLOW} --steps 4 --out {folder}")
     run(f"train forward {GLOW} --steps 4 --out {folder} --resume")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A network of fixed random features."""
+    return own_network(Tiny(), "tiny")
+
+
+@pytest.fixture(scope="module")
+def train_digits():
+    """The embedded training images."""
+    return load_data(DataConfig(), "train")
+
+
+@pytest.fixture(scope="module")
+def normal(train_digits):
+    """What samples of digits are compared with while a training is watched."""
+    return sample_reference_of(train_digits, watch_labels(train_digits.labels), patch_size=4)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """A folder of toy pictures and autoencoders."""
+    from latent_toys import make_toys  # needs diffusers
+
+    return make_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="module")
+def vae(toys):
+    """The toy autoencoder."""
+    return load_vae(toys / "vae")
+
+
+@pytest.fixture
+def source(toys):
+    """The toy pictures."""
+    from latent_toys import pictures_of
+
+    return pictures_of(toys)

@@ -24,3 +24,15 @@ def check_layer(make, x, seed):
     assert jacobian_check(layer, x) < 1e-8
     z = layer(x)[0]
     assert check_invertible(layer, x) < 1e-5 * max(1.0, z.abs().max().item())
+
+
+def check_layer_over_points(make, D, seed):
+    """The same for make(D), a layer over points `(N, D)`."""
+    x = torch.randn(3, D, generator=torch.Generator().manual_seed(seed))
+    check_layer(lambda: make(D), x, seed)
+
+
+def check_layer_over_images(make, C, side, seed):
+    """The same for make(C, side), a layer over images `(N, C, side, side)`."""
+    x = torch.randn(3, C, side, side, generator=torch.Generator().manual_seed(seed))
+    check_layer(lambda: make(C, side), x, seed)

@@ -75,12 +75,17 @@ def test_mistakes_with_folders(capsys, tmp_path, runs):
     assert not (tmp_path / "d").exists() and not (tmp_path / "r").exists()
 
 
-def test_g_takes_the_patch_size_of_its_f(tmp_path):
+def test_g_takes_the_patch_size_of_its_f(tmp_path, monkeypatch):
     sizes = " ".join(f"--{part}.image-size 15" for part in ("data", "forward", "reverse"))
     small = f"{SMOKE} {sizes} --steps 1 --batch-size 4"
     run(f"train forward {small} --patch-size 5 --out {tmp_path}/f")
     run(f"train reverse {small} --forward {tmp_path}/f --out {tmp_path}/g")  # 4 divides no 15
     assert load_model(tmp_path / "g", ReverseModel).cfg.patch_size == 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "f").rename(tmp_path / "runs" / "own-forward")  # where F is by default
+    run(f"train reverse {small} --name own")
+    assert load_model(tmp_path / "runs" / "own-reverse", ReverseModel).cfg.patch_size == 5
 
 
 def test_weights_to_start_from(runs, tmp_path, capsys):

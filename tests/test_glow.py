@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import check_layer, property_test, ready
+from layers import check_layer_over_images, check_layer_over_points, property_test, ready
 
 from bitflow_edu.bijections import Compose, Identity, jacobian_check
 from bitflow_edu.coupling import ActNorm
@@ -41,17 +41,14 @@ def split(C, H):
 @property_test
 @given(D=st.integers(2, 7), seed=st.integers(0, 10_000))
 def test_layers_over_points(make, D, seed):
-    x = torch.randn(3, D, generator=torch.Generator().manual_seed(seed))
-    check_layer(lambda: make(D), x, seed)
+    check_layer_over_points(make, D, seed)
 
 
 @pytest.mark.parametrize("make", [invertible_1x1, half_coupling, flatten, split])
 @property_test
 @given(half=st.integers(1, 2), side=st.sampled_from([2, 4]), seed=st.integers(0, 10_000))
 def test_layers_over_images(make, half, side, seed):
-    C = 2 * half
-    x = torch.randn(3, C, side, side, generator=torch.Generator().manual_seed(seed))
-    check_layer(lambda: make(C, side), x, seed)
+    check_layer_over_images(make, 2 * half, side, seed)
 
 
 @pytest.mark.parametrize("kind", ["nice", "realnvp", "glow"])

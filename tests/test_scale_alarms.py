@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as nnf
 from watched import group_of, healthy, seeded
 
-from bitflow_edu.data import add_noise, load_data
-from bitflow_edu.io.datasets import DataConfig
+from bitflow_edu.data import add_noise
 from bitflow_edu.io.files import BitflowError, asset
 from bitflow_edu.io.models import build, load_model
 from bitflow_edu.lab.sampling import draw, noise_for, one_pass_sampler, pair_samplers
@@ -29,16 +28,6 @@ CHEQUERS = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1
 
 
 TILES = torch.kron((torch.arange(4)[:, None] + torch.arange(4)) % 2 * 2.0 - 1, torch.ones(4, 4))
-
-
-@pytest.fixture(scope="module")
-def train_digits():
-    return load_data(DataConfig(), "train")
-
-
-@pytest.fixture(scope="module")
-def normal(train_digits):
-    return sample_reference_of(train_digits, watch_labels(train_digits.labels), patch_size=4)
 
 
 def names(x, reference):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="latents need diffusers")
-from latent_toys import CFG, make_toys, mse, pictures_of
+from latent_toys import CFG, mse
 
 from bitflow_edu.distances import adaptive
 from bitflow_edu.io.files import BitflowError
@@ -27,21 +27,6 @@ from bitflow_edu.scale.autoencoder import (
 )
 from bitflow_edu.scale.image_sources import as_jpeg, center_crop, synthetic_picture
 from bitflow_edu.scale.latents import cache_latents
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    return make_toys(tmp_path_factory.mktemp("toys"))
-
-
-@pytest.fixture(scope="module")
-def vae(toys):
-    return load_vae(toys / "vae")
-
-
-@pytest.fixture
-def source(toys):
-    return pictures_of(toys)
 
 
 @pytest.mark.parametrize("which", ["vae", "small"])

@@ -39,11 +39,6 @@ from bitflow_edu.scale.streaming import Moments, collect, dataset_source, kept_m
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return own_network(Tiny(), "tiny")
-
-
-@pytest.fixture(scope="module")
 def reference(tiny, digits, tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "digits.npz"
     return make_reference(digits[:500], tiny, path, CFG)

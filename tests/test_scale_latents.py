@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip("diffusers", reason="latents need diffusers")
-from latent_toys import CFG, contents, make_cache, make_toys, pictures_of, shard
+from latent_toys import CFG, contents, make_cache, shard
 
 from bitflow_edu.io.checkpoints import run_lock
 from bitflow_edu.io.files import BitflowError
@@ -25,21 +25,6 @@ from bitflow_edu.scale import latents
 from bitflow_edu.scale.autoencoder import load_vae, tiny_vae
 from bitflow_edu.scale.image_sources import FolderSource, TarSource, center_crop, synthetic_tar
 from bitflow_edu.scale.latents import CacheConfig, cache_latents, latents_report
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    return make_toys(tmp_path_factory.mktemp("toys"))
-
-
-@pytest.fixture(scope="module")
-def vae(toys):
-    return load_vae(toys / "vae")
-
-
-@pytest.fixture
-def source(toys):
-    return pictures_of(toys)
 
 
 @pytest.fixture(scope="module")

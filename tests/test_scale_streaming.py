@@ -7,11 +7,10 @@ from functools import reduce
 import numpy as np
 import pytest
 import torch
-from streams import CFG, Played, Tiny, samples, source
+from streams import CFG, Played, samples, source
 
 from bitflow_edu.evaluation import as_stored, inception_score, moments
 from bitflow_edu.io.files import BitflowError, save_arrays
-from bitflow_edu.scale.feature_networks import own_network
 from bitflow_edu.scale.streaming import (
     SHOWN,
     FeatureStats,
@@ -25,11 +24,6 @@ from bitflow_edu.scale.streaming import (
     read_stats,
     save_stats,
 )
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return own_network(Tiny(), "tiny")
 
 
 def same(a, b):

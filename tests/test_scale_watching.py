@@ -11,27 +11,14 @@ from PIL import Image
 from watched import group_of, healthy, seeded
 
 from bitflow_edu.cli.main import main
-from bitflow_edu.data import load_data
 from bitflow_edu.inverse_strategies import reading_norms
 from bitflow_edu.io.checkpoints import read_metrics
-from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import load_model
 from bitflow_edu.scale import watching
-from bitflow_edu.scale.alarms import sample_reference_of, watch_labels
 from bitflow_edu.scale.watching import Watcher, images_per_second, to_tensorboard, watch
 from bitflow_edu.tarflow import TARFlow, trajectory_norms
 from conftest import small_flow, small_reverse
-
-
-@pytest.fixture(scope="module")
-def train_digits():
-    return load_data(DataConfig(), "train")
-
-
-@pytest.fixture(scope="module")
-def normal(train_digits):
-    return sample_reference_of(train_digits, watch_labels(train_digits.labels), patch_size=4)
 
 
 def test_norms_of_the_trajectory():
