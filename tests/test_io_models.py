@@ -228,3 +228,12 @@ def test_a_device_that_is_not_there_is_named():
     assert find_device("cpu") == "cpu" and find_device() in ("cpu", "cuda", "mps")
     with pytest.raises(BitflowError, match="'tpu'"):
         find_device("tpu")
+
+
+def test_one_weight_for_all_distances_is_read_as_one_for_each():
+    """Earlier versions gave one weight for all, 0 for none."""
+    old = {"feature_weight": 3.0, "features": ["digits", "stlpips-alex"]}
+    new = {"features": ["digits", "stlpips-alex"], "feature_weights": [3.0, 3.0]}
+    assert modern_fields(old) == modern_fields(new) == new
+    old["feature_weight"] = 0.0
+    assert modern_fields(old) == {"features": [], "feature_weights": []}

@@ -59,20 +59,20 @@ def test_a_distance_of_ones_own_is_asked_for_by_its_name(monkeypatch):
 
     monkeypatch.setitem(DISTANCES, "mine", mine)
     a, b = images(8, 3), images(8, 3).flip(0)
-    objective = ObjectiveConfig(features=("mine",), feature_weight=0.5)
+    objective = ObjectiveConfig(features=("mine",), feature_weights=(0.5,))
     expected = mse(a, b) + 0.5 * (a - b).abs().flatten(1).mean(dim=1)
     torch.testing.assert_close(image_distance(objective, "cpu")(a, b), expected)
-    both = ObjectiveConfig(features=("mine", "mine"), feature_weight=1.0, adaptive_power=1.0)
+    both = ObjectiveConfig(features=("mine", "mine"), feature_weights=(1.0, 1.0), adaptive_power=1.0)
     assert image_distance(both, "cpu")(a, b).isfinite().all() and asked == ["cpu"] * 3
-    without = image_distance(ObjectiveConfig(features=("mine",)), "cpu")
-    assert without(a, b).equal(mse(a, b)) and len(asked) == 3, "weight 0 asks for none"
+    without = image_distance(ObjectiveConfig(), "cpu")
+    assert without(a, b).equal(mse(a, b)) and len(asked) == 3, "none is named"
 
 
 def test_the_objective_sees_decoded_images(tmp_path):
     """Where `objective.decoder` is set, perceptual distances compare decoded images."""
     pytest.importorskip("diffusers")
     a, b = torch.randn(3, 4, 8, 8, requires_grad=True), torch.randn(3, 4, 8, 8)
-    plain = ObjectiveConfig(feature_weight=1.0, adaptive_power=1.0)
+    plain = ObjectiveConfig(features=("digits",), feature_weights=(1.0,), adaptive_power=1.0)
     coloured = replace(plain, decoder=str(tiny_vae(tmp_path / "vae")), decoded_images=3)
     seen = []
 

@@ -112,7 +112,8 @@ def stages():
 
 def perceptual(preset):
     """The preset with an image end behind a decoder."""
-    objective = replace(preset.objective, feature_weight=1.0, decoder="anywhere")
+    end = dict(features=("lpips-vgg",), feature_weights=(1.0,))
+    objective = replace(preset.objective, **end, decoder="anywhere")
     return replace(preset, objective=objective)
 
 

@@ -69,12 +69,18 @@ def num_parameters(model: nn.Module) -> int:
 
 # %% ../../nbs/io/models.ipynb #06c8bd49
 REMOVED = {"prior_var": False}  # fields of earlier versions, and the only value that still fits
-RENAMED = {"pieces": "num_microbatches", "checkpointing": "activation_checkpointing"}  # old → new
+# old → new
+RENAMED = {"pieces": "num_microbatches", "checkpointing": "activation_checkpointing"}
+RENAMED["feature_weight"] = "feature_weights"
 
 
 def modern_fields(values: dict) -> dict:
     "A config's fields as this version names them; earlier ones wrote a few more."
     kept = {k: v for k, v in values.items() if k not in REMOVED or v != REMOVED[k]}
+    if "feature_weight" in kept and "features" in kept:  # one weight for all of them; 0 for none
+        weight = kept.pop("feature_weight")
+        kept["features"] = kept["features"] if weight else []
+        kept["feature_weights"] = [weight] * len(kept["features"])
     return {RENAMED.get(k, k): v for k, v in kept.items()}
 
 

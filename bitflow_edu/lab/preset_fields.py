@@ -193,6 +193,9 @@ def fields_in(path: Path, base: Preset) -> tuple[Preset, dict]:
     "`base` with the parts that a YAML file has, and the file's fields: dotted name → words."
     tree = read_tree(path)
     given = {k: v for k, v in tree.items() if k not in PARTS or v is not None}
+    for part in ("train_forward", "train_reverse", "objective"):
+        if isinstance(given.get(part), dict):
+            given[part] = modern_fields(given[part])
     preset = with_parts_of(base, tree)
     return preset, known_fields(preset, to_words(given), f"{path}: ")
 

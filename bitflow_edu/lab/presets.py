@@ -21,8 +21,8 @@ from ..training import TrainConfig
 from ..transformer import MODERN, TransformerConfig
 
 # %% auto #0
-__all__ = ['DIGITS', 'TINY_SHAPE', 'SECONDS', 'PRESETS', 'ObjectiveConfig', 'Preset', 'make_preset', 'inferred',
-           'against_published', 'find_preset', 'check_pair_preset', 'with_strategy']
+__all__ = ['DIGITS', 'PHOTOS', 'SMALL_PHOTOS', 'TINY_SHAPE', 'SECONDS', 'PRESETS', 'ObjectiveConfig', 'Preset', 'make_preset',
+           'inferred', 'against_published', 'find_preset', 'check_pair_preset', 'with_strategy']
 
 # %% ../../nbs/lab/presets.ipynb #53cf9f50
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ObjectiveConfig:
     "What G is trained to match, and how its errors are weighed (chapters 11, 13 and 14)."
 
     strategy: str = "hidden-alignment"  # a key of `STRATEGIES`
-    feature_weight: float = 0.0  # of each perceptual distance at the image end; 0: MSE alone
-    features: tuple[str, ...] = ("digits",)  # those distances, keys of `DISTANCES`
+    features: tuple[str, ...] = ()  # perceptual distances, keys of `DISTANCES`; none: MSE alone
+    feature_weights: tuple[float, ...] = ()  # of each of them at the image end, beside 1 of MSE
     adaptive_power: float = 0.0  # p of the adaptive weights; 0: none
     normalise: bool = False  # divide each depth's states by their size before they are compared
     depth_weights: tuple[float, ...] = ()  # of the depths' terms; (): 1 for all
@@ -43,11 +43,14 @@ class ObjectiveConfig:
         find_strategy(self.strategy)
         for name in self.features:
             check_distance(name)
-        weight, power = self.feature_weight, self.adaptive_power
-        if weight < 0 or power < 0:
-            raise BitflowError(
-                f"feature_weight {weight} and adaptive_power {power} must not be negative"
-            )
+        if len(self.features) != len(self.feature_weights):
+            given = f"features {list(self.features)}, feature_weights {list(self.feature_weights)}"
+            raise BitflowError(f"{given}: give one weight for each distance, or leave both empty")
+        if not all(weight > 0 for weight in self.feature_weights):
+            given = f"feature_weights {list(self.feature_weights)} must be above 0"
+            raise BitflowError(f"{given}; leave a distance out instead of giving it no weight")
+        if self.adaptive_power < 0:
+            raise BitflowError(f"adaptive_power {self.adaptive_power} must not be negative")
 
 # %% ../../nbs/lab/presets.ipynb #cc037419
 @dataclass(frozen=True)
@@ -96,7 +99,9 @@ def make_preset(
     return Preset(name, data, F, G, train_forward, train_reverse, objective, num_samples)
 
 # %% ../../nbs/lab/presets.ipynb #a58a7381
-DIGITS = ObjectiveConfig(feature_weight=3.0, adaptive_power=1.0)
+DIGITS = ObjectiveConfig(features=("digits",), feature_weights=(3.0,), adaptive_power=1.0)
+PHOTOS = replace(DIGITS, features=("stlpips-vgg",))  # a GPU's; on a CPU VGG-16 costs minutes a step
+SMALL_PHOTOS = replace(DIGITS, features=("stlpips-alex",))
 TINY_SHAPE = TransformerConfig(width=64, head_dim=32, num_layers=1)
 SECONDS = TrainConfig(steps=30, batch_size=32, log_every=5, sample_every=15, checkpoint_every=10)
 
@@ -111,36 +116,33 @@ def mnist_mini() -> Preset:
 GPU = TrainConfig(steps=20_000, batch_size=256, lr=1e-3, sample_every=2000, checkpoint_every=2000)
 
 
-def taking_w(preset: Preset, w_max: float = 3.0) -> Preset:
-    "The same preset with a G that takes the guidance scale w, up to w_max, as input (chapter 14)."
-    return replace(preset, reverse=replace(preset.reverse, max_guidance=w_max))
+def as_published(preset: Preset, w_max: float = 3.0) -> Preset:
+    "The same preset with the improved F (lesson 09), and a G that takes w up to w_max (lesson 14)."
+    reverse = replace(preset.reverse, max_guidance=w_max)
+    return replace(preset, forward=improved(preset.forward), reverse=reverse)
 
 
 def mnist_like(name: str) -> Preset:
     "60,000 grey images at 28×28, 49 tokens: one GPU."
-    objective = DIGITS if name == "mnist" else ObjectiveConfig()
-    F, G = TransformerConfig(num_layers=4), TransformerConfig(num_layers=4, **MODERN)
-    data = DataConfig(name, 28)
-    return taking_w(make_preset(name, data, 4, 4, F, G, GPU, GPU, objective, num_samples=10_000))
+    objective, t = DIGITS if name == "mnist" else PHOTOS, TransformerConfig(num_layers=4, **MODERN)
+    data, rest = DataConfig(name, 28), {"objective": objective, "num_samples": 10_000}
+    return as_published(make_preset(name, data, 4, 4, t, t, GPU, GPU, **rest))
 
 # %% ../../nbs/lab/presets.ipynb #7bfd3ab0
 def colour(name: str) -> Preset:
     "32×32 colour images, 64 tokens, F of about 29M parameters: one GPU."
-    wide = {"width": 384, "num_layers": 4}
-    F, G = TransformerConfig(**wide), TransformerConfig(**wide, **MODERN)
-    long = replace(GPU, steps=60_000, lr=5e-4)
-    data = DataConfig(name, 32, 3)
-    return taking_w(make_preset(name, data, 4, 4, F, G, long, long, num_samples=10_000))
+    t, long = TransformerConfig(384, 4, **MODERN), replace(GPU, steps=60_000, lr=5e-4)
+    data, rest = DataConfig(name, 32, 3), {"objective": PHOTOS, "num_samples": 10_000}
+    return as_published(make_preset(name, data, 4, 4, t, t, long, long, **rest))
 
 
 def cifar10_mini() -> Preset:
     "CIFAR-10 for a CPU: narrower and half as deep, an hour of one core for each model."
-    small = {"width": 192, "num_layers": 2}
-    F, G = TransformerConfig(**small), TransformerConfig(**small, **MODERN)
+    t, data = TransformerConfig(192, 2, **MODERN), DataConfig("cifar10", 32, 3)
     hour = TrainConfig(lr=2e-3, compile=True, sample_every=1000, checkpoint_every=1000)
     trains = replace(hour, steps=8000), replace(hour, steps=4000)
-    data = DataConfig("cifar10", 32, 3)
-    return taking_w(make_preset("cifar10-mini", data, 4, 4, F, G, *trains, num_samples=10_000))
+    rest = {"objective": SMALL_PHOTOS, "num_samples": 10_000}
+    return as_published(make_preset("cifar10-mini", data, 4, 4, t, t, *trains, **rest))
 
 # %% ../../nbs/lab/presets.ipynb #25229745
 LARGE = TrainConfig(

@@ -120,17 +120,17 @@ def train_forward(
 
 # %% ../../nbs/lab/recipes.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
-    "The distance at the image end: MSE, and perceptual distances where their weight is not 0."
+    "The distance at the image end: MSE, and perceptual distances where it names any."
     weigh = partial(adaptive, p=objective.adaptive_power)
-    if not objective.feature_weight:
+    if not objective.features:
         return weigh(mse)
     vae = load_decoder(objective.decoder, device) if objective.decoder else None
     parts = [(1.0, weigh(mse))]
-    for name in objective.features:
+    for name, weight in zip(objective.features, objective.feature_weights):
         distance = weigh(find_distance(name, device))
         if objective.decoder:
             distance = decoded(distance, vae, objective.decoded_images)
-        parts.append((objective.feature_weight, distance))
+        parts.append((weight, distance))
     return mixture(*parts)
 
 # %% ../../nbs/lab/recipes.ipynb #a957b238

@@ -257,7 +257,7 @@ def caching_stage(preset, plan: Plan) -> Stage:
 def perceptual_flops(preset, plan: Plan) -> float:
     "Operations of the image end in a step of stage 2, whole batch; 0 where it has no decoder."
     objective, train = preset.objective, preset.train_reverse
-    if not (objective.feature_weight and objective.decoder):
+    if not (objective.features and objective.decoder):
         return 0.0
     decoded = min(objective.decoded_images * train.num_microbatches, train.batch_size)
     return decoded * (4 * plan.around.decoder_flops + 3 * plan.around.feature_flops)
