@@ -6,10 +6,12 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
+from scipy.special import stdtrit
 from torch import Tensor
 
 from .data import to_model_range, to_pixels
@@ -27,7 +29,8 @@ from .io.models import load_model
 # %% auto #0
 __all__ = ['ClassifierConfig', 'Classifier', 'in_batches', 'as_stored', 'accuracy', 'load_classifier', 'check_features',
            'moments', 'frechet_distance', 'distance_of_moments', 'fd', 'covered', 'precision_recall',
-           'polynomial_kernel', 'kid', 'inception_score', 'wall_times', 'event_times', 'call_times', 'timed']
+           'polynomial_kernel', 'kid', 'inception_score', 'wall_times', 'event_times', 'call_times', 'timed',
+           'Interval', 'mean_interval']
 
 # %% ../nbs/06_evaluation.ipynb #24378c9b
 def conv_stage(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -335,3 +338,30 @@ def timed(
         fn()
     low, median, high = statistics.quantiles(call_times(fn, repeats), n=4)
     return {"median_ms": median, "low_ms": low, "high_ms": high, "repeats": repeats}
+
+# %% ../nbs/06_evaluation.ipynb #69478b6c
+class Interval(NamedTuple):
+    "A mean of n values and its interval; `low` and `high` are None for a single value."
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def mean_interval(
+    values: list,  # independent, e.g. a paired difference for each seed
+    level: float = 0.95,  # share of intervals that hold the true mean
+) -> Interval:
+    """Student's interval for the mean of normally distributed values.
+
+    >>> mean_interval([1.0, 2.0, 3.0]).mean
+    2.0"""
+    n = len(values)
+    if not n or not 0 < level < 1:
+        raise BitflowError(f"{n} values and level {level}: give a value, and a level in (0, 1)")
+    mean = statistics.fmean(values)
+    if n == 1:
+        return Interval(mean, None, None, 1)
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * statistics.stdev(values) / n**0.5
+    return Interval(mean, mean - half, mean + half, n)

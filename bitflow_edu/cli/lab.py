@@ -34,7 +34,7 @@ from ..io import models
 from ..io.files import BitflowError, check_same_settings
 from ..io.models import load_model
 from ..io.results import hardware, load_result, measurement, save_results
-from ..lab import ablations, bench, recipes, reproduce
+from ..lab import ablations, bench, recipes, reproduce, tables
 from ..lab.bench_speed import bench_geometry
 from ..lab.evaluate import Evaluation, check_drawn, evaluate
 from ..lab.preset_fields import read_preset
@@ -127,17 +127,19 @@ def run_bench(args: Bench):
 
 # %% ../../nbs/cli/lab.ipynb #379f91a2
 def table_stem(name: str, args: Ablate) -> str:
-    "What a table's files are named: after its preset, and its steps if they are not the preset's."
+    "What a table's files are named: after its preset, its steps if not the preset's, its rows."
     steps = f"-{args.steps}-steps" if args.steps is not None else ""
-    return f"ablate-{name}-{preset_of(args).name}{steps}"
+    rows = "-some-rows" if args.rows else ""
+    return f"ablate-{name}-{preset_of(args).name}{steps}{rows}"
 
 # %% ../../nbs/cli/lab.ipynb #4144dc7a
 PLACE = "--results, or write it anew with --resume"  # of `ablate` and `demo`
+AGAIN = Path("runs/again")  # where the commands beside the rows train and write
 
 # %% ../../nbs/cli/lab.ipynb #48756635
 def tables_asked(args: Ablate) -> list:
     "The tables to make. Refuses an unknown one, and results that would be overwritten."
-    names, known = [args.table], list(ablations.TABLES)
+    names, known = [args.table], list(tables.TABLES)
     if args.table == "all":
         names = known
     if names[0] not in known:
@@ -146,6 +148,8 @@ def tables_asked(args: Ablate) -> list:
     if args.seeds < 1 or (args.workers or 1) < 1:
         asked = f"--seeds {args.seeds} and --workers {args.workers}"
         raise BitflowError(f"{asked} must be at least 1")
+    if args.rows and args.table == "all":
+        raise BitflowError("--rows names rows of one table; name the table, too")
     for name in names:
         table = args.results / f"{table_stem(name, args)}.json"
         new_outputs(table, ".json", ".png", option=PLACE, anew=args.resume)
@@ -171,10 +175,21 @@ def ablation_preset(args: Ablate) -> Preset:
     return preset
 
 # %% ../../nbs/cli/lab.ipynb #0d7da617
+def row_commands(name: str, args: Ablate, preset: Preset) -> dict:
+    "Row → the command that trains and measures it again, beside the row that it is compared with."
+    rows, found = tables.rows_for(name, preset, args.rows), {}
+    for row in rows:
+        pair = dict.fromkeys((row.versus or rows[0].name, row.name))
+        again = replace(args, table=name, rows=tuple(pair), out=AGAIN, results=AGAIN, resume=False)
+        found[row.name] = command_line(again)
+    return found
+
+
 def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float):
     "Write a table's results file and its picture."
     verdict, stem = ablations.verdict(found), table_stem(name, args)
     config = {"verdict": verdict, "seeds": args.seeds, **dataclasses.asdict(preset)}
+    config["row_commands"] = row_commands(name, args, preset)
     command = command_line(replace(args, table=name))
     save_results(args.results, stem, preset.name, command, config, found, took)
     picture = ablations.draw_table(found, f"{name}, {preset.name}")
@@ -185,13 +200,15 @@ def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float
 def run_ablate(args: Ablate):
     "`bitflow ablate`"
     names, preset = tables_asked(args), ablation_preset(args)
-    device, start = models.find_device(args.device), time.perf_counter()
-    seeds = range(args.seed, args.seed + args.seeds)
-    jobs = ablations.jobs_of(names, preset, seeds)
-    workers = workers_for(args, device)
-    figures = ablations.run_jobs(jobs, args.out, device, workers, data_root=args.data_root)
+    device, seeds = models.find_device(args.device), range(args.seed, args.seed + args.seeds)
+    for name in names:  # every table is looked through before hours are spent
+        tables.rows_for(name, preset, args.rows)
     for name in names:
-        found = ablations.table_measurements(name, preset, seeds, figures)
+        start = time.perf_counter()
+        jobs = ablations.jobs_of(name, preset, seeds, args.rows)
+        workers = workers_for(args, device)
+        figures = ablations.run_jobs(jobs, args.out, device, workers, data_root=args.data_root)
+        found = ablations.table_measurements(name, preset, seeds, figures, args.rows)
         save_table(name, args, preset, found, time.perf_counter() - start)
 
 # %% ../../nbs/cli/lab.ipynb #59ec1224

@@ -249,10 +249,13 @@ class Bench:
 class Ablate(Common):
     "Train and measure the rows of a table, beside the paper's figures: bitflow ablate NAME."
 
-    # strategies, regimes, depth, denoising, norm-control, distances, guidance, scaling, or all.
+    # strategies, depth, denoising, distances, scaling, budget, guidance, regimes, tokens, lpips,
+    # norm-control, or all.
     table: Positional[str] = "all"
-    # How many seeds of G and of its noise, from --seed on; all share one F.
-    seeds: int = 2
+    # How many seeds, from --seed on; each has its own F, its own G's and its own noise.
+    seeds: int = 5
+    # Only these rows, by name, e.g. to repeat one: --rows "naive, MSE" --seed 3 --seeds 1.
+    rows: tuple[str, ...] = ()
     # Optimiser steps of every G, instead of the preset's.
     steps: int | None = None
     # Trainings at a time; default one for each core, as memory allows.

@@ -19,7 +19,7 @@ from .files import BitflowError, read_json, write_atomically
 
 # %% auto #0
 __all__ = ['hardware', 'versions', 'commit', 'measurement', 'time_per_image', 'now', 'save_results', 'results_text',
-           'load_result', 'measured', 'figure', 'rows_of', 'table_text']
+           'load_result', 'measured', 'figure', 'rows_of', 'differences_of', 'table_text']
 
 # %% ../../nbs/io/results.ipynb #03f3ef57
 def processor() -> str:
@@ -222,24 +222,49 @@ def rows_of(
     result: dict,  # a table of `bitflow ablate`, loaded
     metric: str = "fd[mnist-cnn]",
 ) -> dict:  # row → (every seed's values, their mean, the paper's or None), in the table's order
-    "A table's rows for one metric; rows without it are left out."
+    "A table's rows for one metric; rows without it, and those of a sweep, are left out."
     rows = {}
-    for name in dict.fromkeys(m["row"] for m in result["measurements"]):
+    for name in dict.fromkeys(m["row"] for m in result["measurements"] if not m.get("sweep")):
         if seeds := measured(result, name, metric):
             mean = figure(result, name, f"mean {metric}")
             rows[name] = [m["value"] for m in seeds], mean, seeds[0]["paper"]
     return rows
+
+# %% ../../nbs/io/results.ipynb #d988f80c
+def with_interval(
+    found: list,  # the measurement of a mean over seeds, or none
+    sign: str = "",  # "+" writes the sign of a difference
+) -> str:
+    "A mean and its interval as text, `4.75 [4.60, 4.90]`; a dash where there is none."
+    if not found:
+        return "–"
+    m = found[0]
+    text = f"{m['value']:{sign}.4g}"
+    if m.get("low") is None:
+        return text
+    return f"{text} [{m['low']:{sign}.4g}, {m['high']:{sign}.4g}]"
+
+# %% ../../nbs/io/results.ipynb #fc67e61f
+def differences_of(
+    result: dict,  # a table of `bitflow ablate`, loaded
+    metric: str,
+) -> dict:  # row → the measurement: `value`, `low`, `high`, `versus`, `seeds`
+    "How a table's rows differ from those that they are compared with, in pairs over the seeds."
+    name = f"difference {metric}"
+    return {m["row"]: m for m in result["measurements"] if m["metric"] == name}
 
 # %% ../../nbs/io/results.ipynb #tabtxt01
 def table_text(
     result: dict,  # a table of `bitflow ablate`, loaded
     *metrics: str,
 ) -> str:  # a line for each row
-    "A table in letters: the mean over seeds, and in brackets every seed's value."
-    columns = [rows_of(result, metric) for metric in metrics]
-    lines = [["", *metrics]]
-    for name in columns[0]:
-        found = [column[name] for column in columns]
-        seeds = [", ".join(f"{v:.4g}" for v in values) for values, _, _ in found]
-        lines.append([name, *(f"{mean:.4g} ({s})" for (_, mean, _), s in zip(found, seeds))])
+    """A table in letters: for each metric the mean with its 95% interval, and the paired difference
+    from the row that it is compared with."""
+    lines = [["", *(title for metric in metrics for title in (metric, "difference"))]]
+    for name in rows_of(result, metrics[0]):
+        line = [name]
+        for metric in metrics:
+            line.append(with_interval(measured(result, name, f"mean {metric}")))
+            line.append(with_interval(measured(result, name, f"difference {metric}")[:1], "+"))
+        lines.append(line)
     return text_table(lines)

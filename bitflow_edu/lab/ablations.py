@@ -3,10 +3,7 @@
 # %% ../../nbs/lab/ablations.ipynb #1f12a131
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import math
 import multiprocessing
 import os
 import statistics
@@ -20,241 +17,27 @@ from pathlib import Path
 import torch
 
 from ..data import Images, add_noise, load_data
-from ..evaluation import precision_recall
-from ..inverse_strategies import STRATEGIES, mse
+from ..evaluation import Interval, mean_interval, precision_recall
+from ..inverse_strategies import mse
 from ..io.checkpoints import read_metrics
 from ..io.datasets import DataConfig
 from ..io.files import report_write_errors, write_atomically
 from ..io.models import load_model, num_parameters
-from ..io.results import measurement, rows_of
+from ..io.results import differences_of, measurement, rows_of
 from .evaluate import finite_numbers, network_for, sampler_source, stream_config
 from .plotting import plot_rows
-from .presets import Preset, with_strategy
+from .presets import Preset
 from .recipes import train_forward, train_reverse
-from .sampling import SAMPLERS, WITHOUT_REVERSE, Sampler, noise_for
+from .sampling import SAMPLERS, Sampler, noise_for
+from .tables import Row, Training, rows_for, training_of
 from ..scale import fingerprints
 from ..scale.feature_networks import FeatureNetwork
 from ..scale.fid import Reference, gaussian_distance, reference_in_memory, share
-from ..scale.streaming import collect
+from ..scale.streaming import collect, dataset_source
 from ..tarflow import TARFlow
 
 # %% auto #0
-__all__ = ['TABLES', 'jobs_of', 'run_jobs', 'table_measurements', 'verdict', 'draw_table']
-
-# %% ../../nbs/lab/ablations.ipynb #457616c8
-@dataclass(frozen=True)
-class Row:
-    "One line of a table."
-
-    name: str
-    change: tuple = ()  # functions preset → preset, applied in turn
-    method: str = "one-pass"  # how images are drawn, a key of `SAMPLERS`
-    w: float = 0.0  # guidance scale
-    paper: float = None  # FID that the paper reports for it (ImageNet 256², B/2)
-
-    @property
-    def stage(self) -> str:
-        'What has to be trained: "forward" or "reverse".'
-        return "forward" if self.method in WITHOUT_REVERSE else "reverse"
-
-    def preset(self, preset: Preset) -> Preset:
-        "The preset with this row's changes."
-        for change in self.change:
-            preset = change(preset)
-        return preset
-
-# %% ../../nbs/lab/ablations.ipynb #2aa2bbed
-def objective(**fields):
-    "Change what G is asked to match."
-    return lambda preset: replace(preset, objective=replace(preset.objective, **fields))
-
-# %% ../../nbs/lab/ablations.ipynb #93fdedd4
-def reverse(**fields):
-    "Change the shape of G."
-    return lambda preset: replace(preset, reverse=replace(preset.reverse, **fields))
-
-# %% ../../nbs/lab/ablations.ipynb #ad1dd59a
-def strategy(name: str):
-    "Change how G learns."
-    return lambda preset: with_strategy(preset, name)
-
-# %% ../../nbs/lab/ablations.ipynb #5c5264e8
-def forward(**fields):
-    "Change the shape of F: another F is trained."
-    return lambda preset: replace(preset, forward=replace(preset.forward, **fields))
-
-# %% ../../nbs/lab/ablations.ipynb #d3e8817a
-def width(factor: float):
-    "Scale the width of G, in whole heads."
-
-    def change(preset):
-        t = preset.reverse.transformer
-        heads = max(round(factor * t.width / t.head_dim), 1)
-        return reverse(transformer=replace(t, width=heads * t.head_dim))(preset)
-
-    return change
-
-# %% ../../nbs/lab/ablations.ipynb #56eb06fd
-MSE = objective(feature_weight=0.0)  # the distance at the image end is MSE alone
-PLAIN = objective(feature_weight=0.0, adaptive_power=0.0)  # and no term is re-weighted
-CLIP = 2.0  # of the ablation's clipped F; mnist-mini's unclipped one reaches |α| = 2 and |μ| = 8
-W_MAX = 3.0  # guidance in training: w is drawn from 0 to this
-SWEEP = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)  # guidance scales that are measured
-PRECISION_FROM = 2000  # samples and real images that precision and recall compare
-
-# %% ../../nbs/lab/ablations.ipynb #395d258e
-def strategies() -> list:
-    "Three ways to learn the inverse: by MSE alone as in the paper, and with the whole loss."
-    paper = {"naive": 43.41, "hidden-distillation": 55.00, "hidden-alignment": 36.93}
-    rows = [Row("exact", method="exact", paper=44.46)]
-    rows += [Row(f"{name}, MSE", (MSE, strategy(name)), paper=fid) for name, fid in paper.items()]
-    return rows + [Row(f"{name}, whole loss", (strategy(name),)) for name in paper]
-
-# %% ../../nbs/lab/ablations.ipynb #56931f5d
-def denoising() -> list:
-    "What is done about the noise that F was trained with."
-    none = (MSE, reverse(denoise=False))
-    return [
-        Row("no denoising", none, paper=100.51),
-        Row("score denoising", none, "one-pass+denoise", paper=42.62),
-        Row("learned denoising", (MSE,), paper=31.88),
-    ]
-
-# %% ../../nbs/lab/ablations.ipynb #ea3751ab
-def norm_control() -> list:
-    "F's states clipped or divided by their size; without adaptive weights, which would hide it."
-    clip, normal = forward(clip=CLIP), objective(normalise=True)
-    return [
-        Row("none", (PLAIN,), paper=45.54),
-        Row("clip", (PLAIN, clip), paper=31.88),
-        Row("normalise", (PLAIN, normal)),
-        Row("clip + normalise", (PLAIN, clip, normal)),
-    ]
-
-# %% ../../nbs/lab/ablations.ipynb #2b1ee883
-def distances() -> list:
-    'What "close" means at the image end. The digit network stands where the paper has ConvNeXt-V2.'
-    lpips = objective(features=("stlpips-alex-32",))  # shift-tolerant, on images of 32 pixels
-    both = objective(features=("stlpips-alex-32", "digits"))
-    return [
-        Row("MSE", (MSE,), paper=31.88),
-        Row("MSE + LPIPS", (lpips,), paper=14.15),
-        Row("MSE + LPIPS + digits", (both,), paper=2.46),
-        Row("MSE + digits"),
-    ]
-
-# %% ../../nbs/lab/ablations.ipynb #d7dd0707
-def guidance() -> list:
-    "Guided: the exact inverse; G at inference, twice the work; G in training, with w as an input."
-    trained, scales = (reverse(max_guidance=W_MAX),), (0.0, *SWEEP)
-    rows = [Row(f"exact + score denoising, w = {w:g}", (), "exact+denoise", w) for w in scales]
-    rows.append(Row("no guidance"))
-    rows += [Row(f"at inference, w = {w:g}", (), "guided", w) for w in SWEEP]
-    return rows + [Row(f"in training, w = {w:g}", trained, "one-pass", w) for w in scales]
-
-# %% ../../nbs/lab/ablations.ipynb #47fb2707
-def scaling() -> list:
-    "G of half the width, its own, and half as wide again, beside the paper's B and XL."
-    paper = {"one, MSE": 6.79, "one and a half, MSE": 4.61}
-    paper |= {"one, whole loss": 2.46, "one and a half, whole loss": 2.57}
-    rows = []
-    for loss, change in (("MSE", (MSE,)), ("whole loss", ())):
-        for size, factor in {"half": 0.5, "one": 1.0, "one and a half": 1.5}.items():
-            wider = (width(factor),) if factor != 1 else ()
-            rows.append(Row(f"{size}, {loss}", wider + change, paper=paper.get(f"{size}, {loss}")))
-    return rows
-
-# %% ../../nbs/lab/ablations.ipynb #007b4663
-def depth() -> list:
-    "Where in depth alignment helps: at every depth, near the image, near the noise, nowhere."
-
-    def weights(near_image, near_noise):
-        def change(preset):
-            blocks = preset.forward.num_blocks
-            halves = (near_image,) * (blocks // 2) + (near_noise,) * (blocks - blocks // 2)
-            return objective(depth_weights=halves)(preset)
-
-        return change
-
-    return [
-        Row("all depths", (MSE,)),
-        Row("near the image", (MSE, weights(1.0, 0.0))),
-        Row("near the noise", (MSE, weights(0.0, 1.0))),
-        Row("all, weight 0.1", (MSE, weights(0.1, 0.1))),
-        Row("none (naive)", (MSE, strategy("naive"))),
-    ]
-
-# %% ../../nbs/lab/ablations.ipynb #51938c6d
-def deeper(preset: Preset) -> Preset:
-    "Twice as many blocks of half as many layers, for F and G."
-
-    def halved(shape):
-        layers = max(shape.transformer.num_layers // 2, 1)
-        transformer = replace(shape.transformer, num_layers=layers)
-        return replace(shape, num_blocks=2 * shape.num_blocks, transformer=transformer)
-
-    return replace(preset, forward=halved(preset.forward), reverse=halved(preset.reverse))
-
-# %% ../../nbs/lab/ablations.ipynb #8db22c35
-def noisier(preset: Preset) -> Preset:
-    "Three times the noise in the training of F."
-    return forward(noise_std=3 * preset.forward.noise_std)(preset)
-
-
-def regimes() -> list:
-    "Does another F change the strategies' order? Thinner blocks, and more noise; MSE alone."
-    rows = []
-    for regime, change in (("twice the blocks", deeper), ("three times the noise", noisier)):
-        rows.append(Row(f"exact + score denoising, {regime}", (change,), "exact+denoise"))
-        rows += [Row(f"{name}, {regime}", (change, MSE, strategy(name))) for name in STRATEGIES]
-    return rows
-
-# %% ../../nbs/lab/ablations.ipynb #0fb74c23
-TABLES = {
-    "strategies": strategies,
-    "regimes": regimes,
-    "depth": depth,
-    "denoising": denoising,
-    "norm-control": norm_control,
-    "distances": distances,
-    "guidance": guidance,
-    "scaling": scaling,
-}
-
-# %% ../../nbs/lab/ablations.ipynb #62006dc0
-@dataclass(frozen=True)
-class Training:
-    "What a row trains: F, and G unless it needs none. Its key is made of all that it depends on."
-
-    preset: Preset
-    seed: int = 0
-    stage: str = "reverse"  # "forward" or "reverse"
-
-    @property
-    def depends_on(self) -> dict:
-        "Everything that the weights depend on, as JSON."
-        p = self.preset
-        parts = {"data": p.data, "forward": p.forward, "train_forward": p.train_forward}
-        if self.stage == "reverse":
-            train = replace(p.train_reverse, seed=self.seed)
-            parts |= {"reverse": p.reverse, "train_reverse": train, "objective": p.objective}
-        return {name: dataclasses.asdict(part) for name, part in parts.items()}
-
-    @property
-    def key(self) -> str:
-        "A name for its folder: stage, and a hash of what it depends on."
-        text = json.dumps(self.depends_on, sort_keys=True)
-        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-    @property
-    def forward(self):
-        "The training of its F: all seeds of G share one."
-        return Training(self.preset, 0, "forward")
-
-# %% ../../nbs/lab/ablations.ipynb #2cbfaf47
-def training_of(row: Row, preset: Preset, seed: int) -> Training:
-    "What has to be trained for a row."
-    return Training(row.preset(preset), seed, row.stage)
+__all__ = ['run_jobs', 'difference', 'table_measurements', 'verdict', 'draw_table']
 
 # %% ../../nbs/lab/ablations.ipynb #141460d9
 _WORKER = {"data_root": None}  # of this process; None: BITFLOW_DATA, or what comes with the package
@@ -274,11 +57,10 @@ def fingerprint_of(cfg: DataConfig, split: str) -> str:
 # %% ../../nbs/lab/ablations.ipynb #d4b90aa6
 def run_training(training: Training, root: Path, device: str):
     "Train, go on, or load: the averaged model. F has to be finished before its G is begun."
-    folder, preset = root / training.key / "run", training.preset
+    folder, preset = root / training.key / "run", training.seeded
     data = images_of(preset.data, "train")
     if training.stage == "forward":
         return train_forward(preset, data, folder, device, resume=folder.exists())
-    preset = replace(preset, train_reverse=replace(preset.train_reverse, seed=training.seed))
     F = load_model(root / training.forward.key / "run", TARFlow, device)
     return train_reverse(preset, F, data, folder, device, resume=folder.exists())
 
@@ -326,13 +108,6 @@ def judged(source: Callable, n: int, seed: int, real: RealImages) -> dict:
         found["broken_samples"] = share(stats.broken, n)
     return found
 
-# %% ../../nbs/lab/ablations.ipynb #c884885b
-@torch.no_grad()
-def reconstruction(sampler: Sampler, F: TARFlow, test: Images, device: str) -> float:
-    "Mean squared error of x → F(x) → back, over 1,000 test images."
-    x, c = test.x[:1000].to(device), test.labels[:1000].to(device)
-    return mse(sampler(F(x, c).z, c), x).mean().item()
-
 # %% ../../nbs/lab/ablations.ipynb #b6135dca
 @torch.no_grad()
 def anatomy(F, training: Training, root: Path, device: str) -> dict:
@@ -350,11 +125,22 @@ def anatomy(F, training: Training, root: Path, device: str) -> dict:
     return found
 
 # %% ../../nbs/lab/ablations.ipynb #fc2f472e
+PRECISION_FROM = 2000  # samples and real images that precision and recall compare
+
+
+@torch.no_grad()
+def inverse_error(sampler: Sampler, F: TARFlow, test: Images, device: str) -> float:
+    "Mean squared error of x + σε → F → back against the clean x, over 1,000 test images."
+    x, c = test.x[:1000], test.labels[:1000].to(device)
+    noisy = add_noise(x, F.cfg.noise_std, torch.Generator().manual_seed(0)).to(device)
+    return mse(sampler(F(noisy, c).z, c), x.to(device)).mean().item()
+
+
 def measure(sampler: Sampler, F: TARFlow, training: Training, device: str) -> dict:
     "Numbers of one sampler."
     data, n, seed = training.preset.data, training.preset.num_samples, training.seed
     found = {
-        "reconstruction_mse": reconstruction(sampler, F, images_of(data, "test"), device),
+        "inverse_mse": inverse_error(sampler, F, images_of(data, "test"), device),
         "params": num_parameters(sampler.model),
     }
     real = real_images(data, F.cfg.channels, 5 * n)
@@ -363,6 +149,18 @@ def measure(sampler: Sampler, F: TARFlow, training: Training, device: str) -> di
     noise, labelled = noise_for(sampler.model.cfg, n, seed), real.network.name == "mnist-cnn"
     source = sampler_source(sampler, noise=noise, labelled=labelled)
     return found | judged(source, n, seed, real)
+
+# %% ../../nbs/lab/ablations.ipynb #eff368a5
+def floor(training: Training) -> dict:
+    "The same numbers of real training images, a random choice by the seed."
+    data, n, seed = training.preset.data, training.preset.num_samples, training.seed
+    real = real_images(data, data.channels, 5 * n)
+    if real is None:
+        return {}
+    train = images_of(data, "train")
+    pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    source = dataset_source(train, pick, real.network.name == "mnist-cnn")
+    return judged(source, min(n, len(train)), seed, real)
 
 # %% ../../nbs/lab/ablations.ipynb #b25f055a
 def made_from(training: Training, root: Path) -> dict:
@@ -374,7 +172,9 @@ def made_from(training: Training, root: Path) -> dict:
 
 # %% ../../nbs/lab/ablations.ipynb #3d436b6f
 def measure_training(training: Training, ways: list, root: Path, device: str) -> dict:
-    'Train and measure what is missing: "method@w" → numbers, "training" → its `anatomy`.'
+    """Train and measure what is missing: "method@w" → numbers, "training" → its `anatomy`.
+
+    The method "real" is the floor, for which nothing is drawn."""
     model = run_training(training, root, device)
     file = root / training.key / "figures.json"
     found = fingerprints.stored_figures(file, made_from(training, root))
@@ -384,23 +184,32 @@ def measure_training(training: Training, ways: list, root: Path, device: str) ->
         if training.stage != "forward":
             F = load_model(root / training.forward.key / "run", TARFlow, device)
         for method, w in missing:
-            sampler = SAMPLERS[method](F, model, w)
-            found[f"{method}@{w:g}"] = finite_numbers(measure(sampler, F, training, device))
+            if method == "real":
+                numbers = floor(training)
+            else:
+                numbers = measure(SAMPLERS[method](F, model, w), F, training, device)
+            found[f"{method}@{w:g}"] = finite_numbers(numbers)
         found["training"] = finite_numbers(anatomy(F, training, root, device))
         with report_write_errors(file.parent):
             write_atomically(file, json.dumps(found, indent=1) + "\n")
     return found
 
-# %% ../../nbs/lab/ablations.ipynb #7167917a
-def jobs_of(names: list, preset: Preset, seeds: range) -> dict:
+# %% ../../nbs/lab/ablations.ipynb #5ed3b9e1
+REAL = "real training images"  # the row that says what distance would be good
+
+
+def jobs_of(name: str, preset: Preset, seeds: range, only: tuple = ()) -> dict:
     "Training → the (method, w) that its rows are drawn by. Every F that a G needs is among them."
     jobs = {}
-    for row in (row for name in names for row in TABLES[name]()):
-        for seed in seeds:
+    for seed in seeds:
+        F = Training(preset, seed, "forward")
+        jobs[F.key] = F, {("real", 0.0)}
+        for row in rows_for(name, preset, only):
             training = training_of(row, preset, seed)
+            F = training.forward
+            jobs.setdefault(F.key, (F, set()))
             _, ways = jobs.setdefault(training.key, (training, set()))
-            ways.add((row.method, row.w))
-            jobs.setdefault(training.forward.key, (training.forward, set()))
+            ways.update((row.method, w) for w in row.scales)
     return dict(jobs.values())
 
 # %% ../../nbs/lab/ablations.ipynb #c83f5a60
@@ -437,62 +246,137 @@ def run_jobs(
                 say(f"{len(found)}/{len(jobs)} {todo[job]}")
     return found
 
-# %% ../../nbs/lab/ablations.ipynb #844d13fb
-def table_measurements(name: str, preset: Preset, seeds: range, figures: dict) -> list:
-    "A table's measurements: each seed's, then the mean and standard deviation over seeds."
-    found, n = [], preset.num_samples
-    for row in TABLES[name]():
-        by_seed = []
-        for seed in seeds:
-            measured = figures[training_of(row, preset, seed).key]
-            by_seed.append(measured[f"{row.method}@{row.w:g}"] | measured["training"])
-        if row.stage == "forward":
-            by_seed = by_seed[:1]  # all seeds share one F
-        more = dict(method=row.method, w=row.w, paper=row.paper)
-        for metric in dict.fromkeys(name for f in by_seed for name in f):
-            none = [0.0] if metric == "broken_samples" else []  # others may be missing
-            values = []
-            for seed, f in zip(seeds, by_seed):
-                for v in [f[metric]] if metric in f else none:
-                    values.append(v)
-                    found.append(measurement(row.name, metric, v, n=n, seed=seed, **more))
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            over = dict(n=n, spread=spread, seeds=len(values), **more)
-            mean = statistics.fmean(values)
-            found.append(measurement(row.name, f"mean {metric}", mean, **over))
+# %% ../../nbs/lab/ablations.ipynb #8e621455
+def choose_scale(
+    fd_train: dict,  # guidance scale → Fréchet distance to training images
+) -> float:
+    "The guidance scale that is reported. Test images have no part in the choice."
+    return min(fd_train, key=lambda w: (fd_train[w], w))
+
+# %% ../../nbs/lab/ablations.ipynb #210c93e5
+def values_of(row: Row, w: float, preset: Preset, seeds: range, figures: dict) -> dict:
+    "metric → seed → value of a row at one guidance scale."
+    found = {}
+    for seed in seeds:
+        numbers = figures[training_of(row, preset, seed).key]
+        for metric, value in (numbers[f"{row.method}@{w:g}"] | numbers["training"]).items():
+            found.setdefault(metric, {})[seed] = value
+    if "broken_samples" in found:  # said only where there are any
+        found["broken_samples"] = {seed: found["broken_samples"].get(seed, 0.0) for seed in seeds}
     return found
 
-# %% ../../nbs/lab/ablations.ipynb #9cb28ca5
+
+def reported_scale(row: Row, preset: Preset, seeds: range, figures: dict) -> float:
+    "The row's guidance scale; of several the one chosen on training images, for all seeds."
+    fd_train = {}
+    for w in row.scales:
+        for metric, values in values_of(row, w, preset, seeds, figures).items():
+            if metric.startswith("fd_train["):
+                fd_train[w] = statistics.fmean(values.values())
+    return choose_scale(fd_train) if len(row.scales) > 1 and fd_train else row.scales[0]
+
+# %% ../../nbs/lab/ablations.ipynb #5fa6ca1d
+def lines_of(name: str, values: dict, n: int, **more) -> list:
+    "A row's measurements: every seed's, then the mean with its 95% interval."
+    found = []
+    for metric, by_seed in values.items():
+        for seed, value in by_seed.items():
+            found.append(measurement(name, metric, value, n=n, seed=seed, **more))
+        mean, low, high, count = mean_interval(list(by_seed.values()))
+        about = dict(n=n, low=low, high=high, seeds=count, **more)
+        found.append(measurement(name, f"mean {metric}", mean, **about))
+    return found
+
+# %% ../../nbs/lab/ablations.ipynb #1cb5df1a
+def difference(
+    found: list,  # a table's measurements
+    row: str,
+    versus: str,  # the row that is subtracted
+    metric: str,
+) -> Interval | None:  # None where the rows have no seed in common
+    "The paired difference of two rows: its mean over the seeds of both, and the 95% interval."
+    values = {row: {}, versus: {}}
+    for m in found:
+        if m["metric"] == metric and m["row"] in values and m["seed"] is not None:
+            values[m["row"]][m["seed"]] = m["value"]
+    both = [seed for seed in values[row] if seed in values[versus]]
+    if not both:
+        return None
+    return mean_interval([values[row][seed] - values[versus][seed] for seed in both])
+
+# %% ../../nbs/lab/ablations.ipynb #72aef86b
+COMPARED = ("fd[", "fd_train[", "label_accuracy", "inverse_mse", "precision", "recall")
+
+
+def difference_lines(found: list, row: str, versus: str, n: int) -> list:
+    "How a row differs from another, for every metric that is compared."
+    lines = []
+    for metric in dict.fromkeys(m["metric"] for m in found if m["row"] == row):
+        if metric.startswith(COMPARED) and (d := difference(found, row, versus, metric)):
+            about = dict(n=n, low=d.low, high=d.high, seeds=d.n, versus=versus)
+            lines.append(measurement(row, f"difference {metric}", d.mean, **about))
+    return lines
+
+# %% ../../nbs/lab/ablations.ipynb #e6ffbbe8
+def table_measurements(
+    name: str, preset: Preset, seeds: range, figures: dict, only: tuple = ()
+) -> list:
+    "A table's measurements: real images first, then row by row, then the paired differences."
+    n, rows = preset.num_samples, rows_for(name, preset, only)
+    of_real = {}
+    for seed in seeds:
+        for metric, value in figures[Training(preset, seed, "forward").key]["real@0"].items():
+            of_real.setdefault(metric, {})[seed] = value
+    found = lines_of(REAL, of_real, n, method="real", w=0.0, paper=None)
+    for row in rows:
+        reported = reported_scale(row, preset, seeds, figures)
+        for w in row.scales if len(row.scales) > 1 else ():
+            values = values_of(row, w, preset, seeds, figures)
+            about = dict(method=row.method, w=w, paper=None, sweep=True)
+            found += lines_of(f"{row.name}, w = {w:g}", values, n, **about)
+        values = values_of(row, reported, preset, seeds, figures)
+        about = dict(method=row.method, w=reported, paper=row.paper, models=row.stage)
+        found += lines_of(row.name, values, n, **about)
+    for row in rows:
+        versus = row.versus or rows[0].name
+        if versus != row.name:
+            found += difference_lines(found, row.name, versus, n)
+    return found
+
+# %% ../../nbs/lab/ablations.ipynb #85fa8ec1
 def main_metric(found: list) -> str:
     "The Fréchet distance that a table is judged by, named after its features."
     return next((m["metric"] for m in found if m["metric"].startswith("fd[")), "fd[mnist-cnn]")
 
 
-def compare(gap: float, noise: float) -> str:
-    "What a gap between two means says about their order."
-    if gap > noise:
-        return "same order"
-    return "other order" if gap < -noise else "within the noise"
+def compared(d: Interval | None) -> str:
+    "What a paired difference says about an order; nothing where there is but one seed."
+    if d is None or d.low is None or d.low <= 0 <= d.high:
+        return "undecided"
+    return "same order" if d.low > 0 else "other order"
 
-# %% ../../nbs/lab/ablations.ipynb #e85c37d0
+
+def signed_interval(d: Interval) -> str:
+    "A difference and its interval in three digits."
+    return f"{d.mean:+.3g} [{d.low:+.3g}, {d.high:+.3g}]" if d.n > 1 else f"{d.mean:+.3g}"
+
+# %% ../../nbs/lab/ablations.ipynb #b159dd11
 def verdict(found: list) -> str:
-    "How the rows' order compares with the paper's, in all and from row to row."
-    metric = f"mean {main_metric(found)}"
-    rows = [m for m in found if m["metric"] == metric and m["paper"] is not None]
-    rows.sort(key=lambda m: m["paper"])
-    steps = {}
+    "How the rows' order compares with the paper's, from row to row."
+    metric, paper = main_metric(found), {}
+    for m in found:
+        if m["metric"] == metric and m.get("paper") is not None:
+            paper[m["row"]] = m["paper"]
+    rows, steps = sorted(paper, key=paper.get), []
     for a, b in zip(rows[:-1], rows[1:]):
-        noise = math.hypot(a["spread"] or 0, b["spread"] or 0)  # of both rows together
-        steps[f"{a['row']} before {b['row']}"] = compare(b["value"] - a["value"], noise)
-    if not steps:
-        return "the paper has no figures for single rows of this table"
-    words = ("other order", "within the noise", "same order")
-    whole = next(word for word in words if word in steps.values())
-    return f"{whole} ({'; '.join(f'{step}: {word}' for step, word in steps.items())})"
+        d = difference(found, b, a, metric)
+        if d is not None:
+            steps.append(f"{a} before {b}: {compared(d)}, {signed_interval(d)}")
+    return "; ".join(steps) or "the paper has no figures for single rows of this table"
 
-# %% ../../nbs/lab/ablations.ipynb #b86e9846
+# %% ../../nbs/lab/ablations.ipynb #a6344a84
 def draw_table(found: list, title: str, metric: str = None):
-    "A figure of the means, a dot for each seed, beside the paper's; of the main metric or another."
+    "A figure of means, paired differences and the paper's figures, of the main metric or another."
     metric = metric or main_metric(found)
-    rows = rows_of({"name": title, "measurements": found}, metric)
-    return plot_rows(rows, title, f"{metric}, a dot for each seed")
+    result = {"name": title, "measurements": found}
+    return plot_rows(rows_of(result, metric), differences_of(result, metric), title, metric)

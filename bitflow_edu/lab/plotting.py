@@ -216,24 +216,52 @@ def plot_mask(
     return ax
 
 # %% ../../nbs/lab/plotting.ipynb #2a609156
+def plot_differences(differences: dict, ax):
+    "Paired differences with their intervals; filled where the interval leaves out 0."
+    for name, m in differences.items():
+        low, high = m["low"], m["high"]
+        sure = low is not None and not low <= 0 <= high
+        if low is not None:
+            ax.plot([low, high], [name, name], color=PALETTE[0], linewidth=2)
+        fill = PALETTE[0] if sure else "white"
+        ax.plot(m["value"], name, "o", color=PALETTE[0], markerfacecolor=fill, markersize=6)
+    ax.axvline(0.0, color="0.5", linewidth=1)
+    versus = dict.fromkeys(m["versus"] for m in differences.values())
+    ax.set(title="difference from its pair", xlabel=f"minus {next(iter(versus))}")
+    if len(versus) > 1:
+        ax.set(xlabel="minus the row it is compared with")
+
+
+def plot_means(rows: dict, ax):
+    "Bars of the means, and a dot for each seed."
+    ax.barh(list(rows), [mean for _, mean, _ in rows.values()], color=PALETTE[0], alpha=0.4)
+    for name, (values, _, _) in rows.items():
+        ax.plot(values, [name] * len(values), "o", color=PALETTE[0], markersize=3)
+    ax.invert_yaxis()
+
+# %% ../../nbs/lab/plotting.ipynb #1cb53105
 def plot_rows(
     rows: dict,  # name → (values, their mean, the paper's figure or None), see `rows_of`
+    differences: dict,  # name → measurement of the paired difference, see `differences_of`
     title: str,  # of what was measured
     xlabel: str,  # the metric
     paper: str = "FID, ImageNet 256²",  # what the paper's figures are
 ):  # a matplotlib figure
-    "Bars of the means, a dot for each value; beside them the paper's figures, where it has any."
+    "Means of a table's rows, their paired differences with intervals, and the paper's figures."
     known = {name: figure for name, (_, _, figure) in rows.items() if figure is not None}
-    fig = plt.figure(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
-    ours, *theirs = fig.subplots(1, 1 + bool(known), sharey=True, squeeze=False)[0]
-    ours.barh(list(rows), [mean for _, mean, _ in rows.values()], color=PALETTE[0], alpha=0.5)
-    for name, (values, _, _) in rows.items():
-        ours.plot(values, [name] * len(values), "o", color=PALETTE[0], markersize=4)
-    ours.set(title=title, xlabel=xlabel)
-    ours.invert_yaxis()
-    for ax in theirs:
-        ax.barh(list(known), list(known.values()), color=PALETTE[1], alpha=0.5)
-        ax.set(title="the paper", xlabel=paper)
+    panels = 1 + bool(differences) + bool(known)
+    size = (3.2 + 2.6 * panels, 1.0 + 0.3 * len(rows))
+    fig, axes = plt.subplots(
+        1, panels, figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    axes = list(axes[0])
+    plot_means(rows, axes[0])
+    axes[0].set(title=title, xlabel=f"{xlabel}, a dot for each seed")
+    if differences:
+        plot_differences(differences, axes[1])
+    if known:
+        axes[-1].barh(list(known), list(known.values()), color=PALETTE[1], alpha=0.5)
+        axes[-1].set(title="the paper", xlabel=paper)
     return fig
 
 # %% ../../nbs/lab/plotting.ipynb #79c6caf8
