@@ -70,10 +70,15 @@ def test_a_time_is_per_image():
 
 def test_a_table_has_every_seed_and_the_mean():
     lines = [measurement("a", "d", v, seed=s, paper=3.0) for s, v in enumerate((1.0, 2.0))]
-    lines += [measurement("b", "other", 1.0), measurement("a", "mean d", 1.5)]
+    lines += [measurement("b", "other", 1.0), measurement("a", "mean d", 1.5, low=1.0, high=2.0)]
+    lines += [measurement("c", "d", 3.0, paper=None, sweep=True)]
+    lines += [measurement("a", "difference d", 0.5, low=-0.5, high=1.5, versus="b")]
     result = {"name": "made up", "measurements": lines}
     assert rows_of(result, "d") == {"a": ([1.0, 2.0], 1.5, 3.0)}
-    assert table_text(result, "d").splitlines()[1].split() == ["a", "1.5", "(1,", "2)"]
+    assert (
+        table_text(result, "d").splitlines()[1].split() == "a 1.5 [1, 2] +0.5 [-0.5, +1.5]".split()
+    )
+    assert table_text(result, "d", "none").splitlines()[1].split()[-2:] == ["–", "–"]
 
 
 def test_a_table_is_as_wide_as_it_has_to_be():

@@ -2,9 +2,11 @@
 
 import json
 import math
-from dataclasses import replace
+import shlex
+from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 from bitflow_edu.cli import lab, options
@@ -19,24 +21,25 @@ from bitflow_edu.evaluation import (
     precision_recall,
 )
 from bitflow_edu.io.files import BitflowError
-from bitflow_edu.io.results import measurement
 from bitflow_edu.lab import ablations
 from bitflow_edu.lab.ablations import (
-    TABLES,
+    REAL,
     RealImages,
-    Row,
-    Training,
+    choose_scale,
+    difference,
+    difference_lines,
     jobs_of,
     judged,
+    lines_of,
     main_metric,
     table_measurements,
-    training_of,
     verdict,
 )
 from bitflow_edu.lab.evaluate import network_for, sampler_source, stream_config
 from bitflow_edu.lab.hub import load_pretrained
 from bitflow_edu.lab.presets import find_preset
-from bitflow_edu.lab.sampling import SAMPLERS, WITHOUT_REVERSE, draw_all, noise_for
+from bitflow_edu.lab.sampling import SAMPLERS, draw_all, noise_for
+from bitflow_edu.lab.tables import TABLES, Row, Training, training_of
 from bitflow_edu.scale.fid import reference_in_memory
 from bitflow_edu.scale.fingerprints import note_images
 from bitflow_edu.scale.streaming import dataset_source
@@ -44,61 +47,79 @@ from bitflow_edu.scale.streaming import dataset_source
 SMOKE = find_preset("mnist-mini-smoke")
 
 
-def test_every_row_of_every_table_is_a_preset():
-    for name, table in TABLES.items():
-        rows = table()
-        assert len({row.name for row in rows}) == len(rows) > 1, name
-        for preset in (row.preset(SMOKE) for row in rows):
-            assert preset.reverse.num_blocks == preset.forward.num_blocks
-
-
-def test_what_several_tables_share_is_trained_once():
-    separate = sum(len(jobs_of([name], SMOKE, range(2))) for name in TABLES)
-    together = jobs_of(list(TABLES), SMOKE, range(2))
-    assert len(together) < separate
-    keys = {t.key for t in together}
-    assert all(t.forward.key in keys for t in together)  # no G without its F
-    # the preset's F, the clipped one, and those of two other regimes
-    assert len({t.forward.key for t in together}) == 4
-
-
-def test_a_training_is_known_by_what_it_depends_on():
-    one = Training(SMOKE, 0)
-    assert one.key == Training(replace(SMOKE, name="other", num_samples=7), 0).key
-    changed = [
-        Training(SMOKE, 1),
-        Training(ablations.forward(clip=1.0)(SMOKE)),
-        Training(ablations.MSE(SMOKE)),
-        Training(SMOKE, 0, "forward"),
-    ]
-    assert len({t.key for t in (one, *changed)}) == 5
-    assert training_of(Row("exact", method="exact"), SMOKE, 3).stage == "forward"
-
-
 def table_of(*rows):
-    """Means of (value, spread, paper)."""
+    """A table of (values of the seeds, the paper's figure)."""
     found = []
-    for i, (value, spread, paper) in enumerate(rows):
-        more = dict(spread=spread, paper=paper)
-        found.append(measurement(f"row {i}", "mean fd[mnist-cnn]", value, **more))
+    for i, (values, paper) in enumerate(rows):
+        by_seed = {"fd[mnist-cnn]": dict(enumerate(values))}
+        found += lines_of(f"row {i}", by_seed, 100, paper=paper)
     return found
 
 
 @pytest.mark.parametrize(
     "rows,word",
     [
-        ([(1, 0.1, 10), (2, 0.1, 20)], "same order"),
-        ([(2, 0.1, 10), (1, 0.1, 20)], "other order"),
-        ([(1, 0.5, 10), (1.3, 0.5, 20)], "within the noise"),
-        ([(1, 0.1, None), (2, 0.1, 3)], "the paper has no figures"),
-        (
-            [(1, 0.1, 10), (2, 0.1, 20), (1, 0.1, 30)],
-            "other order (row 0 before row 1: same order; row 1 before row 2: other order)",
-        ),
+        ([((1, 2, 3), 10), ((1.1, 2.12, 3.1), 20)], "row 0 before row 1: same order, +0.107"),
+        ([((1.1, 2.12, 3.1), 10), ((1, 2, 3), 20)], "row 0 before row 1: other order, -0.107"),
+        ([((1, 2, 3), 10), ((2, 2, 2.5), 20)], "row 0 before row 1: undecided"),
+        ([((1,), 10), ((2,), 20)], "row 0 before row 1: undecided, +1"),
+        ([((1, 2), None), ((2, 3), 3)], "the paper has no figures"),
     ],
 )
 def test_verdict(rows, word):
+    """Large differences between seeds do not count, where rows differ alike with every seed."""
     assert verdict(table_of(*rows)).startswith(word)
+
+
+def test_differences_are_taken_seed_by_seed():
+    found = table_of(((1.0, 5.0, 9.0), None), ((1.5, 5.4, 9.6), None))
+    d = difference(found, "row 1", "row 0", "fd[mnist-cnn]")
+    by_scipy = scipy.stats.ttest_rel([1.5, 5.4, 9.6], [1.0, 5.0, 9.0]).confidence_interval(0.95)
+    assert (d.mean, d.n) == (pytest.approx(0.5), 3)
+    assert (d.low, d.high) == pytest.approx(tuple(by_scipy))
+    (line,) = difference_lines(found, "row 1", "row 0", 100)
+    assert (line["value"], line["low"], line["versus"]) == (d.mean, d.low, "row 0")
+    assert difference(found, "row 1", "another", "fd[mnist-cnn]") is None
+
+
+def test_a_scale_is_chosen_without_test_images(monkeypatch):
+    """Whatever test images say, the choice and what is handed to it stay as they are."""
+    row, seen = Row("guided", method="guided", scales=(0.0, 0.5, 1.0)), []
+    rows = [row, Row("plain")]
+    monkeypatch.setitem(TABLES, "made-up", lambda preset: rows)
+
+    def choose(fd_train):
+        seen.append(fd_train)
+        return choose_scale(fd_train)
+
+    monkeypatch.setattr(ablations, "choose_scale", choose)
+    by_train, reported = {0.0: 3.0, 0.5: 1.0, 1.0: 2.0}, []
+    for by_test in (by_train, {0.0: 1.0, 0.5: 9.0, 1.0: 5.0}):
+        found = {"training": {}}
+        for w in row.scales:
+            numbers = {"fd[mnist-cnn]": by_test[w], "fd_train[mnist-cnn]": by_train[w]}
+            found[f"guided@{w:g}"] = found[f"one-pass@{w:g}"] = numbers
+        figures = {training_of(row, SMOKE, 0).key: found}
+        figures[Training(SMOKE, 0, "forward").key] = {"real@0": {}}
+        monkeypatch.setattr(ablations, "rows_for", lambda name, preset, only: TABLES[name](preset))
+        lines = table_measurements("made-up", SMOKE, range(1), figures)
+        (fd,) = [m for m in lines if (m["row"], m["metric"]) == ("guided", "fd[mnist-cnn]")]
+        reported.append((fd["w"], fd["value"]))
+        assert len([m for m in lines if m.get("sweep") and m["metric"] == "fd[mnist-cnn]"]) == 3
+    assert reported == [(0.5, 1.0), (0.5, 9.0)]
+    assert seen == [by_train, by_train]
+
+
+def test_what_rows_share_is_trained_once_for_a_seed():
+    """Seed i is one F for all rows; no G without its F."""
+    jobs = jobs_of("strategies", SMOKE, range(2))
+    stages = [t.stage for t in jobs]
+    assert (stages.count("forward"), stages.count("reverse")) == (2, 12)
+    keys = {t.key for t in jobs}
+    assert all(t.forward.key in keys for t in jobs)
+    assert {t.seeded.train_forward.seed for t in jobs} == {0, 1}
+    one = Training(SMOKE, 1)
+    assert one.forward.seeded.train_forward.seed == one.seeded.train_reverse.seed == 1
 
 
 def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
@@ -111,16 +132,41 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     assert result["command"].startswith("bitflow ablate denoising --preset mnist-mini-smoke")
     assert result["config"]["verdict"]
     fd = [m for m in result["measurements"] if m["metric"] == "fd[mnist-cnn]"]
-    expected = [(row.name, seed) for row in TABLES["denoising"]() for seed in (0, 1)]
-    assert [(m["row"], m["seed"]) for m in fd] == expected
+    names = [REAL, *(row.name for row in TABLES["denoising"](SMOKE))]
+    assert [(m["row"], m["seed"]) for m in fd] == [(name, i) for name in names for i in (0, 1)]
+    pairs = [m for m in result["measurements"] if m["metric"] == "difference fd[mnist-cnn]"]
+    assert [(m["row"], m["versus"]) for m in pairs] == [(name, names[1]) for name in names[2:]]
+    assert all(m["low"] < m["value"] < m["high"] for m in pairs)
     assert (tmp_path / "ablate-denoising-mnist-mini-smoke-4-steps.png").stat().st_size > 1000
     assert main(words) == 2 and "exists already" in capsys.readouterr().err
     preset = lab.ablation_preset(options.parse(words))
-    jobs = jobs_of(["denoising"], preset, range(2))
+    jobs = jobs_of("denoising", preset, range(2))
     assert all((tmp_path / "runs" / t.key / "images.json").exists() for t in jobs)
     files = {t.key: tmp_path / "runs" / t.key / "figures.json" for t, ways in jobs.items() if ways}
     figures = {key: json.loads(file.read_text()) for key, file in files.items()}
     assert table_measurements("denoising", preset, range(2), figures) == result["measurements"]
+
+
+def test_one_row_is_repeated_by_the_command_beside_it(tmp_path, monkeypatch, capsys):
+    """Trained and measured alone, it has the numbers that it has in the table."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    words = "ablate strategies --preset mnist-mini-smoke --seeds 1 --seed 1 --steps 4 --workers 1"
+    assert main(shlex.split(words)) == 0
+    (file,) = Path("results").glob("*.json")
+    table = json.loads(file.read_text())
+    command = table["config"]["row_commands"]["hidden-alignment, MSE"]
+    assert main(shlex.split(command)[1:]) == 0
+    again = json.loads((Path("runs/again") / f"{file.stem}-some-rows.json").read_text())
+
+    def numbers(result):
+        lines = [m for m in result["measurements"] if m["seed"] == 1]
+        return {(m["row"], m["metric"]): m["value"] for m in lines}
+
+    all_rows, one_row = numbers(table), numbers(again)
+    names = {"hidden-alignment, MSE", "naive, MSE", REAL}
+    assert {row for row, _ in one_row} == names
+    assert one_row == {key: v for key, v in all_rows.items() if key[0] in names}
 
 
 @pytest.mark.parametrize(
@@ -134,18 +180,15 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
         (["denoising", "--steps", "-4"], "--steps -4"),
         (["denoising", "--workers", "0"], "--workers 0"),
         (["denoising", "--seed", "-1"], "--seed -1"),
+        (["denoising", "--rows", "naive"], "'naive' is no row of denoising"),
+        (["all", "--rows", "naive"], "name the table"),
+        (["strategies", "--preset", "imagenet64-smoke"], "would be the same training"),
     ],
 )
 def test_bad_words(words, say, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["ablate", *words]) == 2
     assert say in capsys.readouterr().err
-
-
-def test_every_row_names_a_sampler():
-    for row in (row for table in TABLES.values() for row in table()):
-        assert row.method in SAMPLERS
-        assert row.stage == ("forward" if row.method in WITHOUT_REVERSE else "reverse")
 
 
 def test_photographs_are_compared_through_other_networks(digits):
@@ -232,12 +275,13 @@ def test_trainings_on_other_images_are_not_taken_for_these(tmp_path):
 
 
 def test_broken_samples_of_one_seed_are_none_of_the_others():
-    row = Row("one", w=0.5)
+    row = Row("one", scales=(0.5,))
     figures, numbers = {}, [{"params": 1, "broken_samples": 0.25}, {"params": 1}]
     for seed, found in enumerate(numbers):
         figures[training_of(row, SMOKE, seed).key] = {"one-pass@0.5": found, "training": {}}
+        figures[Training(SMOKE, seed, "forward").key] = {"real@0": {}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TABLES, "made-up", lambda: [row])
+        patch.setitem(TABLES, "made-up", lambda preset: [row])
         lines = table_measurements("made-up", SMOKE, range(2), figures)
     broken = [m["value"] for m in lines if m["metric"].endswith("broken_samples")]
     assert broken == [0.25, 0.0, 0.125]

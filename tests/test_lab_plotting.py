@@ -44,10 +44,15 @@ def test_a_matrix_shows_which_entries_are_exactly_zero():
 
 def test_bars_keep_the_order_of_the_table():
     rows = {"a": ([2.0, 4.0], 3.0, 30.0), "b": ([1.0], 1.0, None)}
-    ours, theirs = plotting.plot_rows(rows, "title", "metric").axes
+    pairs = {"b": {"value": -2.0, "low": -3.0, "high": 1.0, "versus": "a"}}
+    ours, paired, theirs = plotting.plot_rows(rows, pairs, "title", "metric").axes
     assert [bar.get_width() for bar in ours.patches] == [3.0, 1.0]
     assert [bar.get_width() for bar in theirs.patches] == [30.0]
     assert [line.get_xdata().tolist() for line in ours.lines] == [[2.0, 4.0], [1.0]]
+    interval, dot, _ = paired.lines
+    assert interval.get_xdata().tolist() == [-3.0, 1.0]
+    assert dot.get_markerfacecolor() == "white", "the interval holds 0"
+    assert len(plotting.plot_rows(rows, {}, "title", "metric").axes) == 2
 
 
 def test_the_bill_shows_every_stage_of_every_preset():

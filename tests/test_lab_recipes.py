@@ -62,7 +62,9 @@ def test_a_distance_of_ones_own_is_asked_for_by_its_name(monkeypatch):
     objective = ObjectiveConfig(features=("mine",), feature_weights=(0.5,))
     expected = mse(a, b) + 0.5 * (a - b).abs().flatten(1).mean(dim=1)
     torch.testing.assert_close(image_distance(objective, "cpu")(a, b), expected)
-    both = ObjectiveConfig(features=("mine", "mine"), feature_weights=(1.0, 1.0), adaptive_power=1.0)
+    both = ObjectiveConfig(
+        features=("mine", "mine"), feature_weights=(1.0, 1.0), adaptive_power=1.0
+    )
     assert image_distance(both, "cpu")(a, b).isfinite().all() and asked == ["cpu"] * 3
     without = image_distance(ObjectiveConfig(), "cpu")
     assert without(a, b).equal(mse(a, b)) and len(asked) == 3, "none is named"

@@ -37,7 +37,7 @@ from ..scale.streaming import collect, dataset_source
 from ..tarflow import TARFlow
 
 # %% auto #0
-__all__ = ['run_jobs', 'difference', 'table_measurements', 'verdict', 'draw_table']
+__all__ = ['difference', 'verdict', 'draw_table']
 
 # %% ../../nbs/lab/ablations.ipynb #141460d9
 _WORKER = {"data_root": None}  # of this process; None: BITFLOW_DATA, or what comes with the package

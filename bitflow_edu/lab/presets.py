@@ -21,8 +21,8 @@ from ..training import TrainConfig
 from ..transformer import MODERN, TransformerConfig
 
 # %% auto #0
-__all__ = ['DIGITS', 'PHOTOS', 'SMALL_PHOTOS', 'TINY_SHAPE', 'SECONDS', 'PRESETS', 'ObjectiveConfig', 'Preset', 'make_preset',
-           'inferred', 'against_published', 'find_preset', 'check_pair_preset', 'with_strategy']
+__all__ = ['PRESETS', 'ObjectiveConfig', 'Preset', 'make_preset', 'inferred', 'against_published', 'find_preset',
+           'check_pair_preset', 'with_strategy']
 
 # %% ../../nbs/lab/presets.ipynb #53cf9f50
 @dataclass(frozen=True)

@@ -286,11 +286,11 @@ def order_of_strategies(regime: str, *change) -> list:
 
 def regimes(preset: Preset) -> list:
     "Does another F change the strategies' order? Thinner blocks, more blocks, more noise."
-    return [
-        *order_of_strategies("twice the blocks of half the layers", regrouped(2, 0.5)),
-        *order_of_strategies("twice the blocks", regrouped(2, 1)),
-        *order_of_strategies("three times the noise", noisier),
-    ]
+    rows = order_of_strategies("twice the blocks", regrouped(2, 1))
+    if preset.forward.transformer.num_layers > 1:
+        thinner = "twice the blocks of half the layers"
+        rows += order_of_strategies(thinner, regrouped(2, 0.5))
+    return rows + order_of_strategies("three times the noise", noisier)
 
 
 def tokens(preset: Preset) -> list:
