@@ -240,7 +240,7 @@ def with_interval(
         return "–"
     m = found[0]
     text = f"{m['value']:{sign}.4g}"
-    if m.get("low") is None:
+    if m.get("low") is None or m["low"] == m["high"]:
         return text
     return f"{text} [{m['low']:{sign}.4g}, {m['high']:{sign}.4g}]"
 

@@ -20,6 +20,7 @@ from ..io.results import load_result, markdown_table, measured, results_text, sa
 from .evaluate import evaluate
 from .presets import find_preset, nearest_name
 from .recipes import train_forward, train_reverse
+from .result_tables import commands_text, is_paired, paired_table, results_table
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES', 'commands_of', 'run_experiment', 'write_results_index',
@@ -259,38 +260,6 @@ def all_results(folder: Path) -> list[dict]:
     found = [load_result(path.stem, folder) for path in paths]
     return [result for result in found if isinstance(result, dict) and "measurements" in result]
 
-# %% ../../nbs/lab/reproduce.ipynb #f4ef1d76
-def format_value(m: dict) -> str:
-    "A measurement's value in four digits, with its unit."
-    if m["value"] is None:
-        value = "–"
-    else:
-        value = f"{m['value']:,.4g}" if abs(m["value"]) < 1e5 else f"{m['value']:.3e}"
-    return value if m["unit"] in ("1", None) else f"{value} {m['unit']}"
-
-# %% ../../nbs/lab/reproduce.ipynb #0c4768a4
-def column_of(m: dict) -> str:
-    "What a measurement is of: metric, and what else tells it from its neighbours."
-    words = [m["metric"]]
-    for key in ("batch", "guidance", "w", "tokens", "block"):
-        if isinstance(m.get(key), (int, float)) and not isinstance(m[key], bool):
-            words.append(f"{key} {m[key]:g}")
-    return ", ".join(words)
-
-# %% ../../nbs/lab/reproduce.ipynb #f7a75b50
-def results_table(result: dict) -> str:
-    "A results file as a Markdown table: a row for each method, with the values of all seeds."
-    rows, columns = {}, {}
-    for m in result["measurements"]:
-        if m["metric"].startswith("mean "):  # every seed's value is shown
-            continue
-        rows.setdefault(m["row"], {}).setdefault(column_of(m), []).append(format_value(m))
-        columns[column_of(m)] = None
-    table = [["", *columns]]
-    for row, cells in rows.items():
-        table.append([row, *("; ".join(cells.get(c, ["–"])) for c in columns)])
-    return markdown_table(table)
-
 # %% ../../nbs/lab/reproduce.ipynb #7435ec55
 def section_of(result: dict, line: dict) -> str:
     "A results file on the page: how it was made, its picture, its figures."
@@ -302,8 +271,9 @@ def section_of(result: dict, line: dict) -> str:
         f"; {line['hardware']}; commit {line['commit']}, {date}, {line['wall_s'] / 60:.1f} minutes."
     )
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
-    body, count = results_table(result), len(result["measurements"])
-    if body.count("|") >= 1500:
+    count, paired = len(result["measurements"]), is_paired(result)
+    body = paired_table(result) + commands_text(result) if paired else results_table(result)
+    if not paired and body.count("|") >= 1500:
         body = f"{count} figures, too many for a page: [{name}.json]({name}.json)"
     return f"## {name}\n\n{how}\n\n{picture}{body}\n"
 
@@ -312,6 +282,8 @@ PAGE = """# All figures
 
 Written from the files in this folder by `bitflow reproduce`. Pictures show the first samples of \
 their seed, not chosen ones. A figure can be made again with the command that stands above it.
+Where a table has several seeds, each seed has its own models and its own noise, shared by all \
+rows; numbers are means with their 95% intervals, and differences are taken in pairs, seed by seed.
 
 ## The experiments
 
