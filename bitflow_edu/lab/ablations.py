@@ -356,13 +356,8 @@ def compared(d: Interval | None) -> str:
     return "same order" if d.low > 0 else "other order"
 
 
-def signed_interval(d: Interval) -> str:
-    "A difference and its interval in three digits."
-    return f"{d.mean:+.3g} [{d.low:+.3g}, {d.high:+.3g}]" if d.n > 1 else f"{d.mean:+.3g}"
-
-# %% ../../nbs/lab/ablations.ipynb #b159dd11
-def verdict(found: list) -> str:
-    "How the rows' order compares with the paper's, from row to row."
+def order_steps(found: list) -> list:
+    "(row, next row, their paired difference, what it says) for rows in the paper's order."
     metric, paper = main_metric(found), {}
     for m in found:
         if m["metric"] == metric and m.get("paper") is not None:
@@ -371,7 +366,20 @@ def verdict(found: list) -> str:
     for a, b in zip(rows[:-1], rows[1:]):
         d = difference(found, b, a, metric)
         if d is not None:
-            steps.append(f"{a} before {b}: {compared(d)}, {signed_interval(d)}")
+            steps.append((a, b, d, compared(d)))
+    return steps
+
+
+def signed_interval(d: Interval) -> str:
+    "A difference and its interval in three digits."
+    return f"{d.mean:+.3g} [{d.low:+.3g}, {d.high:+.3g}]" if d.n > 1 else f"{d.mean:+.3g}"
+
+# %% ../../nbs/lab/ablations.ipynb #b159dd11
+def verdict(found: list) -> str:
+    "How the rows' order compares with the paper's, from row to row."
+    steps = [
+        f"{a} before {b}: {word}, {signed_interval(d)}" for a, b, d, word in order_steps(found)
+    ]
     return "; ".join(steps) or "the paper has no figures for single rows of this table"
 
 # %% ../../nbs/lab/ablations.ipynb #a6344a84
