@@ -34,7 +34,7 @@ from ..scale import fingerprints
 from ..scale.feature_networks import FeatureNetwork
 from ..scale.fid import Reference, gaussian_distance, reference_in_memory, share
 from ..scale.streaming import collect, dataset_source
-from ..tarflow import TARFlow
+from ..tarflow import TARFlow, nll_per_dim
 
 # %% auto #0
 __all__ = ['difference', 'verdict', 'draw_table']
@@ -111,12 +111,15 @@ def judged(source: Callable, n: int, seed: int, real: RealImages) -> dict:
 # %% ../../nbs/lab/ablations.ipynb #b6135dca
 @torch.no_grad()
 def anatomy(F, training: Training, root: Path, device: str) -> dict:
-    "The rms of F's states on 1,000 noisy test images, and each term's share of G's late loss."
+    """F's states and loss on 1,000 noisy test images, and each term's share of G's late loss."""
     test = images_of(training.preset.data, "test")
     log = read_metrics(root / training.key / "run" / "metrics.jsonl")
     noisy = add_noise(test.x[:1000], F.cfg.noise_std, torch.Generator().manual_seed(0))
-    states = F(noisy.to(device), test.labels[:1000].to(device)).states
+    trajectory = F(noisy.to(device), test.labels[:1000].to(device))
+    states = trajectory.states
     found = {f"state_rms_{i}": s.square().mean().sqrt().item() for i, s in enumerate(states)}
+    if training.stage == "forward":
+        found["test_nll"] = nll_per_dim(trajectory).item()
     if training.stage == "reverse" and log:
         last = log[-max(len(log) // 10, 1) :]  # a tenth of the steps
         names = [name for name in last[-1] if name == "image" or name.startswith("depth_")]
@@ -305,14 +308,14 @@ def difference(
     return mean_interval([values[row][seed] - values[versus][seed] for seed in both])
 
 # %% ../../nbs/lab/ablations.ipynb #72aef86b
-COMPARED = ("fd[", "fd_train[", "label_accuracy", "inverse_mse", "precision", "recall")
+COMPARED = "fd[ fd_train[ label_accuracy inverse_mse precision recall test_nll".split()
 
 
 def difference_lines(found: list, row: str, versus: str, n: int) -> list:
     "How a row differs from another, for every metric that is compared."
     lines = []
     for metric in dict.fromkeys(m["metric"] for m in found if m["row"] == row):
-        if metric.startswith(COMPARED) and (d := difference(found, row, versus, metric)):
+        if metric.startswith(tuple(COMPARED)) and (d := difference(found, row, versus, metric)):
             about = dict(n=n, low=d.low, high=d.high, seeds=d.n, versus=versus)
             lines.append(measurement(row, f"difference {metric}", d.mean, **about))
     return lines

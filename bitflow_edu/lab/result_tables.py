@@ -41,7 +41,7 @@ def results_table(result: dict) -> str:
     return markdown_table(table)
 
 # %% ../../nbs/lab/result_tables.ipynb #92863e12
-SHOWN = ("fd[", "fd_train[", "label_accuracy", "inverse_mse", "precision", "recall", "params")
+SHOWN = tuple("fd[ fd_train[ label_accuracy inverse_mse precision recall test_nll params".split())
 
 # %% ../../nbs/lab/result_tables.ipynb #b6f96f67
 def paired_table(result: dict) -> str:

@@ -8,11 +8,13 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 
+from ..improved_tarflow import variants, with_parts
 from ..inverse_strategies import STRATEGIES
 from ..io.checkpoints import FREE
 from ..io.files import BitflowError
 from .presets import Preset, find_preset, with_strategy
 from .sampling import WITHOUT_REVERSE
+from ..transformer import MODERN, TransformerConfig
 
 # %% auto #0
 __all__ = ['TABLES']
@@ -299,6 +301,17 @@ def tokens(preset: Preset) -> list:
     few, many = order_of_strategies(f"{T} tokens"), order_of_strategies(f"{4 * T} tokens", finer)
     return few + many
 
+# %% ../../nbs/lab/tables.ipynb #ee833bb0
+def parts(preset: Preset) -> list:
+    "F's modern parts one at a time, and together (lesson 09); no G."
+    plain = {f.name: f.default for f in dataclasses.fields(TransformerConfig) if f.name in MODERN}
+    original = replace(with_parts(preset.forward, **plain), clip=0.0)
+    rows = []
+    for name, cfg in variants(original).items():
+        fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+        rows.append(Row(name, (forward(**fields),), "exact+denoise"))
+    return rows
+
 # %% ../../nbs/lab/tables.ipynb #f5d27d3d
 TABLES = {
     "strategies": strategies,
@@ -311,6 +324,7 @@ TABLES = {
     "regimes": regimes,
     "tokens": tokens,
     "lpips": lpips,
+    "parts": parts,
 }
 
 # %% ../../nbs/lab/tables.ipynb #c410110a
