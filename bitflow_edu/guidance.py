@@ -128,7 +128,8 @@ def cfg_apply_detached(c: Tensor, w: Tensor):  # labels `(N,)`, scales `(N, B + 
     none = -torch.ones_like(c)
 
     def run(block, h, i):
-        a = block(h, c, w[:, i])  # first: autocast keeps the cast weights of the first call
+        # a first: autocast in older versions of torch keeps casts of weights without gradient
+        a = block(h, c, w[:, i])
         with torch.no_grad():
             b = block(h, none, torch.zeros_like(w[:, i]))
         return cfg_recover(a, b, w[:, i, None, None])
