@@ -107,6 +107,7 @@ def draw_scales(
     per_block: bool,  # a scale for each block, or one for all blocks of an image
     generator: torch.Generator = None,  # on the same device
     device="cpu",
+    denoiser_scale: bool = False,  # without per_block: the denoising block's is drawn apart
 ) -> Tensor:  # `(n, B + 1)`, the denoising block last
     "Guidance scales for a training step, uniform from 0 to max_guidance. `BitflowError` if 0."
     if not cfg.max_guidance:
@@ -114,17 +115,43 @@ def draw_scales(
             "this G takes no guidance scale w (max_guidance is 0); "
             "train it with reverse_loss's ordinary run"
         )
-    w = torch.rand(n, cfg.num_blocks + 1 if per_block else 1, generator=generator, device=device)
-    return (cfg.max_guidance * w).expand(n, cfg.num_blocks + 1)
+    B = cfg.num_blocks
+    drawn = B + 1 if per_block else 1 + denoiser_scale
+    w = cfg.max_guidance * torch.rand(n, drawn, generator=generator, device=device)
+    if per_block or not denoiser_scale:
+        return w.expand(n, B + 1)
+    return torch.cat([w[:, :1].expand(n, B), w[:, 1:]], dim=1)
+
+# %% ../nbs/14_guidance.ipynb #6f02c8be
+def cfg_apply_detached(c: Tensor, w: Tensor):  # labels `(N,)`, scales `(N, B + 1)`
+    "How a block is applied when its answer without labels, at w = 0, is a fixed reference."
+    none = -torch.ones_like(c)
+
+    def run(block, h, i):
+        # a first: autocast in older versions of torch keeps casts of weights without gradient
+        a = block(h, c, w[:, i])
+        with torch.no_grad():
+            b = block(h, none, torch.zeros_like(w[:, i]))
+        return cfg_recover(a, b, w[:, i, None, None])
+
+    return run
 
 # %% ../nbs/14_guidance.ipynb #f848b533
 def guided_run(
     per_block: bool = False,  # see `draw_scales`
+    detach_unconditional: bool = False,  # no gradient without labels, and w = 0 there
+    denoiser_scale: bool = False,  # see `draw_scales`
 ):  # (model, z, c, generator) → `ReverseOutput`
-    "How G is run in training with guidance: `run` of `reverse_loss`, which compares its states."
+    """How G is run in training with guidance: `run` of `reverse_loss`, which compares its states.
+
+    With `detach_unconditional`, ask the trained G for samples without labels at w = 0 only. With
+    `denoiser_scale`, a table of scales `(N, B + 1)` may guide the last column apart, e.g. by 0."""
 
     def run(model, z, c, generator) -> ReverseOutput:
-        w = draw_scales(model.cfg, len(z), per_block, generator, z.device)
-        return model.run_blocks(z, cfg_apply_block(model, c, w, cfg_recover))
+        w = draw_scales(model.cfg, len(z), per_block, generator, z.device, denoiser_scale)
+        if not detach_unconditional:
+            return model.run_blocks(z, cfg_apply_block(model, c, w, cfg_recover))
+        c = as_labels(c)
+        return model.run_blocks(z, cfg_apply_detached(c, w * (c >= 0)[:, None]))
 
     return run

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from .data import unpatchify
@@ -18,6 +19,7 @@ from bitflow_edu.io.checks import (
     check_model,
     check_tokens,
     forward_labels,
+    readable,
 )
 from .io.files import BitflowError
 from .tarflow import ClassEmbedding, TokenGeometry, check_geometry
@@ -71,11 +73,37 @@ class ReverseConfig(TokenGeometry):
     denoise: bool = True  # one more block, from h^0 (noisy) to the clean x'
     token_states: bool = False  # pass states on as tokens (hidden distillation), not in model width
     max_guidance: float = 0.0  # G takes w, trained from 0 to this (chapter 14); 0: it takes none
+    scale_token: bool = False  # w enters a block as one more token, not added to all (chapter 14)
     embed_std: float = 0.3  # initial size of position and class embeddings
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
 
     def __post_init__(self):
         check_reverse(self)
+
+    @property
+    def num_extra_tokens(self):
+        "Tokens in a block beside the image's: 1 where w is one of them."
+        return int(self.scale_token and self.max_guidance > 0)
+
+# %% ../nbs/10_reverse_model.ipynb #5d1f0a7c
+class Waves(nn.Module):
+    "Sines and cosines of a number, from slow to fast: 10 radians a unit tell 1.0 from 1.1."
+
+    features = 64  # fewer than the 256 of a published G (arXiv 2608.20208): w is one smooth number
+
+    def forward(self, w):
+        "Numbers `(N, 1)` to `(N, features)`."
+        rates = torch.logspace(-1, 1, self.features // 2, device=w.device, dtype=w.dtype)
+        return torch.cat([(w * rates).sin(), (w * rates).cos()], dim=-1)
+
+
+def scale_embedding(cfg: ReverseConfig) -> nn.Sequential | None:
+    "From guidance scales `(N, 1)` to model width `(N, width)`; None for a G that takes none."
+    if not cfg.max_guidance:
+        return None
+    width, waves = cfg.transformer.width, [Waves()] if cfg.scale_token else []
+    into = nn.Linear(Waves.features if waves else 1, width)
+    return nn.Sequential(*waves, into, nn.SiLU(), nn.Linear(width, width))
 
 # %% ../nbs/10_reverse_model.ipynb #6d921f9f
 class ReverseBlock(nn.Module):
@@ -86,18 +114,20 @@ class ReverseBlock(nn.Module):
         width, side = cfg.transformer.width, cfg.image_size // cfg.patch_size
         self.class_embed = ClassEmbedding(cfg.num_classes, width, cfg.embed_std)
         self.transformer = Transformer(cfg.transformer, side, causal=False)
-        self.scale_embed = None
-        if cfg.max_guidance:
-            into, out = nn.Linear(1, width), nn.Linear(width, width)
-            self.scale_embed = nn.Sequential(into, nn.SiLU(), out)
+        self.scale_embed, self.num_extra_tokens = scale_embedding(cfg), cfg.num_extra_tokens
+        if cfg.num_extra_tokens and cfg.transformer.rotary:  # angle 0 for a token without a place
+            self.transformer.angles = nnf.pad(self.transformer.angles, (0, 0, 1, 0))
 
     def forward(self, h, c, w=None):
         """Features `(N, T, width)`, labels `(N,)` (−1: none) and, where G takes them,
         guidance scales `(N,)`, to features of the same shape."""
         h = h + self.class_embed(c)
-        if self.scale_embed is not None:
-            h = h + self.scale_embed(w[:, None])[:, None]
-        return self.transformer(h)
+        if self.scale_embed is None:
+            return self.transformer(h)
+        scale = self.scale_embed(w[:, None])[:, None]
+        if self.num_extra_tokens:
+            return self.transformer(torch.cat([scale, h], dim=1))[:, 1:]
+        return self.transformer(h + scale)
 
 # %% ../nbs/10_reverse_model.ipynb #b5586ab0
 def projection(cfg: ReverseConfig) -> nn.Sequential:
@@ -122,7 +152,8 @@ def per_block(
     num_blocks: int,  # B
     like: Tensor,  # has the type and device wanted
 ) -> Tensor:  # `(n, B + 1)`
-    "Guidance scales for each image and block, the denoising one last."
+    """Guidance scales for each image and block, the denoising one last: a table w whose w[:, -1]
+    is 0 guides the others and leaves the denoising block as it is."""
     w = torch.as_tensor(w, dtype=like.dtype, device=like.device)
     check_finite(w, "the guidance scale w")
     if w.shape not in ((), (1,), (n,), (1, 1), (n, 1), (1, num_blocks + 1), (n, num_blocks + 1)):
@@ -140,7 +171,7 @@ def guidance_scales(cfg: ReverseConfig, w, n: int, device) -> Tensor | None:
             raise BitflowError(f"this G takes no guidance scale w; {advice}")
         return None
     w = per_block(0.0 if w is None else w, n, cfg.num_blocks, torch.empty(0, device=device))
-    if w.numel() and not (w.min() >= 0 and w.max() <= limit):
+    if w.numel() and readable(w) and not (w.min() >= 0 and w.max() <= limit):
         given, trained = f"w from {w.min():g} to {w.max():g}", f"with w from 0 to {limit:g}"
         guess = f"{given}, but this G was trained {trained}: what it makes of it is a guess"
         warnings.warn(guess, stacklevel=4)

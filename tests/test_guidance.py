@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,12 @@ from bitflow_edu.guidance import (
 )
 from bitflow_edu.inverse_strategies import reverse_loss
 from bitflow_edu.io.files import BitflowError
-from bitflow_edu.reverse_model import one_pass, sample_noise
-from conftest import small_flow, small_reverse
+from bitflow_edu.io.models import build
+from bitflow_edu.lab.presets import check_preset, find_preset
+from bitflow_edu.lab.recipes import image_distance, stage_two_loss
+from bitflow_edu.reverse_model import ReverseModel, one_pass, sample_noise
+from bitflow_edu.tarflow import TARFlow
+from conftest import shake, small_flow, small_reverse
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +211,178 @@ def test_training_teaches_w_and_leaves_F_alone(flow, guided):
 def test_training_with_guidance_needs_a_model_that_takes_w():
     with pytest.raises(BitflowError, match="max_guidance is 0"):
         draw_scales(small_reverse(small_flow()).cfg, 2, False)
+
+
+def test_drawn_scales_by_default_are_one_draw_an_image(guided):
+    columns, drawn = guided.cfg.num_blocks + 1, torch.rand(6, 1, generator=generator())
+    w = draw_scales(guided.cfg, 6, False, generator())
+    assert torch.equal(w, (2.0 * drawn).expand(6, columns))
+    each = draw_scales(guided.cfg, 6, True, generator())
+    assert torch.equal(each, 2.0 * torch.rand(6, columns, generator=generator()))
+    assert torch.equal(each, draw_scales(guided.cfg, 6, True, generator(), denoiser_scale=True))
+
+
+def test_the_denoising_block_can_have_a_scale_of_its_own(guided):
+    w = draw_scales(guided.cfg, 500, False, generator(), denoiser_scale=True)
+    assert w.shape == (500, guided.cfg.num_blocks + 1)
+    assert (w[:, :-1] == w[:, :1]).all() and (w[:, -1] != w[:, 0]).all()
+    for column in (w[:, 0], w[:, -1]):
+        assert 0 <= column.min() < 0.1 and 1.9 < column.max() <= 2
+    assert abs(torch.corrcoef(w[:, [0, -1]].T)[0, 1]) < 0.1
+    z, c = noise(guided)
+    states = [
+        guided_run(denoiser_scale=apart)(guided, z, c, generator()) for apart in (False, True)
+    ]
+    seen = draw_scales(guided.cfg, 4, False, generator(), denoiser_scale=True)
+    with torch.no_grad():
+        apply = cfg_apply_block(guided, c, seen, cfg_recover)
+        wanted = guided.run_blocks(z, apply).image
+    assert torch.equal(states[1].image, wanted)
+    assert not torch.allclose(states[0].image, wanted, atol=1e-4)
+
+
+def test_the_denoising_block_can_be_left_unguided_in_one_pass(guided):
+    z, c = noise(guided)
+    table = torch.full((4, guided.cfg.num_blocks + 1), 1.5)
+    table[:, -1] = 0
+    seen = {}
+    for i, block in enumerate((*guided.blocks, guided.denoiser)):
+        block.register_forward_hook(lambda block, args, out, i=i: seen.update({i: args[2]}))
+    one_pass(guided, z, c, table)
+    assert all((w == (0 if i == guided.cfg.num_blocks else 1.5)).all() for i, w in seen.items())
+
+
+def inputs_of_blocks(model, run, z, c):
+    """What `run` asks G's blocks: labels and scales, call by call, and whether gradients flow."""
+    asked = []
+
+    def note(block, args, out):
+        asked.append((args[1], args[2], out.requires_grad))
+
+    hooks = [b.register_forward_hook(note) for b in (*model.blocks, model.denoiser)]
+    run(model, z, c, generator())
+    for hook in hooks:
+        hook.remove()
+    return asked
+
+
+def test_a_fixed_branch_without_label_has_no_gradient_and_no_scale(guided):
+    z, c = noise(guided)
+    asked = inputs_of_blocks(guided, guided_run(detach_unconditional=True), z, c)
+    w = draw_scales(guided.cfg, 4, False, generator())[:, 0]
+    assert len(asked) == 2 * (guided.cfg.num_blocks + 1)
+    for (labels, own, learns), (none, zero, fixed) in zip(asked[::2], asked[1::2]):
+        assert torch.equal(labels, c) and learns
+        assert torch.equal(own[:3], w[:3]) and own[3] == 0  # the last label was dropped
+        assert (none == -1).all() and (zero == 0).all() and not fixed
+    both = inputs_of_blocks(guided, guided_run(), z, c)  # as a default: one call, gradients in all
+    assert all(torch.equal(scales, torch.cat([w, w])) and learns for _, scales, learns in both)
+
+
+@pytest.mark.parametrize("detach, moved", [(False, [0, 1, 2]), (True, [1])])
+def test_what_one_labelled_image_moves(guided, detach, moved):
+    """No label is the mean of all classes: through it the embeddings of other classes move."""
+    z = noise(guided)[0][:1]
+    out = guided_run(detach_unconditional=detach)(guided, z, torch.tensor([1]), generator())
+    out.image.square().sum().backward()
+    for block in (*guided.blocks, guided.denoiser):
+        gradient = block.class_embed.weight.grad.flatten(1)
+        assert gradient.any(dim=1).nonzero().flatten().tolist() == moved
+
+
+def test_a_fixed_branch_gives_the_weighted_mean_and_its_gradient(guided):
+    z, c = noise(guided)
+    last = guided.cfg.num_blocks - 1
+    block, w = guided.blocks[last], draw_scales(guided.cfg, 4, False, generator())[:, last]
+    w, h = w * (c >= 0), guided.embed(z)
+    a, b = block(h, c, w), block(h, -torch.ones_like(c), torch.zeros(4)).detach()
+    wanted = (a + w[:, None, None] * b) / (1 + w[:, None, None])
+    out = guided_run(detach_unconditional=True)(guided, z, c, generator()).hidden[last]
+    torch.testing.assert_close(out, wanted)
+    assert torch.equal(out[3], a[3])  # without label: the plain state at w = 0
+    parameters = list(block.parameters())
+    for p, q in zip(
+        torch.autograd.grad(out.square().sum(), parameters),
+        torch.autograd.grad(wanted.square().sum(), parameters),
+    ):
+        torch.testing.assert_close(p, q)
+
+
+VARIANTS = [
+    ({}, {"detach_unconditional": True}),
+    ({}, {"denoiser_scale": True}),
+    ({"scale_token": True}, {}),
+    ({"scale_token": True}, {"detach_unconditional": True, "denoiser_scale": True}),
+]
+
+
+@pytest.mark.parametrize("shape, training", VARIANTS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_variant_trains_all_weights(flow, shape, training, bf16):
+    """Under autocast too, where a cast that was kept without gradient would stop learning."""
+    G = small_reverse(flow, max_guidance=2.0, **shape).train()
+    loss_of = reverse_loss(flow, run=guided_run(**training))
+    optimiser = torch.optim.AdamW(G.parameters(), 1e-3)
+    x = torch.rand(4, 1, 6, 6, generator=generator()) * 2 - 1
+    before = {name: p.detach().clone() for name, p in G.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss, _ = loss_of(G, x, torch.tensor([0, 1, 2, -1]), generator())
+    loss.backward()
+    optimiser.step()
+    assert loss.isfinite()
+    still = [name for name, p in G.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still, still
+    assert all(not torch.equal(p, before[name]) for name, p in G.named_parameters())
+
+
+BASE = find_preset("mnist-mini-smoke")
+SCALES = {"max_guidance": 3.0}
+CHOICES = {
+    "objective.detach_unconditional": ({}, {"detach_unconditional": True}),
+    "objective.denoiser_scale": ({}, {"denoiser_scale": True}),
+    "reverse.scale_token": ({"scale_token": True}, {}),
+}
+
+
+def changed(reverse, objective):
+    reverse = replace(BASE.reverse, **reverse)
+    return replace(BASE, reverse=reverse, objective=replace(BASE.objective, **objective))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_about_w_need_a_g_that_takes_w(name, flow):
+    reverse, objective = CHOICES[name]
+    assert check_preset(changed(SCALES | reverse, objective)).reverse.max_guidance == 3
+    wrong = changed(reverse, objective)
+    with pytest.raises(BitflowError, match=f"{name} is True.*max_guidance is 0"):
+        check_preset(wrong)
+    with pytest.raises(BitflowError, match=f"{name} is True.*max_guidance is 0"):
+        model = build(ReverseModel, wrong.reverse, 0)
+        stage_two_loss(build(TARFlow, BASE.forward, 0), model, wrong.objective, "cpu")
+
+
+def test_a_scale_of_its_own_needs_a_denoising_block_and_is_not_asked_for_twice():
+    with pytest.raises(BitflowError, match="denoiser_scale is True.*denoise is False"):
+        check_preset(changed(SCALES | {"denoise": False}, {"denoiser_scale": True}))
+    with pytest.raises(BitflowError, match="w_per_block and denoiser_scale"):
+        replace(BASE.objective, w_per_block=True, denoiser_scale=True)
+
+
+@pytest.mark.parametrize("name", [*CHOICES, "objective.w_per_block", "as before"])
+def test_a_preset_trains_as_its_objective_says(name, flow):
+    """The loss of a preset, on the same draw, is that of `guided_run` with the same choices."""
+    reverse, objective = CHOICES.get(name, ({}, {}))
+    if name == "objective.w_per_block":
+        objective = {"w_per_block": True}
+    preset = changed(SCALES | reverse, {"features": (), "feature_weights": (), **objective})
+    F, G = build(TARFlow, preset.forward, 0), shake(build(ReverseModel, preset.reverse, 0))
+    x, c = torch.rand(6, 1, 16, 16, generator=generator()) * 2 - 1, torch.arange(6) - 1
+    loss, _ = stage_two_loss(F, G, preset.objective, "cpu")(G, x, c, generator())
+    choices = {"per_block": objective.pop("w_per_block", False), **objective}
+    end = image_distance(preset.objective)
+    wanted = reverse_loss(F, image_distance=end, distance=end, run=guided_run(**choices))
+    assert torch.equal(loss, wanted(G, x, c, generator())[0])
+    default = reverse_loss(F, image_distance=end, distance=end, run=guided_run())
+    assert torch.equal(loss, default(G, x, c, generator())[0]) == (
+        not objective and "w_p" not in name
+    )

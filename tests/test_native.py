@@ -151,6 +151,8 @@ def test_what_it_cannot_do_is_refused():
         NativeInverse(small_flow(width=16, head_dim=8))
     with pytest.raises(BitflowError, match="as tokens"):
         NativePass(build(ReverseModel, ReverseConfig(token_states=True), 0))
+    with pytest.raises(BitflowError, match="scale_token"):
+        NativePass(build(ReverseModel, ReverseConfig(max_guidance=3.0, scale_token=True), 0))
     with pytest.raises(BitflowError, match="float64"):
         NativeInverse(small_flow().double())
     with pytest.raises(BitflowError, match="packed"):

@@ -12,7 +12,7 @@ from bitflow_edu.io.models import build
 from bitflow_edu.lab.plotting import plot_bill
 from bitflow_edu.lab.presets import find_preset, with_strategy
 from bitflow_edu.lab.sampling import pair_samplers, sampler_flops
-from bitflow_edu.reverse_model import ReverseModel
+from bitflow_edu.reverse_model import ReverseModel, one_pass, sample_noise
 from bitflow_edu.scale.autoencoder import decode_latents, decoded, load_vae, tiny_vae
 from bitflow_edu.scale.costs import (
     Stage,
@@ -31,6 +31,7 @@ from bitflow_edu.scale.costs import (
     pass_flops,
     perceptual_flops,
     perceptual_gb,
+    reverse_step,
     score_bytes,
     speed_of,
     step_cost,
@@ -138,6 +139,23 @@ def test_three_small_models_give_the_cost_of_any_depth_to_the_last_operation(nam
     assert (G.params, G.step + F.forward, G.kept) == (own.params, own.flops, own.kept)
     assert (F.forward, G.forward) == (passes["density"], passes["one-pass"])
     assert F.layers == blocks * layers and G.layers == (blocks + 1) * layers
+
+
+@pytest.mark.parametrize("scale_token", [False, True])
+def test_what_a_guidance_scale_costs(scale_token):
+    """Whether w is added to all tokens or is one more: counted from shapes as it is in a pass."""
+    p = find_preset("mnist-mini-smoke")
+    cfg = resized(replace(p.reverse, max_guidance=3.0, scale_token=scale_token), 3, 2)
+    G, whole = build(ReverseModel, cfg, 0), model_cost(ReverseModel, cfg)
+    z, c = sample_noise(cfg, 1), torch.zeros(1, dtype=torch.int64)
+    flops = count_flops(lambda: one_pass(G, z, c, 1.0))
+    shadow = on_meta(ReverseModel, cfg)
+    assert pass_flops(on_meta(TARFlow, p.forward), shadow)["one-pass"] == flops == whole.forward
+    own = step_cost(shadow, reverse_step)
+    assert whole.params == own.params == sum(q.numel() for q in G.parameters())
+    assert (whole.step, whole.kept) == (own.flops, own.kept)
+    tokens = cfg.num_tokens + scale_token
+    assert score_bytes(cfg) == 4 * 8 * tokens**2 * cfg.transformer.width // cfg.transformer.head_dim
 
 
 @pytest.mark.parametrize("layers", [(1, 3), (2, 2)])

@@ -106,6 +106,8 @@ def unsupported_reason(model: TARFlow | ReverseModel) -> str:
     if getattr(model.cfg, "token_states", False):
         what = "this G passes its states on as tokens (hidden distillation)"
         return f"{what}, which the native pass does not know"
+    if getattr(model.cfg, "num_extra_tokens", 0):
+        return "this G takes w as a token (scale_token), which the native pass does not know"
     return ""
 
 # %% ../../nbs/excursions/native.ipynb #451efe72

@@ -33,7 +33,12 @@ from ..io.models import build, checkpoints_of, newest_checkpoint
 from ..io.processes import SINGLE_PROCESS, SingleProcess
 from ..io.results import commit, hardware, now, versions
 from .preset_fields import write_preset
-from .presets import ObjectiveConfig, Preset, check_pair_preset
+from bitflow_edu.lab.presets import (
+    ObjectiveConfig,
+    Preset,
+    check_guided_training,
+    check_pair_preset,
+)
 from .sampling import FLOWS, invert_flow, sample_grid
 from ..reverse_model import ReverseModel, one_pass
 from ..scale.alarms import sample_reference_of, watch_labels
@@ -141,7 +146,11 @@ def state_distance(objective: ObjectiveConfig):
 # %% ../../nbs/lab/recipes.ipynb #933c6de4
 def stage_two_loss(forward: TARFlow, model: ReverseModel, objective: ObjectiveConfig, device: str):
     "What G minimises, given the trajectories of a frozen F."
-    run = guided_run(objective.w_per_block) if model.cfg.max_guidance else None
+    check_guided_training(objective, model.cfg)
+    run = None
+    if model.cfg.max_guidance:
+        detach, apart = objective.detach_unconditional, objective.denoiser_scale
+        run = guided_run(objective.w_per_block, detach, apart)
     strategy = find_strategy(objective.strategy)
     states, images = state_distance(objective), image_distance(objective, device)
     return reverse_loss(forward, strategy, states, images, objective.depth_weights, run)

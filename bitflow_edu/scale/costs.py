@@ -15,7 +15,7 @@ from ..imagenet import Plan, lost_share
 from ..io.files import BitflowError
 from ..io.models import num_parameters
 from ..io.results import text_table
-from ..reverse_model import ReverseBlock, ReverseModel, one_pass
+from ..reverse_model import ReverseModel, one_pass
 from ..speed import count_flops
 from ..tarflow import TARFlow, TARFlowConfig, nll_per_dim
 
@@ -81,7 +81,7 @@ def num_layers(cfg) -> int:
 def score_bytes(cfg) -> int:
     "Bytes of the attention scores of all layers for one image, 4 a value."
     heads = num_layers(cfg) * cfg.transformer.width // cfg.transformer.head_dim
-    return 4 * heads * cfg.num_tokens**2
+    return 4 * heads * (cfg.num_tokens + getattr(cfg, "num_extra_tokens", 0)) ** 2
 
 # %% ../../nbs/scale/costs.ipynb #d2606532
 @dataclass(frozen=True)
@@ -117,12 +117,7 @@ def pass_flops(forward: TARFlow, reverse: ReverseModel | None) -> dict:
     if forward.cfg.noise_std:
         found["exact+denoise"] = found["exact"] + count_flops(lambda: score_denoise(forward, x, c))
     if reverse is not None:
-        # w is checked by value, and there is none: it is embedded apart
-        plain = on_meta(ReverseModel, replace(reverse.cfg, max_guidance=0.0))
-        w = torch.empty(1, 1, device="meta")
-        blocks = [m for m in reverse.modules() if isinstance(m, ReverseBlock) and m.scale_embed]
-        found["one-pass"] = count_flops(lambda: one_pass(plain, z, c))
-        found["one-pass"] += count_flops(lambda: [block.scale_embed(w) for block in blocks])
+        found["one-pass"] = count_flops(lambda: one_pass(reverse, z, c))
     return found
 
 # %% ../../nbs/scale/costs.ipynb #0bf28dd4
@@ -181,8 +176,7 @@ def traced(kind: type, cfg, blocks: int, layers: int) -> tuple:
         forward = count_flops(lambda: model(x, c))
     else:
         model, step = on_meta(kind, small), reverse_step
-        plain = on_meta(kind, replace(small, max_guidance=0.0))
-        forward = count_flops(lambda: one_pass(plain, z, c))
+        forward = count_flops(lambda: one_pass(model, z, c))
     cost = step_cost(model, step)
     return (1, blocks, num_layers(small)), (cost.params, forward, cost.flops, cost.kept)
 
