@@ -36,6 +36,8 @@ class ObjectiveConfig:
     normalise: bool = False  # divide each depth's states by their size before they are compared
     depth_weights: tuple[float, ...] = ()  # of the depths' terms; (): 1 for all
     w_per_block: bool = False  # draw a guidance scale w for each block (where G takes w)
+    denoiser_scale: bool = False  # draw one w for the denoising block, one for all others
+    detach_unconditional: bool = False  # no gradient through G's answers without label; w = 0 there
     decoder: str = ""  # autoencoder of latents for the perceptual distances: hub name or folder
     decoded_images: int = 4  # of each piece of a batch: decoding one costs more than G
 
@@ -51,6 +53,9 @@ class ObjectiveConfig:
             raise BitflowError(f"{given}; leave a distance out instead of giving it no weight")
         if self.adaptive_power < 0:
             raise BitflowError(f"adaptive_power {self.adaptive_power} must not be negative")
+        if self.w_per_block and self.denoiser_scale:
+            what = "w_per_block and denoiser_scale are both True"
+            raise BitflowError(f"{what}, but a w for each block is one for the denoising block too")
 
 # %% ../../nbs/lab/presets.ipynb #cc037419
 @dataclass(frozen=True)
@@ -366,6 +371,22 @@ def check_preset(preset: Preset) -> Preset:
     return preset
 
 # %% ../../nbs/lab/presets.ipynb #315cb832
+def check_guided_training(objective: ObjectiveConfig, reverse: ReverseConfig):
+    "Refuse choices about the guidance scale w that mean nothing to this G."
+    if objective.denoiser_scale and not reverse.denoise:
+        what = "objective.denoiser_scale is True, but reverse.denoise is False"
+        raise BitflowError(f"{what}: there is no denoising block; change one of them")
+    asked = {
+        "objective.denoiser_scale": objective.denoiser_scale,
+        "objective.detach_unconditional": objective.detach_unconditional,
+        "reverse.scale_token": reverse.scale_token,
+    }
+    for name, wanted in asked.items():
+        if wanted and not reverse.max_guidance:
+            what = f"{name} is True, but reverse.max_guidance is 0, so this G takes no w"
+            raise BitflowError(f"{what}; set reverse.max_guidance, e.g. to 3, or leave it out")
+
+
 def check_objective(preset: Preset):
     "Refuse a G, or weights, that do not suit what G is asked to match."
     strategy, has = preset.objective.strategy, preset.reverse.token_states
@@ -376,6 +397,7 @@ def check_objective(preset: Preset):
     if n not in (0, B):
         what = f"objective.depth_weights has {n} values for forward.num_blocks {B}"
         raise BitflowError(f"{what}; give one for each block")
+    check_guided_training(preset.objective, preset.reverse)
 
 # %% ../../nbs/lab/presets.ipynb #0d8c7f52
 def kind_of_flow(own: type, given) -> type:

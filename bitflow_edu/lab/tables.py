@@ -223,14 +223,23 @@ def lpips(preset: Preset) -> list:
 
 # %% ../../nbs/lab/tables.ipynb #02baca24
 def guidance(preset: Preset) -> list:
-    "Guided: the exact inverse; G at inference, twice the work; G in training, with w as an input."
-    none, trained = "no guidance", (reverse(max_guidance=W_MAX),)
-    return [
+    """Guided: the exact inverse; G at inference, twice the work; G in training, with w as an input,
+    as published and in three variants (lesson 14)."""
+    none, trained = "no guidance", reverse(max_guidance=W_MAX)
+    variants_of_training = {
+        "detached": objective(detach_unconditional=True),
+        "w as a token": reverse(scale_token=True),
+        "own scale for denoising": objective(denoiser_scale=True),
+    }
+    rows = [
+        Row("in training", (trained,), scales=SWEEP, paper=6.79),
         Row(none),
         Row("at inference", (), "guided", SWEEP, paper=6.90, shares=none),
-        Row("in training", trained, scales=SWEEP, paper=6.79),
         Row(EXACT, method="exact+denoise", scales=SWEEP),
     ]
+    for name, change in variants_of_training.items():
+        rows.append(Row(f"in training, {name}", (trained, change), scales=SWEEP))
+    return rows
 
 # %% ../../nbs/lab/tables.ipynb #71a0fcbb
 def longer_forward(preset: Preset) -> Preset:
