@@ -1,0 +1,57 @@
+"""Every table in small, on the smoke twin of the preset that it is made for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bitflow_edu.data import Images
+from bitflow_edu.lab import ablations
+from bitflow_edu.lab.ablations import (
+    REAL,
+    jobs_of,
+    main_metric,
+    measure_training,
+    table_measurements,
+)
+from bitflow_edu.lab.presets import find_preset
+from bitflow_edu.lab.tables import TABLES, rows_for
+
+PACKAGES = {"stlpips": "stlpips_pytorch", "digits": "torch"}  # distance → what brings its weights
+
+
+def in_small(name):
+    """The smoke twin, two steps of four images for each model, a dozen samples."""
+    p = find_preset(f"{name}-smoke")
+    F, G = (replace(t, steps=2, batch_size=4) for t in (p.train_forward, p.train_reverse))
+    return replace(p, train_forward=F, train_reverse=G, num_samples=12)
+
+
+def random_images(cfg):
+    """Of the preset's shape, as many as a small table needs."""
+    pixels = torch.randint(256, (64, cfg.channels, cfg.image_size, cfg.image_size))
+    classes = tuple(map(str, range(cfg.num_classes)))
+    return Images(pixels.byte(), torch.arange(64) % cfg.num_classes, classes, name=cfg.name)
+
+
+@pytest.mark.parametrize("name", ["mnist-mini", "mnist", "cifar10", "cifar10-mini"])
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_runs_on_its_own_preset(table, name, tmp_path, monkeypatch):
+    preset = in_small(name)
+    for row in rows_for(table, preset):
+        for distance in row.preset(preset).objective.features:
+            pytest.importorskip(PACKAGES[distance.split("-")[0]])
+    if preset.data.channels == 3:
+        pytest.importorskip("efficientnet_lite_pytorch")
+    images = random_images(preset.data)
+    monkeypatch.setattr(ablations, "images_of", lambda cfg, split: images)
+    monkeypatch.setattr(ablations, "fingerprint_of", lambda cfg, split: split)
+    ablations.real_images.cache_clear()
+    figures = {}
+    for training, ways in jobs_of(table, preset, range(1)).items():
+        figures[training.key] = measure_training(training, sorted(ways), tmp_path, "cpu")
+    found = table_measurements(table, preset, range(1), figures)
+    ablations.real_images.cache_clear()
+    metric = main_metric(found)
+    measured = {m["row"] for m in found if m["metric"] == metric and not m.get("sweep")}
+    assert measured == {REAL, *(row.name for row in rows_for(table, preset))}
