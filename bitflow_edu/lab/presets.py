@@ -51,6 +51,9 @@ class ObjectiveConfig:
             raise BitflowError(f"{given}; leave a distance out instead of giving it no weight")
         if self.adaptive_power < 0:
             raise BitflowError(f"adaptive_power {self.adaptive_power} must not be negative")
+        if self.decoder and self.decoded_images < 1:
+            given = f"decoded_images {self.decoded_images} compares nothing"
+            raise BitflowError(f"{given}; decode at least 1 of each piece of a batch")
 
 # %% ../../nbs/lab/presets.ipynb #cc037419
 @dataclass(frozen=True)
