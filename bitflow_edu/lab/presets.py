@@ -49,7 +49,7 @@ class ObjectiveConfig:
         if not all(weight > 0 for weight in self.feature_weights):
             given = f"feature_weights {list(self.feature_weights)} must be above 0"
             raise BitflowError(f"{given}; leave a distance out instead of giving it no weight")
-        if self.adaptive_power < 0:
+        if not self.adaptive_power >= 0:
             raise BitflowError(f"adaptive_power {self.adaptive_power} must not be negative")
         if self.decoder and self.decoded_images < 1:
             given = f"decoded_images {self.decoded_images} compares nothing"
