@@ -43,17 +43,17 @@ class ObjectiveConfig:
         find_strategy(self.strategy)
         for name in self.features:
             check_distance(name)
+        if self.decoder and self.decoded_images < 1:
+            given = f"decoded_images {self.decoded_images} compares nothing"
+            raise BitflowError(f"{given}; decode at least 1 of each piece of a batch")
         if len(self.features) != len(self.feature_weights):
             given = f"features {list(self.features)}, feature_weights {list(self.feature_weights)}"
             raise BitflowError(f"{given}: give one weight for each distance, or leave both empty")
         if not all(weight > 0 for weight in self.feature_weights):
             given = f"feature_weights {list(self.feature_weights)} must be above 0"
             raise BitflowError(f"{given}; leave a distance out instead of giving it no weight")
-        if not self.adaptive_power >= 0:
+        if self.adaptive_power < 0:
             raise BitflowError(f"adaptive_power {self.adaptive_power} must not be negative")
-        if self.decoder and self.decoded_images < 1:
-            given = f"decoded_images {self.decoded_images} compares nothing"
-            raise BitflowError(f"{given}; decode at least 1 of each piece of a batch")
 
 # %% ../../nbs/lab/presets.ipynb #cc037419
 @dataclass(frozen=True)
