@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 
+from .inverse_strategies import with_generator
 from .io.checks import check_image_batch, check_same_shape
 from .io.files import BitflowError, asset
 from .io.models import load_model
@@ -170,14 +172,20 @@ def effnet_lite0(device):
     return feature_distance(effnet_features(device))
 
 
-def convnext_v2(device):
-    "Features of ConvNeXt-V2 (tiny, ImageNet), the published choice; timm fetches the weights."
-    name, create = (
-        "convnextv2_tiny.fcmae_ft_in22k_in1k",
-        import_optional("timm", "timm").create_model,
-    )
-    net = load_weights(lambda: create(name, pretrained=True, features_only=True), "ConvNeXt-V2")
-    return feature_distance(PhotoFeatures(net, lambda net, x: net(x)).to(device))
+TRAINED = "fcmae_ft_in22k_in1k"  # masked images, then ImageNet-22k, then ImageNet-1k
+RENAMED = {"convnext-v2": "convnext-v2-tiny"}  # as configs of earlier versions say it
+
+
+def convnext_v2(name: str, device, **shape) -> PhotoFeatures:
+    "A ConvNeXt-V2 by its name in timm, which fetches the weights; `features` is what it says."
+    create = import_optional("timm", "timm").create_model
+    net = load_weights(partial(create, name, pretrained=True, **shape), "ConvNeXt-V2")
+    return PhotoFeatures(net, lambda net, x: net(x)).to(device)
+
+
+def convnext_v2_tiny(device):
+    "Maps of ConvNeXt-V2 *tiny* (ImageNet), compared as LPIPS does: this course's choice."
+    return feature_distance(convnext_v2(f"convnextv2_tiny.{TRAINED}", device, features_only=True))
 
 # %% ../nbs/13_distances.ipynb #f56d8623
 def lpips_of(make, device, size: int = 64):
@@ -192,7 +200,7 @@ def lpips_of(make, device, size: int = 64):
 
 
 def lpips_vgg(device):
-    "LPIPS on VGG-16, the published choice; torchvision fetches the weights."
+    "LPIPS on VGG-16, of whole images; torchvision fetches the weights."
     make = partial(import_optional("lpips", "lpips").LPIPS, net="vgg", verbose=False)
     return lpips_of(lambda: load_weights(make, "VGG-16 for LPIPS"), device)
 
@@ -203,6 +211,84 @@ def shift_tolerant(net, device, size: int = 64):
     make = partial(lpips, net=net, variant="shift_tolerant", verbose=False)
     return lpips_of(lambda: load_weights(make, f"shift-tolerant LPIPS ({net})"), device, size)
 
+# %% ../nbs/13_distances.ipynb #e27d40b8
+def crop_boxes(
+    n: int,  # image pairs, a box for each
+    height: int,
+    width: int,
+    generator: torch.Generator = None,  # on the same device; None: the global state
+    device: str = "cpu",
+):  # (first row, number of rows), (first column, number of columns), each `(n,)`, in whole pixels
+    "Random boxes: 8% to 100% of the area, sides from 3:4 to 4:3."
+    u = torch.rand(4, n, generator=generator, device=device)
+    side = (height * width * (0.08 + 0.92 * u[0])).sqrt()
+    stretch = torch.exp(math.log(4 / 3) * (u[1] - 0.5))  # the root of width / height
+    rows = (side / stretch).round().clamp(1, height)
+    columns = (side * stretch).round().clamp(1, width)
+    top, left = (u[2] * (height + 1 - rows)).floor(), (u[3] * (width + 1 - columns)).floor()
+    return (top, rows), (left, columns)
+
+
+def cubic_weights(first, count, pixels: int, size: int):
+    "Weights `(n, size, pixels)` that read `size` values from `count` pixels, beginning at `first`."
+    at, centre = (torch.arange(n, device=first.device) + 0.5 for n in (size, pixels))
+    step = (count / size)[:, None, None]
+    off = centre - (first[:, None, None] + step * at[:, None])
+    t = off.abs() / step.clamp(min=1)  # in pixels; in steps where it shrinks, which smooths
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
+    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def resized_crop(x, boxes, size: int = 224):
+    "A box of each image, brought to `(N, C, size, size)` by two matrix products."
+    rows, columns = (
+        cubic_weights(*box, pixels, size)[:, None] for box, pixels in zip(boxes, x.shape[-2:])
+    )
+    with torch.autocast(x.device.type, enabled=False):  # pixels keep their precision
+        return rows @ x.float() @ columns.mT
+
+
+def cropped(
+    distance,  # of images
+    size: int = 224,  # pixels a side that a box is brought to
+):  # a distance that draws, from `generator` where one is given
+    "Compare a random box, one for each pair and the same in both; gradients flow to the first."
+
+    def of_crops(a, b, generator=None):
+        check_same_shape(a, b)
+        boxes = crop_boxes(len(a), *a.shape[-2:], generator, a.device)
+        with torch.no_grad():
+            target = resized_crop(b, boxes, size)
+        return distance(resized_crop(a, boxes, size), target)
+
+    return of_crops
+
+# %% ../nbs/13_distances.ipynb #a64b1f90
+def pooled_distance(
+    vectors,  # of a frozen network: images `(N, C, H, W)` → `(N, K)`
+):  # a distance; gradients flow to the first
+    "The summed squared difference of one vector of features for each image."
+
+    def distance(a, b):
+        check_same_shape(a, b)
+        with torch.no_grad():
+            target = vectors(b)
+        return (vectors(a) - target).square().sum(dim=1)
+
+    return distance
+
+
+def lpips_vgg_crop(device):
+    "LPIPS on VGG-16, of a random crop: a lead from later code of the paper's authors."
+    return cropped(lpips_vgg(device))
+
+
+def convnext_v2_base_crop(device):
+    "Pooled features of ConvNeXt-V2 base, of a random crop: a lead from the authors' later code."
+    net = convnext_v2(f"convnextv2_base.{TRAINED}", device, num_classes=0)  # pools, and stops there
+    return cropped(pooled_distance(net.features))
+
 # %% ../nbs/13_distances.ipynb #66321bf9
 DISTANCES = {
     "digits": digits,
@@ -211,7 +297,9 @@ DISTANCES = {
     "stlpips-vgg": partial(shift_tolerant, "vgg"),
     "effnet-lite0": effnet_lite0,
     "lpips-vgg": lpips_vgg,
-    "convnext-v2": convnext_v2,
+    "lpips-vgg-crop": lpips_vgg_crop,
+    "convnext-v2-tiny": convnext_v2_tiny,
+    "convnext-v2-base-crop": convnext_v2_base_crop,
 }
 # these come with a package
 OFFLINE = ("digits", "stlpips-alex", "stlpips-alex-32", "stlpips-vgg", "effnet-lite0")
@@ -219,14 +307,16 @@ OFFLINE = ("digits", "stlpips-alex", "stlpips-alex-32", "stlpips-vgg", "effnet-l
 
 def check_distance(name: str):
     "Raise `BitflowError` for a name that is not registered."
-    if name not in DISTANCES:
+    if RENAMED.get(name, name) not in DISTANCES:
         raise BitflowError(f"unknown distance {name!r}; choose {', '.join(DISTANCES)}")
 
 
 def find_distance(name: str, device: str = "cpu"):
-    "The distance of a name: images in [-1, 1], images → `(N,)`. `BitflowError` if it is not there."
+    """The distance of a name: images in [-1, 1], images → `(N,)`.
+
+    Those of a `-crop` take a `generator`, too. `BitflowError` if the distance is not there."""
     check_distance(name)
-    return DISTANCES[name](device)
+    return DISTANCES[RENAMED.get(name, name)](device)
 
 # %% ../nbs/13_distances.ipynb #bc826324
 def adaptive(
@@ -236,8 +326,8 @@ def adaptive(
 ):  # a distance with the same minimum and another pull
     "D_p = sg(w)·D with w = (D + c)^−p (PAPER: adaptive weighting)."
 
-    def weighted(a, b):
-        d = distance(a, b)
+    def weighted(a, b, generator=None):
+        d = with_generator(distance, generator)(a, b)
         return (d.detach() + c) ** -p * d
 
     return weighted
@@ -251,7 +341,7 @@ def mixture(
     if not parts:
         raise BitflowError("a mixture of no distances compares nothing; give at least one pair")
 
-    def distance(a, b):
-        return sum(weight * part(a, b) for weight, part in parts)
+    def distance(a, b, generator=None):
+        return sum(weight * with_generator(part, generator)(a, b) for weight, part in parts)
 
     return distance

@@ -3,6 +3,7 @@
 # %% ../nbs/11_inverse_strategies.ipynb #6d39cdbc
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -135,12 +136,33 @@ def reading_norms(out: ReverseOutput) -> dict:  # reading_rms_0 … reading_rms_
     "The size of what G reads at every depth, φ_i(h^i): to be compared with `trajectory_norms`."
     return {f"reading_rms_{i}": rms(tokens) for i, tokens in enumerate(out.projected)}
 
+# %% ../nbs/11_inverse_strategies.ipynb #7d1f0c3a
+def with_generator(
+    distance,  # (a, b) → `(N,)`; one that draws has an argument `generator`, too
+    generator: torch.Generator | None,  # None: drawn from the global state
+):  # a distance of two arguments
+    """The distance, where it draws from a copy of the generator.
+
+    So two that crop see the same crops, and whatever is drawn later does not depend on them."""
+    try:
+        draws = "generator" in inspect.signature(distance).parameters
+    except ValueError:  # compiled functions of torch do not say
+        draws = False
+    if not draws:
+        return distance
+    own = generator.clone_state() if generator else None
+
+    def drawn(a, b):
+        return distance(a, b, generator=own)
+
+    return drawn
+
 # %% ../nbs/11_inverse_strategies.ipynb #c811a1f9
 def reverse_loss(
     forward_model: TARFlow,  # F, frozen
     strategy=hidden_alignment,
     distance=mse,  # between token states
-    image_distance=mse,  # at the image end
+    image_distance=mse,  # at the image end; may draw, see `with_generator`
     depth_weights: tuple = (),  # of each depth's term; () for 1 everywhere
     run=None,  # (model, z, c, generator) → `ReverseOutput`; default model(z, c)
 ):  # a loss for `train`
@@ -155,7 +177,8 @@ def reverse_loss(
         z = trajectory.z
         out = run(model, z, c, generator) if run else model(z, c)
         target = x if out.denoised else noisy
-        terms = strategy(trajectory, out, target, distance, image_distance).weighed(depth_weights)
+        images = with_generator(image_distance, generator)
+        terms = strategy(trajectory, out, target, distance, images).weighed(depth_weights)
         logged = {"image": terms.image.detach()}
         logged |= {f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}
         return terms.total, {**logged, **trajectory_norms(trajectory), **reading_norms(out)}

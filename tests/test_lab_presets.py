@@ -10,7 +10,7 @@ from bitflow_edu.io import models
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.lab import presets
 from bitflow_edu.lab.preset_fields import as_tree, to_words
-from bitflow_edu.lab.presets import INFERRED, PAIRS, against_published, find_preset
+from bitflow_edu.lab.presets import INFERRED, PAIRS, ObjectiveConfig, against_published, find_preset
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.scale.costs import on_meta
 from bitflow_edu.tarflow import TARFlow
@@ -93,3 +93,32 @@ def test_other_names_are_kept(name):
 def test_a_distance_needs_two_samples(n):
     with pytest.raises(BitflowError, match=f"num_samples is {n}"):
         replace(BASE, num_samples=n)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (
+            {"features": ("digits", "stlpips-vgg"), "feature_weights": (3.0,)},
+            r"stlpips-vgg.*\[3.0\]",
+        ),
+        ({"features": ("digits",)}, r"digits.*feature_weights \[\]"),
+        ({"feature_weights": (0.4,)}, r"features \[\].*\[0.4\]"),
+        ({"features": ("digits",), "feature_weights": (0.0,)}, r"\[0.0\].*leave a distance out"),
+        ({"features": ("digits",) * 2, "feature_weights": (0.4, -0.1)}, r"\[0.4, -0.1\]"),
+        ({"features": ("digits",), "feature_weights": (float("nan"),)}, "nan"),
+        ({"adaptive_power": -0.5}, "adaptive_power -0.5"),
+        ({"decoder": "vae", "decoded_images": 0}, "decoded_images 0"),
+        ({"features": ("vgg",), "feature_weights": (1.0,)}, "'vgg'.*lpips-vgg-crop"),
+    ],
+)
+def test_a_perceptual_end_that_makes_no_sense_is_refused(fields, words):
+    with pytest.raises(BitflowError, match=words):
+        ObjectiveConfig(**fields)
+
+
+def test_a_perceptual_end_that_makes_sense_is_taken_as_it_is():
+    names, weights = ("lpips-vgg-crop", "convnext-v2-base-crop"), (0.4, 0.1)
+    objective = ObjectiveConfig(features=names, feature_weights=weights, adaptive_power=1.0)
+    assert (objective.features, objective.feature_weights) == (names, weights)
+    assert ObjectiveConfig(decoded_images=0).decoder == "", "no decoder, no images of it"

@@ -8,13 +8,15 @@ import torch
 
 from bitflow_edu.coupling import uniform_noise_loss
 from bitflow_edu.data import load_data
-from bitflow_edu.distances import DISTANCES
-from bitflow_edu.inverse_strategies import mse
+from bitflow_edu.distances import DISTANCES, adaptive, cropped, find_distance
+from bitflow_edu.inverse_strategies import STRATEGIES, mse, reverse_loss
+from bitflow_edu.io.models import build, newest_checkpoint
 from bitflow_edu.lab import recipes
 from bitflow_edu.lab.presets import ObjectiveConfig, find_preset
 from bitflow_edu.lab.recipes import image_distance, stage_one_loss, train_forward, train_reverse
-from bitflow_edu.scale.autoencoder import tiny_vae
-from bitflow_edu.tarflow import forward_loss
+from bitflow_edu.reverse_model import ReverseModel
+from bitflow_edu.scale.autoencoder import decode_latents, load_decoder, tiny_vae
+from bitflow_edu.tarflow import TARFlow, forward_loss
 
 
 def images(side, channels, n=4):
@@ -87,3 +89,106 @@ def test_the_objective_sees_decoded_images(tmp_path):
         image_distance(coloured)(a, b).mean().backward()
     assert set(seen) == {(3, 3, 16, 16)}
     assert a.grad.isfinite().all() and a.grad.abs().sum() > 0
+
+
+def seed(n):
+    return torch.Generator().manual_seed(n)
+
+
+def digits_crop(device):
+    """The digit network, which looks at crops."""
+    return cropped(DISTANCES["digits"](device), 24)
+
+
+def pixels_crop(device):
+    """Squared error of crops."""
+    return cropped(mse, 24)
+
+
+@pytest.fixture
+def cropping(monkeypatch):
+    """Two distances that crop, by the names of the published ones, whose weights are not here."""
+    monkeypatch.setitem(DISTANCES, "lpips-vgg-crop", digits_crop)
+    monkeypatch.setitem(DISTANCES, "convnext-v2-base-crop", pixels_crop)
+    names = ("lpips-vgg-crop", "convnext-v2-base-crop")
+    return ObjectiveConfig(features=names, feature_weights=(0.4, 0.1), adaptive_power=1.0)
+
+
+def test_the_published_weights_arrive_at_the_loss(cropping):
+    a, b, g = images(16, 1), images(16, 1).flip(0), seed(7)
+    found = image_distance(cropping)(a, b, generator=g)
+    expected = adaptive(mse)(a, b)
+    for weight, name in ((0.4, "lpips-vgg-crop"), (0.1, "convnext-v2-base-crop")):
+        d = find_distance(name)(a, b, generator=seed(7))
+        expected = expected + weight * d / (d + 0.01)
+    torch.testing.assert_close(found, expected)
+    assert g.get_state().equal(seed(7).get_state()), "later draws do not notice"
+
+
+def test_without_a_crop_the_generator_changes_nothing():
+    a, b, g = images(16, 1), images(16, 1).flip(0), seed(0)
+    for preset in ("mnist-mini", "imagenet64"):
+        distance = image_distance(find_preset(preset).objective)
+        assert distance(a, b, generator=g).equal(distance(a, b))
+    assert g.get_state().equal(seed(0).get_state())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_generator_of_the_step_draws_the_crops(cropping, strategy):
+    preset = find_preset("mnist-mini-smoke")
+    flow = build(TARFlow, preset.forward, 0, "cpu")
+    shape = replace(preset.reverse, token_states=strategy == "hidden-distillation")
+    model, x, c = build(ReverseModel, shape, 0, "cpu"), images(16, 1), torch.arange(4)
+    loss_fn = reverse_loss(flow, STRATEGIES[strategy], image_distance=image_distance(cropping))
+    first, again, other = (loss_fn(model, x, c, seed(n))[1]["image"] for n in (1, 1, 2))
+    assert first.equal(again) and not first.equal(other)
+
+
+def test_a_stopped_training_with_crops_goes_on_bit_for_bit(cropping, digits, tmp_path, monkeypatch):
+    preset = replace(find_preset("mnist-mini-smoke"), objective=cropping)
+    cfg = replace(preset.train_reverse, steps=5, batch_size=8, num_microbatches=2)
+    preset = replace(preset, train_reverse=replace(cfg, log_every=1, checkpoint_every=2))
+    flow = build(TARFlow, preset.forward, 0, "cpu")
+
+    def weights(name, resume=False):
+        torch.rand(3)  # the global state is another one
+        train_reverse(preset, flow, digits[:32], tmp_path / name, resume=resume)
+        return (newest_checkpoint(tmp_path / name) / "model.safetensors").read_bytes()
+
+    calls = []
+
+    def stops(device):
+        distance = digits_crop(device)
+
+        def stopping(a, b, generator=None):
+            calls.append(generator)
+            if len(calls) == 7:  # in the fourth step of two microbatches
+                raise KeyboardInterrupt
+            return distance(a, b, generator=generator)
+
+        return stopping
+
+    whole = weights("whole")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setitem(DISTANCES, "lpips-vgg-crop", stops)
+        weights("parts")
+    assert newest_checkpoint(tmp_path / "parts").name == "step-00000002"
+    assert weights("parts", resume=True) == whole and None not in calls
+
+
+def test_decoded_images_are_cropped_by_the_generator_of_the_step(cropping, tmp_path):
+    pytest.importorskip("diffusers")
+    folder = str(tiny_vae(tmp_path / "vae"))
+    objective = replace(cropping, decoder=folder, decoded_images=3)
+    a, b = torch.randn(4, 4, 8, 8, requires_grad=True), torch.randn(4, 4, 8, 8)
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(DISTANCES, "lpips-vgg-crop", pixels_crop)  # digits are grey
+        found = image_distance(objective)(a, b, generator=seed(2))
+    vae = load_decoder(folder, "cpu")
+    u, v = (decode_latents(vae, x[:3]) for x in (a, b))
+    d = cropped(mse, 24)(u, v, generator=seed(2))
+    expected = adaptive(mse)(a, b)
+    expected = expected + torch.cat([0.5 * d / (d + 0.01) * 4 / 3, torch.zeros(1)])
+    torch.testing.assert_close(found, expected)
+    found.mean().backward()
+    assert a.grad.isfinite().all() and a.grad[:3].abs().sum() > 0
