@@ -29,7 +29,7 @@ from ..speed import count_flops
 from ..tarflow import TARFlow, TARFlowConfig
 
 # %% auto #0
-__all__ = ['FLOWS', 'METHODS', 'grid_labels', 'noise_for', 'Sampler', 'exact_sampler', 'denoised', 'one_pass_sampler',
+__all__ = ['FLOWS', 'UNGUIDED', 'METHODS', 'grid_labels', 'noise_for', 'Sampler', 'exact_sampler', 'denoised', 'one_pass_sampler',
            'guided_sampler', 'guided_samplers', 'choose_samplers', 'draw', 'to_picture']
 
 # %% ../../nbs/lab/sampling.ipynb #bf09ea77
@@ -60,6 +60,7 @@ def invert_flow(
     return exact_inverse(model, z, c, guidance)
 
 # %% ../../nbs/lab/sampling.ipynb #ea979966
+UNGUIDED = {"guided": "one-pass"}  # a G without w as an input is guided by a method of its own
 METHODS = {
     "exact": "exact inverse",
     "exact+denoise": "exact inverse + score denoising",
@@ -82,6 +83,11 @@ class Sampler:
     def name(self) -> str:
         "The row of a table."
         return f"{self.method}, w = {self.w:g}" if self.w else self.method
+
+    @property
+    def family(self) -> str:
+        "The method without its guidance: scales are compared within a family."
+        return UNGUIDED.get(self.method, self.method)
 
     @property
     def folder(self) -> str:
@@ -189,6 +195,22 @@ def guided_samplers(G: ReverseModel | None, scales: tuple) -> list[Sampler]:
             f"guidance scales {said} are for G, and there is none; name it, or leave them out"
         )
     return [guided_sampler(G, w) for w in scales]
+
+# %% ../../nbs/lab/sampling.ipynb #93485cf6
+def guided_too(samplers: list, scales: tuple, F: nn.Module, G: ReverseModel | None) -> list:
+    "The samplers, and then each of them at every guidance scale: a sweep for each method."
+    if scales and isinstance(F, CouplingFlow):
+        said = ", ".join(f"{w:g}" for w in scales)
+        raise BitflowError(
+            f"guidance scales {said}: a CouplingFlow knows no labels, so that nothing guides it; "
+            "leave them out"
+        )
+    guided_by = {unguided: method for method, unguided in UNGUIDED.items()}
+    found = list(samplers)
+    for sampler in samplers:
+        make = SAMPLERS[guided_by.get(sampler.method, sampler.method)]
+        found += [make(F, G, w) for w in scales]
+    return list({sampler.name: sampler for sampler in found}.values())
 
 # %% ../../nbs/lab/sampling.ipynb #05b15752
 def choose_samplers(names: tuple, F: nn.Module, G: ReverseModel | None) -> list[Sampler]:
