@@ -114,26 +114,23 @@ def find_decoder(args: Evaluate, preset: Preset, device: str):
     return load_decoder(args.vae, device) if args.vae else None
 
 # %% ../../nbs/cli/evaluate.ipynb #dbaf396f
-def statistics_of(images, split: str, preset: Preset, network, work: Path, cfg, processes):
-    "Statistics of a split, latents decoded, kept in the folder of the work."
-    images = Decoded(images, vae) if vae else images
-    path = reference_path(work, preset.data.name, split, preset.data.image_size, network)
-    return make_reference(images, network, path, cfg, processes)
-
-
 def find_judge(args: Evaluate, preset: Preset, train, test, vae, device, processes) -> Judge:
     "What samples are compared with: statistics from a file, or of test images; and of train's."
     network = find_features(args.features or "inception", device, args.weights)
     n = number_of_samples(args, preset)
     cfg = StreamConfig(n, args.batch_size, args.seed, splits=min(n, 10))
     work = args.work or Path(f"runs/evaluate-{preset.name}")
+
+    def statistics_of(images, split):
+        path = reference_path(work, preset.data.name, split, preset.data.image_size, network)
+        images = Decoded(images, vae) if vae else images
+        return make_reference(images, network, path, cfg, processes)
+
     if args.reference:
         reference = import_reference(args.reference, network, work, cfg, processes)
     else:
-        reference = statistics_of(test, "test", preset, network, vae, work, cfg, processes)
-    of_train = None
-    if train is not None:
-        of_train = statistics_of(train, "train", preset, network, vae, work, cfg, processes)
+        reference = statistics_of(test, "test")
+    of_train = None if train is None else statistics_of(train, "train")
     about = {
         "forward": str(newest_checkpoint(run_folder(args.forward, preset, "forward"))),
         "reverse": args.reverse and str(newest_checkpoint(args.reverse)),
