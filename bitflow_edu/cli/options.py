@@ -274,7 +274,8 @@ class Reproduce:
 
     # Experiments, e.g. mnist-full cifar10-main; none: only write the page anew.
     names: Positional[tuple[str, ...]] = ()
-    # Size: gpu (as it should be done), cpu (an hour or two a model) or smoke (seconds).
+    # Size: gpu (as it should be done), gpu-short (ten minutes of one GPU in all), cpu (an hour or
+    # two a model) or smoke (a minute or two).
     budget: str = "cpu"
     # Folder of the trainings; those that are there go on.
     out: Path = Path("runs/reproduce")
