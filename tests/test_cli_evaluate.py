@@ -140,6 +140,7 @@ def test_a_scale_is_chosen_beside_a_file_of_statistics(runs, tmp_path, capsys):
     run(f"{words}/c.json --work {tmp_path}/c --reference {reference}")
     assert not any("train[" in m["metric"] for m in measurements(tmp_path / "c.json"))
     assert not list((tmp_path / "c").glob("*-train-*.npz"))
+    (tmp_path / "nothing").mkdir()
     nothing = f"--data-root {tmp_path}/nothing --reference {reference} --work {tmp_path}/d"
     other = words.replace(SMOKE, f"{SMOKE} --data.name mnist")
     refused(f"{other}/d.json {nothing} --w 0.5", capsys, "--w", "training images", "leave --w out")
