@@ -107,7 +107,12 @@ def test_an_experiment_from_end_to_end(tmp_path, capsys, small_data):
 
 
 @pytest.mark.parametrize(
-    "name, budget", [("cifar10-main", "smoke"), ("cifar10-main", "cpu"), ("mnist-full", "cpu")]
+    "name, budget",
+    [
+        ("cifar10-main", "smoke"),
+        pytest.param("cifar10-main", "cpu", marks=pytest.mark.slow),
+        pytest.param("mnist-full", "cpu", marks=pytest.mark.slow),
+    ],
 )
 def test_every_size_runs_on_its_own_preset_in_miniature(name, budget, tmp_path, small_data):
     """The same options, so that one which does not fit its preset is found here."""

@@ -22,8 +22,8 @@ from .presets import find_preset, nearest_name
 from .recipes import train_forward, train_reverse
 
 # %% auto #0
-__all__ = ['HOURS', 'GUIDED_PHOTOS', 'EXPERIMENTS', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES', 'commands_of', 'run_experiment',
-           'write_results_index', 'brief_figures', 'record_guard', 'compare_guard']
+__all__ = ['EXPERIMENTS', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES', 'commands_of', 'run_experiment', 'write_results_index',
+           'brief_figures', 'record_guard', 'compare_guard']
 
 # %% ../../nbs/lab/reproduce.ipynb #0ad64235
 BUDGETS = ("gpu", "gpu-short", "cpu", "smoke")
@@ -62,12 +62,16 @@ HOUR = (
     "--steps {} --batch-size 64 --lr 2e-3 --train-{}.compile True "
     "--train-{}.sample-every {} --train-{}.checkpoint-every {}"
 )
-GUIDED, PHOTOS = "--w 0.25 0.5 1", "--features effnet-lite0 --resume"
+GUIDED = "--w 0.25 0.5 1"
+GUIDED_PHOTOS = f"{GUIDED} --features effnet-lite0 --resume"
 
 
 def hour_of(stage: str, steps: int, sample_every: int, checkpoint_every: int) -> str:
     "Options of a training that takes about an hour of one core."
     return HOUR.format(steps, stage, stage, sample_every, stage, checkpoint_every)
+
+
+HOURS = hour_of("forward", 9600, 2400, 600), hour_of("reverse", 2400, 600, 300)
 
 
 def speed_commands(geometries: tuple, more: str = "") -> tuple[str, ...]:
@@ -152,7 +156,6 @@ EXPERIMENTS["speed-imagenet256"] = Experiment(
 )
 
 # %% ../../nbs/lab/reproduce.ipynb #ab273492
-HOURS = hour_of("forward", 9600, 2400, 600), hour_of("reverse", 2400, 600, 300)
 EXPERIMENTS["mnist-full"] = pair_experiment(
     "F and G with all parts on 60,000 digits: does one pass come near the exact inverse?",
     "mnist-full",
@@ -165,7 +168,6 @@ EXPERIMENTS["mnist-full"] = pair_experiment(
 )
 
 # %% ../../nbs/lab/reproduce.ipynb #46563a82
-GUIDED_PHOTOS = f"{GUIDED} {PHOTOS}"
 EXPERIMENTS["cifar10-main"] = pair_experiment(
     "The same in colour: 50,000 photographs of 32×32 pixels.",
     "cifar10-main",

@@ -29,7 +29,7 @@ from ..speed import count_flops
 from ..tarflow import TARFlow, TARFlowConfig
 
 # %% auto #0
-__all__ = ['FLOWS', 'UNGUIDED', 'METHODS', 'grid_labels', 'noise_for', 'Sampler', 'exact_sampler', 'denoised', 'one_pass_sampler',
+__all__ = ['FLOWS', 'METHODS', 'grid_labels', 'noise_for', 'Sampler', 'exact_sampler', 'denoised', 'one_pass_sampler',
            'guided_sampler', 'guided_samplers', 'choose_samplers', 'draw', 'to_picture']
 
 # %% ../../nbs/lab/sampling.ipynb #bf09ea77
@@ -51,6 +51,9 @@ def noise_for(cfg, n: int, seed: int = 0, device: str = "cpu", temperature: floa
     return temperature * sample_noise(cfg, n, seed, device)
 
 # %% ../../nbs/lab/sampling.ipynb #109690ab
+UNGUIDED = {"guided": "one-pass"}  # a G without w as an input is guided by a method of its own
+
+
 def invert_flow(
     model: TARFlow | CouplingFlow, z: Tensor, c: Tensor, guidance: Guidance = None
 ) -> Tensor:
@@ -60,7 +63,6 @@ def invert_flow(
     return exact_inverse(model, z, c, guidance)
 
 # %% ../../nbs/lab/sampling.ipynb #ea979966
-UNGUIDED = {"guided": "one-pass"}  # a G without w as an input is guided by a method of its own
 METHODS = {
     "exact": "exact inverse",
     "exact+denoise": "exact inverse + score denoising",
