@@ -58,20 +58,21 @@ def table_commands(preset: str, *tables: str, more: str = "") -> tuple[str, ...]
     return tuple(f"ablate {table} {options}" for table in tables)
 
 # %% ../../nbs/lab/reproduce.ipynb #df4261cd
-HOUR = (
-    "--steps {} --batch-size 64 --lr 2e-3 --train-{}.compile True "
-    "--train-{}.sample-every {} --train-{}.checkpoint-every {}"
-)
 GUIDED = "--w 0.25 0.5 1"
 GUIDED_PHOTOS = f"{GUIDED} --features effnet-lite0 --resume"
 
 
-def hour_of(stage: str, steps: int, sample_every: int, checkpoint_every: int) -> str:
-    "Options of a training that takes about an hour of one core."
-    return HOUR.format(steps, stage, stage, sample_every, stage, checkpoint_every)
+def training(stage: str, budget: str, size: int, lr: str, sample: int, checkpoint: int) -> str:
+    "Options of a compiled training; samples and checkpoints every so many steps."
+    own = f"--train-{stage}"
+    every = f"{own}.sample-every {sample} {own}.checkpoint-every {checkpoint}"
+    return f"{budget} --batch-size {size} --lr {lr} {own}.compile True {every}"
 
 
-HOURS = hour_of("forward", 9600, 2400, 600), hour_of("reverse", 2400, 600, 300)
+HOURS = (  # about an hour of one core each
+    training("forward", "--steps 9600", 64, "2e-3", 2400, 600),
+    training("reverse", "--steps 2400", 64, "2e-3", 600, 300),
+)
 
 
 def speed_commands(geometries: tuple, more: str = "") -> tuple[str, ...]:
@@ -80,25 +81,17 @@ def speed_commands(geometries: tuple, more: str = "") -> tuple[str, ...]:
     return tuple(command.format(geometry, more) for geometry in geometries)
 
 # %% ../../nbs/lab/reproduce.ipynb #bcf2bf63
-SHORT = (
-    "--minutes {} --batch-size 256 --lr 1e-3 --train-{}.compile True "
-    "--train-{}.sample-every 1000000 --train-{}.checkpoint-every 4000"
-)
-NARROW = (
-    "--forward.transformer.width 256 --reverse.transformer.width 256 "
-    "--reverse.transformer.num-layers 3"
-)
+NARROW = "--forward.transformer.width 256 --reverse.transformer.width 256 "
+NARROW += "--reverse.transformer.num-layers 3"
 
 
 def short_commands(preset: str, name: str, features: str, shape: str = "") -> tuple[str, ...]:
     "F in at most 3 minutes of a GPU, G in 3.5, and the evaluation of both in 1.5."
-    F, G = (
-        f"{shape} {SHORT.format(minutes, stage, stage, stage)}".strip()
-        for stage, minutes in (("forward", 2.5), ("reverse", 3))
-    )
-    work = f"--work RUNS/{name}/evaluate --resume --no-timing"  # bench measures times
-    few = f"{GUIDED} --features {features} --n 5000 --batch-size 1000 {work}"
-    return pair_commands(preset, name, F, G, few)
+    F = training("forward", "--minutes 2.5", 256, "1e-3", 1_000_000, 4000)
+    G = training("reverse", "--minutes 3", 256, "1e-3", 1_000_000, 4000)
+    few = f"{GUIDED} --features {features} --n 5000 --batch-size 1000"
+    few += f" --work RUNS/{name}/evaluate --resume --no-timing"  # bench measures times
+    return pair_commands(preset, name, f"{shape} {F}", f"{shape} {G}", few)
 
 # %% ../../nbs/lab/reproduce.ipynb #58829a51
 SIZES = ("--steps", "--minutes", "--n", "--images", "--seeds")  # of a command
