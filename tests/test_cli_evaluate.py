@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,14 @@ from bitflow_edu.cli import evaluate as cli
 from bitflow_edu.cli.main import main
 from bitflow_edu.cli.options import parse
 from bitflow_edu.io.checkpoints import run_lock
-from bitflow_edu.io.files import asset
-from bitflow_edu.io.models import newest_checkpoint
+from bitflow_edu.io.files import BitflowError, asset
+from bitflow_edu.io.models import build, newest_checkpoint
 from bitflow_edu.lab.presets import find_preset
+from bitflow_edu.lab.sampling import Sampler
+from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.scale.feature_networks import FeatureNetwork
+
+CHOSEN = {"exact, chosen w", "guided, chosen w"}
 
 
 def test_evaluate(runs, tmp_path, capsys):
@@ -44,7 +49,8 @@ def test_the_chosen_methods_are_measured_in_memory(runs, tmp_path, capsys):
     found = measurements(tmp_path / "e.json")
     judged = {m["row"] for m in found if m["metric"] == "fd[mnist-cnn]"}
     timed = {m["row"] for m in found if m["metric"] == "ms_per_image"}
-    assert judged == {"exact", "one-pass", "guided, w = 0.5", "real"}
+    unguided = {"exact", "one-pass", "real"}
+    assert judged == unguided | {"exact, w = 0.5", "guided, w = 0.5"} | CHOSEN
     assert timed == {"exact", "one-pass"} and (tmp_path / "e.png").exists()
 
 
@@ -54,7 +60,6 @@ def test_methods_that_are_not_there(runs, tmp_path, capsys):
         words = f"evaluate {SMOKE} --forward {runs}/f --n 50 --out {tmp_path}/e.json {more}"
         refused(f"{words} --rows bogus", capsys, "--rows bogus", "exact+denoise")
         refused(f"{words} --rows one-pass", capsys, "--rows one-pass", "--reverse")
-        refused(f"{words} --w 1", capsys, "--w", "--reverse")
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
@@ -68,8 +73,12 @@ def test_a_streamed_evaluation_has_a_floor_and_says_how_models_were_trained(
     run(f"{words} --out results/e.json")
     result = json.loads((tmp_path / "results/e.json").read_text())
     found = {(m["row"], m["metric"]): m["value"] for m in result["measurements"]}
-    rows = {"exact", "exact+denoise", "one-pass", "guided, w = 0.5", "real"}
-    assert {row for row, _ in found} == rows
+    rows = {"exact", "exact+denoise", "one-pass", "real"}
+    guided = {f"{method}, w = 0.5" for method in ("exact", "exact+denoise", "guided")}
+    assert {row for row, _ in found} == rows | guided | CHOSEN | {"exact+denoise, chosen w"}
+    for row in rows | guided:
+        assert found[row, "fd[mnist-cnn]"] > 0 and found[row, "fd_train[mnist-cnn]"] > 0
+    assert {row for row, metric in found if metric == "inverse_mse"} == rows - {"real"}
     assert 0 < found["real", "fd[mnist-cnn]"] < found["one-pass", "fd[mnist-cnn]"]
     assert found["exact", "bits_per_dim"] > 0 and found["one-pass", "reconstruction_mse"] > 0
     config = result["config"]
@@ -78,7 +87,63 @@ def test_a_streamed_evaluation_has_a_floor_and_says_how_models_were_trained(
     (tmp_path / "again").mkdir()
     run(f"{words} --rows one-pass --work again --out results/one.json")
     again = {m["row"] for m in measurements(tmp_path / "results/one.json")}
-    assert again == {"one-pass", "guided, w = 0.5", "exact"}  # exact: F's training
+    guided = {"guided, w = 0.5", "guided, chosen w"}
+    assert again == {"one-pass", *guided, "exact"}  # exact: F's training
+
+
+@pytest.mark.parametrize("more", ["", "--features mnist-cnn --work WORK"])
+def test_f_alone_is_guided_too(runs, tmp_path, more):
+    more = more.replace("WORK", str(tmp_path / "w"))
+    words = f"evaluate {SMOKE} --forward {runs}/f --n 20 --no-timing --w 0.5 --rows exact {more}"
+    run(f"{words} --out {tmp_path}/e.json")
+    found = {(m["row"], m["metric"]): m for m in measurements(tmp_path / "e.json")}
+    by_w = [found[row, "fd_train[mnist-cnn]"]["value"] for row in ("exact", "exact, w = 0.5")]
+    choice = found["exact, chosen w", "chosen_w"]
+    assert list(choice["values"].values()) == by_w and choice["value"] == 0.5 * by_w.index(
+        min(by_w)
+    )
+
+
+def test_a_picture_shows_the_unguided_and_the_chosen(tmp_path):
+    samplers = [Sampler("exact", None, None, 1, 1, w) for w in (0.0, 0.5, 1.0)]
+    assert cli.not_chosen(samplers, []) == set()
+    choice = {"metric": "chosen_w", "same_as": "exact, w = 0.5"}
+    assert cli.not_chosen(samplers, [choice]) == {"exact, w = 1"}
+
+
+def test_scales_that_nothing_can_be_guided_by(runs, glow, tmp_path, capsys):
+    words = f"--n 20 --out {tmp_path}/e.json"
+    refused(f"evaluate {GLOW} --forward {glow} {words} --w 0.5", capsys, "--w 0.5", "labels")
+    G = build(ReverseModel, replace(find_preset("mnist-mini-smoke").reverse, max_guidance=3.0), 0)
+    with pytest.raises(BitflowError, match="--w 4 is more than the 3"):
+        cli.check_scale(4.0, find_preset("mnist-mini-smoke"), G)
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_a_scale_is_chosen_beside_a_file_of_statistics(runs, tmp_path, capsys):
+    """The file is what is reported against; without training images --w says what it needs."""
+    words = f"evaluate {SMOKE} --forward {runs}/f --reverse {runs}/g --features mnist-cnn --n 20"
+    words += f" --no-timing --rows one-pass --out {tmp_path}"
+    run(f"{words}/a.json --work {tmp_path}/a --w 0.5")
+    (statistics,) = (tmp_path / "a").glob("*-test-*.npz")
+    reference = shutil.copy(statistics, tmp_path / "given.npz")
+    run(f"{words}/b.json --work {tmp_path}/b --w 0.5 --reference {reference}")
+    a, b = (
+        {(m["row"], m["metric"]): m for m in measurements(tmp_path / f"{name}.json")}
+        for name in "ab"
+    )
+    key = "guided, chosen w", "fd[mnist-cnn]"
+    assert a.keys() == b.keys() and a[key]["value"] == b[key]["value"]
+    assert b[key]["reference"] == "given.npz"
+    choice = "guided, chosen w", "chosen_w"
+    assert a[choice] == b[choice] and "train" in b[choice]["reference"]
+    run(f"{words}/c.json --work {tmp_path}/c --reference {reference}")
+    assert not any("train[" in m["metric"] for m in measurements(tmp_path / "c.json"))
+    assert not list((tmp_path / "c").glob("*-train-*.npz"))
+    (tmp_path / "nothing").mkdir()
+    nothing = f"--data-root {tmp_path}/nothing --reference {reference} --work {tmp_path}/d"
+    other = words.replace(SMOKE, f"{SMOKE} --data.name mnist")
+    refused(f"{other}/d.json {nothing} --w 0.5", capsys, "--w", "training images", "leave --w out")
 
 
 def with_weights(run_folder, folder, change):
@@ -172,7 +237,8 @@ def test_few_samples_and_methods_named_twice(runs, tmp_path):
         out = tmp_path / f"e{len(more)}.json"
         run(f"{words} {more} --out {out}")
         rows = [m["row"] for m in measurements(out) if m["metric"] == "fd[mnist-cnn]"]
-        assert [row for row in rows if row != "real"] == ["one-pass", "guided, w = 1"]
+        guided = ["guided, w = 1", "guided, chosen w"]
+        assert [row for row in rows if row != "real"] == ["one-pass", *guided]
 
 
 def test_data_decides_what_judges():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitflow_edu.data import Images
+from bitflow_edu.data import Images, add_noise
 from bitflow_edu.evaluation import (
     accuracy,
     as_stored,
@@ -27,6 +27,7 @@ from bitflow_edu.lab.evaluate import (
     Judge,
     are_digits,
     check_drawn,
+    choose_scale,
     evaluate,
     evaluate_flow,
     indexed_noise,
@@ -40,9 +41,11 @@ from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.recipes import stage_one_loss
 from bitflow_edu.lab.sampling import (
     SAMPLERS,
+    draw,
     draw_all,
     exact_sampler,
     guided_samplers,
+    guided_too,
     noise_for,
     one_pass_sampler,
     pair_samplers,
@@ -107,7 +110,7 @@ def test_the_floor_is_a_random_choice_of_training_images(digits, small_evaluatio
 
 def test_every_distance_says_how_many_and_what_it_is_compared_with(small_evaluation):
     distances = [m for m in small_evaluation.measurements if m["metric"] == "fd[mnist-cnn]"]
-    assert len(distances) == 5
+    assert len(distances) == 6  # with that of the chosen scale
     for m in distances:
         assert (m["n"], m["seed"], m["reference"]) == (130, 3, "200 test images")
 
@@ -131,7 +134,8 @@ def test_a_demo_measures_what_the_stored_one_measured(pair, digits, monkeypatch)
     assert [n for n in names if n in expected] == expected
     more = {metric for _, metric, _ in names} - {metric for _, metric, _ in expected}
     kinds = {"kid[mnist-cnn]", "precision[mnist-cnn]", "recall[mnist-cnn]"}
-    assert more == {*kinds, "inception_score[mnist-cnn]", "nfe"}
+    others = {"inception_score[mnist-cnn]", "nfe", "fd_train[mnist-cnn]", "inverse_mse"}
+    assert more == {*kinds, *others}
     cost = {
         n: m["value"] for n, m in zip(names, found) if m["metric"] in ("params", "serial_steps")
     }
@@ -171,6 +175,7 @@ def test_other_images_than_digits_have_no_judge(digits):
         "bits_per_dim",
         "round_trip_max_error",
         "reconstruction_mse",
+        "inverse_mse",
     }
     assert list(done.samples) == ["exact", "exact+denoise", "one-pass"]
     assert done.samples["exact"].shape == (10, 3, 16, 16)
@@ -203,6 +208,91 @@ def test_too_few_samples_and_a_pair_that_does_not_fit_are_refused(pair, digits):
     other = small_reverse(small_flow())
     with pytest.raises(BitflowError):
         evaluate(pair[0], other, digits, digits, n=2, timing=False)
+
+
+# Guidance on both sides
+
+
+@pytest.fixture(scope="module")
+def sweep(pair):
+    return guided_too(pair_samplers(*pair), (0.25, 1.0), *pair)
+
+
+def test_every_method_has_every_scale(pair, sweep):
+    names = [sampler.name for sampler in sweep]
+    assert names[:3] == ["exact", "exact+denoise", "one-pass"] and len(names) == 9
+    assert {"exact, w = 1", "exact+denoise, w = 0.25", "guided, w = 1"} < set(names)
+    assert [s.w for s in sweep if s.family == "one-pass"] == [0.0, 0.25, 1.0]
+    flow = small_flow()
+    guided = guided_too(
+        [one_pass_sampler(G := small_reverse(flow, max_guidance=2.0))], (1.0,), flow, G
+    )
+    assert [(s.name, s.nfe) for s in guided] == [("one-pass", 1), ("one-pass, w = 1", 1)]
+    coupling = build(CouplingFlow, CouplingConfig(kind="nice", image_size=16, width=8), 0)
+    with pytest.raises(BitflowError, match="scales 0.5.*labels"):
+        guided_too([exact_sampler(coupling)], (0.5,), coupling, None)
+
+
+def test_the_nearest_scale_is_chosen_and_of_equals_the_smallest():
+    assert choose_scale({0.0: 3.0, 0.5: 2.0, 1.0: 2.5}) == 0.5
+    assert choose_scale({1.0: 2.0, 0.25: 2.0, 0.0: 9.0}) == 0.25
+
+
+def test_the_choice_stands_in_the_file_with_all_it_was_made_from(pair, digits, sweep):
+    done = evaluate(*pair, digits[200:600], digits[:200], 60, 3, timing=False, samplers=sweep)
+    found = {(m["row"], m["metric"]): m for m in done.measurements}
+    for method in ("exact", "exact+denoise", "guided"):
+        row = f"{method}, chosen w"
+        choice = found[row, "chosen_w"]
+        assert (choice["n"], choice["seed"]) == (60, 3)
+        assert choice["chosen_by"] == "fd_train[mnist-cnn]"
+        assert choice["reference"] == "400 training images"
+        assert list(choice["values"]) == ["0", "0.25", "1"]
+        assert choice["values"][f"{choice['value']:g}"] == min(choice["values"].values())
+        for metric in ("fd[mnist-cnn]", "fd_train[mnist-cnn]", "label_accuracy", "kid[mnist-cnn]"):
+            same = found[choice["same_as"], metric]
+            assert found[row, metric] == {**same, "row": row, "same_as": choice["same_as"]}
+        assert found[row, "fd_train[mnist-cnn]"]["value"] == min(choice["values"].values())
+    assert found["real", "fd[mnist-cnn]"]["value"] > 0
+
+
+def test_nothing_is_chosen_on_test_images(pair, digits, sweep):
+    """Test images that are noise change what is reported, and no choice."""
+    noise = torch.randint(0, 256, digits[:200].pixels.shape, dtype=torch.uint8)
+    chosen, reported = [], []
+    for test in (digits[:200], replace(digits[:200], pixels=noise)):
+        one_pass_family = [s for s in sweep if s.family == "one-pass"]
+        done = evaluate(
+            *pair, digits[200:600], test, 60, timing=False, samplers=one_pass_family
+        ).measurements
+        chosen.append([m for m in done if m["metric"] in ("chosen_w", "fd_train[mnist-cnn]")])
+        reported.append(numbers(done)["guided, chosen w", "fd[mnist-cnn]"])
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 6
+    assert reported[1] > 2 * reported[0]
+
+
+def test_the_distance_to_training_images_is_that_of_lesson_06(pair, digits, small_evaluation):
+    found, train = numbers(small_evaluation.measurements), digits[200:600]
+    x = draw_all([one_pass_sampler(pair[1])], 130, seed=3)["one-pass"]
+    assert found["one-pass", "fd_train[mnist-cnn]"] == frechet_distance(seen(x), seen(train.x))
+    assert ("real", "fd_train[mnist-cnn]") in found
+
+
+def test_the_inverse_error_is_against_clean_images(pair, digits):
+    """The exact inverse gives back the noise, σ² of it; the others come nearer."""
+    F, G = pair
+    done = evaluate(F, G, digits[200:300], digits[:40], n=20, timing=False)
+    found = {m["row"]: m for m in done.measurements if m["metric"] == "inverse_mse"}
+    assert list(found) == ["exact", "exact+denoise", "one-pass"]
+    assert found["exact"]["value"] == pytest.approx(F.cfg.noise_std**2, rel=0.05)
+    part = digits[:40]
+    noisy = add_noise(part.x, F.cfg.noise_std, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = F(noisy, part.labels).z
+    back = draw(one_pass_sampler(G), z, part.labels)
+    assert found["one-pass"]["value"] == pytest.approx((back - part.x).square().mean().item())
+    assert found["exact+denoise"]["value"] < found["exact"]["value"]
+    assert found["one-pass"]["n"] == 40
 
 
 # A flow alone
@@ -393,6 +483,12 @@ def test_samplers_are_judged_in_a_folder_and_the_work_goes_on(pair, digits, tmp_
     settings = json.loads((tmp_path / "guided-w0.5" / "settings.json").read_text())
     assert settings["w"] == 0.5 and settings["forward"] == "F" and settings["row"] in rows
     assert list(done.samples) == list(rows) and len(done.samples["real"]) == 10
+    of_train = reference_in_memory(digits[200:600], network, cfg, "400 training images")
+    both = replace(judge, resume=True, train=of_train)  # the folder is of an earlier version
+    both = numbers(judge_samplers(both, samplers, digits[200:240], labelled=True).measurements)
+    assert both.items() > numbers(done.measurements).items()
+    choice = both["guided, chosen w", "chosen_w"]
+    assert choice in (0.0, 0.5) and ("real", "fd_train[mnist-cnn]") in both
     source = sampler_source(samplers[0], 3, labelled=True)
     stats = collect(source, network, cfg)
     found = numbers(done.measurements)

@@ -2,26 +2,61 @@
 
 The page shows what the files hold."""
 
+import io
 import json
 import shlex
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from commands import run
+from PIL import Image
 
 from bitflow_edu.cli import common, options
 from bitflow_edu.cli.main import main
 from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.models import num_parameters
 from bitflow_edu.io.results import measurement, save_results
 from bitflow_edu.lab.reproduce import (
     BUDGETS,
     EXPERIMENTS,
     commands_of,
     compare_guard,
+    in_miniature,
     result_exists,
     run_experiment,
     tag_result,
     write_results_index,
 )
+from bitflow_edu.lab.sampling import METHODS
+from bitflow_edu.reverse_model import ReverseModel
+from bitflow_edu.tarflow import TARFlow
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory):
+    """A few images in the layouts of MNIST and of CIFAR-10's JPEG copy."""
+    root, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    raw, arrays = root / "MNIST" / "raw", {"classes": list("abcdefghij")}
+    raw.mkdir(parents=True)
+    for split, prefix, n in (("train", "train", 40), ("test", "t10k", 30)):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        pixels = random.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        head = struct.pack(">iiii", 2051, n, 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        head = struct.pack(">ii", 2049, n)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+        files = []
+        for image in random.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8):
+            Image.fromarray(image).save(buffer := io.BytesIO(), "JPEG")
+            files.append(buffer.getvalue())
+        arrays[f"{split}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
+        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, files)])
+        arrays[f"{split}_labels"] = labels.astype(np.int64)
+    np.savez(root / "cifar10_jpeg.npz", **arrays)
+    return root
 
 
 def save_score(folder, preset):
@@ -30,15 +65,17 @@ def save_score(folder, preset):
     save_results(folder, "mnist-full", preset, command, {}, found, 1.0)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", EXPERIMENTS)
+SIZES = [(name, size) for name, e in EXPERIMENTS.items() for size in e.commands]
+
+
+@pytest.mark.parametrize("name, budget", SIZES)
 def test_every_command_can_be_typed(name, budget, tmp_path):
     """Presets, options and fields exist; each stage reads what the one before writes."""
     experiment = EXPERIMENTS[name]
     typed = commands_of(name, budget, tmp_path / "runs", tmp_path)
     commands = [options.parse(words) for words in typed]
     assert len(commands) == len(experiment.commands[budget])
-    assert set(experiment.minutes) == set(BUDGETS)
+    assert set(experiment.minutes) == set(experiment.commands) <= set(BUDGETS)
     for command in commands:
         if isinstance(command, (options.TrainForward, options.TrainReverse)):
             common.preset_of(command)
@@ -46,17 +83,17 @@ def test_every_command_can_be_typed(name, budget, tmp_path):
             assert command.forward == commands[0].out
 
 
-def test_an_experiment_from_end_to_end(tmp_path, capsys):
+def test_an_experiment_from_end_to_end(tmp_path, capsys, small_data):
     """Trains, measures and marks its size; the second time nothing is done again."""
     results = tmp_path / "results"
-    folders = f"--out {tmp_path}/runs --results {results}"
+    folders = f"--out {tmp_path}/runs --results {results} --data-root {small_data}"
     words = shlex.split(f"reproduce mnist-full --budget smoke {folders} --device cpu")
     assert main(words) == 0
     result = json.loads((results / "mnist-full.json").read_text())
     assert (result["budget"], result["experiment"]) == ("smoke", "mnist-full")
-    assert result["preset"] == "mnist-mini-smoke"
+    assert result["preset"] == "mnist-smoke"
     metrics = {m["metric"] for m in result["measurements"]}
-    assert metrics >= {"train_steps", "fd[mnist-cnn]", "ms_per_image"}
+    assert metrics >= {"train_steps", "fd[mnist-cnn]", "fd_train[mnist-cnn]", "chosen_w"}
     assert (results / "mnist-full.png").exists()
     capsys.readouterr()
     assert main(words) == 0 and "mnist-full.json stands" in capsys.readouterr().out
@@ -66,6 +103,55 @@ def test_an_experiment_from_end_to_end(tmp_path, capsys):
     (line,) = json.loads((results / "index.json").read_text())
     assert (line["name"], line["budget"]) == ("mnist-full", "smoke")
     assert line["picture"] == "mnist-full.png"
+
+
+@pytest.mark.parametrize(
+    "name, budget",
+    [
+        ("cifar10-main", "smoke"),
+        pytest.param("cifar10-main", "cpu", marks=pytest.mark.slow),
+        pytest.param("mnist-full", "cpu", marks=pytest.mark.slow),
+    ],
+)
+def test_every_size_runs_on_its_own_preset_in_miniature(name, budget, tmp_path, small_data):
+    """The same options, so that one which does not fit its preset is found here."""
+    if name == "cifar10-main":
+        pytest.importorskip("stlpips_pytorch")
+        pytest.importorskip("efficientnet_lite_pytorch")
+    words = commands_of(name, budget, tmp_path / "runs", tmp_path / "results")
+    lines = [" ".join(w) for w in words]
+    lines = lines if budget == "smoke" else in_miniature(lines)
+    for line in lines:
+        more = f" --work {tmp_path}/work" if "--features" in line and "--work" not in line else ""
+        run(f"{line}{more} --data-root {small_data} --device cpu")
+    (path,) = (tmp_path / "results").glob("*.json")
+    result = json.loads(path.read_text())
+    preset = words[0][words[0].index("--preset") + 1]
+    assert result["preset"] == f"{preset.removesuffix('-smoke')}-smoke"
+    chosen = {m["row"] for m in result["measurements"] if m["metric"] == "chosen_w"}
+    assert chosen == {f"{method}, chosen w" for method in METHODS}, "this G takes w"
+
+
+def test_a_miniature_keeps_the_options():
+    command = "train reverse --preset mnist --minutes 3 --batch-size 256 --lr 1e-3"
+    command += " --train-reverse.compile True"
+    small = "train reverse --preset mnist-smoke --lr 1e-3 --train-reverse.compile False"
+    assert in_miniature((command,)) == (f"{small} --steps 2 --batch-size 4",)
+    (small,) = in_miniature(("evaluate --preset mnist --w 0.5 1 --n 500 --batch-size 99",))
+    assert small == "evaluate --preset mnist-smoke --w 0.5 1 --batch-size 99 --n 20"
+
+
+def test_what_is_made_on_a_lent_gpu_travels_back():
+    """Minutes, so that the schedule ends in time; fewer than 15M parameters each."""
+    for name in ("mnist-full", "cifar10-main"):
+        typed = commands_of(name, "gpu-short", Path("runs"), Path("results"))
+        forward, reverse, _ = map(options.parse, typed)
+        assert forward.minutes <= 3 and reverse.minutes <= 3.5
+        preset = common.preset_of(reverse)
+        assert preset.forward == common.preset_of(forward).forward
+        for kind, cfg in ((TARFlow, preset.forward), (ReverseModel, preset.reverse)):
+            with torch.device("meta"):
+                assert num_parameters(kind(cfg)) < 15e6
 
 
 def test_a_command_that_fails_stops_the_experiment(tmp_path):
@@ -101,7 +187,8 @@ def test_a_result_of_another_size_is_not_taken_for_ours(tmp_path):
     "words, said",
     [
         ("mnist-ful", "did you mean mnist-full?"),
-        ("mnist-full --budget tpu", "choose gpu, cpu, smoke"),
+        ("mnist-full --budget tpu", "choose gpu, gpu-short, cpu, smoke"),
+        ("cifar10-scaling --budget gpu-short", "choose gpu, cpu, smoke"),
         ("--check", "measure it first"),
         ("--check --budget gpu", "--budget gpu is not read"),
         ("mnist-full --record", "mnist-full"),
@@ -126,8 +213,7 @@ def test_the_page_shows_every_seed_and_no_mean(tmp_path):
     assert len(json.loads((tmp_path / "index.json").read_text())) == 1
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name, budget", SIZES)
 def test_every_command_is_listed(name, budget, tmp_path):
     write_results_index(tmp_path)
     listed = (tmp_path / "EXPERIMENTS.md").read_text()

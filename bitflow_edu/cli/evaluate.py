@@ -39,7 +39,7 @@ from bitflow_edu.lab.evaluate import (
 )
 from ..lab.presets import Preset, check_pair_preset
 from ..lab.report import draw_rows, sample_rows
-from ..lab.sampling import FLOWS, METHODS, choose_samplers, guided_samplers
+from ..lab.sampling import FLOWS, METHODS, choose_samplers, guided_too
 from ..reverse_model import ReverseModel
 from ..scale.autoencoder import Decoded, decode_all, load_decoder
 from ..scale.distributed import find_processes
@@ -66,20 +66,32 @@ def load_pair(args: Evaluate, preset: Preset, device: str):
     return forward, reverse
 
 # %% ../../nbs/cli/evaluate.ipynb #9773def7
-def samplers_asked(args: Evaluate, F, G) -> list:
-    "The methods of --rows, all where none is named, and G at every scale of --w; each once."
-    if args.w and G is None:
-        raise BitflowError("--w is for G; name one with --reverse, or leave it out")
+def check_scale(w: float, preset: Preset, G):
+    "Refuse a guidance scale that nothing can be guided by, or that G was not trained for."
+    if not 0 < w < math.inf:
+        raise BitflowError(f"--w {w:g} must be a number above 0; all is measured at 0 anyway")
+    if not preset.conditional:
+        raise BitflowError(
+            f"--w {w:g} guides by labels, and the flow of preset {preset.name} is told none; "
+            "leave it out"
+        )
+    if G is not None and 0 < G.cfg.max_guidance < w:
+        raise BitflowError(
+            f"--w {w:g} is more than the {G.cfg.max_guidance:g} that G was trained for; "
+            "give smaller scales"
+        )
+
+
+def samplers_asked(args: Evaluate, preset: Preset, F, G) -> list:
+    "The methods of --rows, all where none is named, and each at every scale of --w; each once."
     for w in args.w:
-        if not 0 < w < math.inf:
-            raise BitflowError(f"--w {w:g} must be a number above 0; G is measured at 0 anyway")
+        check_scale(w, preset, G)
     try:
         methods = choose_samplers(args.rows, F, G)
     except BitflowError as e:
         way_out = " with --reverse" if G is None else ""
         raise BitflowError(f"--rows {e}{way_out}") from None
-    samplers = methods + guided_samplers(G, args.w)
-    return list({sampler.name: sampler for sampler in samplers}.values())
+    return guided_too(methods, args.w, F, G)
 
 # %% ../../nbs/cli/evaluate.ipynb #857c04ca
 def number_of_samples(args: Evaluate, preset: Preset) -> int:
@@ -102,24 +114,30 @@ def find_decoder(args: Evaluate, preset: Preset, device: str):
     return load_decoder(args.vae, device) if args.vae else None
 
 # %% ../../nbs/cli/evaluate.ipynb #dbaf396f
-def find_judge(args: Evaluate, preset: Preset, test, vae, device: str, processes) -> Judge:
-    "What samples are compared with: statistics from a file, or of the test images."
+def find_judge(args: Evaluate, preset: Preset, train, test, vae, device, processes) -> Judge:
+    "What samples are compared with: statistics from a file, or of test images; and of train's."
     network = find_features(args.features or "inception", device, args.weights)
     n = number_of_samples(args, preset)
     cfg = StreamConfig(n, args.batch_size, args.seed, splits=min(n, 10))
     work = args.work or Path(f"runs/evaluate-{preset.name}")
+
+    def statistics_of(images, split):
+        path = reference_path(work, preset.data.name, split, preset.data.image_size, network)
+        images = Decoded(images, vae) if vae else images
+        return make_reference(images, network, path, cfg, processes)
+
     if args.reference:
         reference = import_reference(args.reference, network, work, cfg, processes)
     else:
-        path = reference_path(work, preset.data.name, "test", preset.data.image_size, network)
-        reference = make_reference(test, network, path, cfg, processes)
+        reference = statistics_of(test, "test")
+    of_train = None if train is None else statistics_of(train, "train")
     about = {
         "forward": str(newest_checkpoint(run_folder(args.forward, preset, "forward"))),
         "reverse": args.reverse and str(newest_checkpoint(args.reverse)),
     }
     if vae:
         about["autoencoder"] = autoencoder_fingerprint(vae)
-    return Judge(network, reference, cfg, work, processes, args.resume, about)
+    return Judge(network, reference, cfg, work, processes, args.resume, about, of_train)
 
 # %% ../../nbs/cli/evaluate.ipynb #33b4aa48
 def knows_labels(network, preset: Preset) -> bool:
@@ -127,21 +145,40 @@ def knows_labels(network, preset: Preset) -> bool:
     return network.name == "mnist-cnn" and preset.conditional and are_digits(preset.data.name)
 
 
-def evaluate_streamed(args: Evaluate, preset: Preset, F, G, samplers, device, processes):
-    "Every sampler from a stream of images, spread over processes, resumable: an `Evaluation`."
-    vae, train, test = find_decoder(args, preset, device), None, None
+def load_both(args: Evaluate, preset: Preset, processes) -> tuple:
+    """The splits that samples are compared with, each None where it is not needed.
+
+    Latents have to be decoded, and of a file's images we have the statistics: there the training
+    images are read only where scales are chosen by them."""
+    train = test = None
     if not args.reference:
         test = load_together(preset.data, "test", args.data_root, processes)
-        if not args.vae and not args.rows:  # everything is measured, so the floor is, too
-            train = load_together(preset.data, "train", args.data_root, processes)
-    real = Decoded(test, vae) if vae and test is not None else test
-    judge = find_judge(args, preset, real, vae, device, processes)
+    plain = not (args.reference or args.vae)
+    if not (plain or args.w):
+        return train, test
+    try:
+        train = load_together(preset.data, "train", args.data_root, processes)
+    except BitflowError as e:
+        if plain:
+            raise
+        why = "--w chooses each method's scale on training images, and they cannot be read"
+        raise BitflowError(f"{why}: {e}; or leave --w out") from None
+    return train, test
+
+
+def evaluate_streamed(args: Evaluate, preset: Preset, F, G, samplers, device, processes):
+    "Every sampler from a stream of images, spread over processes, resumable: an `Evaluation`."
+    vae = find_decoder(args, preset, device)
+    train, test = load_both(args, preset, processes)
+    judge = find_judge(args, preset, train, test, vae, device, processes)
+    if args.rows or args.reference or args.vae:
+        train = None  # where everything is measured, the floor is, too
     decoder = partial(decode_all, vae) if vae else None
     labelled = knows_labels(judge.network, preset)
     with run_lock(judge.folder, processes):
         done = judge_samplers(judge, samplers, train, decoder, labelled, args.timing)
     if train is not None and isinstance(F, TARFlow):
-        measure = partial(fidelity, F, G, test, args.seed, device)
+        measure = partial(fidelity, F, G, test, args.seed, device, args.batch_size)
         done.measurements.extend(processes.on_rank_zero(measure) or [])
     return done
 
@@ -151,7 +188,7 @@ def evaluate_in_memory(args: Evaluate, preset: Preset, F, G, samplers, device):
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
     n, seed = number_of_samples(args, preset), args.seed
     if preset.reverse is None:
-        chosen = samplers if args.rows else None
+        chosen = samplers if args.rows or args.w else None
         return evaluate_flow(F, train, test, n, seed, preset.conditional, args.timing, chosen)
     done = evaluate(F, G, train, test, n, seed, device, args.timing, samplers)
     return Evaluation(sample_rows(done.samples, test, min(n, 10)), done.measurements)
@@ -212,10 +249,18 @@ def evaluation_outputs(args: Evaluate, preset: Preset) -> list[Path]:
     return new_outputs(out, ".json", ".png")
 
 
-def save_picture(rows: dict, path: Path):
+def not_chosen(samplers: list, found: list) -> set:
+    "The rows of guided samplers whose scale was not chosen: too many for a picture."
+    chosen = {m["same_as"] for m in found if m["metric"] == "chosen_w"}
+    guided = {sampler.name for sampler in samplers if sampler.w}
+    return guided - chosen if chosen else set()
+
+
+def save_picture(rows: dict, path: Path, left_out: set = frozenset()):
     "The first samples of every method as a picture."
     path.parent.mkdir(parents=True, exist_ok=True)
     labels = {**METHODS, "real": "real training images"}
+    rows = {row: x for row, x in rows.items() if row not in left_out}
     draw_rows({labels.get(row, row): x for row, x in rows.items()}).savefig(path, dpi=110)
 
 # %% ../../nbs/cli/evaluate.ipynb #7b7d1326
@@ -225,7 +270,7 @@ def run_evaluate(args: Evaluate):
     processes = find_processes(device)
     outputs = processes.on_rank_zero(lambda: evaluation_outputs(args, preset))
     F, G = load_pair(args, preset, device)
-    samplers, streamed = samplers_asked(args, F, G), is_streamed(args, preset, processes)
+    samplers, streamed = samplers_asked(args, preset, F, G), is_streamed(args, preset, processes)
     check_evaluate(args, preset, streamed)
     if streamed:
         done = evaluate_streamed(args, preset, F, G, samplers, device, processes)
@@ -238,7 +283,7 @@ def run_evaluate(args: Evaluate):
         config = evaluation_settings(args, preset, F, G)
         write_figures(results, preset.name, args, config, found, start)
         if done.samples:
-            save_picture(done.samples, picture)
+            save_picture(done.samples, picture, not_chosen(samplers, found))
 
     processes.on_rank_zero(write)
     check_drawn(found)

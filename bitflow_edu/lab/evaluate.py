@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..coupling import bits_per_dim
-from ..data import Images
+from ..data import Images, add_noise
 from ..evaluation import timed
 from ..exact_inverse import round_trip_error
 from ..excursions.glow import CouplingConfig, CouplingFlow
@@ -25,9 +25,10 @@ from ..inverse_strategies import check_pair, mse
 from ..io.files import BitflowError, read_json
 from ..io.models import newest_checkpoint, num_parameters
 from ..io.processes import SINGLE_PROCESS, SingleProcess
-from ..io.results import measurement, time_per_image
+from ..io.results import measured, measurement, time_per_image
 from bitflow_edu.lab.sampling import (
     Sampler,
+    draw,
     draw_all,
     exact_sampler,
     noise_for,
@@ -134,6 +135,20 @@ def finite_values(found: list) -> list:
         warnings.warn(f"{', '.join(lost)}: not finite, so left out", stacklevel=2)
     return [m for m in found if math.isfinite(m["value"])]
 
+# %% ../../nbs/lab/evaluate.ipynb #6453cc1c
+def inverse_errors(
+    forward: TARFlow, reverse: ReverseModel, part: Images, seed: int, device: str, batch_size: int
+) -> list:
+    "Mean squared error of x + σε → F → back against the clean x, of each way back."
+    noisy = add_noise(part.x, forward.cfg.noise_std, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        z = forward(noisy.to(device), part.labels.to(device)).z
+    found = []
+    for sampler in pair_samplers(forward, reverse):
+        error = mse(draw(sampler, z, part.labels, device, batch_size), part.x).mean().item()
+        found.append(measurement(sampler.name, "inverse_mse", error, "x²", len(part), seed))
+    return found
+
 # %% ../../nbs/lab/evaluate.ipynb #0f8f54e5
 def finite_numbers(found: dict) -> dict:
     "The values that are finite, which is all that JSON knows."
@@ -142,9 +157,14 @@ def finite_numbers(found: dict) -> dict:
 # %% ../../nbs/lab/evaluate.ipynb #bd2fb2b6
 @torch.no_grad()
 def fidelity(
-    forward: TARFlow, reverse: ReverseModel | None, test: Images, seed: int, device: str = "cpu"
+    forward: TARFlow,
+    reverse: ReverseModel | None,
+    test: Images,
+    seed: int,
+    device: str = "cpu",
+    batch_size: int = 500,  # images decoded at a time
 ) -> list:
-    "Bits/dim of F, the exact inverse's largest round-trip error, and the error of x → F(x) → G."
+    "Bits/dim of F, the exact inverse's largest round-trip error, and how near the ways back come."
     part = test[:1000]
     x, c = part.x.to(device), part.labels.to(device)
     bpd = bits_per_dim(forward, test, seed).mean().item()
@@ -157,6 +177,7 @@ def fidelity(
     if reverse is not None:
         error = mse(one_pass(reverse, forward(x, c).z, c), x).mean().item()
         found.append(measurement("one-pass", "reconstruction_mse", error, "x²", len(part), seed))
+        found += inverse_errors(forward, reverse, part, seed, device, batch_size)
     return finite_values(found)
 
 # %% ../../nbs/lab/evaluate.ipynb #d84a9cba
@@ -203,12 +224,13 @@ class Judge:
     "What samples are compared with, and how the work is kept and shared."
 
     network: FeatureNetwork
-    reference: Reference
+    reference: Reference  # of test images: what is reported
     cfg: StreamConfig
     folder: Path | None = None  # of all rows; None: everything in memory
     processes: SingleProcess = SINGLE_PROCESS
     resume: bool = False
     about: dict = field(default_factory=dict)  # what the samples depend on
+    train: Reference | None = None  # of training images: what guidance scales are chosen by
 
     def row(
         self,
@@ -223,7 +245,8 @@ class Judge:
         where = self.folder and self.folder / folder
         args = (self.reference, self.network, cfg, name, where)
         about = {**self.about, **about}
-        return evaluate_stream(source, *args, self.processes, self.resume, about, more)
+        how = (self.processes, self.resume, about, more, self.train)
+        return evaluate_stream(source, *args, *how)
 
 # %% ../../nbs/lab/evaluate.ipynb #30c9a8e5
 def judge_real(judge: Judge, train, n: int, labelled: bool = False) -> Streamed:
@@ -276,6 +299,42 @@ def check_drawn(found: list):
             "not be compared; the weights have diverged: name another checkpoint"
         )
 
+# %% ../../nbs/lab/evaluate.ipynb #0fae35d9
+def choose_scale(fd_train: dict[float, float]) -> float:
+    "The guidance scale whose samples are nearest to training images; of equals the smallest."
+    return min(sorted(fd_train), key=fd_train.get)
+
+
+def chosen_row(sweep: list, found: list, judge: Judge) -> list:
+    "The row of a method's chosen scale once more, under a name that does not depend on the choice."
+    metric, result, fd_train = judge.network.metric("fd_train"), {"measurements": found}, {}
+    for sampler in sweep:
+        for m in measured(result, sampler.name, metric):
+            fd_train[sampler.w] = m["value"]
+    if not fd_train:  # all broken
+        return []
+    w, row = choose_scale(fd_train), f"{sweep[-1].method}, chosen w"
+    name = next(sampler.name for sampler in sweep if sampler.w == w)
+    how = {"same_as": name, "chosen_by": metric, "reference": judge.train.where}
+    how["values"] = {f"{scale:g}": distance for scale, distance in fd_train.items()}
+    choice = measurement(row, "chosen_w", w, n=judge.cfg.n, seed=judge.cfg.seed, **how)
+    return [choice, *({**m, "row": row, "same_as": name} for m in found if m["row"] == name)]
+
+
+def chosen_rows(samplers: list, found: list, judge: Judge) -> list:
+    "A row for each method that was measured at several guidance scales."
+    rows = []
+    for family in dict.fromkeys(sampler.family for sampler in samplers):
+        sweep = sorted((s for s in samplers if s.family == family), key=lambda s: s.w)
+        if len(sweep) > 1:
+            rows += chosen_row(sweep, found, judge)
+    return rows
+
+
+def timed_ones(samplers: list) -> list:
+    "Of each method the unguided sampler and one guided: the scale itself changes no time."
+    return list({(s.family, s.w > 0): s for s in reversed(samplers)}.values())
+
 # %% ../../nbs/lab/evaluate.ipynb #f171b8e9
 def judge_samplers(
     judge: Judge,
@@ -283,12 +342,14 @@ def judge_samplers(
     train=None,  # real images for the floor; None: no floor
     decoder: Callable = None,  # latents → images
     labelled: bool = False,  # the network knows the labels
-    timing: bool = False,  # time each sampler in batches as they are drawn
+    timing: bool = False,  # time the samplers, in batches as they are drawn
 ) -> Evaluation:
     "Every sampler's distances, and those of as many real training images."
     cfg, found, shown, finite = judge.cfg, [], {}, [judge.cfg.n]
     weights = weights_of(samplers, judge.processes) if judge.folder is not None else {}
+    timed_too = timed_ones(samplers) if timing else []
     for sampler in samplers:
+        timing = sampler in timed_too
         noise, more, about = None, None, {"w": sampler.w}
         if judge.folder is None:
             noise = noise_for(sampler.model.cfg, cfg.n, cfg.seed)
@@ -302,6 +363,8 @@ def judge_samplers(
             times = partial(stream_times, sampler, source, cfg)  # finished without
             found += judge.processes.on_rank_zero(times) or []
         finite.append(num_finite(done.measurements, cfg.n))
+    if judge.train is not None:
+        found = found + chosen_rows(samplers, found, judge)
     if train is not None:
         n = min(n for n in finite if n > 1)
         done = judge_real(judge, train, min(n, len(train)), labelled)
@@ -331,7 +394,9 @@ def judge_in_memory(
     if network is None:
         return draw_unjudged(samplers, n, seed, device)
     reference = reference_in_memory(test, network, cfg, f"{len(test)} test images")
-    done = judge_samplers(Judge(network, reference, cfg), samplers, train, labelled=labelled)
+    of_train = reference_in_memory(train, network, cfg, f"{len(train)} training images")
+    judge = Judge(network, reference, cfg, train=of_train)
+    done = judge_samplers(judge, samplers, train, labelled=labelled)
     shown = {sampler.name: done.samples[sampler.name] for sampler in samplers}
     return Evaluation(shown, done.measurements)
 
@@ -355,10 +420,10 @@ def evaluate(
     done = judge_in_memory(samplers, train, test, n, seed, device, labelled=True)
     done.measurements += fidelity(forward, reverse, test, seed, device)
     if reverse is not None and timing:
-        timed_ones = [s for s in samplers if not s.w]
-        for sampler in timed_ones:
+        unguided = [s for s in samplers if not s.w]
+        for sampler in unguided:
             done.measurements += sampler_cost(sampler)
-        done.measurements += sampler_times(timed_ones)
+        done.measurements += sampler_times(unguided)
     return done
 
 # %% ../../nbs/lab/evaluate.ipynb #64ab9f02

@@ -51,6 +51,9 @@ def noise_for(cfg, n: int, seed: int = 0, device: str = "cpu", temperature: floa
     return temperature * sample_noise(cfg, n, seed, device)
 
 # %% ../../nbs/lab/sampling.ipynb #109690ab
+UNGUIDED = {"guided": "one-pass"}  # a G without w as an input is guided by a method of its own
+
+
 def invert_flow(
     model: TARFlow | CouplingFlow, z: Tensor, c: Tensor, guidance: Guidance = None
 ) -> Tensor:
@@ -82,6 +85,11 @@ class Sampler:
     def name(self) -> str:
         "The row of a table."
         return f"{self.method}, w = {self.w:g}" if self.w else self.method
+
+    @property
+    def family(self) -> str:
+        "The method without its guidance: scales are compared within a family."
+        return UNGUIDED.get(self.method, self.method)
 
     @property
     def folder(self) -> str:
@@ -189,6 +197,22 @@ def guided_samplers(G: ReverseModel | None, scales: tuple) -> list[Sampler]:
             f"guidance scales {said} are for G, and there is none; name it, or leave them out"
         )
     return [guided_sampler(G, w) for w in scales]
+
+# %% ../../nbs/lab/sampling.ipynb #93485cf6
+def guided_too(samplers: list, scales: tuple, F: nn.Module, G: ReverseModel | None) -> list:
+    "The samplers, and then each of them at every guidance scale: a sweep for each method."
+    if scales and isinstance(F, CouplingFlow):
+        said = ", ".join(f"{w:g}" for w in scales)
+        raise BitflowError(
+            f"guidance scales {said}: a CouplingFlow knows no labels, so that nothing guides it; "
+            "leave them out"
+        )
+    guided_by = {unguided: method for method, unguided in UNGUIDED.items()}
+    found = list(samplers)
+    for sampler in samplers:
+        make = SAMPLERS[guided_by.get(sampler.method, sampler.method)]
+        found += [make(F, G, w) for w in scales]
+    return list({sampler.name: sampler for sampler in found}.values())
 
 # %% ../../nbs/lab/sampling.ipynb #05b15752
 def choose_samplers(names: tuple, F: nn.Module, G: ReverseModel | None) -> list[Sampler]:

@@ -367,6 +367,23 @@ def figures(
         found += compared_one_by_one(reference, stats.kept.to(device), network, cfg, say)
     return found
 
+# %% ../../nbs/scale/fid.ipynb #0b04b295
+def with_train_distance(
+    found: list,  # of `measurement`
+    train: Reference,  # of training images
+    network: FeatureNetwork,
+    samples: Callable,  # () → `Reference` of the samples
+) -> list:
+    "The measurements, each Fréchet distance followed by the one to training images."
+    both = []
+    for m in found:
+        both.append(m)
+        if m["metric"] == network.metric("fd"):
+            distance = gaussian_distance(samples(), train)
+            what = {"metric": network.metric("fd_train"), "value": distance}
+            both.append({**m, **what, "reference": train.where})
+    return both
+
 # %% ../../nbs/scale/fid.ipynb #a51e0c8b
 def stream_settings(reference, network, cfg: StreamConfig, row: str, about: dict) -> dict:
     "All that the measurements depend on, for settings.json."
@@ -423,6 +440,7 @@ def evaluate_stream(
     resume: bool = False,  # go on with what the folder holds
     about: dict = None,  # what else the images depend on: noted, and compared when it goes on
     more: Callable = None,  # () → further measurements, made once
+    train: Reference = None,  # statistics of training images, for a second distance
 ) -> Streamed:
     "Every metric of n images, in one pass, spread over processes, resumable."
 
@@ -433,14 +451,23 @@ def evaluate_stream(
     width = len(reference.mu)
     if folder is None:
         stats = collect(source, network, cfg, None, processes, width)
-        return Streamed(measure(stats), stats.first)
+        found = measure(stats)
+        if train is not None:
+            found = with_train_distance(found, train, network, lambda: Reference(*stats.gaussian()))
+        return Streamed(found, stats.first)
     folder = Path(folder)
     settings = stream_settings(reference, network, cfg, row, about or {})
     processes.on_rank_zero(lambda: open_parts(folder, settings, resume))
     if not processes.broadcast((folder / "measurements.json").exists()):
         stats = collect(source, network, cfg, folder, processes, width)
         processes.on_rank_zero(lambda: close_evaluation(folder, stats, settings, measure(stats)))
-    return finished_evaluation(folder, processes)
+    done = finished_evaluation(folder, processes)
+    if train is None:
+        return done
+
+    kept = partial(read_reference, folder / "statistics.npz")
+    add = partial(with_train_distance, done.measurements, train, network, kept)
+    return Streamed(processes.broadcast(processes.on_rank_zero(add)), done.first)
 
 # %% ../../nbs/scale/fid.ipynb #3b694e2e
 def close_evaluation(folder: Path, stats: FeatureStats, settings: dict, found: list):
