@@ -169,8 +169,9 @@ class Evaluate(Common):
     reverse: Path | None = None
     # Samples of each method; default the preset's.
     n: Annotated[int | None, IMAGES] = None
-    # Guidance scales to measure G at, besides 0, e.g. --w 0.25 0.5 1; a G without w as an input
-    # takes two passes.
+    # Guidance scales to measure every method at, besides 0, e.g. --w 0.25 0.5 1; the scale of each
+    # is chosen by its distance to training images, and reported on test images. A G without w as
+    # an input takes two passes.
     w: tuple[float, ...] = ()
     # mnist-cnn, effnet-lite0 or inception (FID): figures of all samples in a stream, over all
     # processes, resumable; default for presets of digits (mnist, mnist-mini): FD[mnist-cnn] and
@@ -180,7 +181,8 @@ class Evaluate(Common):
     # File with Inception's weights, where they cannot be downloaded (in a stream).
     weights: Path | None = None
     # Statistics of real images (.npz with mu and sigma), for a stream; default: computed from the
-    # test images.
+    # test images. Those of the training images are computed, too; beside a file, or with --vae,
+    # only where --w has to choose.
     reference: Path | None = None
     # Methods to measure: exact, exact+denoise, one-pass; default all, and in a stream real training
     # images for the floor.
@@ -275,7 +277,8 @@ class Reproduce:
 
     # Experiments, e.g. mnist-full cifar10-main; none: only write the page anew.
     names: Positional[tuple[str, ...]] = ()
-    # Size: gpu (as it should be done), cpu (an hour or two a model) or smoke (seconds).
+    # Size: gpu (as it should be done), gpu-short (ten minutes of one GPU in all), cpu (an hour or
+    # two a model) or smoke (a minute or two).
     budget: str = "cpu"
     # Folder of the trainings; those that are there go on.
     out: Path = Path("runs/reproduce")

@@ -45,6 +45,9 @@ class ObjectiveConfig:
         find_strategy(self.strategy)
         for name in self.features:
             check_distance(name)
+        if self.decoder and self.decoded_images < 1:
+            given = f"decoded_images {self.decoded_images} compares nothing"
+            raise BitflowError(f"{given}; decode at least 1 of each piece of a batch")
         if len(self.features) != len(self.feature_weights):
             given = f"features {list(self.features)}, feature_weights {list(self.feature_weights)}"
             raise BitflowError(f"{given}: give one weight for each distance, or leave both empty")

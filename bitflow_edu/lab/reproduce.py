@@ -27,7 +27,7 @@ __all__ = ['EXPERIMENTS', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES', 'commands_of'
            'brief_figures', 'record_guard', 'compare_guard']
 
 # %% ../../nbs/lab/reproduce.ipynb #0ad64235
-BUDGETS = ("gpu", "cpu", "smoke")
+BUDGETS = ("gpu", "gpu-short", "cpu", "smoke")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Experiment:
 
     question: str
     result: str  # its results file, without .json
-    commands: dict  # budget → commands, in order
-    minutes: dict  # budget → minutes it was planned for: of one H200, of a core or two, of a core
+    commands: dict  # budget → commands, in order; not every experiment has all
+    minutes: dict  # budget → minutes it was planned for, see `PLANNED`
 
 # %% ../../nbs/lab/reproduce.ipynb #74be1dd8
 def pair_commands(
@@ -59,16 +59,21 @@ def table_commands(preset: str, *tables: str, more: str = "") -> tuple[str, ...]
     return tuple(f"ablate {table} {options}" for table in tables)
 
 # %% ../../nbs/lab/reproduce.ipynb #df4261cd
-HOUR = (
-    "--steps {} --batch-size 64 --lr 2e-3 --train-{}.compile True "
-    "--train-{}.sample-every {} --train-{}.checkpoint-every {}"
+GUIDED = "--w 0.25 0.5 1"
+GUIDED_PHOTOS = f"{GUIDED} --features effnet-lite0 --resume"
+
+
+def training(stage: str, budget: str, size: int, lr: str, sample: int, checkpoint: int) -> str:
+    "Options of a compiled training; samples and checkpoints every so many steps."
+    own = f"--train-{stage}"
+    every = f"{own}.sample-every {sample} {own}.checkpoint-every {checkpoint}"
+    return f"{budget} --batch-size {size} --lr {lr} {own}.compile True {every}"
+
+
+HOURS = (  # about an hour of one core each
+    training("forward", "--steps 9600", 64, "2e-3", 2400, 600),
+    training("reverse", "--steps 2400", 64, "2e-3", 600, 300),
 )
-GUIDED, PHOTOS = "--w 0.25 0.5 1", "--features effnet-lite0 --resume"
-
-
-def hour_of(stage: str, steps: int, sample_every: int, checkpoint_every: int) -> str:
-    "Options of a training that takes about an hour of one core."
-    return HOUR.format(steps, stage, stage, sample_every, stage, checkpoint_every)
 
 
 def speed_commands(geometries: tuple, more: str = "") -> tuple[str, ...]:
@@ -76,18 +81,59 @@ def speed_commands(geometries: tuple, more: str = "") -> tuple[str, ...]:
     command = "bench --what speed --geometry {0} {1} --out RESULTS/bench-speed-{0}.json"
     return tuple(command.format(geometry, more) for geometry in geometries)
 
+# %% ../../nbs/lab/reproduce.ipynb #bcf2bf63
+NARROW = "--forward.transformer.width 256 --reverse.transformer.width 256 "
+NARROW += "--reverse.transformer.num-layers 3"
+
+
+def short_commands(preset: str, name: str, features: str, shape: str = "") -> tuple[str, ...]:
+    "F in at most 3 minutes of a GPU, G in 3.5, and the evaluation of both in 1.5."
+    F = training("forward", "--minutes 2.5", 256, "1e-3", 1_000_000, 4000)
+    G = training("reverse", "--minutes 3", 256, "1e-3", 1_000_000, 4000)
+    few = f"{GUIDED} --features {features} --n 5000 --batch-size 1000"
+    few += f" --work RUNS/{name}/evaluate --resume --no-timing"  # bench measures times
+    return pair_commands(preset, name, f"{shape} {F}", f"{shape} {G}", few)
+
+# %% ../../nbs/lab/reproduce.ipynb #58829a51
+SIZES = ("--steps", "--minutes", "--n", "--images", "--seeds")  # of a command
+TINY = {
+    "train": "--steps 2 --batch-size 4",
+    "evaluate": "--n 20",
+    "ablate": "--seeds 1 --steps 2 --train-forward.steps 2 --train-forward.batch-size 4 "
+    "--train-reverse.batch-size 4 --num-samples 20",
+}
+
+
+def in_miniature(commands: tuple[str, ...]) -> tuple[str, ...]:
+    "The same commands on the twin of their preset: two steps, a few samples, nothing compiled."
+    found = []
+    for command in commands:
+        words, rest = command.split(), []
+        sizes = (*SIZES, "--batch-size") if words[0] == "train" else SIZES
+        for option, word in zip(["", *words], words):
+            if option in sizes or word in sizes:
+                continue
+            twin = f"{word}-smoke" if option == "--preset" else word
+            rest.append("False" if option.endswith(".compile") else twin)
+        found.append(" ".join([*rest, TINY[words[0]]]))
+    return tuple(found)
+
 # %% ../../nbs/lab/reproduce.ipynb #6a689214
 LONG = {"gpu": 10, "cpu": 600, "smoke": 2}
 
 
-def tables_of(question: str, result: str, *tables: str, minutes: dict = LONG) -> Experiment:
+def tables_of(question: str, *tables: str) -> Experiment:
     "An experiment that is made of tables on CIFAR-10."
-    commands = {
-        "gpu": table_commands("cifar10", *tables),
-        "cpu": table_commands("cifar10-mini", *tables),
-        "smoke": table_commands("mnist-mini-smoke", *tables, more="--seeds 1"),
-    }
-    return Experiment(question, f"ablate-{tables[0]}-{result}", commands, minutes)
+    found = {"gpu": "cifar10", "cpu": "cifar10-mini"}
+    commands = {size: table_commands(preset, *tables) for size, preset in found.items()}
+    commands["smoke"] = in_miniature(commands["gpu"])
+    return Experiment(question, f"ablate-{tables[0]}-cifar10", commands, LONG)
+
+
+def pair_experiment(question: str, name: str, commands: dict, minutes: dict) -> Experiment:
+    "An experiment that trains and measures a pair; its smoke size is made of the short one."
+    commands = {**commands, "smoke": in_miniature(commands["gpu-short"])}
+    return Experiment(question, name, commands, minutes)
 
 # %% ../../nbs/lab/reproduce.ipynb #9e65ad0a
 EXPERIMENTS = {}
@@ -104,35 +150,27 @@ EXPERIMENTS["speed-imagenet256"] = Experiment(
 )
 
 # %% ../../nbs/lab/reproduce.ipynb #ab273492
-EXPERIMENTS["mnist-full"] = Experiment(
+EXPERIMENTS["mnist-full"] = pair_experiment(
     "F and G with all parts on 60,000 digits: does one pass come near the exact inverse?",
     "mnist-full",
     {
         "gpu": pair_commands("mnist", "mnist-full", evaluate=GUIDED),
-        "cpu": pair_commands(
-            "mnist",
-            "mnist-full",
-            hour_of("forward", 9600, 2400, 600),
-            hour_of("reverse", 2400, 600, 300),
-            GUIDED,
-        ),
-        "smoke": pair_commands("mnist-mini-smoke", "mnist-full"),
+        "gpu-short": short_commands("mnist", "mnist-full", "mnist-cnn"),
+        "cpu": pair_commands("mnist", "mnist-full", *HOURS, GUIDED),
     },
-    {"gpu": 8, "cpu": 150, "smoke": 1},
+    {"gpu": 8, "gpu-short": 8, "cpu": 180, "smoke": 2},
 )
 
 # %% ../../nbs/lab/reproduce.ipynb #46563a82
-EXPERIMENTS["cifar10-main"] = Experiment(
+EXPERIMENTS["cifar10-main"] = pair_experiment(
     "The same in colour: 50,000 photographs of 32×32 pixels.",
     "cifar10-main",
     {
-        "gpu": pair_commands(
-            "cifar10", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS} --images 50000"
-        ),
-        "cpu": pair_commands("cifar10-mini", "cifar10-main", evaluate=f"{GUIDED} {PHOTOS}"),
-        "smoke": pair_commands("mnist-mini-smoke", "cifar10-main"),
+        "gpu": pair_commands("cifar10", "cifar10-main", "", "", f"{GUIDED_PHOTOS} --images 50000"),
+        "gpu-short": short_commands("cifar10", "cifar10-main", "effnet-lite0", NARROW),
+        "cpu": pair_commands("cifar10-mini", "cifar10-main", evaluate=GUIDED_PHOTOS),
     },
-    {"gpu": 25, "cpu": 150, "smoke": 1},
+    {"gpu": 25, "gpu-short": 8, "cpu": 180, "smoke": 5},
 )
 
 # %% ../../nbs/lab/reproduce.ipynb #41be115a
@@ -140,27 +178,20 @@ EXPERIMENTS |= {
     "cifar10-strategies": tables_of(
         "Does the order of the four strategies appear: exact 44.46, naive 43.41, "
         "hidden distillation 55.00, hidden alignment 36.93?",
-        "cifar10",
         "strategies",
     ),
     "cifar10-ablations": tables_of(
-        "What do denoising, norm control and the distance buy?",
-        "cifar10",
-        "denoising",
-        "norm-control",
-        "distances",
+        "What do denoising, norm control, distances buy?", "denoising", "norm-control", "distances"
     ),
 }
 
 # %% ../../nbs/lab/reproduce.ipynb #5b1d30ea
 EXPERIMENTS |= {
     "cifar10-guidance": tables_of(
-        "Guidance in training against guidance at inference, over w.", "cifar10", "guidance"
+        "Guidance in training against guidance at inference, over w.", "guidance"
     ),
     "cifar10-scaling": tables_of(
-        "Does quality saturate with the size of G when the loss is perceptual?",
-        "cifar10",
-        "scaling",
+        "Does quality saturate with the size of G when the loss is perceptual?", "scaling"
     ),
 }
 
@@ -175,14 +206,15 @@ def find_experiment(name: str) -> Experiment:
 # %% ../../nbs/lab/reproduce.ipynb #323c97fe
 def commands_of(name: str, budget: str, runs: Path, results: Path) -> list[list[str]]:
     "The words of each command of an experiment, with its folders filled in."
-    if budget not in BUDGETS:
-        raise BitflowError(f"unknown budget {budget!r}; choose {', '.join(BUDGETS)}")
+    commands = find_experiment(name).commands
+    sizes = [size for size in BUDGETS if size in commands]
+    if budget not in sizes:
+        raise BitflowError(f"{name} has no budget {budget!r}; choose {', '.join(sizes)}")
 
     def fill(word):
         return word.replace("RUNS", str(runs)).replace("RESULTS", str(results))
 
-    commands = find_experiment(name).commands[budget]
-    return [[fill(word) for word in command.split()] for command in commands]
+    return [[fill(word) for word in command.split()] for command in commands[budget]]
 
 # %% ../../nbs/lab/reproduce.ipynb #67399df7
 def file_of(words: list[str]) -> Path | None:
@@ -313,19 +345,22 @@ def experiments_table(lines: list[dict]) -> str:
 LIST = """# The experiments
 
 Written by `bitflow reproduce` from the list that it runs. `bitflow reproduce NAME --budget gpu` \
-(or `cpu`, or `smoke`) carries out the commands below in order, goes on where it stopped, and \
-skips what stands;
+(or `gpu-short`, `cpu`, `smoke`) carries out the commands below in order, goes on where it \
+stopped, and skips what stands;
 each can also be run alone. The same seed gives the same figures on the same machine \
 with the same number of threads. What has been done, and what came out, is on \
 [the page of all figures](README.md).
 
-`gpu` is the experiment as it should be. `cpu` has the same data and the same parts for far fewer \
-steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in seconds that the \
-commands run; its figures mean nothing.
+`gpu` is the experiment as it should be. `gpu-short` fits a GPU that is lent for a quarter of an \
+hour: budgets of minutes, so that the schedule always ends, and models of fewer than 15M \
+parameters. `cpu` has the same data and the same parts for far fewer \
+steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in a minute or two \
+that the commands run; its figures mean nothing.
 Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. Not here yet: G beside \
 flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with chapter 18.
 """
-PLANNED = {"gpu": "of one H200", "cpu": "of a core or two", "smoke": "of a core"}
+PLANNED = {"gpu": "of one H200", "gpu-short": "of one H100"}
+PLANNED |= {"cpu": "of a core or two", "smoke": "of a core"}
 
 # %% ../../nbs/lab/reproduce.ipynb #759ab607
 def is_page(path: Path) -> bool:
@@ -353,7 +388,7 @@ def experiments_text() -> str:
     runs, results, parts = Path("runs/reproduce"), Path("results"), [LIST]
     for name, e in EXPERIMENTS.items():
         parts.append(f"## {name}\n\n{e.question}\n")
-        for budget in BUDGETS:
+        for budget in (size for size in BUDGETS if size in e.commands):
             commands = commands_of(name, budget, runs, results)
             lines = "".join(f"bitflow {shlex.join(words)}\n" for words in commands)
             minutes = e.minutes[budget]
