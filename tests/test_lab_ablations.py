@@ -25,7 +25,6 @@ from bitflow_edu.lab import ablations
 from bitflow_edu.lab.ablations import (
     REAL,
     RealImages,
-    choose_scale,
     difference,
     difference_lines,
     jobs_of,
@@ -35,7 +34,7 @@ from bitflow_edu.lab.ablations import (
     table_measurements,
     verdict,
 )
-from bitflow_edu.lab.evaluate import network_for, sampler_source, stream_config
+from bitflow_edu.lab.evaluate import choose_scale, network_for, sampler_source, stream_config
 from bitflow_edu.lab.hub import load_pretrained
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.sampling import SAMPLERS, draw_all, noise_for

@@ -388,7 +388,11 @@ def check_same_run(folder: Path, describe: dict, defaults: dict) -> list:
     # an older version knew fewer fields, and other names
     train, new = ({**defaults, **section(d, "train", path)} for d in (old, describe))
     changed, changes = allowed_changes(train, new), old.pop("changes", [])
-    old |= {"train": {**train, **changed}, "model": section(old, "model", path)}
+    old["train"] = {**train, **changed}
+    for name in ("model", "objective"):
+        if name in old:
+            off = {field: v for field, v in describe.get(name, {}).items() if not v}
+            old[name] = off | section(old, name, path)  # a later field that is off changes nothing
     hint = "use the old setting (the budget may grow, and intervals may change)"
     check_same_settings(old, {**describe, "train": new}, folder, f"{hint}, or {other}")
     if changed:

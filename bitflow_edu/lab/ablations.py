@@ -24,7 +24,13 @@ from ..io.datasets import DataConfig
 from ..io.files import report_write_errors, write_atomically
 from ..io.models import load_model, num_parameters
 from ..io.results import differences_of, measurement, rows_of
-from .evaluate import finite_numbers, network_for, sampler_source, stream_config
+from bitflow_edu.lab.evaluate import (
+    choose_scale,
+    finite_numbers,
+    network_for,
+    sampler_source,
+    stream_config,
+)
 from .plotting import plot_rows
 from .presets import Preset
 from .recipes import train_forward, train_reverse
@@ -248,13 +254,6 @@ def run_jobs(
                 found[todo[job]] = job.result()
                 say(f"{len(found)}/{len(jobs)} {todo[job]}")
     return found
-
-# %% ../../nbs/lab/ablations.ipynb #8e621455
-def choose_scale(
-    fd_train: dict,  # guidance scale → Fréchet distance to training images
-) -> float:
-    "The guidance scale that is reported. Test images have no part in the choice."
-    return min(fd_train, key=lambda w: (fd_train[w], w))
 
 # %% ../../nbs/lab/ablations.ipynb #210c93e5
 def values_of(row: Row, w: float, preset: Preset, seeds: range, figures: dict) -> dict:
