@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .presets import find_preset, nearest_name
 from .recipes import train_forward, train_reverse
 from .result_tables import commands_text, is_paired, paired_table, results_table
+from .tables import TABLES
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES', 'commands_of', 'run_experiment', 'write_results_index',
@@ -195,6 +196,26 @@ EXPERIMENTS |= {
     ),
 }
 
+# %% ../../nbs/lab/reproduce.ipynb #7efe5903
+BF16 = "--train-forward.precision bf16 --train-reverse.precision bf16"
+STEPS = {"--steps 500": ("strategies",), "--steps 3000": ("strategies", "guidance")}
+
+
+def digit_tables() -> Experiment:
+    "The tables on the embedded digits, five seeds each."
+    names = [name for name in TABLES if name not in ("lpips", "tokens")]
+    commands = table_commands("mnist-mini", *names, more=BF16)
+    for steps, some in STEPS.items():
+        commands += table_commands("mnist-mini", *some, more=f"{steps} {BF16}")
+    few = "--steps 700 --train-forward.steps 1500"
+    commands += table_commands("mnist-mini", "tokens", more=f"{few} {BF16}")
+    sizes = {"cpu": commands, "smoke": in_miniature(table_commands("mnist-mini", "denoising"))}
+    question = "The paper's tables on 16×16 digits: which orders appear, with five paired seeds?"
+    return Experiment(question, "ablate-strategies-mnist-mini", sizes, {"cpu": 900, "smoke": 1})
+
+
+EXPERIMENTS["mnist-mini-tables"] = digit_tables()
+
 # %% ../../nbs/lab/reproduce.ipynb #fd89d7c0
 def find_experiment(name: str) -> Experiment:
     "The experiment of that name. Raises `BitflowError` with the nearest name for another."
@@ -221,7 +242,8 @@ def file_of(words: list[str]) -> Path | None:
     "The results file that a command will write; None for a training, which looks after itself."
     given = dict(zip(words, words[1:]))
     if words[0] == "ablate":
-        return Path(given["--results"]) / f"ablate-{words[1]}-{given['--preset']}.json"
+        steps = f"-{given['--steps']}-steps" if "--steps" in given else ""
+        return Path(given["--results"]) / f"ablate-{words[1]}-{given['--preset']}{steps}.json"
     return Path(given["--out"]) if words[0] in ("evaluate", "bench") else None
 
 
@@ -319,8 +341,8 @@ rows; numbers are means with their 95% intervals, and differences are taken in p
 
 ## The experiments
 
-`bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`: seconds) runs one of these lists of \
-commands, goes on where it stopped, and skips what stands. All commands: \
+`bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`: a minute or two) runs one of these \
+lists of commands, goes on where it stopped, and skips what stands. All commands: \
 [EXPERIMENTS.md](EXPERIMENTS.md).
 """
 
@@ -337,8 +359,8 @@ def experiments_table(lines: list[dict]) -> str:
     rows = ["experiment | question | minutes on one H200 | minutes on a CPU | done".split(" | ")]
     for name, e in EXPERIMENTS.items():
         done = ", ".join(sizes_done(name, lines)) or "not yet"
-        gpu, cpu = e.minutes["gpu"], e.minutes["cpu"]
-        rows.append([f"`{name}`", e.question, str(gpu), str(cpu), done])
+        gpu, cpu = (str(e.minutes.get(size, "–")) for size in ("gpu", "cpu"))
+        rows.append([f"`{name}`", e.question, gpu, cpu, done])
     return markdown_table(rows) + "\n"
 
 # %% ../../nbs/lab/reproduce.ipynb #5682473e

@@ -189,6 +189,20 @@ def scaling(preset: Preset) -> list:
             rows.append(Row(name, wider + change, paper=paper.get(name), versus=f"one, {loss}"))
     return rows
 
+# %% ../../nbs/lab/tables.ipynb #8adc6920
+CLIP = 1.0  # of the table: the unclipped F of mnist-mini reaches |α| = 2 and |μ| = 7
+
+
+def norm_control(preset: Preset) -> list:
+    "F's states clipped where the clip binds, or divided by their size; squared errors alone."
+    free, clip, normal = forward(clip=0.0), forward(clip=CLIP), objective(normalise=True)
+    return [
+        Row("none", (MSE, free), paper=45.54),
+        Row("clip", (MSE, clip), paper=31.88),
+        Row("normalise", (MSE, free, normal)),
+        Row("clip + normalise", (MSE, clip, normal)),
+    ]
+
 # %% ../../nbs/lab/tables.ipynb #57ea9cd0
 def distances(preset: Preset) -> list:
     'What "close" means at the image end: the weight of the perceptual distances, and the power.'
@@ -326,6 +340,7 @@ TABLES = {
     "strategies": strategies,
     "depth": depth,
     "denoising": denoising,
+    "norm-control": norm_control,
     "distances": distances,
     "scaling": scaling,
     "budget": budget,
