@@ -20,7 +20,13 @@ from ..io.results import load_result, markdown_table, measured, results_text, sa
 from .evaluate import evaluate
 from .presets import find_preset, nearest_name
 from .recipes import train_forward, train_reverse
-from .result_tables import commands_text, is_paired, paired_table, results_table
+from bitflow_edu.lab.result_tables import (
+    commands_text,
+    earlier_note,
+    is_paired,
+    paired_table,
+    results_table,
+)
 from .tables import TABLES
 
 # %% auto #0
@@ -326,7 +332,9 @@ def section_of(result: dict, line: dict) -> str:
     )
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
     count, paired = len(result["measurements"]), is_paired(result)
-    body = paired_table(result) + commands_text(result) if paired else results_table(result)
+    body = results_table(result)
+    if paired:
+        body = earlier_note(result) + paired_table(result) + commands_text(result)
     if not paired and body.count("|") >= 1500:
         body = f"{count} figures, too many for a page: [{name}.json]({name}.json)"
     return f"## {name}\n\n{how}\n\n{picture}{body}\n"
