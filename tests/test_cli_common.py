@@ -60,7 +60,8 @@ def trained(three, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     run(f"train forward {SHAPES} --data-root {three} --steps 1 --batch-size 6 --out {out}/f")
     more = f"--forward {out}/f --out {out}/g"
-    run(f"train reverse {SHAPES} --data-root {three} --steps 1 --batch-size 6 {more}")
+    mse = "--objective.features --objective.feature-weights"  # LPIPS is an optional package
+    run(f"train reverse {SHAPES} --data-root {three} --steps 1 --batch-size 6 {more} {mse}")
     return out
 
 
