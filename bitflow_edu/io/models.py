@@ -69,9 +69,11 @@ def num_parameters(model: nn.Module) -> int:
 
 # %% ../../nbs/io/models.ipynb #06c8bd49
 REMOVED = {"prior_var": False}  # fields of earlier versions, and the only value that still fits
-# old → new
-RENAMED = {"pieces": "num_microbatches", "checkpointing": "activation_checkpointing"}
-RENAMED["feature_weight"] = "feature_weights"
+RENAMED = {  # old → new
+    "pieces": "num_microbatches",
+    "checkpointing": "activation_checkpointing",
+    "feature_weight": "feature_weights",
+}
 
 
 def modern_fields(values: dict) -> dict:

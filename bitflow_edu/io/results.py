@@ -265,6 +265,6 @@ def table_text(
         line = [name]
         for metric in metrics:
             line.append(with_interval(measured(result, name, f"mean {metric}")))
-            line.append(with_interval(measured(result, name, f"difference {metric}")[:1], "+"))
+            line.append(with_interval(measured(result, name, f"difference {metric}"), "+"))
         lines.append(line)
     return text_table(lines)

@@ -18,7 +18,6 @@ import torch
 
 from ..data import Images, add_noise, load_data
 from ..evaluation import Interval, mean_interval, precision_recall
-from ..inverse_strategies import mse
 from ..io.checkpoints import read_metrics
 from ..io.datasets import DataConfig
 from ..io.files import report_write_errors, write_atomically
@@ -27,6 +26,7 @@ from ..io.results import differences_of, measurement, rows_of
 from bitflow_edu.lab.evaluate import (
     choose_scale,
     finite_numbers,
+    inverse_errors,
     network_for,
     sampler_source,
     stream_config,
@@ -117,7 +117,7 @@ def judged(source: Callable, n: int, seed: int, real: RealImages) -> dict:
 # %% ../../nbs/lab/ablations.ipynb #b6135dca
 @torch.no_grad()
 def anatomy(F, training: Training, root: Path, device: str) -> dict:
-    """F's states and loss on 1,000 noisy test images, and each term's share of G's late loss."""
+    "F's states and loss on 1,000 noisy test images, and each term's share of G's late loss."
     test = images_of(training.preset.data, "test")
     log = read_metrics(root / training.key / "run" / "metrics.jsonl")
     noisy = add_noise(test.x[:1000], F.cfg.noise_std, torch.Generator().manual_seed(0))
@@ -137,21 +137,12 @@ def anatomy(F, training: Training, root: Path, device: str) -> dict:
 PRECISION_FROM = 2000  # samples and real images that precision and recall compare
 
 
-@torch.no_grad()
-def inverse_error(sampler: Sampler, F: TARFlow, test: Images, device: str) -> float:
-    "Mean squared error of x + σε → F → back against the clean x, over 1,000 test images."
-    x, c = test.x[:1000], test.labels[:1000].to(device)
-    noisy = add_noise(x, F.cfg.noise_std, torch.Generator().manual_seed(0)).to(device)
-    return mse(sampler(F(noisy, c).z, c), x.to(device)).mean().item()
-
-
 def measure(sampler: Sampler, F: TARFlow, training: Training, device: str) -> dict:
     "Numbers of one sampler."
     data, n, seed = training.preset.data, training.preset.num_samples, training.seed
-    found = {
-        "inverse_mse": inverse_error(sampler, F, images_of(data, "test"), device),
-        "params": num_parameters(sampler.model),
-    }
+    part = images_of(data, "test")[:1000]
+    (inverse,) = inverse_errors(F, [sampler], part, 0, device, len(part))
+    found = {"inverse_mse": inverse["value"], "params": num_parameters(sampler.model)}
     real = real_images(data, F.cfg.channels, 5 * n)
     if real is None:
         return found
@@ -209,11 +200,11 @@ REAL = "real training images"  # the row that says what distance would be good
 
 def jobs_of(name: str, preset: Preset, seeds: range, only: tuple = ()) -> dict:
     "Training → the (method, w) that its rows are drawn by. Every F that a G needs is among them."
-    jobs = {}
+    jobs, rows = {}, rows_for(name, preset, only)
     for seed in seeds:
         F = Training(preset, seed, "forward")
         jobs[F.key] = F, {("real", 0.0)}
-        for row in rows_for(name, preset, only):
+        for row in rows:
             training = training_of(row, preset, seed)
             F = training.forward
             jobs.setdefault(F.key, (F, set()))

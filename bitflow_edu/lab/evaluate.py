@@ -137,14 +137,14 @@ def finite_values(found: list) -> list:
 
 # %% ../../nbs/lab/evaluate.ipynb #6453cc1c
 def inverse_errors(
-    forward: TARFlow, reverse: ReverseModel, part: Images, seed: int, device: str, batch_size: int
+    forward: TARFlow, samplers: list, part: Images, seed: int, device: str, batch_size: int
 ) -> list:
-    "Mean squared error of x + σε → F → back against the clean x, of each way back."
+    "Mean squared error of x + σε → F → back against the clean x, of each sampler."
     noisy = add_noise(part.x, forward.cfg.noise_std, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         z = forward(noisy.to(device), part.labels.to(device)).z
     found = []
-    for sampler in pair_samplers(forward, reverse):
+    for sampler in samplers:
         error = mse(draw(sampler, z, part.labels, device, batch_size), part.x).mean().item()
         found.append(measurement(sampler.name, "inverse_mse", error, "x²", len(part), seed))
     return found
@@ -177,7 +177,8 @@ def fidelity(
     if reverse is not None:
         error = mse(one_pass(reverse, forward(x, c).z, c), x).mean().item()
         found.append(measurement("one-pass", "reconstruction_mse", error, "x²", len(part), seed))
-        found += inverse_errors(forward, reverse, part, seed, device, batch_size)
+        samplers = pair_samplers(forward, reverse)
+        found += inverse_errors(forward, samplers, part, seed, device, batch_size)
     return finite_values(found)
 
 # %% ../../nbs/lab/evaluate.ipynb #d84a9cba

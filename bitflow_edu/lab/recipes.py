@@ -26,7 +26,6 @@ from bitflow_edu.inverse_strategies import (
     mse,
     normalised,
     reverse_loss,
-    with_generator,
 )
 from ..io.checkpoints import recorded_start, start_from
 from ..io.files import report_write_errors
@@ -124,15 +123,6 @@ def train_forward(
     about |= starting_weights(model, init, folder, resume)
     return train(model, loss, data, cfg, folder, resume, grid, about, start, processes, watcher)
 
-# %% ../../nbs/lab/recipes.ipynb #3fa0c6d2
-def of_decoded(distance, vae: nn.Module, count: int):
-    "`decoded`, which gives its distance no generator, for one that may draw."
-
-    def of_latents(a, b, generator=None):
-        return decoded(with_generator(distance, generator), vae, count)(a, b)
-
-    return of_latents
-
 # %% ../../nbs/lab/recipes.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
     "The distance at the image end: MSE, and perceptual distances where it names any."
@@ -144,7 +134,7 @@ def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
     for name, weight in zip(objective.features, objective.feature_weights):
         distance = weigh(find_distance(name, device))
         if objective.decoder:
-            distance = of_decoded(distance, vae, objective.decoded_images)
+            distance = decoded(distance, vae, objective.decoded_images)
         parts.append((weight, distance))
     return mixture(*parts)
 

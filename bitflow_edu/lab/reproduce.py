@@ -331,12 +331,12 @@ def section_of(result: dict, line: dict) -> str:
         f"; {line['hardware']}; commit {line['commit']}, {date}, {line['wall_s'] / 60:.1f} minutes."
     )
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
-    count, paired = len(result["measurements"]), is_paired(result)
-    body = results_table(result)
-    if paired:
+    if is_paired(result):
         body = earlier_note(result) + paired_table(result) + commands_text(result)
-    if not paired and body.count("|") >= 1500:
-        body = f"{count} figures, too many for a page: [{name}.json]({name}.json)"
+    else:
+        body, count = results_table(result), len(result["measurements"])
+        if body.count("|") >= 1500:
+            body = f"{count} figures, too many for a page: [{name}.json]({name}.json)"
     return f"## {name}\n\n{how}\n\n{picture}{body}\n"
 
 # %% ../../nbs/lab/reproduce.ipynb #5078d966

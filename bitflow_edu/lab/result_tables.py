@@ -58,7 +58,7 @@ def paired_table(result: dict) -> str:
         line = [row]
         for metric in metrics:
             line.append(with_interval(measured(result, row, f"mean {metric}")))
-        pair = measured(result, row, f"difference {metrics[0]}")[:1]
+        pair = measured(result, row, f"difference {metrics[0]}")
         versus = f" from {pair[0]['versus']}" if pair else ""
         mean = measured(result, row, f"mean {metrics[0]}")[0]
         scale = f" (w = {mean['w']:g})" if mean.get("w") else ""

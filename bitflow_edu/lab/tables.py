@@ -331,8 +331,7 @@ def parts(preset: Preset) -> list:
     original = replace(with_parts(preset.forward, **plain), clip=0.0)
     rows = []
     for name, cfg in variants(original).items():
-        fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-        rows.append(Row(name, (forward(**fields),), "exact+denoise"))
+        rows.append(Row(name, (forward(**vars(cfg)),), "exact+denoise"))
     return rows
 
 # %% ../../nbs/lab/tables.ipynb #f5d27d3d

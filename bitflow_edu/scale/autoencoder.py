@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..data import to_model_range
+from ..inverse_strategies import with_generator
 from bitflow_edu.io.checks import (
     check_image_batch,
     check_not_empty,
@@ -203,7 +204,7 @@ def preview(
 
 # %% ../../nbs/scale/autoencoder.ipynb #6a2cef4d
 def decoded(
-    distance,  # of images: (a, b) → `(N,)`
+    distance,  # of images: (a, b) → `(N,)`; may draw, see `with_generator`
     vae: nn.Module,  # frozen here; see `load_decoder`
     sub_batch: int = 4,  # k: images of each call that are decoded
     checkpoint: bool = True,  # recompute the decoder's activations in the backward pass
@@ -216,13 +217,14 @@ def decoded(
     if checkpoint:
         seen = partial(recomputed, seen, use_reentrant=False)
 
-    def of_latents(a, b):
+    def of_latents(a, b, generator=None):
         check_same_shape(a, b, "latents that are compared")
         check_not_empty(a, "latents")
         k = min(sub_batch, len(a))
         with torch.no_grad():
             target = decode_latents(vae, b[:k])
-        d = distance(torch.cat([seen(one) for one in a[:k].split(1)]), target)
+        images = torch.cat([seen(one) for one in a[:k].split(1)])
+        d = with_generator(distance, generator)(images, target)
         return torch.cat([d * (len(a) / k), d.new_zeros(len(a) - k)])
 
     return of_latents
