@@ -280,9 +280,9 @@ def check_range(
 
 # %% ../nbs/02_affine_coupling.ipynb #59e529d2
 class Logit(Bijection):
-    "Pixels in [-1, 1] to the line: logit(α + (1 − 2α)·(x + 1)/2) (RealNVP §4.1; α = 0.05 there)."
+    "Pixels in [-1, 1] to the line: logit(δ + (1 − 2δ)·(x + 1)/2); δ is 0.05 in RealNVP §4.1."
 
-    def __init__(self, alpha: float = 0.05):
+    def __init__(self, alpha: float = 0.05):  # δ, the room at both ends
         super().__init__()
         self.alpha = alpha
 

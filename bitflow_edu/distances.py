@@ -324,7 +324,7 @@ def adaptive(
     p: float = 1.0,  # 0: as given; ½: squared errors of any size pull alike; 1: no unit is left
     c: float = 0.01,  # in the unit of the distance; keeps the weight of tiny distances finite
 ):  # a distance with the same minimum and another pull
-    "D_p = sg(w)·D with w = (D + c)^−p (PAPER: adaptive weighting)."
+    "𝒟_r = sg(λ)·𝒟 with λ = (𝒟 + d₀)^−r; r is `p`, d₀ is `c` (PAPER: adaptive weighting)."
 
     def weighted(a, b, generator=None):
         d = with_generator(distance, generator)(a, b)
@@ -335,7 +335,7 @@ def adaptive(
 # %% ../nbs/13_distances.ipynb #751a9d9e
 def mixture(
     *parts: tuple,  # (weight, distance) pairs
-):  # a distance: Σ weight·D
+):  # a distance: Σ weight·𝒟
     "A weighted sum of distances."
 
     if not parts:

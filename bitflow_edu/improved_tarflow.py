@@ -61,7 +61,7 @@ def with_parts(
 # %% ../nbs/09_improved_tarflow.ipynb #c5b5e549
 def improved(
     cfg: TARFlowConfig,
-    clip: float = 3.0,  # c: α and μ stay in [−c, c]; e³ ≈ 20 is the most that a token is stretched
+    clip: float = 3.0,  # κ: α and μ stay in [−κ, κ]; e³ ≈ 20 is the most that a token is stretched
 ) -> TARFlowConfig:
     "BiFlow's F: modern blocks and norm control (arXiv 2512.10953; which modern parts is inferred)."
     return replace(with_parts(cfg, **MODERN), clip=clip)
@@ -82,7 +82,7 @@ def deep_shallow(
 # %% ../nbs/09_improved_tarflow.ipynb #e6567e1f
 def variants(
     cfg: TARFlowConfig,  # the original architecture
-    clip: float = 3.0,  # c
+    clip: float = 3.0,  # κ
 ) -> dict:  # name → config
     "The ablation's rows, at nearly equal parameters: each part alone, all of them, deep–shallow."
     return {

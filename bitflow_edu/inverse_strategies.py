@@ -58,7 +58,7 @@ def naive_distillation(
     distance=mse,  # between token states
     image_distance=mse,  # at the image end
 ) -> StrategyLoss:
-    "L = D(x, G(F(x))): only the result counts (PAPER: strategy 1)."
+    "ℒ = 𝒟(x, G(F(x))): only the result counts (PAPER: strategy 1)."
     return StrategyLoss(image_distance(out.image, x).mean(), ())
 
 # %% ../nbs/11_inverse_strategies.ipynb #02a33a2f
@@ -69,7 +69,7 @@ def hidden_alignment(
     distance=mse,  # between token states
     image_distance=mse,  # at the image end
 ) -> StrategyLoss:
-    """L = D(x, x') + Σ_i D(x^i, φ_i(h^i)) (PAPER: strategy 3):
+    """ℒ = 𝒟(x, x') + Σ_i 𝒟(x^i, φ_i(h^i)) (PAPER: strategy 3):
     every depth counts, h stays in model width."""
     if len(trajectory.states) != len(out.hidden):
         of_f, of_g = len(trajectory.states) - 1, len(out.hidden) - 1
@@ -87,7 +87,7 @@ def hidden_distillation(
     distance=mse,  # between token states
     image_distance=mse,  # at the image end
 ) -> StrategyLoss:
-    """L = D(x, x') + Σ_i D(x^i, h^i) with h^i in token space (PAPER: strategy 2):
+    """ℒ = 𝒟(x, x') + Σ_i 𝒟(x^i, h^i) with h^i in token space (PAPER: strategy 2):
     alignment of a G that passes on what it projects."""
     return hidden_alignment(trajectory, out, x, distance, image_distance)
 

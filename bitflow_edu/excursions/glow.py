@@ -206,7 +206,7 @@ class ImageShape:
 
 
 def check_coupling(cfg):
-    "Refuse a kind that does not exist, sizes below 1 and an α that leaves nothing."
+    "Refuse a kind that does not exist, sizes below 1 and a δ that leaves nothing."
     if cfg.kind not in COUPLING_KINDS:
         raise BitflowError(
             f"unknown kind of coupling flow {cfg.kind!r}; choose {', '.join(COUPLING_KINDS)}"
