@@ -109,3 +109,16 @@ def test_made_has_the_connections_of_its_masks():
     lines = {path.get("class"): path.get("d").count("M") for path in drawn}
     assert lines["off"] == sum(int((mask == 0).sum()) for mask in masks)
     assert lines["line thin"] + lines["f-line"] == sum(int(mask.sum()) for mask in masks)
+
+
+def test_dependence_fills_one_token_a_step_and_turns_at_every_block():
+    """The cells computed, from top to bottom: places 1 … T−1 of each block, odd blocks reversed."""
+    T, B, left, pitch = 5, 3, 140, 38  # as drawn: tokens, blocks, place and distance of the cells
+    cells = root_of(FIGURES / "dependence.svg").iter(SVG + "rect")
+    new = [r for r in cells if r.get("class") == "f-full" and int(r.get("x")) < left + T * pitch]
+    new.sort(key=lambda r: int(r.get("y")))
+    wanted = []
+    for i in reversed(range(B)):
+        order = list(range(T))
+        wanted += (order[::-1] if i % 2 else order)[1:]
+    assert [(int(r.get("x")) - left) // pitch for r in new] == wanted
