@@ -100,7 +100,7 @@ def augment(
     small = nnf.interpolate(x[: N // 2], size=(coarse, coarse), mode="bilinear", antialias=True)
     return torch.cat([nnf.interpolate(small, size=x.shape[-2:], mode="bilinear"), x[N // 2 :]])
 
-# %% ../nbs/06_evaluation.ipynb #5c8c3d5a
+
 def classifier_loss(model, x, c, generator):
     "Cross-entropy on augmented images; a loss for `train`, with label_dropout 0."
     logits = model(augment(x, generator))
@@ -124,8 +124,7 @@ def in_batches(
 def as_stored(
     x: Tensor,  # images `(N, C, H, W)`
 ) -> Tensor:  # the middles of the 8-bit bins, float32 in (-1, 1)
-    """Images rounded to 8 bits, as in a file: what every metric sees. Refuses NaN, warns where
-    images look as if they were in [0, 1]."""
+    "Images rounded to 8 bits, as in a file. Refuses NaN; warns where they look like [0, 1]."
     check_image_batch(x)
     if bad := int(x.isnan().flatten(1).any(dim=1).sum()):
         raise BitflowError(
@@ -146,10 +145,18 @@ def accuracy(
     c = check_labels(c, classifier.cfg.num_classes, len(x)).to(x.device)
     return (in_batches(classifier, as_stored(x), 100).argmax(dim=1) == c).float().mean().item()
 
-# %% ../nbs/06_evaluation.ipynb #dbb4674e
+
 def load_classifier(device: str = "cpu") -> Classifier:
     "The digit classifier that comes with the course: `mnist-cnn`."
     return load_model(asset("mnist-cnn"), Classifier, device)
+
+# %% ../nbs/06_evaluation.ipynb #7242f45f
+def matrix_sqrt(
+    a: Tensor,  # symmetric, positive semi-definite `(K, K)`
+) -> Tensor:  # the symmetric root, same shape
+    "Square root through the eigenvalues; tiny negative ones, from rounding, count as zero."
+    values, vectors = torch.linalg.eigh(a)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 # %% ../nbs/06_evaluation.ipynb #69df8783
 def check_features(
@@ -162,14 +169,11 @@ def check_features(
         if not isinstance(cloud, Tensor):
             fault = f"features: {type(cloud).__name__} instead of a tensor (N, K)"
         elif cloud.ndim != 2 or cloud.shape[1] != clouds[0].shape[1]:
-            shapes = [tuple(f.shape) for f in clouds]
-            fault = (
-                f"features of shapes {shapes} cannot be compared; each must be (N, K) with one K"
-            )
+            shapes, wanted = [tuple(f.shape) for f in clouds], "each must be (N, K) with one K"
+            fault = f"features of shapes {shapes} cannot be compared; {wanted}"
         elif (n := len(cloud)) < least:
-            fault = (
-                f"{n} feature vectors are too few, {least} are needed at least; draw more samples"
-            )
+            wanted = f"{least} are needed at least; draw more samples"
+            fault = f"{n} feature vectors are too few, {wanted}"
         elif bad := int((~torch.isfinite(cloud)).any(dim=1).sum()):
             hint = "look at the images they come from"
             fault = f"{bad} of {n} feature vectors are not finite (NaN or infinite); {hint}"
@@ -184,14 +188,6 @@ def moments(
     check_features(features)
     features = features.double()
     return features.mean(dim=0), torch.atleast_2d(features.T.cov())
-
-# %% ../nbs/06_evaluation.ipynb #7242f45f
-def matrix_sqrt(
-    a: Tensor,  # symmetric, positive semi-definite `(K, K)`
-) -> Tensor:  # the symmetric root, same shape
-    "Square root through the eigenvalues; tiny negative ones, from rounding, count as zero."
-    values, vectors = torch.linalg.eigh(a)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 # %% ../nbs/06_evaluation.ipynb #e203e6cf
 def frechet_distance(
@@ -322,7 +318,7 @@ def event_times(fn, repeats: int) -> list[float]:
     torch.cuda.synchronize()
     return [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
 
-
+# %% ../nbs/06_evaluation.ipynb #58a1c457
 def call_times(fn, repeats: int) -> list[float]:
     "Milliseconds of every call: on the GPU where this process uses one, else wall time."
     return event_times(fn, repeats) if torch.cuda.is_initialized() else wall_times(fn, repeats)

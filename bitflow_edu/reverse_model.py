@@ -26,29 +26,8 @@ from .tarflow import ClassEmbedding, TokenGeometry, check_geometry
 from .transformer import NORMS, Transformer, TransformerConfig
 
 # %% auto #0
-__all__ = ['sample_noise', 'ReverseConfig', 'ReverseBlock', 'ReverseOutput', 'per_block', 'guidance_scales', 'with_labels',
-           'ReverseModel', 'one_pass']
-
-# %% ../nbs/10_reverse_model.ipynb #b1f9e6a4
-def check_count(n: int, seed: int = 0):
-    "Refuse what no random generator takes."
-    if n < 0 or seed < 0:
-        raise BitflowError(f"n is {n} and seed {seed}; neither may be negative")
-
-# %% ../nbs/10_reverse_model.ipynb #a6cd2110
-def sample_noise(
-    cfg,  # `TARFlowConfig` or `ReverseConfig`
-    n: int,  # images
-    seed: int = 0,
-    device: str = "cpu",
-) -> Tensor:  # z `(n, T, D)`
-    "Noise tokens; image i's noise depends on the seed alone, not on the device or on n."
-    if not hasattr(cfg, "num_tokens"):
-        raise BitflowError(f"{type(cfg).__name__} has no tokens; give the config of an F or a G")
-    check_count(n, seed)
-    shape = (n, cfg.num_tokens, cfg.token_dim)
-    z = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(z).to(device)
+__all__ = ['ReverseConfig', 'ReverseBlock', 'ReverseOutput', 'per_block', 'guidance_scales', 'with_labels', 'ReverseModel',
+           'one_pass', 'sample_noise']
 
 # %% ../nbs/10_reverse_model.ipynb #1288cec7
 def check_reverse(cfg):
@@ -59,6 +38,12 @@ def check_reverse(cfg):
     if not 0 <= cfg.max_guidance < float("inf"):
         wanted = "the largest w of training is finite and not negative, 0 for a G without w"
         raise BitflowError(f"max_guidance is {cfg.max_guidance}; {wanted}")
+
+
+def check_count(n: int, seed: int = 0):
+    "Refuse what no random generator takes."
+    if n < 0 or seed < 0:
+        raise BitflowError(f"n is {n} and seed {seed}; neither may be negative")
 
 # %% ../nbs/10_reverse_model.ipynb #01867be3
 @dataclass(frozen=True)
@@ -72,8 +57,8 @@ class ReverseConfig(TokenGeometry):
     num_blocks: int = 4  # B, one for every block of F
     denoise: bool = True  # one more block, from h^0 (noisy) to the clean x'
     token_states: bool = False  # pass states on as tokens (hidden distillation), not in model width
-    max_guidance: float = 0.0  # G takes w, trained from 0 to this (chapter 14); 0: it takes none
-    scale_token: bool = False  # w enters a block as one more token, not added to all (chapter 14)
+    max_guidance: float = 0.0  # G takes w, trained from 0 to this (lesson 14); 0: it takes none
+    scale_token: bool = False  # w enters a block as one more token, not added to all (lesson 14)
     embed_std: float = 0.3  # initial size of position and class embeddings
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
 
@@ -105,6 +90,12 @@ def scale_embedding(cfg: ReverseConfig) -> nn.Sequential | None:
     into = nn.Linear(Waves.features if waves else 1, width)
     return nn.Sequential(*waves, into, nn.SiLU(), nn.Linear(width, width))
 
+
+def projection(cfg: ReverseConfig) -> nn.Sequential:
+    "φ_i, from model width to token space: norm, then linear."
+    width = cfg.transformer.width
+    return nn.Sequential(NORMS[cfg.transformer.norm](width), nn.Linear(width, cfg.token_dim))
+
 # %% ../nbs/10_reverse_model.ipynb #6d921f9f
 class ReverseBlock(nn.Module):
     "Inverts one f_i: h^{i+1} to h^i, every token seeing every other."
@@ -128,12 +119,6 @@ class ReverseBlock(nn.Module):
         if self.num_extra_tokens:
             return self.transformer(torch.cat([scale, h], dim=1))[:, 1:]
         return self.transformer(h + scale)
-
-# %% ../nbs/10_reverse_model.ipynb #b5586ab0
-def projection(cfg: ReverseConfig) -> nn.Sequential:
-    "φ_i, from model width to token space: norm, then linear."
-    width = cfg.transformer.width
-    return nn.Sequential(NORMS[cfg.transformer.norm](width), nn.Linear(width, cfg.token_dim))
 
 # %% ../nbs/10_reverse_model.ipynb #aaef5655
 @dataclass(frozen=True)
@@ -167,7 +152,7 @@ def guidance_scales(cfg: ReverseConfig, w, n: int, device) -> Tensor | None:
     limit = cfg.max_guidance
     if not limit:
         if w is not None:
-            advice = "train one with max_guidance above 0, or guide it at inference (chapter 14)"
+            advice = "train one with max_guidance above 0, or guide it at inference (lesson 14)"
             raise BitflowError(f"this G takes no guidance scale w; {advice}")
         return None
     w = per_block(0.0 if w is None else w, n, cfg.num_blocks, torch.empty(0, device=device))
@@ -177,7 +162,7 @@ def guidance_scales(cfg: ReverseConfig, w, n: int, device) -> Tensor | None:
         warnings.warn(guess, stacklevel=4)
     return w
 
-# %% ../nbs/10_reverse_model.ipynb #b136f4fe
+
 def with_labels(cfg: ReverseConfig, c: Tensor, w=None):
     "How a block is applied: with labels `(N,)` and, where G takes them, guidance scales."
     w = guidance_scales(cfg, w, len(c), c.device)
@@ -265,3 +250,18 @@ def one_pass(
         else:
             h, tokens = run(model.blocks[i], h, i), None
     return model.finish(h, tokens, run)
+
+# %% ../nbs/10_reverse_model.ipynb #a6cd2110
+def sample_noise(
+    cfg,  # `TARFlowConfig` or `ReverseConfig`
+    n: int,  # images
+    seed: int = 0,
+    device: str = "cpu",
+) -> Tensor:  # z `(n, T, D)`
+    "Noise tokens; image i's noise depends on the seed alone, not on the device or on n."
+    if not hasattr(cfg, "num_tokens"):
+        raise BitflowError(f"{type(cfg).__name__} has no tokens; give the config of an F or a G")
+    check_count(n, seed)
+    shape = (n, cfg.num_tokens, cfg.token_dim)
+    z = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(z).to(device)

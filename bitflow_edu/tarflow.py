@@ -65,9 +65,9 @@ class TARFlowConfig(TokenGeometry):
     num_classes: int = 10  # labels 0 … num_classes − 1; −1 means no label
     num_blocks: int = 4  # B
     noise_std: float = 0.1  # σ of the noise augmentation; 0: uniform dequantisation (likelihood)
-    logit_alpha: float = 0.0  # α of a logit of the pixels (chapter 02); 0: none, as published
+    logit_alpha: float = 0.0  # edge of a logit of the pixels (lesson 02); 0: none, as published
     label_dropout: float = 0.1  # share of labels hidden in training; 0: −1 means nothing to it
-    clip: float = 0.0  # c: α and μ are clipped to [−c, c] (chapter 09); 0: none, as published
+    clip: float = 0.0  # α and μ are clipped to [−clip, clip] (lesson 09); 0: none
     block_layers: tuple[int, ...] = ()  # layers of each block, data first (lesson 09); empty: alike
     embed_std: float = 0.3  # initial size of embeddings (the published 0.01 learns labels late)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)  # of each block
@@ -173,7 +173,7 @@ class Trajectory:
         "x^B, the noise end."
         return self.states[-1]
 
-# %% ../nbs/07_tarflow.ipynb #6e5e396e
+# %% ../nbs/07_tarflow.ipynb #6e35016e
 def check_input(
     x: Tensor,  # images `(N, C, H, W)`
     cfg: TARFlowConfig,  # what the model was built for
@@ -181,7 +181,7 @@ def check_input(
     "Refuse images of another size: a single token would be broadcast in silence."
     return check_image_batch(x, (cfg.channels, cfg.image_size, cfg.image_size), "images for F")
 
-# %% ../nbs/07_tarflow.ipynb #6e35016e
+
 class TARFlow(nn.Module):
     """F = f_{B−1} ∘ … ∘ f_0, data to noise (Zhai et al., arXiv 2412.06329).
 

@@ -245,8 +245,8 @@ class Transformer(nn.Module):
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of the tokens seen so far, passed in and passed back. Only the fields are
-    frozen: `extend` writes into the memory of k and v in place. Caches of one walk share that
-    memory, and `length` says how much of it each may read."""
+    frozen: `extend` writes into the memory of k and v in place. Caches of one decoding share
+    that memory, and `length` says how much of it each may read."""
 
     k: Tensor  # `(layers, N, heads, T, head_dim)`, preallocated; slots ≥ length are empty
     v: Tensor  # the same shape
