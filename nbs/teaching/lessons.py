@@ -13,7 +13,7 @@ from pathlib import Path
 NBS = Path(__file__).resolve().parent.parent
 DRAWING = NBS / "figures" / "lessons.svg"
 WORDS_A_MINUTE, LINES_A_MINUTE = 120, 20  # slow readers with a pencil in hand
-BOX, HEIGHT, GAP, ROW = 178, 34, 22, 82  # sizes in the drawing
+BOX, HEIGHT, GAP, ROW = 196, 36, 22, 84  # sizes in the drawing
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def time_to_run(head: str) -> str:
     span = rf"(?:(?:well )?(?:under|about|less than) )?{number}(?: to {number})?"
     found = re.search(rf"({span})(?: minutes?)? to run", head, re.I)
     if found:
-        return f"{found[1]} min".lower()
+        one = re.search(r"\b(?:an?|one)$", found[1], re.I)
+        return f"{found[1]} minute{'' if one else 's'}".lower()
     found = re.search(rf"\brun(?:s|ning)?\b.*?({span} minutes?(?: or two)?)", head, re.I | re.S)
     return found[1].lower() if found else ""
 
@@ -155,14 +156,17 @@ def positions(table) -> tuple[dict, float]:
     return at, width
 
 
-STYLE = """
-.paper{fill:#ffffff} .box{fill:#eef3fa;stroke:#33567d;stroke-width:1.5}
-.line{fill:none;stroke:#5b6f86;stroke-width:1.5} .head{fill:#5b6f86}
-text{fill:#1a1a1a;font:13px sans-serif;text-anchor:middle}
-@media (prefers-color-scheme: dark){.paper{fill:#15181c} .box{fill:#22303f;stroke:#9dbbdd}
-.line{stroke:#9aa9b8} .head{fill:#9aa9b8} text{fill:#f0f0f0}}
-"""
-ALT = "Which lesson needs which: an arrow runs from a lesson to each one that builds on it."
+TITLE = "Which lesson needs which"
+ALT = "An arrow runs from a lesson to each lesson that builds on it."
+NOTE = "bitflow_edu, Apache-2.0, copyright 2026 onwards, bitflow_edu contributors"
+TIP = """<marker id="to" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="11" markerHeight="11"
+ markerUnits="userSpaceOnUse" orient="auto"><path class="head" d="M0 0 10 5 0 10z"/></marker>"""
+
+
+def shared_style() -> str:
+    "The style sheet that all drawings have in common."
+    text = (DRAWING.parent / "coupling.svg").read_text(encoding="utf-8")
+    return re.search(r"<style>.*?</style>", text, re.S)[0]
 
 
 def line_through(points) -> str:
@@ -171,13 +175,21 @@ def line_through(points) -> str:
     y += HEIGHT / 2
     path = [f"M{x:.0f} {y:.0f}"]
     for u, v in points[1:]:
-        top = v - HEIGHT / 2 - (6 if (u, v) == points[-1] else 0)
+        top = v - HEIGHT / 2 - (1 if (u, v) == points[-1] else 0)
         middle = (y + top) / 2
         path.append(f"C{x:.0f} {middle:.0f} {u:.0f} {middle:.0f} {u:.0f} {top:.0f}")
         x, y = u, v + HEIGHT / 2
         if (u, v) != points[-1]:
             path.append(f"V{y:.0f}")  # straight past the boxes of this row
     return " ".join(path)
+
+
+def spoken(lessons: list[Lesson]) -> str:
+    "The arrows in words."
+    needs: dict[int, list[str]] = {}
+    for start, end in arrows(lessons):
+        needs.setdefault(end, []).append(f"{start:02d}")
+    return "; ".join(f"{end:02d} needs {' and '.join(start)}" for end, start in needs.items()) + "."
 
 
 def drawing(lessons: list[Lesson]) -> str:
@@ -187,24 +199,26 @@ def drawing(lessons: list[Lesson]) -> str:
     table = sorted_rows(routes, rows)
     at, width = positions(table)
     height = 2 * GAP + HEIGHT + ROW * max(rows.values())
+    size = f'width="{width:.0f}" height="{height:.0f}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'width="{width:.0f}" height="{height:.0f}" role="img" aria-label="{ALT}">',
-        "<!-- SPDX-License-Identifier: Apache-2.0; written by nbs/teaching/lessons.py -->",
-        f"<title>{ALT}</title><style>{STYLE}</style>",
-        '<marker id="tip" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="7" markerHeight="7" '
-        'orient="auto"><path class="head" d="M0 0L8 4L0 8z"/></marker>',
-        f'<rect class="paper" width="{width:.0f}" height="{height:.0f}"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" {size} '
+        'role="img" aria-labelledby="title desc">',
+        f"<!-- {NOTE}; written by nbs/teaching/lessons.py -->",
+        f'<title id="title">{TITLE}</title>',
+        f'<desc id="desc">{ALT} {spoken(lessons)}</desc>',
+        shared_style(),
+        f"<defs>{TIP}</defs>",
+        f'<rect class="bg" {size}/>',
     ]
     for route in routes:
         path = line_through([at[place] for place in route])
-        parts.append(f'<path class="line" marker-end="url(#tip)" d="{path}"/>')
+        parts.append(f'<path class="line" marker-end="url(#to)" d="{path}"/>')
     for lesson in lessons:
         x, y = at[("box", lesson.number, rows[lesson.number])]
         corner = f'x="{x - BOX / 2:.0f}" y="{y - HEIGHT / 2:.0f}"'
-        parts.append(f'<rect class="box" {corner} width="{BOX}" height="{HEIGHT}" rx="6"/>')
+        parts.append(f'<rect class="state" {corner} width="{BOX}" height="{HEIGHT}" rx="6"/>')
         label = f"{lesson.number:02d} {lesson.name}"
-        parts.append(f'<text x="{x:.0f}" y="{y + 5:.0f}">{label}</text>')
+        parts.append(f'<text class="note mid" x="{x:.0f}" y="{y + 5:.0f}">{label}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

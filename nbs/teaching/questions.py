@@ -681,6 +681,7 @@ depths $0, 1, \dots$ have weights {weights}. The loss is the mean over samples o
             "alignment",
             f"""def alignment_loss(states, projected, x, image):
     "The loss, a scalar, of {blocks + 1} states and {blocks} projected states `(N, T, D)`."
+
     ### BEGIN SOLUTION
     def distance(a, b):
         return {code}
