@@ -931,7 +931,7 @@ assert torch.allclose(recovered(0, there, b), a), "recovering does not invert ex
 
 def interval(rng: Random) -> list[dict]:
     "A difference from paired seeds with its interval."
-    level = rng.randint(80, 99)
+    level = number(rng, 70, 99.5, 1)
     first, second = rng.choice((("a", "b"), ("b", "a")))
     return [
         text(f"""## When is a difference real?
