@@ -316,7 +316,7 @@ def masks(rng: Random) -> list[dict]:
         text(f"""## Masks for a given order
 
 A network with two hidden layers of {hidden[0]} and {hidden[1]} units reads {dims} numbers and gives one output
-a number. The numbers are read in the order {order}: number {order[0]} first. Output $d$ may depend on the numbers that
+for each of them. The numbers are read in the order {order}: number {order[0]} first. Output $d$ may depend on the numbers that
 are read before $d$, and must be reached from each of them."""),
         answer(
             "masks",
@@ -469,7 +469,7 @@ def whole_flow(rng: Random) -> list[dict]:
 
 Build a `TARFlow` for images of {channels} × {side} × {side} pixels, patches of {patch} × {patch}, {blocks} blocks and
 {classes} classes, each block a transformer of width {width} with 1 layer and heads of 8. Say how many tokens an image has,
-how many values a token, and how many serial steps the exact inverse of the flow takes for one image. Then
+how many values each token has, and how many serial steps the exact inverse of the flow takes for one image. Then
 measure the round trip: images to noise with the flow, back with the exact inverse."""),
         given(
             "package",
@@ -491,7 +491,7 @@ from bitflow_edu.transformer import TransformerConfig
 
 
 def sizes():
-    "Tokens of an image, values of a token, serial steps of the exact inverse."
+    "Tokens of an image, values of each token, serial steps of the exact inverse."
     ### BEGIN SOLUTION
     tokens = ({side} // {patch}) ** 2
     return tokens, {channels} * {patch}**2, {blocks} * (tokens - 1)
@@ -750,7 +750,7 @@ def frechet(rng: Random) -> list[dict]:
     return [
         text(rf"""## A Fréchet distance
 
-A judge gives {width} features an image. This distance uses only the features {columns}, counted from 0, each divided by {unit}. With means $m$ and covariances $S$
+A judge gives {width} features for each image. This distance uses only the features {columns}, counted from 0, each divided by {unit}. With means $m$ and covariances $S$
 (sums divided by ${divisor}$) of two sets,
 
 $$\mathrm{{FD}} = \lVert m_1 - m_2\rVert^2 + \mathrm{{tr}}\big(S_1 + S_2 - 2\,(S_1 S_2)^{{1/2}}\big).$$"""),
