@@ -124,7 +124,7 @@ def learning_rate(
     done = (progress - cfg.warmup) / (1 - cfg.warmup)
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
-# %% ../nbs/05_training.ipynb #1e3c481f
+
 def step_generator(
     seed: int,  # the run's seed
     step: int,  # optimiser step
@@ -259,7 +259,7 @@ class TrainState:
         restore_tensors(self, saved, where)
         self.step, self.seconds = saved["step"], saved["seconds"]
 
-# %% ../nbs/05_training.ipynb #e05da1bf
+
 def averaged_copy(model: nn.Module) -> nn.Module:
     "A copy of the weights to average into."
     return copy.deepcopy(model).eval().requires_grad_(False)
@@ -370,7 +370,7 @@ def explain_divergence(state: TrainState, folder: Path):
     except FloatingPointError as e:
         raise diverged(folder, state.step, e) from e
 
-# %% ../nbs/05_training.ipynb #b92a691d
+
 def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
     "Whether what happens every so many steps, and at the end of the budget, happens now."
     return state.step % every == 0 or progress_of(state, cfg) >= 1
