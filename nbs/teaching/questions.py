@@ -737,7 +737,7 @@ ESSAYS_3 = (
 )
 
 
-# 4. guidance and evaluation (lessons 06, 12 and 14)
+# 4. guidance and evaluation (lessons 06, 13 and 14)
 
 
 def frechet(rng: Random) -> list[dict]:
@@ -1024,7 +1024,7 @@ TOPICS = {  # name: title, what it covers, imports, questions in any order, the 
     ),
     "guidance-and-evaluation": (
         "Guidance and evaluation",
-        "lessons 06, 12 and 14",
+        "lessons 06, 13 and 14",
         HEAD.replace("import torch\n", "import scipy.stats\nimport torch\n"),
         (frechet, guidance, guided_training, interval),
         essay_from(ESSAYS_4),
