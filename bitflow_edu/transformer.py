@@ -17,30 +17,8 @@ from .io.checks import check_tensor
 from .io.files import BitflowError
 
 # %% auto #0
-__all__ = ['NORMS', 'MLPS', 'MODERN', 'attend', 'RMSNorm', 'SwiGLU', 'TransformerConfig', 'rotary_angles', 'rotate', 'Layer',
-           'Transformer', 'KVCache', 'checkpoint_layers', 'find_compiler', 'compile_layers']
-
-# %% ../nbs/04_transformer.ipynb #c84e4146
-def attend(
-    q: Tensor,  # queries `(N, heads, S, head_dim)`
-    k: Tensor,  # keys `(N, heads, T, head_dim)`
-    v: Tensor,  # values, the same shape as k
-    causal: bool,  # a token sees none after it; where S < T, the queries are the last S tokens
-) -> Tensor:  # `(N, heads, S, head_dim)`
-    "softmax(q kᵀ/√head_dim) v: by PyTorch's fused kernel, or by the plain equation on CPUs."
-    S, T = q.shape[-2], k.shape[-2]
-    future = None
-    if causal and S > 1:
-        future = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S)
-    # On CPUs the equation trains faster in bfloat16; for one token the kernel saves calls.
-    if q.device.type != "cpu" or (S == 1 and q.shape[:2].numel() < 64):
-        if future is None or S == T:
-            return nnf.scaled_dot_product_attention(q, k, v, is_causal=future is not None)
-        return nnf.scaled_dot_product_attention(q, k, v, attn_mask=~future)
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5
-    if future is not None:
-        scores = scores.masked_fill(future, float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+__all__ = ['NORMS', 'MLPS', 'MODERN', 'RMSNorm', 'SwiGLU', 'TransformerConfig', 'rotary_angles', 'rotate', 'Layer', 'Transformer',
+           'KVCache', 'attend', 'checkpoint_layers', 'find_compiler', 'compile_layers']
 
 # %% ../nbs/04_transformer.ipynb #30dd9a88
 class RMSNorm(nn.Module):
@@ -278,6 +256,28 @@ class KVCache:
     def advance(self, tokens: int = 1):
         "The cache after a whole step: the same memory, so many tokens longer."
         return KVCache(self.k, self.v, self.length + tokens)
+
+# %% ../nbs/04_transformer.ipynb #c84e4146
+def attend(
+    q: Tensor,  # queries `(N, heads, S, head_dim)`
+    k: Tensor,  # keys `(N, heads, T, head_dim)`
+    v: Tensor,  # values, the same shape as k
+    causal: bool,  # a token sees none after it; where S < T, the queries are the last S tokens
+) -> Tensor:  # `(N, heads, S, head_dim)`
+    "softmax(q kᵀ/√head_dim) v: by PyTorch's fused kernel, or by the plain equation on CPUs."
+    S, T = q.shape[-2], k.shape[-2]
+    future = None
+    if causal and S > 1:
+        future = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S)
+    # On CPUs the equation trains faster in bfloat16; for one token the kernel saves calls.
+    if q.device.type != "cpu" or (S == 1 and q.shape[:2].numel() < 64):
+        if future is None or S == T:
+            return nnf.scaled_dot_product_attention(q, k, v, is_causal=future is not None)
+        return nnf.scaled_dot_product_attention(q, k, v, attn_mask=~future)
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    if future is not None:
+        scores = scores.masked_fill(future, float("-inf"))
+    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 # %% ../nbs/04_transformer.ipynb #55f01338
 def checkpoint_layers(model: nn.Module):
