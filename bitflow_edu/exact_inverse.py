@@ -23,9 +23,28 @@ from .io.files import BitflowError
 from .tarflow import FlowBlock, TARFlow, check_input, log_prob
 
 # %% auto #0
-__all__ = ['invert_block_uncached', 'BlockDecoder', 'decode_step', 'start_decoding', 'invert_block', 'check_noise',
-           'exact_trajectory', 'invert_blocks', 'to_images', 'exact_inverse', 'round_trip_error', 'serial_steps',
-           'score_denoise']
+__all__ = ['serial_steps', 'score_denoise', 'invert_block_uncached', 'BlockDecoder', 'decode_step', 'start_decoding',
+           'invert_block', 'check_noise', 'exact_trajectory', 'invert_blocks', 'to_images', 'exact_inverse',
+           'round_trip_error']
+
+# %% ../nbs/08_exact_inverse.ipynb #f8544c80
+def serial_steps(model: TARFlow) -> int:
+    "Transformer evaluations that must follow one another in the exact inverse: B·(T−1)."
+    return model.cfg.num_blocks * (model.cfg.num_tokens - 1)
+
+# %% ../nbs/08_exact_inverse.ipynb #208f4c56
+def score_denoise(
+    model: TARFlow,
+    x: Tensor,  # noisy images x̃ `(N, C, H, W)`
+    c: Tensor,  # labels `(N,)`, −1: none
+) -> Tensor:  # the expected clean images, same shape
+    "Tweedie's x̃ + σ²·∇ log p(x̃): a forward and a backward pass of F (arXiv 2412.06329, §3)."
+    check_model(model, TARFlow)
+    c = check_labels(c, model.cfg.num_classes, len(check_input(x, model.cfg)), -1)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        score = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)[0]
+    return (x + model.cfg.noise_std**2 * score).detach()
 
 # %% ../nbs/08_exact_inverse.ipynb #7988bc3d
 @torch.no_grad()
@@ -62,7 +81,7 @@ class BlockDecoder:
             self.block, self.guidance, tokens, offset, place, self.temperature, cache
         )
 
-# %% ../nbs/08_exact_inverse.ipynb #0b91371c
+
 def decode_step(block: FlowBlock, guidance, tokens, offset, place, temperature, cache):
     "One step of a `BlockDecoder`, with the offsets and places of these tokens alone."
     both = tokens if guidance is None else torch.cat([tokens, tokens])
@@ -190,22 +209,3 @@ def round_trip_error(
     check_model(model, TARFlow)
     check_not_empty(x, "images")
     return (exact_inverse(model, model(x, c).z, c) - x).abs().max().item()
-
-# %% ../nbs/08_exact_inverse.ipynb #f8544c80
-def serial_steps(model: TARFlow) -> int:
-    "Transformer evaluations that must follow one another in the exact inverse: B·(T−1)."
-    return model.cfg.num_blocks * (model.cfg.num_tokens - 1)
-
-# %% ../nbs/08_exact_inverse.ipynb #208f4c56
-def score_denoise(
-    model: TARFlow,
-    x: Tensor,  # noisy images x̃ `(N, C, H, W)`
-    c: Tensor,  # labels `(N,)`, −1: none
-) -> Tensor:  # the expected clean images, same shape
-    "Tweedie's x̃ + σ²·∇ log p(x̃): a forward and a backward pass of F (arXiv 2412.06329, §3)."
-    check_model(model, TARFlow)
-    c = check_labels(c, model.cfg.num_classes, len(check_input(x, model.cfg)), -1)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        score = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)[0]
-    return (x + model.cfg.noise_std**2 * score).detach()

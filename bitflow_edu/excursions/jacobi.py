@@ -85,7 +85,7 @@ def fall_back(block, y, c, guidance, tolerance, how):
     "Warn that the iteration did not converge, and invert token by token: x^i `(N, T, D)`."
     warnings.warn(
         f"Jacobi did not converge (change {how.change:.3g} after {how.iterations[-1]} passes, "
-        f"tolerance {tolerance:g}); undoing the block token by token",
+        f"tolerance {tolerance:g}); inverting the block token by token",
         stacklevel=4,  # the caller's caller, behind no_grad's wrapper
     )
     return invert_block(block, y, c, guidance)

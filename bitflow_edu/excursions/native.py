@@ -42,7 +42,7 @@ def build_library(*flags) -> ctypes.CDLL:
     options = ["-std=c++17", "-O3", "-mcpu=native" if arm else "-march=native", *flags]
     options += ["-fno-math-errno", "-shared", "-fPIC", "-pthread"]
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "walk.cpp"), Path(folder, "walk.so")
+        source, library = Path(folder, "decoding.cpp"), Path(folder, "decoding.so")
         source.write_text(SOURCE, encoding="utf-8")
         command = [compiler, *options, source, "-o", library]
         made = subprocess.run(command, capture_output=True, text=True)
@@ -90,7 +90,7 @@ CNet = c_struct(
     **dict(stacks=ctypes.POINTER(CStack), count=INT, D=INT, proj_in=CLinear),
     **dict(place=POINTER, gain=POINTER, bias=POINTER, out=CLinear),
 )
-CPush = c_struct("CPush", kind=INT, scale=FLOAT, temperature=FLOAT)
+CGuidance = c_struct("CGuidance", kind=INT, scale=FLOAT, temperature=FLOAT)
 
 # %% ../../nbs/excursions/native.ipynb #6c05a2bf
 def unsupported_reason(model: TARFlow | ReverseModel) -> str:
@@ -210,11 +210,11 @@ class NativeInverse:
         "Noise tokens `(N, T, D)` and labels `(N,)` (−1: none) to x^0 … x^B, each `(N, T, D)`."
         c = check_native(z, c, self.model.cfg)
         check_guidance(self.model, c, guidance)
-        labels, guide, rows = c, CPush(0, 0.0, 1.0), self.rows
+        labels, guide, rows = c, CGuidance(0, 0.0, 1.0), self.rows
         if guidance is not None:
             labels, rows = torch.cat([c, -torch.ones_like(c)]), self.rows // 2
             kind = 1 + list(GUIDANCE).index(guidance.kind)
-            guide = CPush(kind, guidance.scale, guidance.temperature)
+            guide = CGuidance(kind, guidance.scale, guidance.temperature)
         embedded = torch.stack([embed(labels)[:, 0] for embed in self.embeds])
         states = z.new_empty(len(self.blocks) + 1, *z.shape)
         states[-1] = z
@@ -222,7 +222,7 @@ class NativeInverse:
         group = max(1, min(rows, -(-N // threads)))
         blocks = self.blocks, len(self.blocks), ctypes.byref(guide)
         data = POINTER(states.data_ptr()), POINTER(embedded.data_ptr())
-        check_done(self.packed.library.undo(*blocks, *data, N, group, threads))
+        check_done(self.packed.library.decode(*blocks, *data, N, group, threads))
         return list(states)
 
 # %% ../../nbs/excursions/native.ipynb #aff9dd0b
@@ -257,5 +257,5 @@ class NativePass:
         tokens = torch.empty_like(z)
         data = (POINTER(t.data_ptr()) for t in (z, embedded, tokens))
         threads = torch.get_num_threads()
-        check_done(self.packed.library.draw(ctypes.byref(self.net), *data, len(z), threads))
+        check_done(self.packed.library.one_pass(ctypes.byref(self.net), *data, len(z), threads))
         return unpatchify(tokens, cfg.patch_size, cfg.channels)

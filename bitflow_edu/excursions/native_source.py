@@ -102,7 +102,7 @@ void norm(const float* x, const float* gain, const float* bias, int n, float* y)
         store(y + i, bias ? v + load(bias + i) : v);
     }
 }
-void turn(float* x, const float* cos, const float* sin, int half) {   // rotary positions
+void rotate(float* x, const float* cos, const float* sin, int half) {
     for (int i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
         x[i] = a * cos[i] - b * sin[i]; x[i + half] = a * sin[i] + b * cos[i];
@@ -140,7 +140,7 @@ struct Net {
     const Stack* stacks; int count, D; Linear in; const float* place;
     const float *gain, *bias; Linear out;
 };
-struct Push { int kind; float scale, temperature; };   // kinds: see `GUIDANCE`; 0: none
+struct Guidance { int kind; float scale, temperature; };   // kinds as in `GUIDANCE`; 0: none
 """
 
 # %% ../../nbs/excursions/native_source.ipynb #e4cc4a0f
@@ -159,7 +159,7 @@ struct Rows {   // hd: features per head; ld, wide: floats from row to row of h 
         float *q = &qkv[r * padded(3 * s.W) + e * hd], *key = q + s.W;
         if (a.q_norm) norm(q, a.q_norm, nullptr, hd, q), norm(key, a.k_norm, nullptr, hd, key);
         if (s.cos) for (float* x : {q, key})
-            turn(x, s.cos + t * hd / 2, s.sin + t * hd / 2, hd / 2);
+            rotate(x, s.cos + t * hd / 2, s.sin + t * hd / 2, hd / 2);
         return q;
     }
 """
@@ -195,11 +195,11 @@ KEEP = r"""
 """
 
 # %% ../../nbs/excursions/native_source.ipynb #f3b2d478
-WALK = r"""
-struct Walk : Rows {
-    const Block& b; const Push& g; int images; size_t keys, values;
+DECODER = r"""
+struct Decoder : Rows {
+    const Block& b; const Guidance& g; int images; size_t keys, values;
     std::vector<float> score, k, v;
-    Walk(const Block& b, const Push& g, int count)
+    Decoder(const Block& b, const Guidance& g, int count)
         : Rows(b.s, g.kind ? 2 * count : count, 2 * b.D), b(b), g(g), images(count),
           keys((size_t)hd * padded(s.T)), values((size_t)padded(hd) * s.T), score(padded(s.T)),
           k(s.layers * rows * s.heads * keys), v(s.layers * rows * s.heads * values) {}
@@ -219,8 +219,8 @@ struct Walk : Rows {
 """
 
 # %% ../../nbs/excursions/native_source.ipynb #27fa86c8
-ADVISE = r"""
-    void advise(const float* x, const float* label, int N, int t) {   // α, μ of t + 1 into mlp
+CONDITIONER = r"""
+    void conditioner(const float* x, const float* label, int N, int t) {   // α, μ of t + 1 into mlp
         for (int r = 0; r < rows; r++) {
             const float *c = label + (size_t)(r % images + r / images * N) * s.W,
                         *p = b.place + (size_t)t * s.W;
@@ -256,7 +256,7 @@ NEXT = r"""
 RUN = r"""
     void run(const float* y, const float* label, float* x, int N) {   // images: the next of N
         for (int t = 0; t < s.T; t++) {
-            if (t) advise(x, label, N, t - 1);
+            if (t) conditioner(x, label, N, t - 1);
             for (int i = 0; i < images; i++) for (int d = 0; d < b.D; d++) {
                 size_t at = where(i, t) + d; x[at] = t ? next(i, d, t, y[at]) : y[at];
             }
@@ -287,14 +287,14 @@ extern "C" int panel() { return P; }
 """
 
 # %% ../../nbs/excursions/native_source.ipynb #d548b5ea
-UNDO = r"""
+DECODE = r"""
 // states (B + 1, N, T, D), the last is z; labels (B, rows, W)
-extern "C" int undo(const Block* blocks, int B, const Push* g, float* states, const float* labels,
-                    int N, int group, int threads) {
+extern "C" int decode(const Block* blocks, int B, const Guidance* g, float* states,
+                      const float* labels, int N, int group, int threads) {
     return share(N, group, threads, [&](int i, int count) {
         for (int b = B - 1; b >= 0; b--) {
             size_t size = (size_t)blocks[b].s.T * blocks[b].D, rows = (size_t)N * (g->kind ? 2 : 1);
-            Walk(blocks[b], *g, count).run(
+            Decoder(blocks[b], *g, count).run(
                 states + ((b + 1) * (size_t)N + i) * size,
                 labels + (b * rows + i) * blocks[b].s.W, states + (b * (size_t)N + i) * size, N);
         }
@@ -334,10 +334,10 @@ THROUGH = r"""
 """
 
 # %% ../../nbs/excursions/native_source.ipynb #565f248e
-DRAW = r"""
+ONE_PASS = r"""
 // z and tokens (N, T, D), labels (count, N, W)
-extern "C" int draw(const Net* g, const float* z, const float* labels, float* tokens,
-                    int N, int threads) {
+extern "C" int one_pass(const Net* g, const float* z, const float* labels, float* tokens,
+                        int N, int threads) {
     const int T = g->stacks->T, W = g->stacks->W, ld = padded(W) + P, wide = padded(g->D);
     return share(N, 1, threads, [&](int i, int) {
         std::vector<float> x(T * ld), out(T * wide);
@@ -356,4 +356,5 @@ extern "C" int draw(const Net* g, const float* z, const float* labels, float* to
 
 # %% ../../nbs/excursions/native_source.ipynb #605915e4
 SOURCE = VECTORS + ACCESS + FUNCTIONS + TILE + PRODUCT + NORM + SOFTMAX + SHAPES
-SOURCE += ROWS + LAYER + KEEP + WALK + ADVISE + NEXT + RUN + SHARE + UNDO + PASS + THROUGH + DRAW
+SOURCE += ROWS + LAYER + KEEP + DECODER + CONDITIONER + NEXT + RUN + SHARE + DECODE
+SOURCE += PASS + THROUGH + ONE_PASS
