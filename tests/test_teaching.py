@@ -72,16 +72,13 @@ def test_every_symbol_on_the_page_is_used_in_a_lesson():
     assert [n for n in names if not used(n)] == []
 
 
-NOT_YET = {"a loss is ℒ, L counts layers": {"07_tarflow.ipynb", "10_reverse_model.ipynb"}}
-
-
 @pytest.mark.parametrize("rule", CLASHES)
 def test_no_letter_means_two_things(rule):
     found = {
         f"{path.name}: {formula[:60]}"
         for path in COURSE
         for formula in formulas(path)
-        if re.search(CLASHES[rule], formula) and path.name not in NOT_YET.get(rule, ())
+        if re.search(CLASHES[rule], formula)
     }
     assert sorted(found) == []
 

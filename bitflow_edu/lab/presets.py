@@ -27,7 +27,7 @@ __all__ = ['PRESETS', 'ObjectiveConfig', 'Preset', 'make_preset', 'inferred', 'a
 # %% ../../nbs/lab/presets.ipynb #53cf9f50
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    "What G is trained to match, and how its errors are weighed (chapters 11, 13 and 14)."
+    "What G is trained to match, and how its errors are weighed (lessons 11, 13 and 14)."
 
     strategy: str = "hidden-alignment"  # a key of `STRATEGIES`
     features: tuple[str, ...] = ()  # perceptual distances, keys of `DISTANCES`; none: MSE alone

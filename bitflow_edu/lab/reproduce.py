@@ -387,7 +387,7 @@ parameters. `cpu` has the same data and the same parts for far fewer \
 steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in a minute or two \
 that the commands run; its figures mean nothing.
 Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. Not here yet: G beside \
-flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with chapter 18.
+flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with lesson 18.
 """
 PLANNED = {"gpu": "of one H200", "gpu-short": "of one H100"}
 PLANNED |= {"cpu": "of a core or two", "smoke": "of a core"}
