@@ -277,4 +277,4 @@ def test_the_command_watches(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "alarm" in said and "items mirrored" in said
     assert list((tmp_path / "mirror").glob("events*"))
-    assert main(["watch", str(tmp_path)]) == 2 and "is no run" in capsys.readouterr().err
+    assert main(["watch", str(tmp_path)]) == 2 and "is not a run" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def parse_labels(text: str | None, cfg, n: int) -> torch.Tensor:
     try:
         labels = torch.tensor([int(t) for t in text.split(",")])
     except ValueError:
-        message = f"--labels {text!r} is no list of whole numbers such as 0,1,7"
+        message = f"--labels {text!r} is not a list of whole numbers such as 0,1,7"
         raise BitflowError(message) from None
     check_labels(labels[labels != -1], cfg.num_classes)
     if len(labels) > n:

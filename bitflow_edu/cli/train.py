@@ -97,7 +97,7 @@ def run_watch(args: WatchRun):
     "`bitflow watch`"
     if not (args.run / "run.json").exists():
         raise BitflowError(
-            f"{args.run} is no run: it has no run.json; "
+            f"{args.run} is not a run: it has no run.json; "
             "name the folder that a training was given with --out"
         )
     print(watching.watch(args.run))

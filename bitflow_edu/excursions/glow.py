@@ -201,7 +201,7 @@ class ImageShape:
 
     @property
     def dims(self):
-        "Values an image, C·H·W."
+        "Values per image, C·H·W."
         return math.prod(self.shape)
 
 

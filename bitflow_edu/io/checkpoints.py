@@ -382,7 +382,7 @@ def check_same_run(folder: Path, describe: dict, defaults: dict) -> list:
     path, other = folder / "run.json", "name another folder with --out"
     if not path.exists():
         if contents(folder):
-            raise BitflowError(f"{folder} holds files but no run.json: it is no run; {other}")
+            raise BitflowError(f"{folder} holds files but no run.json: it is not a run; {other}")
         return []
     old = read_json(path, other)
     # an older version knew fewer fields, and other names

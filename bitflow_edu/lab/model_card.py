@@ -161,7 +161,7 @@ def how_measured(result: dict) -> str:
         f"{result['date'][:10]}. The run took {result['wall_s']:.0f} s. It is repeated by\n\n"
         f"```\n{result['command']}\n```\n\nTimes hold for that machine only; in brackets are "
         "quartiles. A Fréchet distance `fd[…]` is named after the network that it looks through, "
-        "depends on the number of images, and is no FID. "
+        "depends on the number of images, and is not an FID. "
         "Figures of real images, where there are any, are the floor."
     )
 

@@ -122,11 +122,11 @@ def draw_training(folder: Path) -> Figure:
 
 # %% ../../nbs/lab/report.ipynb #69684171
 TABLE = (
-    ("serial steps an image", "serial_steps", None, "{:.0f}"),
+    ("serial steps per image", "serial_steps", None, "{:.0f}"),
     ("parameters", "params", None, "{:,.0f}"),
-    ("ms an image, batch 1", "ms_per_image", 1, "{:.2f}"),
+    ("ms per image, batch 1", "ms_per_image", 1, "{:.2f}"),
     ("one pass is faster", "speedup", 1, "{:.1f}×"),
-    ("ms an image, batch 64", "ms_per_image", 64, "{:.3f}"),
+    ("ms per image, batch 64", "ms_per_image", 64, "{:.3f}"),
     ("one pass is faster", "speedup", 64, "{:.1f}×"),
     ("MFLOP an image", "flops_per_image", None, "{:.0f}"),
     ("FD[mnist-cnn]", "fd[mnist-cnn]", None, "{:.2f}"),

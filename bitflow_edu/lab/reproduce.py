@@ -350,7 +350,7 @@ rows; numbers are means with their 95% intervals, and differences are taken in p
 ## The experiments
 
 `bitflow reproduce NAME --budget gpu` (or `cpu`, or `smoke`: a minute or two) runs one of these \
-lists of commands, goes on where it stopped, and skips what stands. All commands: \
+lists of commands, goes on where it stopped, and leaves out what is done. All commands: \
 [EXPERIMENTS.md](EXPERIMENTS.md).
 """
 
@@ -376,7 +376,7 @@ LIST = """# The experiments
 
 Written by `bitflow reproduce` from the list that it runs. `bitflow reproduce NAME --budget gpu` \
 (or `gpu-short`, `cpu`, `smoke`) carries out the commands below in order, goes on where it \
-stopped, and skips what stands;
+stopped, and leaves out what is done;
 each can also be run alone. The same seed gives the same figures on the same machine \
 with the same number of threads. What has been done, and what came out, is on \
 [the page of all figures](README.md).

@@ -222,7 +222,7 @@ def scale_of_z(losses: list, z: list) -> list:
     if not gain > max(spread, 1e-6):
         return []
     message = f"z has rms {statistics.median(z):.3g} instead of 1, "
-    message += f"which costs {gain:.3g} nats a dimension (the loss varies by {spread:.3g}); "
+    message += f"which costs {gain:.3g} nats per dimension (the loss varies by {spread:.3g}); "
     message += "lower the learning rate, or check that clipping does not hold α"
     return [Alarm("z-rms", gain, spread, message)]
 

@@ -397,7 +397,7 @@ def stream_settings(reference, network, cfg: StreamConfig, row: str, about: dict
 
 
 def check_measurements(found, path: Path):
-    "Refuse what is no list of measurements."
+    "Refuse what is not a list of measurements."
     needed = {"row", "metric", "value", "unit", "n", "batch"}
     lines = found if isinstance(found, list) else [found]
     if not lines or not all(isinstance(m, dict) and needed <= set(m) for m in lines):

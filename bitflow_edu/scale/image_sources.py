@@ -155,7 +155,7 @@ def read_listing(path: Path) -> tuple[tuple[str, ...], dict, list[str]]:
         return classes, left_out, lines
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise BitflowError(
-            f"{path} is no listing of images, or damaged ({first_sentence(e)}); "
+            f"{path} is not a listing of images, or damaged ({first_sentence(e)}); "
             "delete it and all shards"
         ) from e
 

@@ -132,7 +132,7 @@ def to_tensorboard(
     "Mirror a run into TensorBoard's event files: all items from the first that is new or changed."
     run, log_dir = Path(run_folder), Path(log_dir)
     if not (run / "metrics.jsonl").exists():
-        raise BitflowError(f"{run} has no metrics.jsonl: it is no run; name a run's folder")
+        raise BitflowError(f"{run} has no metrics.jsonl: it is not a run; name a run's folder")
     now, mirror = items_of(run), log_dir / "mirror.json"
     changed = set(now) ^ mirrored(log_dir)
     if not changed:
@@ -264,7 +264,7 @@ def alarm_lines(alarms: list) -> list:
 # %% ../../nbs/scale/watching.ipynb #d694b245
 def run_budget(run: Path) -> dict:
     "Budget and batch size of a run, from run.json. Raises `BitflowError` where there is none."
-    path, hint = run / "run.json", f"{run} is no run; name the folder that --out named"
+    path, hint = run / "run.json", f"{run} is not a run; name the folder that --out named"
     train = section(read_json(path, hint), "train", path)
     for name in ("batch_size", "steps" if train.get("minutes") is None else "minutes"):
         value = train.get(name)
