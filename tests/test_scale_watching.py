@@ -131,7 +131,7 @@ def test_an_interrupted_mirror_is_mended(tmp_path, monkeypatch):
 
 
 def test_mirror_refuses_what_is_not_its_own(tmp_path):
-    with pytest.raises(BitflowError, match="no run"):
+    with pytest.raises(BitflowError, match="not a run"):
         to_tensorboard(tmp_path, tmp_path / "board")
     run = write_run(tmp_path / "run", points([(20, 1.0)]))
     board = tmp_path / "board"
