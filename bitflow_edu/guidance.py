@@ -13,7 +13,12 @@ from .io.files import BitflowError
 from .reverse_model import ReverseModel, ReverseOutput, per_block
 
 # %% auto #0
-__all__ = ['GUIDANCE', 'linear', 'variance_aware', 'Guidance', 'cfg_extrapolate', 'cfg_recover', 'guided_pass', 'guided_run']
+__all__ = ['GUIDANCE', 'cfg_extrapolate', 'linear', 'variance_aware', 'Guidance', 'guided_pass', 'cfg_recover', 'guided_run']
+
+# %% ../nbs/14_guidance.ipynb #fdb02346
+def cfg_extrapolate(with_label, without, w):
+    "Past the state with a label, away from that without: (1 + w)·a − w·b (PAPER: at inference)."
+    return (1 + w) * with_label - w * without
 
 # %% ../nbs/14_guidance.ipynb #046f97c6
 def linear(alpha, mu, alpha_u, mu_u, g):
@@ -22,7 +27,7 @@ def linear(alpha, mu, alpha_u, mu_u, g):
 
 
 def variance_aware(alpha, mu, alpha_u, mu_u, w):
-    "STARFlow's rule (arXiv 2506.06276): p_c^(1+w) / p_u^w of Gaussians; σ = exp(α) only shrinks."
+    "STARFlow's rule (arXiv 2506.06276): p_c^(1+w) / p_u^w of Gaussians; exp(α) only shrinks."
     s = (2 * (alpha - alpha_u).clamp(max=0)).exp()
     share = 1 + w - w * s
     return alpha - 0.5 * share.log(), mu + w * s / share * (mu - mu_u)
@@ -52,16 +57,6 @@ class Guidance:
         (a, a_u), (m, m_u) = alpha.chunk(2), mu.chunk(2)
         scale = self.scale * place if self.kind == "annealed" else self.scale
         return GUIDANCE[self.kind](a, m, a_u, m_u, scale)
-
-# %% ../nbs/14_guidance.ipynb #fdb02346
-def cfg_extrapolate(with_label, without, w):
-    "Past the state with a label, away from that without: (1 + w)·a − w·b (PAPER: at inference)."
-    return (1 + w) * with_label - w * without
-
-
-def cfg_recover(with_label, without, w):
-    "The inverse of `cfg_extrapolate`: (p + w·b)/(1 + w) gives a back (PAPER: in training)."
-    return (with_label + w * without) / (1 + w)
 
 # %% ../nbs/14_guidance.ipynb #edffe098
 def cfg_apply_block(
@@ -100,6 +95,11 @@ def guided_pass(
     scales = per_block(w, len(z), model.cfg.num_blocks, z)
     return model.run_blocks(z, cfg_apply_block(model, c, scales, cfg_extrapolate)).image
 
+# %% ../nbs/14_guidance.ipynb #b700000a
+def cfg_recover(with_label, without, w):
+    "The inverse of `cfg_extrapolate`: (â + w·b)/(1 + w) gives a back (PAPER: in training)."
+    return (with_label + w * without) / (1 + w)
+
 # %% ../nbs/14_guidance.ipynb #decf5397
 def draw_scales(
     cfg,  # `ReverseConfig`
@@ -122,20 +122,6 @@ def draw_scales(
         return w.expand(n, B + 1)
     return torch.cat([w[:, :1].expand(n, B), w[:, 1:]], dim=1)
 
-# %% ../nbs/14_guidance.ipynb #6f02c8be
-def cfg_apply_detached(c: Tensor, w: Tensor):  # labels `(N,)`, scales `(N, B + 1)`
-    "How a block is applied when its answer without labels, at w = 0, is a fixed reference."
-    none = -torch.ones_like(c)
-
-    def run(block, h, i):
-        # a first: autocast in older versions of torch keeps casts of weights without gradient
-        a = block(h, c, w[:, i])
-        with torch.no_grad():
-            b = block(h, none, torch.zeros_like(w[:, i]))
-        return cfg_recover(a, b, w[:, i, None, None])
-
-    return run
-
 # %% ../nbs/14_guidance.ipynb #f848b533
 def guided_run(
     per_block: bool = False,  # see `draw_scales`
@@ -153,5 +139,19 @@ def guided_run(
             return model.run_blocks(z, cfg_apply_block(model, c, w, cfg_recover))
         c = as_labels(c)
         return model.run_blocks(z, cfg_apply_detached(c, w * (c >= 0)[:, None]))
+
+    return run
+
+# %% ../nbs/14_guidance.ipynb #6f02c8be
+def cfg_apply_detached(c: Tensor, w: Tensor):  # labels `(N,)`, scales `(N, B + 1)`
+    "How a block is applied when its answer without labels, at w = 0, is a fixed reference."
+    none = -torch.ones_like(c)
+
+    def run(block, h, i):
+        # a first: autocast in older versions of torch keeps casts of weights without gradient
+        a = block(h, c, w[:, i])
+        with torch.no_grad():
+            b = block(h, none, torch.zeros_like(w[:, i]))
+        return cfg_recover(a, b, w[:, i, None, None])
 
     return run
