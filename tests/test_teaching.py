@@ -256,3 +256,23 @@ def test_the_scripts_run_as_the_syllabus_says(tmp_path):
     found = {path.stem for path in tmp_path.glob("*/*.ipynb")}
     assert found == set(variants.TOPICS)
     subprocess.run([sys.executable, str(TEACHING / "lessons.py"), "--check"], check=True)
+
+
+def test_progress_finds_the_exercises_of_every_lesson():
+    "As many checking cells as say that nothing is answered, in the lessons as they are stored."
+    cells = json.loads((TEACHING / "progress.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = {}
+    for cell in cells[:4]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    for folder in (NBS, NBS / "excursions"):
+        found = names["progress"](folder)
+        for path in folder.glob("*.ipynb"):
+            open_ones = 0
+            for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+                said = "".join("".join(o.get("text", "")) for o in cell.get("outputs", ()))
+                open_ones += "not answered yet" in said
+            assert found.get(path.stem, "").count("·") == open_ones, path.name
+    assert sum(path.name[0].isdigit() for path in NBS.glob("*.ipynb")) <= len(
+        names["progress"](NBS)
+    )
