@@ -8,12 +8,11 @@ is one (automatic differentiation, a brute-force sum).
 
 from random import Random
 
-HEAD = """import math
-
-import torch
+HEAD = """import torch
 
 torch.manual_seed(0)
 """
+MATH = "import math\n\n"
 
 
 def cell(kind: str, source: str, name: str = "", points: int = 0, **flags) -> dict:
@@ -1004,28 +1003,28 @@ TOPICS = {  # name: title, what it covers, imports, questions in any order, the 
     "change-of-variables": (
         "Change of variables and couplings",
         "lessons 01 and 02",
-        HEAD,
+        MATH + HEAD,
         (map_of_the_line, coupling, bits),
         essay_from(ESSAYS_1),
     ),
     "autoregressive-flows": (
         "Autoregressive flows and TARFlow",
         "lessons 03, 07 and 08",
-        HEAD.replace("import math\n\n", ""),
+        HEAD,
         (masks, token_block, whole_flow),
         essay_from(ESSAYS_2),
     ),
     "learned-inverse": (
         "Learning the inverse",
         "lessons 10, 11 and 12",
-        HEAD.replace("import math\n\n", ""),
+        HEAD,
         (best_inverse, tweedie, alignment),
         essay_from(ESSAYS_3),
     ),
     "guidance-and-evaluation": (
         "Guidance and evaluation",
         "lessons 06, 13 and 14",
-        HEAD.replace("import torch\n", "import scipy.stats\nimport torch\n"),
+        MATH + "import scipy.stats\n" + HEAD,
         (frechet, guidance, guided_training, interval),
         essay_from(ESSAYS_4),
     ),

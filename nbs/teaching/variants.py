@@ -37,8 +37,7 @@ def assignment(name: str, seed: str) -> list[dict]:
     questions = rng.sample(questions, len(questions))
     found = []
     for question in [*questions, essay]:
-        key = getattr(question, "__name__", "essay")
-        found += question(Random(f"{seed}/{name}/{key}"))
+        found += question(Random(f"{seed}/{name}/{question.__name__}"))
     points = sum(c["points"] for c in found)
     welcome = text(WELCOME.format(title=title, covers=covers, points=points))
     setup = {"kind": "code", "source": head.strip(), "name": "setup", "points": 0, "locked": True}
