@@ -27,7 +27,7 @@ class Machine:
     "What a machine can do at most, measured in the same run as all the rest."
 
     peak: float  # floating point operations per second, in a large matrix product
-    bandwidth: float  # bytes per second, read and written, in a large copy
+    bandwidth: float  # bytes per second, in a large read or copy, whichever is faster
 
     @property
     def ridge(self) -> float:
@@ -50,13 +50,14 @@ def large_products(side: int, device: str, dtype: torch.dtype) -> list[Callable]
 
 # %% ../nbs/16_speed.ipynb #3a5ca963
 def measure_machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-    "Limits, from the faster calls of large products in `dtype` and of a copy beyond any cache."
+    "Limits: the faster of large products in `dtype`; of a read and a copy beyond most caches."
     side, size = (8192, 2**30) if device.startswith("cuda") else (1536, 2**28)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    matrix = torch.ones(size // (8192 * dtype.itemsize), 8192, device=device, dtype=dtype)
+    target = torch.empty_like(matrix)
     product = min(timed(call, 15, 2)["low_ms"] for call in large_products(side, device, dtype))
-    copied = timed(partial(target.copy_, source), 15, 2)["low_ms"]
-    return Machine(2e3 * side**3 / product, 2e3 * size / copied)
+    read = timed(partial(torch.mv, matrix, matrix[0]), 15, 2)["low_ms"]
+    copied = timed(partial(target.copy_, matrix), 15, 2)["low_ms"]
+    return Machine(2e3 * side**3 / product, 1e3 * max(size / read, 2 * size / copied))
 
 # %% ../nbs/16_speed.ipynb #37c991ce
 def count_flops(fn: Callable) -> int:

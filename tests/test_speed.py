@@ -97,6 +97,15 @@ def test_limits_are_the_faster_calls(monkeypatch):
     assert machine.bandwidth == pytest.approx(2 * size / 2e-3)
 
 
+def test_bandwidth_is_that_of_reading_where_reading_is_faster(monkeypatch):
+    def timed(call, repeats, warmup):
+        return {"low_ms": 1.0 if getattr(call, "func", None) is torch.mv else 3.0}
+
+    monkeypatch.setattr(speed, "timed", timed)
+    monkeypatch.setattr(speed, "large_products", lambda *shape: ["product"])
+    assert speed.measure_machine().bandwidth == pytest.approx(2**28 / 1e-3)
+
+
 def test_products_multiply():
     for call in speed.large_products(16, "cpu", torch.float32):
         assert call().shape == (16, 16)
