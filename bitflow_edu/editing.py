@@ -158,32 +158,6 @@ def hide(
         shapes = f"of shape {tuple(fill.shape)} does not fit images {tuple(x.shape)}"
         raise BitflowError(f"fill {shapes}; give a number, or as many images") from None
 
-# %% ../nbs/15_editing.ipynb #a3c88bcd
-def inpaint(
-    forward: TARFlow,
-    reverse,  # as in `decode`
-    x: Tensor,  # images `(N, C, H, W)`; hidden pixels are never looked at
-    mask: Tensor,  # as in `check_mask`, True: known
-    c: Tensor,  # labels to encode with `(N,)`, −1: none
-    w=None,  # guidance scale, as in `decode`
-    to: Tensor = None,  # labels to decode with; default c
-    eps: Tensor = None,  # ε, noise of the hidden tokens `(N, T, D)`; default drawn with seed 0
-    fill=-1.0,  # shown to F in the hole, as in `hide`
-    repeats: int = 1,  # encode this often, each time with the last result in the hole
-    steps: int = 0,  # of `refine` behind it
-) -> Tensor:  # images `(N, C, H, W)`, nothing pasted
-    "Decode z' = M⊙z + (1 − M)⊙ε (PAPER: inpainting). Every repeat keeps ε."
-    if repeats < 1 or steps < 0:
-        raise BitflowError(
-            f"repeats is {repeats} and steps {steps}; "
-            "the hole is filled by at least 1 repeat and 0 steps"
-        )
-    to = c if to is None else to
-    check_model(forward, TARFlow, "F")
-    check_input(x, forward.cfg)
-    z, y = fill_hole(forward, reverse, x, hide(x, mask, fill), mask, (c, to), w, eps, repeats)
-    return decode(reverse, refine(reverse, z, x, mask, to, w, steps), to, w) if steps else y
-
 # %% ../nbs/15_editing.ipynb #79e45372
 def keep_known(z: Tensor, eps: Tensor, known: Tensor) -> Tensor:
     "z' = M⊙z + (1 − M)⊙ε: noises `(N, T, D)`, M bool `(1 or N, T)`."
@@ -233,6 +207,32 @@ def refine(
             (z.grad,) = torch.autograd.grad((y - paste(x, y, mask)).square().sum(), z)
             adam.step()
     return z.detach()
+
+# %% ../nbs/15_editing.ipynb #a3c88bcd
+def inpaint(
+    forward: TARFlow,
+    reverse,  # as in `decode`
+    x: Tensor,  # images `(N, C, H, W)`; hidden pixels are never looked at
+    mask: Tensor,  # as in `check_mask`, True: known
+    c: Tensor,  # labels to encode with `(N,)`, −1: none
+    w=None,  # guidance scale, as in `decode`
+    to: Tensor = None,  # labels to decode with; default c
+    eps: Tensor = None,  # ε, noise of the hidden tokens `(N, T, D)`; default drawn with seed 0
+    fill=-1.0,  # shown to F in the hole, as in `hide`
+    repeats: int = 1,  # encode this often, each time with the last result in the hole
+    steps: int = 0,  # of `refine` behind it
+) -> Tensor:  # images `(N, C, H, W)`, nothing pasted
+    "Decode z' = M⊙z + (1 − M)⊙ε (PAPER: inpainting). Every repeat keeps ε."
+    if repeats < 1 or steps < 0:
+        raise BitflowError(
+            f"repeats is {repeats} and steps {steps}; "
+            "the hole is filled by at least 1 repeat and 0 steps"
+        )
+    to = c if to is None else to
+    check_model(forward, TARFlow, "F")
+    check_input(x, forward.cfg)
+    z, y = fill_hole(forward, reverse, x, hide(x, mask, fill), mask, (c, to), w, eps, repeats)
+    return decode(reverse, refine(reverse, z, x, mask, to, w, steps), to, w) if steps else y
 
 # %% ../nbs/15_editing.ipynb #067856d4
 def influence(
