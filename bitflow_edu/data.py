@@ -51,7 +51,7 @@ class Images:
     labels: Tensor  # int64 `(N,)`
     classes: tuple[str, ...]  # a name for every label
     name: str = ""  # of the dataset, as `DataConfig` has it; images of one's own have none
-    epoch_order: ClassVar = None  # see `Dataset`
+    epoch_order: ClassVar = None  # in each epoch all images, fully shuffled
 
     def __post_init__(self):
         check_shape(check_pixels(self.pixels), "pixels", ("N", "C", "H", "W"), "add missing axes")
