@@ -25,6 +25,7 @@ from bitflow_edu.lab import ablations
 from bitflow_edu.lab.ablations import (
     REAL,
     RealImages,
+    ahead,
     difference,
     difference_lines,
     jobs_of,
@@ -79,6 +80,25 @@ def test_differences_are_taken_seed_by_seed():
     (line,) = difference_lines(found, "row 1", "row 0", 100)
     assert (line["value"], line["low"], line["versus"]) == (d.mean, d.low, "row 0")
     assert difference(found, "row 1", "another", "fd[mnist-cnn]") is None
+
+
+@pytest.mark.parametrize(
+    "metric,second,says",
+    [
+        ("fd[mnist-cnn]", (1.1, 2.12, 3.1), "“row 0” is ahead of “row 1” by 0.107 [0.078"),
+        ("fd[mnist-cnn]", (0.9, 1.88, 2.9), "“row 1” is ahead of “row 0” by 0.107 [0.078"),
+        ("label_accuracy", (1.1, 2.12, 3.1), "“row 1” is ahead of “row 0” by 0.107 [0.078"),
+        ("inverse_mse", (2.0, 2.0, 2.5), "“row 0” and “row 1”: undecided, -0.167 [-"),
+        ("inverse_mse", (2.0,), "“row 0” and “row 1”: undecided, -1"),
+    ],
+)
+def test_who_is_ahead(metric, second, says):
+    found = []
+    for i, values in enumerate(((1, 2, 3), second)):
+        found += lines_of(f"row {i}", {metric: dict(enumerate(values))}, 100)
+    assert ahead({"name": "t", "measurements": found}, "row 0", "row 1", metric).startswith(says)
+    with pytest.raises(BitflowError, match="share no seed of precision"):
+        ahead({"name": "t", "measurements": found}, "row 0", "row 1", "precision")
 
 
 def test_a_scale_is_chosen_without_test_images(monkeypatch):

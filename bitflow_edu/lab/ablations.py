@@ -20,7 +20,7 @@ from ..data import Images, add_noise, load_data
 from ..evaluation import Interval, mean_interval, precision_recall
 from ..io.checkpoints import read_metrics
 from ..io.datasets import DataConfig
-from ..io.files import report_write_errors, write_atomically
+from ..io.files import BitflowError, report_write_errors, write_atomically
 from ..io.models import load_model, num_parameters
 from ..io.results import differences_of, measurement, rows_of
 from bitflow_edu.lab.evaluate import (
@@ -43,7 +43,7 @@ from ..scale.streaming import collect, dataset_source
 from ..tarflow import TARFlow, nll_per_dim
 
 # %% auto #0
-__all__ = ['difference', 'verdict', 'draw_table']
+__all__ = ['LARGER_IS_BETTER', 'difference', 'verdict', 'ahead', 'draw_table']
 
 # %% ../../nbs/lab/ablations.ipynb #141460d9
 _WORKER = {"data_root": None}  # of this process; None: BITFLOW_DATA, or what comes with the package
@@ -344,7 +344,7 @@ def main_metric(found: list) -> str:
 
 def compared(d: Interval | None) -> str:
     "What a paired difference says about an order; nothing where there is but one seed."
-    if d is None or d.low is None or d.low <= 0 <= d.high:
+    if d is None or not d.decided:
         return "undecided"
     return "same order" if d.low > 0 else "other order"
 
@@ -374,6 +374,29 @@ def verdict(found: list) -> str:
         f"{a} before {b}: {word}, {signed_interval(d)}" for a, b, d, word in order_steps(found)
     ]
     return "; ".join(steps) or "the paper has no figures for single rows of this table"
+
+# %% ../../nbs/lab/ablations.ipynb #ahead001
+LARGER_IS_BETTER = "label_accuracy", "precision", "recall"  # of all other metrics the smaller
+
+
+def ahead(
+    result: dict,  # a table of `bitflow ablate`, loaded
+    first: str,
+    second: str,  # rows
+    metric: str = "fd[mnist-cnn]",
+) -> str:
+    """Which of two rows is better, and by how much: the paired difference with its 95% interval.
+
+    Where the interval holds 0 the rows are undecided; the difference is then first minus second."""
+    d = difference(result["measurements"], first, second, metric)
+    if d is None:
+        raise BitflowError(f"{result['name']}: {first!r} and {second!r} share no seed of {metric}")
+    if not d.decided:
+        return f"“{first}” and “{second}”: undecided, {signed_interval(d)}"
+    if (d.mean > 0) != (metric in LARGER_IS_BETTER):
+        first, second = second, first
+    low, high = sorted((abs(d.low), abs(d.high)))
+    return f"“{first}” is ahead of “{second}” by {abs(d.mean):.3g} [{low:.3g}, {high:.3g}]"
 
 # %% ../../nbs/lab/ablations.ipynb #a6344a84
 def draw_table(found: list, title: str, metric: str = None):
