@@ -36,36 +36,34 @@ function rotate_(x, width, angles, head_dim) {
 // belong to the last S of the T tokens. Causal: a token sees none after it.
 export function attend(q, k, v, width, head_dim, causal) {
   const S = q.length / width, T = k.length / width;
-  const y = new Float64Array(S * width);
+  const y = new Float64Array(S * width), weights = new Float64Array(T);
   for (let s = 0; s < S; s++) {
     const seen = causal ? T - S + s + 1 : T;
     for (let head = 0; head < width; head += head_dim) {
-      const query = q.subarray(s * width + head, s * width + head + head_dim);
-      const out = y.subarray(s * width + head, s * width + head + head_dim);
-      attend_one(query, k, v, width, head, seen, out);
+      const at = s * width + head; // where the query of this head starts, in q and in y
+      for (let t = 0; t < seen; t++) {
+        let score = 0;
+        for (let i = 0; i < head_dim; i++) score += q[at + i] * k[t * width + head + i];
+        weights[t] = score / Math.sqrt(head_dim);
+      }
+      softmax_(weights, seen);
+      for (let t = 0; t < seen; t++) {
+        for (let i = 0; i < head_dim; i++) y[at + i] += weights[t] * v[t * width + head + i];
+      }
     }
   }
   return y;
 }
 
-// One query of one head over the first `seen` tokens; adds to `out` (head_dim).
-function attend_one(query, k, v, width, head, seen, out) {
-  const head_dim = query.length, weights = new Float64Array(seen);
+// The first `count` numbers to positive ones that sum to 1, in place.
+function softmax_(x, count) {
   let largest = -Infinity, sum = 0;
-  for (let t = 0; t < seen; t++) {
-    let score = 0;
-    for (let i = 0; i < head_dim; i++) score += query[i] * k[t * width + head + i];
-    weights[t] = score / Math.sqrt(head_dim);
-    largest = Math.max(largest, weights[t]);
+  for (let t = 0; t < count; t++) largest = Math.max(largest, x[t]);
+  for (let t = 0; t < count; t++) {
+    x[t] = Math.exp(x[t] - largest);
+    sum += x[t];
   }
-  for (let t = 0; t < seen; t++) {
-    weights[t] = Math.exp(weights[t] - largest);
-    sum += weights[t];
-  }
-  for (let t = 0; t < seen; t++) {
-    const share = weights[t] / sum;
-    for (let i = 0; i < head_dim; i++) out[i] += share * v[t * width + head + i];
-  }
+  for (let t = 0; t < count; t++) x[t] /= sum;
 }
 
 // Keys and values of the tokens seen so far, for every layer. Passed in and passed back, as in
@@ -89,6 +87,15 @@ export class KVCache {
   }
 }
 
+// The `count` columns from column `start` of a tensor (S, width): (S, count).
+function columns_of(x, width, start, count) {
+  const y = new Float64Array((x.length / width) * count);
+  for (let to = 0, from = start; to < y.length; to += count, from += width) {
+    for (let i = 0; i < count; i++) y[to + i] = x[from + i];
+  }
+  return y;
+}
+
 // Pre-norm multi-head self-attention.
 class Attention {
   constructor(tensors, name, cfg, causal) {
@@ -104,10 +111,7 @@ class Attention {
   heads(x, angles) {
     const { width, head_dim } = this;
     const qkv = this.qkv.forward(this.norm.forward(x)); // (S, 3·width)
-    let [q, k, v] = [0, 1, 2].map(() => new Float64Array(x.length));
-    for (let s = 0; s < x.length / width; s++) {
-      [q, k, v].forEach((part, i) => part.set(rows_of(qkv, width, 3 * s + i), s * width));
-    }
+    let [q, k, v] = [0, 1, 2].map((part) => columns_of(qkv, 3 * width, part * width, width));
     if (this.q_norm) q = this.q_norm.forward(q); // its rows are heads
     if (this.k_norm) k = this.k_norm.forward(k);
     if (angles) [q, k].forEach((part) => rotate_(part, width, angles, head_dim));
