@@ -44,7 +44,8 @@ function compare(name, found, expected) {
   }
   const good = error <= TOLERANCE;
   if (!good) wrong += 1;
-  console.log(`${good ? "ok   " : "WRONG"} ${name.padEnd(34)} largest error ${error.toExponential(1)}`);
+  const verdict = `${good ? "ok   " : "WRONG"} ${name.padEnd(34)}`;
+  console.log(`${verdict} largest error ${error.toExponential(1)}`);
 }
 
 // Everything that the page computes with one pair of models.
@@ -80,8 +81,9 @@ function mirrored(x, { image_size }) {
 // What needs no reference: models that the page does not know are refused.
 function check_refusals() {
   const cfg = { image_size: 16, channels: 1, patch_size: 4 };
-  const bad = { kind: "TARFlow", config: { ...cfg, logit_alpha: 0.05 } };
-  for (const [saved, kind] of [[bad, "TARFlow"], [{ kind: "TARFlow", config: cfg }, "ReverseModel"]]) {
+  const unknown = { kind: "TARFlow", config: { ...cfg, logit_alpha: 0.05 } };
+  const other = { kind: "TARFlow", config: cfg };
+  for (const [saved, kind] of [[unknown, "TARFlow"], [other, "ReverseModel"]]) {
     try {
       read_config(saved, kind);
     } catch (error) {

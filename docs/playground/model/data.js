@@ -48,13 +48,13 @@ export function resize(pixels, size) {
   for (let i = 0; i < size; i++) {
     for (let k = 0; k < from; k++) {
       const w = weights[i * from + k];
-      for (let row = 0; w && row < from; row++) narrow[row * size + i] += w * pixels[row * from + k];
+      for (let j = 0; j < from; j++) narrow[j * size + i] += w * pixels[j * from + k];
     }
   }
   for (let i = 0; i < size; i++) {
     for (let k = 0; k < from; k++) {
       const w = weights[i * from + k];
-      for (let j = 0; w && j < size; j++) small[i * size + j] += w * narrow[k * size + j];
+      for (let j = 0; j < size; j++) small[i * size + j] += w * narrow[k * size + j];
     }
   }
   return small.map((value) => Math.min(255, Math.max(0, Math.round(value))));

@@ -165,7 +165,7 @@ export function silu(x) {
   return x / (1 + Math.exp(-x));
 }
 
-// Independent draws from N(0, 1) that depend on the seed alone; not the numbers of PyTorch or NumPy.
+// Independent draws from N(0, 1) that depend on the seed alone; PyTorch and NumPy draw others.
 export function standard_normal(count, seed) {
   const uniform = random_numbers(seed);
   return Float64Array.from({ length: count }, () => {

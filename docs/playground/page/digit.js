@@ -1,7 +1,7 @@
 // Panels 1 and 2: a digit, its trajectory through F, and its likelihood under each label.
 import { to_model_range, unpatchify } from "../model/data.js";
 import { log_prob, to_bits } from "../model/tarflow.js";
-import { by_id, element, fill_select, paint, show_row, stretch } from "./dom.js";
+import { by_id, element, fill_select, paint, show_row, stretch, superscript } from "./dom.js";
 import { clear_pad, make_pad, read_pad } from "./pad.js";
 
 // The digit that all panels work on: its image x (C, H, W), the label c that F and G are told, and
@@ -43,27 +43,32 @@ export function label_name(c) {
 
 // Panel 1. chosen(x) is called with each new image, relabelled() when another label is chosen.
 export function digit_panel(F, test_digits, chosen, relabelled) {
-  const pad = by_id("pad"), { cfg } = F;
+  const pad = by_id("pad"), hint = by_id("hint"), { cfg } = F;
+  const clear = () => {
+    clear_pad(pad);
+    hint.hidden = false;
+  };
   const buttons = test_digits.map(({ pixels, label }, i) => {
     const canvas = element("canvas"), x = to_model_range(pixels);
     paint(canvas, x, cfg, "");
     const button = element("button", { type: "button", "aria-pressed": "false" }, canvas);
     button.setAttribute("aria-label", `test digit ${i + 1}, a ${label}`);
     button.addEventListener("click", () => {
-      clear_pad(pad);
+      clear();
       press(buttons, button);
       chosen(x);
     });
     return button;
   });
   by_id("picks").append(...buttons);
+  pad.addEventListener("pointerdown", () => { hint.hidden = true; });
   make_pad(pad, () => {
     const x = read_pad(pad, cfg);
     if (!x) return;
     press(buttons, null);
     chosen(x);
   });
-  by_id("clear").addEventListener("click", () => clear_pad(pad));
+  by_id("clear").addEventListener("click", clear);
   by_id("label").addEventListener("change", relabelled);
   by_id("size").textContent = `${cfg.image_size} × ${cfg.image_size} pixels`;
   return buttons;
@@ -96,10 +101,6 @@ export function show_trajectory(F, digit) {
   show_likelihood(F, digit);
 }
 
-function superscript(i) {
-  return [...`${i}`].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("");
-}
-
 // A row for each label, and a sentence with the most likely one.
 function show_likelihood(F, digit) {
   const [best, second] = digit.ranked, least = digit.bits.get(best);
@@ -117,8 +118,9 @@ function show_likelihood(F, digit) {
   by_id("likelihood").tBodies[0].replaceChildren(...rows);
   const gap = digit.bits.get(second) - least, dims = digit.x.length;
   by_id("most-likely").textContent =
-    `F finds ${best} most likely: ${least.toFixed(2)} bits per dimension. Next comes ${second}, with ` +
-    `${gap.toFixed(3)} more; over all ${dims} dimensions these are ${(gap * dims).toFixed(0)} bits.`;
+    `F finds ${best} most likely: ${least.toFixed(2)} bits per dimension. Next comes ${second}, ` +
+    `with ${gap.toFixed(3)} more; over all ${dims} dimensions that makes ` +
+    `${(gap * dims).toFixed(1)} bits.`;
 }
 
 // A number with its sign, as typography wants it.

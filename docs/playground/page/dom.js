@@ -14,18 +14,22 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-// Paint an image (C, H, W) of 1 or 3 channels, one pixel for one, and say what it shows.
+// Paint an image (C, H, W) of 1 or 3 channels, one pixel for one, and say what it shows; a picture
+// whose meaning is said elsewhere has the empty text.
 export function paint(canvas, x, cfg, alt) {
   const size = cfg.image_size, pixels = to_pixels(x);
   if (canvas.width !== size) canvas.width = canvas.height = size;
   const context = canvas.getContext("2d"), picture = context.createImageData(size, size);
   for (let i = 0; i < size * size; i++) {
-    for (let j = 0; j < 3; j++) picture.data[4 * i + j] = pixels[(j % cfg.channels) * size * size + i];
-    picture.data[4 * i + 3] = 255;
+    for (let j = 0; j < 3; j++) {
+      picture.data[4 * i + j] = pixels[(j % cfg.channels) * size * size + i];
+    }
+    picture.data[4 * i + 3] = 255; // opaque
   }
   context.putImageData(picture, 0, 0);
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", alt);
+  canvas.setAttribute("aria-hidden", `${alt === ""}`);
 }
 
 // Shift and scale values to [−1, 1]: a state of F then has its own range of grey.
@@ -62,6 +66,11 @@ export function fill_select(select, choices) {
 // The value of the chosen radio button of a group.
 export function chosen_radio(name) {
   return document.querySelector(`input[name="${name}"]:checked`).value;
+}
+
+// A whole number, raised: 10 and superscript(-3) make 10⁻³.
+export function superscript(i) {
+  return [...`${i}`].map((digit) => (digit === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit])).join("");
 }
 
 // Resolves when the browser has had time to draw what is there.

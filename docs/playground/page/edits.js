@@ -1,5 +1,4 @@
 // Panels 3 to 6: labels, inpainting, guidance, interpolation.
-import { unpatchify } from "../model/data.js";
 import { decode, hide, inpaint, interpolate, lerp, paste } from "../model/editing.js";
 import { one_pass, sample_noise } from "../model/reverse_model.js";
 import { by_id, chosen_radio, coalesced, element, fill_select, paint, show_row } from "./dom.js";
@@ -10,7 +9,7 @@ export function show_labels(G, digit) {
   const pictures = [];
   for (let c = 0; c < G.cfg.num_classes; c++) {
     const chosen = c === digit.c;
-    const alt = `The z of the digit decoded as a ${c}${chosen ? ", the label it was encoded with" : ""}`;
+    const alt = `The z of the digit decoded as a ${c}${chosen ? ", its own label" : ""}`;
     pictures.push({ x: one_pass(G, digit.z, c), caption: `${c}`, chosen, alt });
   }
   show_row(by_id("labels"), pictures, G.cfg);
@@ -164,10 +163,4 @@ export class InterpolationPanel {
       ? `A has label ${label_name(a.c)} and B ${label_name(b.c)}, so both go without a label.`
       : `Both ends are encoded and decoded with label ${c}.`;
   }
-}
-
-// The states of the exact inverse are tokens; as an image, in the range of the end of the block.
-export function tokens_as_image(tokens, cfg, block) {
-  const range = block === 0 ? 1 : 3; // x^0 is an image; the states before it reach farther
-  return unpatchify(tokens, cfg).map((value) => value / range);
 }

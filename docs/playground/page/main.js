@@ -76,7 +76,7 @@ async function main() {
   const G = await embedded_model("reverse", facts.reverse, ReverseModel);
   by_id("facts").textContent = facts.about;
   const { buttons, follow, interpolation } = make_panels(F, G, embedded_digits(facts.test_digits));
-  buttons[3].click();
+  buttons[13].click();
   await follow();
   await interpolation.show();
   await new GuidancePanel(G).show_both();

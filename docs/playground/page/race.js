@@ -2,8 +2,7 @@
 import { unpatchify } from "../model/data.js";
 import { exact_steps, serial_steps } from "../model/exact_inverse.js";
 import { one_pass, sample_noise } from "../model/reverse_model.js";
-import { by_id, chosen_radio, next_frame, paint } from "./dom.js";
-import { tokens_as_image } from "./edits.js";
+import { by_id, chosen_radio, next_frame, paint, superscript } from "./dom.js";
 
 export class RacePanel {
   constructor(F, G) {
@@ -14,7 +13,7 @@ export class RacePanel {
   // Before the race both have the same noise.
   show() {
     if (by_id("race").disabled) return; // one is being run
-    const z = unpatchify(this.digit.z, this.F.cfg).map((value) => value / 3);
+    const z = tokens_as_image(this.digit.z, this.F.cfg, this.F.cfg.num_blocks);
     for (const id of ["exact", "pass"]) paint(by_id(id), z, this.F.cfg, "The noise z at the start");
     by_id("exact-caption").textContent = `exact inverse: ${serial_steps(this.F)} steps to go`;
     by_id("pass-caption").textContent = "one pass of G: 1 step to go";
@@ -59,11 +58,13 @@ export class RacePanel {
       ms += performance.now() - started;
       if (done) {
         const image = unpatchify(value[0], this.F.cfg);
-        paint(by_id("exact"), image, this.F.cfg, `What the exact inverse made of z under label ${c}`);
+        const alt = `What the exact inverse made of z under label ${c}`;
+        paint(by_id("exact"), image, this.F.cfg, alt);
         return [ms, image];
       }
       const caption = `exact inverse: step ${count} of ${total}, ${ms.toFixed(0)} ms`;
-      paint(by_id("exact"), tokens_as_image(value.tokens, this.F.cfg, value.block), this.F.cfg, caption);
+      const now = tokens_as_image(value.tokens, this.F.cfg, value.block);
+      paint(by_id("exact"), now, this.F.cfg, caption);
       by_id("exact-caption").textContent = caption;
       await next_frame();
     }
@@ -76,15 +77,22 @@ export class RacePanel {
     let text = `The exact inverse took ${steps} steps that wait for one another, ` +
       `${exact_ms.toFixed(0)} ms; G took one pass, ${pass_ms.toFixed(0)} ms: ` +
       `${ratio.toFixed(1)} times ${faster ? "faster" : "slower"}. ` +
-      "Both ran on one core in JavaScript, which computes the tokens of a pass one after another, " +
-      "too. Hardware that computes them side by side gains in the pass and not in the steps.";
-    if (x) text += ` The exact inverse found the digit again, with an error of ${largest(image, x)}.`;
+      "Both ran on one core in JavaScript, which computes the tokens of a pass one after " +
+      "another, too. Hardware that computes them side by side gains in the pass, not in the steps.";
+    if (x) text += ` The exact inverse found the digit again: error ${largest(image, x)}.`;
     return text;
   }
+}
+
+// Tokens (T, D) that the inverse of a block works on, as an image (C, H, W) to paint.
+function tokens_as_image(tokens, cfg, block) {
+  const range = block === 0 ? 1 : 3; // block 0 ends with an image; the states before reach farther
+  return unpatchify(tokens, cfg).map((value) => value / range);
 }
 
 // The largest difference of two images, rounded.
 function largest(a, b) {
   const difference = a.reduce((most, value, i) => Math.max(most, Math.abs(value - b[i])), 0);
-  return difference.toExponential(0).replace("e", " · 10^").replace("-", "−");
+  const [digit, power] = difference.toExponential(0).split("e");
+  return `${digit} · 10${superscript(Number(power))}`;
 }
