@@ -36,9 +36,14 @@ function all_labels(cfg) {
   return [...Array(cfg.num_classes).keys(), -1];
 }
 
-// A label in words.
+// A label as tables and lists show it.
 export function label_name(c) {
   return c < 0 ? "none" : `${c}`;
+}
+
+// A label as part of a sentence.
+export function under_label(c) {
+  return c < 0 ? "without a label" : `under label ${c}`;
 }
 
 // Panel 1. chosen(x) is called with each new image, relabelled() when another label is chosen.
@@ -70,7 +75,8 @@ export function digit_panel(F, test_digits, chosen, relabelled) {
   });
   by_id("clear").addEventListener("click", clear);
   by_id("label").addEventListener("change", relabelled);
-  by_id("size").textContent = `${cfg.image_size} × ${cfg.image_size} pixels`;
+  const { image_size: size } = cfg;
+  by_id("size").textContent = `${size}\u00a0×\u00a0${size}\u00a0pixels`;
   return buttons;
 }
 

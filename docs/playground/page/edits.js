@@ -19,14 +19,19 @@ export function show_labels(G, digit) {
 export class InpaintingPanel {
   constructor(F, G) {
     Object.assign(this, { F, G, digit: null, seed: 1 });
-    this.known = Array(F.cfg.num_tokens).fill(true);
-    this.known.fill(false, F.cfg.num_tokens / 2); // the lower half, to begin with
+    this.known = Array.from({ length: F.cfg.num_tokens }, (_, t) => this.is_upper(t));
     this.show = coalesced(() => this.show_now());
     this.buttons = this.known.map((_, t) => this.token_button(t));
     const tokens = by_id("tokens");
     tokens.style.gridTemplate = `repeat(${F.cfg.side}, 1fr) / repeat(${F.cfg.side}, 1fr)`;
     tokens.append(...this.buttons);
     this.listen(tokens);
+  }
+
+  // Whether a token lies in the upper half of the image.
+  is_upper(t) {
+    const { side } = this.F.cfg;
+    return Math.floor(t / side) < side / 2;
   }
 
   // A token as a button: the keyboard can paint, too.
@@ -52,9 +57,7 @@ export class InpaintingPanel {
       paint_at(event);
     });
     tokens.addEventListener("pointermove", paint_at);
-    by_id("lower-half").addEventListener("click", () => {
-      this.set_known((t) => t < this.known.length / 2);
-    });
+    by_id("lower-half").addEventListener("click", () => this.set_known((t) => this.is_upper(t)));
     by_id("keep-all").addEventListener("click", () => this.set_known(() => true));
     by_id("paste").addEventListener("change", this.show);
     by_id("inpaint-noise").addEventListener("click", () => {

@@ -26,12 +26,13 @@ export function make_pad(canvas, finished) {
   }
 
   canvas.addEventListener("pointerdown", (event) => {
+    if (event.button || !event.isPrimary) return; // the left button or the first finger
     canvas.setPointerCapture(event.pointerId);
     last = place(event);
     stroke_to(last); // a dot
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (last) stroke_to(place(event));
+    if (last && event.isPrimary) stroke_to(place(event));
   });
   for (const end of ["pointerup", "pointercancel"]) {
     canvas.addEventListener(end, () => {

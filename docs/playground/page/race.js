@@ -2,6 +2,7 @@
 import { unpatchify } from "../model/data.js";
 import { exact_steps, serial_steps } from "../model/exact_inverse.js";
 import { one_pass, sample_noise } from "../model/reverse_model.js";
+import { under_label } from "./digit.js";
 import { by_id, chosen_radio, next_frame, paint, superscript } from "./dom.js";
 
 export class RacePanel {
@@ -43,7 +44,7 @@ export class RacePanel {
     const started = performance.now();
     const image = one_pass(this.G, z, c);
     const ms = performance.now() - started;
-    paint(by_id("pass"), image, this.F.cfg, `What G made of z under label ${c}`);
+    paint(by_id("pass"), image, this.F.cfg, `What G made of z ${under_label(c)}`);
     by_id("pass-caption").textContent = `one pass of G: 1 step, ${ms.toFixed(0)} ms`;
     return ms;
   }
@@ -58,7 +59,7 @@ export class RacePanel {
       ms += performance.now() - started;
       if (done) {
         const image = unpatchify(value[0], this.F.cfg);
-        const alt = `What the exact inverse made of z under label ${c}`;
+        const alt = `What the exact inverse made of z ${under_label(c)}`;
         paint(by_id("exact"), image, this.F.cfg, alt);
         return [ms, image];
       }
@@ -94,5 +95,5 @@ function tokens_as_image(tokens, cfg, block) {
 function largest(a, b) {
   const difference = a.reduce((most, value, i) => Math.max(most, Math.abs(value - b[i])), 0);
   const [digit, power] = difference.toExponential(0).split("e");
-  return `${digit} · 10${superscript(Number(power))}`;
+  return `${digit}\u00a0·\u00a010${superscript(Number(power))}`;
 }
