@@ -248,7 +248,7 @@ class TestPage:
         result = text(page, "race-result")
         assert "60 steps" in result and "one pass" in result
         assert "step 60 of 60" in text(page, "exact-caption")
-        assert int(re.search(r"error \d · 10⁻(\S+)\.", result)[1].translate(DIGITS)) >= 9
+        assert int(re.search(r"error \d\s·\s10⁻(\S+)\.", result)[1].translate(DIGITS)) >= 9
         assert pixels(page, "#exact") == pixels(page, "#seen") != pixels(page, "#pass")
 
     def test_everything_has_a_name(self, page):

@@ -70,13 +70,14 @@ function count_update() {
   dataset.updates = Number(dataset.updates ?? 0) + 1;
 }
 
+// Unpack, show everything once, and say how long that took.
 async function main() {
   const facts = JSON.parse(by_id("facts-json").textContent);
   const F = await embedded_model("forward", facts.forward, TARFlow);
   const G = await embedded_model("reverse", facts.reverse, ReverseModel);
   by_id("facts").textContent = facts.about;
   const { buttons, follow, interpolation } = make_panels(F, G, embedded_digits(facts.test_digits));
-  buttons[13].click();
+  buttons[13].click(); // the second 3, written more clearly than the first
   await follow();
   await interpolation.show();
   await new GuidancePanel(G).show_both();

@@ -5,6 +5,7 @@ import { one_pass, sample_noise } from "../model/reverse_model.js";
 import { under_label } from "./digit.js";
 import { by_id, chosen_radio, next_frame, paint, superscript } from "./dom.js";
 
+// The panel keeps the digit, and a seed for races that start from new noise.
 export class RacePanel {
   constructor(F, G) {
     Object.assign(this, { F, G, digit: null, seed: 1000 });
@@ -63,7 +64,8 @@ export class RacePanel {
         paint(by_id("exact"), image, this.F.cfg, alt);
         return [ms, image];
       }
-      const caption = `exact inverse: step ${count} of ${total}, ${ms.toFixed(0)} ms`;
+      const where = `step ${count} of ${total}, block ${value.block}`;
+      const caption = `exact inverse: ${where}, ${ms.toFixed(0)} ms`;
       const now = tokens_as_image(value.tokens, this.F.cfg, value.block);
       paint(by_id("exact"), now, this.F.cfg, caption);
       by_id("exact-caption").textContent = caption;
