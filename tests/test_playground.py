@@ -244,10 +244,11 @@ class TestPage:
     def test_the_race(self, page):
         """60 serial steps find the digit to rounding; G comes close in one."""
         page.click("#race")
+        page.wait_for("/step [0-9]+ of 60/.test(document.body.textContent)")  # it is drawn
         page.wait_for("document.getElementById('race-result').textContent !== ''")
         result = text(page, "race-result")
         assert "60 steps" in result and "one pass" in result
-        assert "step 60 of 60" in text(page, "exact-caption")
+        assert text(page, "exact-caption") == "exact inverse: done in 60 steps"
         assert int(re.search(r"error \d\s·\s10⁻(\S+)\.", result)[1].translate(DIGITS)) >= 9
         assert pixels(page, "#exact") == pixels(page, "#seen") != pixels(page, "#pass")
 
