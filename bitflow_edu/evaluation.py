@@ -306,6 +306,11 @@ class Interval(NamedTuple):
     high: float | None
     n: int
 
+    @property
+    def decided(self) -> bool:
+        "Whether the interval leaves out 0; never for a single value."
+        return self.low is not None and not self.low <= 0 <= self.high
+
 
 def mean_interval(
     values: list,  # independent, e.g. a paired difference for each seed

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import image_grid, unpatchify
+from ..evaluation import Interval
 from ..imagenet import Plan
 from ..scale.costs import bill
 
@@ -219,11 +220,10 @@ def plot_mask(
 def plot_differences(differences: dict, ax):
     "Paired differences with their intervals; filled where the interval leaves out 0."
     for name, m in differences.items():
-        low, high = m["low"], m["high"]
-        sure = low is not None and not low <= 0 <= high
-        if low is not None:
-            ax.plot([low, high], [name, name], color=PALETTE[0], linewidth=2)
-        fill = PALETTE[0] if sure else "white"
+        d = Interval(m["value"], m["low"], m["high"], m["seeds"])
+        if d.low is not None:
+            ax.plot([d.low, d.high], [name, name], color=PALETTE[0], linewidth=2)
+        fill = PALETTE[0] if d.decided else "white"
         ax.plot(m["value"], name, "o", color=PALETTE[0], markerfacecolor=fill, markersize=6)
     ax.axvline(0.0, color="0.5", linewidth=1)
     versus = dict.fromkeys(m["versus"] for m in differences.values())
