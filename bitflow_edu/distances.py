@@ -20,10 +20,54 @@ from .io.files import BitflowError, asset
 from .io.models import load_model
 
 # %% auto #0
-__all__ = ['DISTANCES', 'OFFLINE', 'load_feature_net', 'feature_distance', 'as_photos', 'imagenet_units', 'digits', 'effnet_maps',
-           'effnet_features', 'check_distance', 'find_distance', 'adaptive', 'mixture']
+__all__ = ['DISTANCES', 'OFFLINE', 'feature_distance', 'adaptive', 'mixture', 'load_feature_net', 'digits', 'as_photos',
+           'imagenet_units', 'effnet_maps', 'effnet_features', 'check_distance', 'find_distance']
 
-# %% ../nbs/13_distances.ipynb #eb0793f2
+# %% ../nbs/13_distances.ipynb #6b1c1fa6
+def feature_distance(
+    net: FeatureNet,  # frozen
+):  # a distance: images `(N, C, H, W)`, images → `(N,)`; gradients flow to the first
+    "Compare unit-length features at every position and depth, as LPIPS does (arXiv 1801.03924)."
+
+    def distance(a, b):
+        check_same_shape(a, b)
+        with torch.no_grad():
+            target = [nnf.normalize(m, dim=1) for m in net.features(b)]
+        unit = [nnf.normalize(m, dim=1) for m in net.features(a)]
+        off = ((u - t).square().sum(dim=1).mean(dim=(1, 2)) for u, t in zip(unit, target))
+        return sum(off)
+
+    return distance
+
+# %% ../nbs/13_distances.ipynb #bc826324
+def adaptive(
+    distance,  # (a, b) → `(N,)`
+    p: float = 1.0,  # 0: as given; ½: squared errors of any size pull alike; 1: no unit is left
+    c: float = 0.01,  # in the unit of the distance; keeps the weight of tiny distances finite
+):  # a distance with the same minimum and another pull
+    "𝒟_r = sg(λ)·𝒟 with λ = (𝒟 + d₀)^−r; r is `p`, d₀ is `c` (PAPER: adaptive weighting)."
+
+    def weighted(a, b, generator=None):
+        d = with_generator(distance, generator)(a, b)
+        return (d.detach() + c) ** -p * d
+
+    return weighted
+
+# %% ../nbs/13_distances.ipynb #751a9d9e
+def mixture(
+    *parts: tuple,  # (weight, distance) pairs
+):  # a distance: Σ weight·𝒟
+    "A weighted sum of distances."
+
+    if not parts:
+        raise BitflowError("a mixture of no distances compares nothing; give at least one pair")
+
+    def distance(a, b, generator=None):
+        return sum(weight * with_generator(part, generator)(a, b) for weight, part in parts)
+
+    return distance
+
+# %% ../nbs/13_distances.ipynb #7ebc24f7
 @dataclass(frozen=True)
 class FeatureNetConfig:
     "The shape of the network whose features G is trained with. It is never the one that judges G."
@@ -32,7 +76,7 @@ class FeatureNetConfig:
     num_classes: int = 10  # it learns to tell apart
     width: int = 32  # channels of the first stage
 
-# %% ../nbs/13_distances.ipynb #1d0e9ff9
+
 def feature_stages(
     cfg: FeatureNetConfig,
 ) -> tuple[nn.ModuleList, nn.ModuleList]:  # three convolutions, and the norm behind each
@@ -44,7 +88,7 @@ def feature_stages(
     norms = [nn.GroupNorm(4, conv.out_channels) for conv in convs]
     return nn.ModuleList(convs), nn.ModuleList(norms)
 
-# %% ../nbs/13_distances.ipynb #7ebc24f7
+
 class FeatureNet(nn.Module):
     "A classifier for images of any size, read at three depths (convolution, norm, GELU each)."
 
@@ -69,21 +113,10 @@ def load_feature_net(device: str = "cpu") -> FeatureNet:
     "The digit feature network that comes with the course, trained on the images of `mnist-mini`."
     return load_model(asset("mnist-features"), FeatureNet, device).requires_grad_(False)
 
-# %% ../nbs/13_distances.ipynb #6b1c1fa6
-def feature_distance(
-    net: FeatureNet,  # frozen
-):  # a distance: images `(N, C, H, W)`, images → `(N,)`; gradients flow to the first
-    "Compare unit-length features at every position and depth, as LPIPS does (arXiv 1801.03924)."
 
-    def distance(a, b):
-        check_same_shape(a, b)
-        with torch.no_grad():
-            target = [nnf.normalize(m, dim=1) for m in net.features(b)]
-        unit = [nnf.normalize(m, dim=1) for m in net.features(a)]
-        off = ((u - t).square().sum(dim=1).mean(dim=(1, 2)) for u, t in zip(unit, target))
-        return sum(off)
-
-    return distance
+def digits(device):
+    "Features of the digit network of this course."
+    return feature_distance(load_feature_net(device))
 
 # %% ../nbs/13_distances.ipynb #4df0d2e6
 def as_photos(
@@ -141,11 +174,6 @@ def load_weights(make, what: str):
             f"the weights of {what} are not here and cannot be fetched ({why}); "
             f"these distances need no download: {', '.join(OFFLINE)}"
         ) from e
-
-# %% ../nbs/13_distances.ipynb #aff37f48
-def digits(device):
-    "Features of the digit network of this course."
-    return feature_distance(load_feature_net(device))
 
 # %% ../nbs/13_distances.ipynb #80b81e93
 def effnet_maps(net, x, stages=(0, 2, 4, 10, 15)):
@@ -239,7 +267,7 @@ def cubic_weights(first, count, pixels: int, size: int):
     weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
     return weights / weights.sum(dim=-1, keepdim=True)
 
-
+# %% ../nbs/13_distances.ipynb #d13a000d
 def resized_crop(x, boxes, size: int = 224):
     "A box of each image, brought to `(N, C, size, size)` by two matrix products."
     rows, columns = (
@@ -317,31 +345,3 @@ def find_distance(name: str, device: str = "cpu"):
     Those of a `-crop` take a `generator`, too. `BitflowError` if the distance is not there."""
     check_distance(name)
     return DISTANCES[RENAMED.get(name, name)](device)
-
-# %% ../nbs/13_distances.ipynb #bc826324
-def adaptive(
-    distance,  # (a, b) → `(N,)`
-    p: float = 1.0,  # 0: as given; ½: squared errors of any size pull alike; 1: no unit is left
-    c: float = 0.01,  # in the unit of the distance; keeps the weight of tiny distances finite
-):  # a distance with the same minimum and another pull
-    "𝒟_r = sg(λ)·𝒟 with λ = (𝒟 + d₀)^−r; r is `p`, d₀ is `c` (PAPER: adaptive weighting)."
-
-    def weighted(a, b, generator=None):
-        d = with_generator(distance, generator)(a, b)
-        return (d.detach() + c) ** -p * d
-
-    return weighted
-
-# %% ../nbs/13_distances.ipynb #751a9d9e
-def mixture(
-    *parts: tuple,  # (weight, distance) pairs
-):  # a distance: Σ weight·𝒟
-    "A weighted sum of distances."
-
-    if not parts:
-        raise BitflowError("a mixture of no distances compares nothing; give at least one pair")
-
-    def distance(a, b, generator=None):
-        return sum(weight * with_generator(part, generator)(a, b) for weight, part in parts)
-
-    return distance
