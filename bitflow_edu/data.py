@@ -173,7 +173,7 @@ def add_noise(
 # %% ../nbs/00_data.ipynb #c44ae25e
 def patchify(
     x: Tensor,  # images `(N, C, H, W)`
-    patch_size: int,  # p, pixels a side; must divide H and W
+    patch_size: int,  # p, pixels per side; must divide H and W
 ) -> Tensor:  # tokens `(N, T, D)`: T = HW/p² in raster order, D = C·p²
     "Cut images into tokens."
     check_shape(x, "images", ("N", "C", "H", "W"), "add the missing axes")

@@ -29,7 +29,7 @@ def apple_shapes(cfg: TARFlowConfig) -> dict:
     return {to_apple_name(name): tuple(t.shape) for name, t in state.items()}
 
 # %% ../../nbs/excursions/apple_weights.ipynb #d6f0b2a9
-def apple_geometry(state: dict, channels: int) -> tuple[int, int]:  # tokens a side, patch size
+def apple_geometry(state: dict, channels: int) -> tuple[int, int]:  # tokens per side, patch size
     "Read off the first block of a published state dict; `BitflowError` where that cannot be."
     for name in ("blocks.0.proj_in.weight", "blocks.0.pos_embed"):
         if name not in state:

@@ -34,7 +34,7 @@ class DataConfig:
     "Which images, and at what size. `name` is a key of `LOADERS`."
 
     name: str = "mnist-mini"  # dataset
-    image_size: int = 16  # pixels a side, after resizing
+    image_size: int = 16  # pixels per side, after resizing
     channels: int = 1  # 1 grey, 3 colour, 4 latents
     num_classes: int = 10  # labels are 0 … num_classes − 1
 

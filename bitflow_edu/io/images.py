@@ -109,7 +109,7 @@ def open_image(
     file: Path | BinaryIO,  # an image file, or its bytes
     mode: str = "RGB",  # or "L", grey
     name: str = "",  # of bytes, for the message
-) -> Image.Image:  # 8 bits a channel, upright, without transparency
+) -> Image.Image:  # 8 bits per channel, upright, without transparency
     "Open an image. Raises `BitflowError` for a file that is none, or that has no one meaning."
     with naming(name or file):
         return decoded(file, mode)
