@@ -85,7 +85,7 @@ def modern_fields(values: dict) -> dict:
         kept["feature_weights"] = [weight] * len(kept["features"])
     return {RENAMED.get(k, k): v for k, v in kept.items()}
 
-
+# %% ../../nbs/io/models.ipynb #b9988be5
 def to_config(
     cls: type,  # a config dataclass
     values: dict,  # its fields, as JSON gave them

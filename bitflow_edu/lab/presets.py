@@ -389,7 +389,7 @@ def check_guided_training(objective: ObjectiveConfig, reverse: ReverseConfig):
             what = f"{name} is True, but reverse.max_guidance is 0, so this G takes no w"
             raise BitflowError(f"{what}; set reverse.max_guidance, e.g. to 3, or leave it out")
 
-
+# %% ../../nbs/lab/presets.ipynb #f77a7041
 def check_objective(preset: Preset):
     "Refuse a G, or weights, that do not suit what G is asked to match."
     strategy, has = preset.objective.strategy, preset.reverse.token_states
