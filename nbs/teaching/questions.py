@@ -541,7 +541,7 @@ ESSAYS_2 = (
         "A KV cache makes the exact inverse much cheaper and leaves the number of serial steps as it is. "
         "Explain both halves of this sentence.",
         "Keys and values of earlier tokens do not change, so each step computes one new token instead of all. "
-        "But token t needs the values of tokens before t, so steps still wait for each other: T − 1 a block.",
+        "But token t needs the values of tokens before t, so steps still wait for each other: T − 1 per block.",
     ),
     (
         "Why does TARFlow train on images with added noise, and what must be done to its samples because of it?",
