@@ -197,7 +197,7 @@ def unpatchify(
     p, side = patch_size, round(T**0.5)
     if side * side != T or D != channels * p * p:
         raise BitflowError(
-            f"{T} tokens of {D} values are no square image with {channels} channels and patches "
+            f"{T} tokens of {D} values are not a square image with {channels} channels and patches "
             f"of {p}x{p}; give the patch size and channels that patchify was given"
         )
     patches = tokens.reshape(N, side, side, channels, p, p).permute(0, 3, 1, 4, 2, 5)

@@ -168,7 +168,7 @@ def drop_labels(
 ) -> Tensor:  # `(N,)`, a new tensor
     "Replace a share of the labels by −1, so that the model also learns the unconditional density."
     dropped = torch.rand(c.shape, generator=generator, device=c.device) < share
-    c = c.long()  # −1 is no number of an unsigned type
+    c = c.long()  # an unsigned type has no −1
     return torch.where(dropped, -torch.ones_like(c), c)
 
 # %% ../nbs/05_training.ipynb #3fb104f5

@@ -248,7 +248,7 @@ def test_a_repository_that_cannot_be_reached(no_network, tmp_path, monkeypatch, 
     fetch = partial(hub.snapshot_download, cache_dir=tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(hub, "snapshot_download", fetch)
-    said = "cannot load nobody/nothing, which is no folder here, from the Hub"
+    said = "cannot load nobody/nothing, which is not a folder here, from the Hub"
     with pytest.raises(BitflowError, match=rf"{said} \(LocalEntryNotFoundError"):
         from_pretrained("nobody/nothing", Pair)
 

@@ -139,7 +139,7 @@ def test_a_card_from_other_results_is_refused(result, shipped, pair):
     of_g = [m for m in result["measurements"] if m["row"] == "one-pass"]
     with pytest.raises(BitflowError, match="nothing on exact or exact"):
         model_card({**result, "measurements": of_g}, shipped.forward)
-    with pytest.raises(BitflowError, match="'Apache 2' is no identifier"):
+    with pytest.raises(BitflowError, match="'Apache 2' is not an identifier"):
         model_card(result, shipped, licence="Apache 2")
 
 

@@ -508,8 +508,8 @@ PLAIN = {"mu": np.zeros(2), "sigma": np.eye(2)}
     [
         ({"mu": np.zeros(3)}, "has no sigma; it holds mu"),
         ({"images": np.zeros(3)}, "has no mu; it holds images"),
-        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "are no mean and covariance"),
-        ({"mu": np.zeros((1, 3)), "sigma": np.eye(3)}, "are no mean and covariance"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "are not a mean and a covariance"),
+        ({"mu": np.zeros((1, 3)), "sigma": np.eye(3)}, "are not a mean and a covariance"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "not finite"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "no covariance"),
         ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no covariance"),
@@ -563,7 +563,7 @@ def test_an_image_folder_is_read_by_number(digits, tmp_path):
     assert len(pictures) == 6 and torch.equal(drawn, digits[[1, 0]].x.expand(-1, 3, -1, -1))
     assert torch.equal(dataset_source(pictures)(index)[0], drawn)
     (tmp_path / "train" / "b" / "1.png").write_bytes(b"x")
-    with pytest.raises(BitflowError, match="1.png is no readable image"):
+    with pytest.raises(BitflowError, match="1.png is not a readable image"):
         pictures.draw(torch.tensor([3]))
 
 

@@ -79,7 +79,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def decoded(file: Path | BinaryIO, mode: str = "RGB") -> Image.Image:
-    "As `open_image`; the message of its `BitflowError` is no sentence, only what is wrong."
+    "As `open_image`; the message of its `BitflowError` is not a sentence, only what is wrong."
     try:
         with Image.open(file, formats=FORMATS) as image:
             check_image(image)
@@ -101,7 +101,7 @@ def naming(name: str | Path):
     try:
         yield
     except BitflowError as e:
-        problem = f"{name} is no readable image ({e})"
+        problem = f"{name} is not a readable image ({e})"
         raise BitflowError(f"{problem}; replace or remove the file") from e
 
 
@@ -130,7 +130,7 @@ def why_not(path: str) -> str:
 
 
 def refuse_unlisted(error: OSError):
-    "A folder that cannot be listed is no empty folder."
+    "A folder that cannot be listed is not an empty folder."
     raise BitflowError(
         f"{error.filename} cannot be listed ({error.strerror}); make it readable, or remove it"
     ) from error

@@ -165,7 +165,7 @@ def report_damage(path: Path):
         raise BitflowError(f"{path} is missing: {what}") from None
     except (SafetensorError, OSError, ValueError, TypeError) as e:
         hint = "use another checkpoint (pickles are never loaded)"
-        raise BitflowError(f"{path} is no intact safetensors file ({e}); {hint}") from e
+        raise BitflowError(f"{path} is not an intact safetensors file ({e}); {hint}") from e
 
 # %% ../../nbs/io/models.ipynb #257e2055
 def read_tensors(path: Path) -> dict:

@@ -277,7 +277,7 @@ def card_metadata(
     "The block on top of a card. Raises `BitflowError` for a licence or results that are not valid."
     if not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", licence):
         raise BitflowError(
-            f"licence {licence!r} is no identifier of the Hub's; "
+            f"licence {licence!r} is not an identifier of the Hub's; "
             "write it like apache-2.0, mit or cc-by-4.0"
         )
     kinds = [TAGS[type(part)] for part in pair_parts(model).values()]
@@ -336,7 +336,7 @@ def model_card(
 def check_target(repo_id: str, card: ModelCard, model: nn.Module | Pair):
     "Refuse a name that the Hub would not take, and a card whose example loads something else."
     if not is_repo_id(repo_id):
-        raise BitflowError(f"{repo_id!r} is no repository's name; write it as owner/name")
+        raise BitflowError(f"{repo_id!r} is not a repository's name; write it as owner/name")
     if snippet(type(model), repo_id) not in str(card):
         raise BitflowError(
             f"the card's example does not load {repo_id} as a {type(model).__name__}; "

@@ -371,6 +371,6 @@ def rows_for(name: str, preset: Preset, only: tuple = ()) -> list:
     names = [row.name for row in rows]
     for asked in only:
         if asked not in names:
-            raise BitflowError(f"{asked!r} is no row of {name}; choose from {', '.join(names)}")
+            raise BitflowError(f"{asked!r} is not a row of {name}; choose from {', '.join(names)}")
     check_rows(rows, preset)
     return [row for row in rows if row.name in only] if only else rows

@@ -102,7 +102,7 @@ def center_crop(
     size: int,  # pixels per side
     name: str = "the data",  # of the file, for the message
 ) -> Tensor:  # uint8 `(3, size, size)`
-    "The centre of an image, cut as ADM does. Raises `BitflowError` for what is no image."
+    "The centre of an image, cut as ADM does. Raises `BitflowError` for what is not an image."
     with naming(name):
         return square_of(decoded(io.BytesIO(data)), size)
 
