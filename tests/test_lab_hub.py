@@ -146,7 +146,7 @@ def test_a_damaged_file_is_refused(pair, tmp_path):
     folder = save_pretrained(pair, tmp_path / "pair")
     weights = folder / "reverse" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(BitflowError, match="no intact safetensors"):
+    with pytest.raises(BitflowError, match="not an intact safetensors"):
         from_pretrained(folder, Pair)
     weights.unlink()
     with pytest.raises(BitflowError, match="is missing"):

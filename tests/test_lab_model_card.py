@@ -228,7 +228,7 @@ def test_push_refuses_and_explains(result, shipped, monkeypatch):
     push_to_hub(shipped, "me/digits", card, overwrite=True, private=False)
     assert fake.created == ("me/digits", False) and fake.files
     for name in ("digits", "me/digits/more", "a b/c"):
-        with pytest.raises(BitflowError, match="no repository's name"):
+        with pytest.raises(BitflowError, match="not a repository's name"):
             push_to_hub(shipped, name, card)
     with pytest.raises(BitflowError, match="does not load me/other"):
         push_to_hub(shipped, "me/other", card)
