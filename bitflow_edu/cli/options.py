@@ -238,7 +238,7 @@ class Bench:
     checkpoint: Path | None = None
     # Segments of Gauss-Seidel-Jacobi: one number, or one for each block, e.g. 1,1,1,48.
     segments: str = "2"
-    # Measure what a C++ compiler makes, too: the native inverse and the compiled walk, or for
+    # Measure what a C++ compiler makes, too: the native and the compiled inverse, or for
     # training both losses compiled.
     compiled: bool = False
     # Where to compute: auto, cpu, cuda or mps.

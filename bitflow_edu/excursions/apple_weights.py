@@ -34,9 +34,7 @@ def apple_geometry(state: dict, channels: int) -> tuple[int, int]:  # tokens per
     for name in ("blocks.0.proj_in.weight", "blocks.0.pos_embed"):
         if name not in state:
             hint = "give the one inside a checkpoint of apple/ml-tarflow"
-            raise BitflowError(
-                f"{name!r} is missing: this is not a TARFlow state dict; {hint}"
-            )
+            raise BitflowError(f"{name!r} is missing: this is not a TARFlow state dict; {hint}")
     _, token_dim = state["blocks.0.proj_in.weight"].shape
     num_tokens = len(state["blocks.0.pos_embed"])
     side, patch = math.isqrt(num_tokens), math.isqrt(token_dim // channels)

@@ -723,7 +723,7 @@ ESSAYS_3 = (
     (
         "Hidden distillation sends each state through token space; hidden alignment only looks at it there. "
         "What is lost in the first, and what may the second keep?",
-        "D values a token are a narrow door: what the width holds beyond x^i is thrown away at each depth. With "
+        "D values per token are a bottleneck: what the width holds beyond x^i is thrown away at each depth. With "
         "alignment h^i goes on in full width; the head is for comparison alone.",
     ),
     (
