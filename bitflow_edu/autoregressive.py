@@ -17,7 +17,7 @@ __all__ = ['made_masks', 'MADE', 'one_by_one', 'MAF', 'IAF', 'maf_points']
 
 # %% ../nbs/03_autoregressive_flows.ipynb #d3e61edd
 def made_degrees(
-    dims: int,  # D, numbers a point
+    dims: int,  # D, numbers per point
     hidden: tuple,  # widths of the hidden layers; below D−1 some connections are lost
 ) -> list:  # one int64 vector a layer, inputs first
     """The last input that each unit may depend on (MADE, arXiv 1502.03509): input d has degree d
@@ -32,8 +32,8 @@ def made_degrees(
 def made_masks(
     dims: int,  # D
     hidden: tuple,  # widths of the hidden layers
-    per_dim: int = 2,  # outputs a dimension, e.g. α and μ
-) -> list:  # 0/1 matrices `(out, in)`, one a linear layer
+    per_dim: int = 2,  # outputs per dimension, e.g. α and μ
+) -> list:  # 0/1 matrices `(out, in)`, one per linear layer
     "Masks that leave only paths from inputs 1 … d−1 to output d (MADE, arXiv 1502.03509)."
     degrees, masks = made_degrees(dims, hidden), []
     for before, after in zip(degrees[:-1], degrees[1:]):

@@ -292,7 +292,7 @@ def fit(
     flow: Flow,  # trained in place
     x: Tensor,  # points `(N, dims)`
     steps: int = 1000,  # of Adam
-    batch_size: int = 256,  # points a step
+    batch_size: int = 256,  # points per step
     lr: float = 5e-3,  # peak learning rate, falling to 0 along half a cosine
     seed: int = 0,  # of the batches
 ) -> list:  # −mean log p of every step, nats

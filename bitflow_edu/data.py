@@ -173,7 +173,7 @@ def add_noise(
 # %% ../nbs/00_data.ipynb #c44ae25e
 def patchify(
     x: Tensor,  # images `(N, C, H, W)`
-    patch_size: int,  # p, pixels a side; must divide H and W
+    patch_size: int,  # p, pixels per side; must divide H and W
 ) -> Tensor:  # tokens `(N, T, D)`: T = HW/p² in raster order, D = C·p²
     "Cut images into tokens."
     check_shape(x, "images", ("N", "C", "H", "W"), "add the missing axes")
@@ -197,7 +197,7 @@ def unpatchify(
     p, side = patch_size, round(T**0.5)
     if side * side != T or D != channels * p * p:
         raise BitflowError(
-            f"{T} tokens of {D} values are no square image with {channels} channels and patches "
+            f"{T} tokens of {D} values are not a square image with {channels} channels and patches "
             f"of {p}x{p}; give the patch size and channels that patchify was given"
         )
     patches = tokens.reshape(N, side, side, channels, p, p).permute(0, 3, 1, 4, 2, 5)

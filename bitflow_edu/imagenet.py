@@ -24,7 +24,7 @@ class Gpu:
     "What is rented."
 
     name: str
-    peak_tflops: float  # 10¹² operations a second in dense bfloat16 matrix products, by the maker
+    peak_tflops: float  # 10¹² operations per second in dense bfloat16 matrix products, by the maker
     memory_gb: float  # 10⁹ bytes
     dollars_per_hour: float  # an assumption: a round number for renting one, without discount
 
@@ -59,5 +59,5 @@ class Plan:
     scaling: float = 0.9  # share of that with more than one GPU; an assumption
     slower_serial: float = 100.0  # exact inverse / pass, time per operation; published: 68 to 130
     overhead_s: float = 0.0  # seconds per layer and pass beside arithmetic; for tiny models
-    kept_share: float = 0.6  # bytes kept under bfloat16 against 4 a value; measured below
+    kept_share: float = 0.6  # bytes kept under bfloat16 against 4 per value; measured below
     around: Around = Around()

@@ -57,7 +57,7 @@ class TrainConfig:
 
     steps: int | None = 1000  # optimiser steps; the same seed gives the same weights
     minutes: float | None = None  # wall time instead; the schedule follows the clock
-    batch_size: int = 64  # images a step
+    batch_size: int = 64  # images per step
     lr: float = 2e-3  # peak learning rate
     warmup: float = 0.03  # share of the budget with rising learning rate
     weight_decay: float = 1e-4  # AdamW's
@@ -144,7 +144,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 
 def batch_indices(
     n: int,  # images in the data
-    batch_size: int,  # images a batch, at most n
+    batch_size: int,  # images per batch, at most n
     seed: int,  # of the order
     step: int,  # optimiser step
     order=None,  # (seed, epoch) → a permutation of the images; default a full shuffle
@@ -168,7 +168,7 @@ def drop_labels(
 ) -> Tensor:  # `(N,)`, a new tensor
     "Replace a share of the labels by −1, so that the model also learns the unconditional density."
     dropped = torch.rand(c.shape, generator=generator, device=c.device) < share
-    c = c.long()  # −1 is no number of an unsigned type
+    c = c.long()  # an unsigned type has no −1
     return torch.where(dropped, -torch.ones_like(c), c)
 
 # %% ../nbs/05_training.ipynb #3fb104f5

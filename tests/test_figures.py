@@ -1,4 +1,4 @@
-"""The drawings in nbs/figures: well formed, accessible, self-contained, shown where they belong."""
+"""Drawings that are well formed and shown, and words for each picture that one may not see."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from bitflow_edu.autoregressive import made_masks
 
@@ -14,7 +15,9 @@ FIGURES = NBS / "figures"
 DRAWINGS = sorted(FIGURES.glob("*.svg"))
 SVG = "{http://www.w3.org/2000/svg}"
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]*figures/[^)\s]+)\)")  # alt text, path
-MIN_TEXT = 14  # units
+ANY_PICTURE = re.compile(r"!\[([^\]]*)\]\(|<img\b")
+MIN_TEXT, MIN_ALT = 14, 20  # units; characters
+NOTEBOOKS = sorted(NBS.rglob("*.ipynb"))
 
 
 def root_of(path):
@@ -31,6 +34,27 @@ def pictures():
                 shown = PICTURE.findall("".join(cell["source"]))
                 found += [(notebook, alt, path) for alt, path in shown]
     return found
+
+
+def picture_cells(notebook):
+    """The sources of the code cells that leave a picture."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [
+        "".join(cell["source"])
+        for cell in code
+        if any("image/png" in output.get("data", {}) for output in cell["outputs"])
+    ]
+
+
+def spoken(source):
+    """What a cell says of its picture, read as Quarto does; "" if nothing."""
+    for line in source.splitlines():
+        if not line.startswith("#|"):
+            break
+        if line.startswith("#| fig-alt:"):
+            return yaml.safe_load(line.removeprefix("#|"))["fig-alt"] or ""
+    return ""
 
 
 def in_light(style):
@@ -93,7 +117,36 @@ def test_what_notebooks_show_exists():
     assert found
     for notebook, alt, path in found:
         assert (notebook.parent / path).is_file(), f"{notebook.name} shows {path}"
-        assert len(alt) > 20, f"{notebook.name}: say in the alt text what {path} shows"
+        assert len(alt) > MIN_ALT, f"{notebook.name}: say in the alt text what {path} shows"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_pictures_are_told_in_words(notebook):
+    """`#| fig-alt: …` at the top of each cell that leaves a picture, plain text in YAML."""
+    untold = [source for source in picture_cells(notebook) if len(spoken(source)) < MIN_ALT]
+    assert [source[:200] for source in untold] == []
+
+
+def test_pictures_in_prose_have_alt_text():
+    """Whatever they are: no `![](…)`, and no HTML image, whose alt text is easily forgotten."""
+    for notebook in NOTEBOOKS:
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                for match in ANY_PICTURE.finditer("".join(cell["source"])):
+                    assert len(match[1] or "") > MIN_ALT, f"{notebook.name}: {match[0]}"
+
+
+def test_alternative_texts_are_read_as_yaml():
+    assert spoken('#| exporti\n#| fig-alt: "Left: a curve."\nx = 1') == "Left: a curve."
+    assert spoken("x = 1\n#| fig-alt: too late") == spoken("#| fig-alt:\nx = 1") == ""
+    with pytest.raises(yaml.YAMLError):
+        spoken("#| fig-alt: Left: a colon wants quotes")
+
+
+def test_modules_hold_no_words_for_pictures():
+    """nbdev exports the line with its cell: a cell that is exported should leave no picture."""
+    package = NBS.parent / "bitflow_edu"
+    assert [p.name for p in package.rglob("*.py") if "fig-alt" in p.read_text("utf-8")] == []
 
 
 def test_each_drawing_is_shown_or_listed():

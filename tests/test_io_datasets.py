@@ -150,7 +150,7 @@ def test_images_with_more_in_them_than_colours(tmp_path):
 def test_no_other_program_is_started_by_an_image(tmp_path):
     make_folder(tmp_path)
     Image.new("RGB", (20, 20)).save(tmp_path / "train" / "cat" / "0.png", "EPS")
-    with pytest.raises(BitflowError, match=r"0\.png is no readable image"):
+    with pytest.raises(BitflowError, match=r"0\.png is not a readable image"):
         load_data(DataConfig("image-folder", 8, 3, num_classes=2), "train", tmp_path)
     Image.new("RGB", (32, 32)).save(buffer := io.BytesIO(), "EPS")
     blob = np.frombuffer(buffer.getvalue(), np.uint8)

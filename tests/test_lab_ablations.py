@@ -214,7 +214,7 @@ def test_one_row_is_repeated_by_the_command_beside_it(tmp_path, monkeypatch, cap
         (["denoising", "--steps", "-4"], "--steps -4"),
         (["denoising", "--workers", "0"], "--workers 0"),
         (["denoising", "--seed", "-1"], "--seed -1"),
-        (["denoising", "--rows", "naive"], "'naive' is no row of denoising"),
+        (["denoising", "--rows", "naive"], "'naive' is not a row of denoising"),
         (["all", "--rows", "naive"], "name the table"),
         (["strategies", "--preset", "imagenet64-smoke"], "would be the same training"),
     ],

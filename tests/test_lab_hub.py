@@ -146,7 +146,7 @@ def test_a_damaged_file_is_refused(pair, tmp_path):
     folder = save_pretrained(pair, tmp_path / "pair")
     weights = folder / "reverse" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(BitflowError, match="no intact safetensors"):
+    with pytest.raises(BitflowError, match="not an intact safetensors"):
         from_pretrained(folder, Pair)
     weights.unlink()
     with pytest.raises(BitflowError, match="is missing"):
@@ -248,7 +248,7 @@ def test_a_repository_that_cannot_be_reached(no_network, tmp_path, monkeypatch, 
     fetch = partial(hub.snapshot_download, cache_dir=tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(hub, "snapshot_download", fetch)
-    said = "cannot load nobody/nothing, which is no folder here, from the Hub"
+    said = "cannot load nobody/nothing, which is not a folder here, from the Hub"
     with pytest.raises(BitflowError, match=rf"{said} \(LocalEntryNotFoundError"):
         from_pretrained("nobody/nothing", Pair)
 

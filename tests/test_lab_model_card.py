@@ -1,6 +1,5 @@
 """Model cards made from measurements, and the Hub (a stand-in) that takes a model with its card."""
 
-import json
 import os
 import re
 
@@ -10,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from bitflow_edu.exact_inverse import exact_inverse
 from bitflow_edu.io.files import BitflowError, asset
+from bitflow_edu.io.results import load_result
 from bitflow_edu.lab import hub
 from bitflow_edu.lab import model_card as cards
 from bitflow_edu.lab.hub import Pair, from_pretrained, save_pretrained
@@ -18,6 +18,8 @@ from bitflow_edu.lab.sampling import METHODS, grid_labels, noise_for
 from bitflow_edu.reverse_model import ReverseModel, one_pass
 from conftest import small_flow, small_reverse
 from test_lab_hub import contents, refuse_network, same
+
+RESULTS = asset("mnist-mini").parent.parent / "results"
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def result():
-    results = asset("mnist-mini").parent.parent / "results"
-    return json.loads((results / "demo-mnist-mini.json").read_text())
+    return load_result("demo-mnist-mini", RESULTS)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,26 @@ def test_the_card_holds_what_was_measured(result, shipped):
         assert seen in read.text, seen
 
 
+@pytest.mark.parametrize(
+    "name, run",
+    [("mnist-mini", "demo-mnist-mini"), ("mnist", "mnist-full"), ("cifar10-mini", "cifar10-main")],
+)
+def test_shipped_cards_are_what_the_code_writes(name, run):
+    """And they say what tells their two squared errors apart."""
+    folder = asset(name)
+    written = model_card(load_result(run, RESULTS), from_pretrained(folder, Pair))
+    there = ModelCard.load(folder / "README.md")
+    assert there.text == written.text and cards.ERRORS in there.text
+    assert there.data.to_dict() == written.data.to_dict()
+
+
+def test_the_card_explains_squared_errors_where_it_has_them(result, shipped):
+    others = [m for m in result["measurements"] if not m["metric"].endswith("_mse")]
+    assert cards.ERRORS not in model_card({**result, "measurements": others}, shipped).text
+    renamed = [{**m, "metric": "inverse_mse"} for m in others[:1]]
+    assert cards.ERRORS in model_card({**result, "measurements": renamed}, shipped).text
+
+
 def test_the_card_of_a_part_speaks_of_that_part(result, shipped):
     card = model_card(result, shipped.reverse)
     methods = {e.metric_name.split(", ")[1] for e in card.data.eval_results}
@@ -118,7 +139,7 @@ def test_a_card_from_other_results_is_refused(result, shipped, pair):
     of_g = [m for m in result["measurements"] if m["row"] == "one-pass"]
     with pytest.raises(BitflowError, match="nothing on exact or exact"):
         model_card({**result, "measurements": of_g}, shipped.forward)
-    with pytest.raises(BitflowError, match="'Apache 2' is no identifier"):
+    with pytest.raises(BitflowError, match="'Apache 2' is not an identifier"):
         model_card(result, shipped, licence="Apache 2")
 
 
@@ -207,7 +228,7 @@ def test_push_refuses_and_explains(result, shipped, monkeypatch):
     push_to_hub(shipped, "me/digits", card, overwrite=True, private=False)
     assert fake.created == ("me/digits", False) and fake.files
     for name in ("digits", "me/digits/more", "a b/c"):
-        with pytest.raises(BitflowError, match="no repository's name"):
+        with pytest.raises(BitflowError, match="not a repository's name"):
             push_to_hub(shipped, name, card)
     with pytest.raises(BitflowError, match="does not load me/other"):
         push_to_hub(shipped, "me/other", card)

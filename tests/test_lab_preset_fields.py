@@ -122,7 +122,7 @@ LAUGHS = [
 MERGES = ["m0: &m0 {x: 1}", *(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}" for i in range(1, 25))]
 BAD = [
     ("forward: {widht: 3}", "forward.transformer.width"),
-    ("forward: [", "no YAML"),
+    ("forward: [", "not a YAML"),
     ("- 1", "no fields"),
     ("", "no fields"),
     ("data: 5", "data.name"),
@@ -133,16 +133,16 @@ BAD = [
     ("forward: {kind: glow}", "image_size"),
     ("forward: {kind: glow, image_size: 16}", "only a TARFlow"),
     ("train_forward: {steps: many}", "many"),
-    ("!!python/object/apply:os.getcwd []", "no YAML"),
-    ("? [1, 2]\n: 3", "no YAML"),
+    ("!!python/object/apply:os.getcwd []", "not a YAML"),
+    ("? [1, 2]\n: 3", "not a YAML"),
 ]
 MUCH = [
     ("\n".join(LAUGHS), "10000 values"),
     ("\n".join(MERGES), "10000 values"),
     ("a: &a [*a]", "10000 values"),
-    ("[" * 5000, "no YAML"),
+    ("[" * 5000, "not a YAML"),
     ("x: " + "1" * 2_000_000, "2000003 bytes"),
-    ("when: 2020-13-45", "no YAML"),
+    ("when: 2020-13-45", "not a YAML"),
     ("forward: {noise_std: .nan}", "noise_std is nan"),
     ("train_forward: {seed: -1}", "seed is -1"),
     ("train_forward: {lr: .inf}", "lr is inf"),
@@ -168,7 +168,7 @@ def test_a_few_aliases_are_fine(tmp_path):
 def test_files_that_cannot_be_read_or_written(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path, tmp_path / "nowhere.yaml", tmp_path / "binary"):
-        with pytest.raises(BitflowError, match="no YAML"):
+        with pytest.raises(BitflowError, match="not a YAML"):
             read_preset(path, BASE)
     with pytest.raises(BitflowError, match="cannot write"):
         write_preset(BASE, tmp_path / "binary" / "p.yaml")

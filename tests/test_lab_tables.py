@@ -45,7 +45,9 @@ def test_rows_that_are_alike_are_named():
     with pytest.raises(BitflowError, match="'a' and 'b' would be the same training"):
         check_rows(alike, SMOKE)
     check_rows([Row("a"), Row("b", method="guided", shares="a")], SMOKE)
-    with pytest.raises(BitflowError, match="'x' is no row of denoising; choose from no denoising"):
+    with pytest.raises(
+        BitflowError, match="'x' is not a row of denoising; choose from no denoising"
+    ):
         rows_for("denoising", SMOKE, ("x",))
 
 

@@ -508,11 +508,11 @@ PLAIN = {"mu": np.zeros(2), "sigma": np.eye(2)}
     [
         ({"mu": np.zeros(3)}, "has no sigma; it holds mu"),
         ({"images": np.zeros(3)}, "has no mu; it holds images"),
-        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "are no mean and covariance"),
-        ({"mu": np.zeros((1, 3)), "sigma": np.eye(3)}, "are no mean and covariance"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "are not a mean and a covariance"),
+        ({"mu": np.zeros((1, 3)), "sigma": np.eye(3)}, "are not a mean and a covariance"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "not finite"),
-        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "no covariance"),
-        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "not a covariance"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "not a covariance"),
         ({**PLAIN, "features": np.zeros((4, 3), np.float32)}, "cannot be compared"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "damaged"),
         ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "mu holds <U1"),
@@ -529,7 +529,7 @@ def test_bad_statistics_files_are_refused(tmp_path, arrays, message):
 def test_a_file_cut_off_and_no_file(tmp_path):
     np.savez(tmp_path / "whole.npz", mu=np.zeros(30), sigma=np.eye(30))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
-    with pytest.raises(BitflowError, match="no intact .npz"):
+    with pytest.raises(BitflowError, match="not an intact .npz"):
         read_reference(tmp_path / "cut.npz")
     with pytest.raises(BitflowError, match="is missing"):
         read_reference(tmp_path / "nowhere.npz")
@@ -563,7 +563,7 @@ def test_an_image_folder_is_read_by_number(digits, tmp_path):
     assert len(pictures) == 6 and torch.equal(drawn, digits[[1, 0]].x.expand(-1, 3, -1, -1))
     assert torch.equal(dataset_source(pictures)(index)[0], drawn)
     (tmp_path / "train" / "b" / "1.png").write_bytes(b"x")
-    with pytest.raises(BitflowError, match="1.png is no readable image"):
+    with pytest.raises(BitflowError, match="1.png is not a readable image"):
         pictures.draw(torch.tensor([3]))
 
 

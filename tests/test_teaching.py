@@ -262,7 +262,7 @@ def test_progress_finds_the_exercises_of_every_lesson():
     "As many checking cells as say that nothing is answered, in the lessons as they are stored."
     cells = json.loads((TEACHING / "progress.ipynb").read_text(encoding="utf-8"))["cells"]
     names = {}
-    for cell in cells[:4]:
+    for cell in cells[:5]:  # those that define functions
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     for folder in (NBS, NBS / "excursions"):

@@ -322,6 +322,6 @@ def parse_segments(text: str) -> int | list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
-        message = f"--segments {text!r} is no number and no list of numbers like 1,1,1,48"
+        message = f"--segments {text!r} is neither a number nor a list of numbers like 1,1,1,48"
         raise BitflowError(message) from None
     return counts[0] if len(counts) == 1 else counts

@@ -66,8 +66,8 @@ def describe_step(name: str, cost: StepCost, train: TrainConfig, args: Info):
     batch, rate = train.batch_size, images_per_hour(cost.flops, args.peak_tflops, args.mfu)
     step, kept, scores = (batch * part for part in (cost.flops, cost.kept, cost.scores))
     print(
-        f"train {name}  {cost.flops / 1e9:.4g} GFLOP an image, "
-        f"{step / 1e12:.4g} TFLOP a step of {batch}; "
+        f"train {name}  {cost.flops / 1e9:.4g} GFLOP per image, "
+        f"{step / 1e12:.4g} TFLOP per step of {batch}; "
         f"activations of that step {kept / 1e9:.3g} GB in float32 "
         f"(+ {scores / 1e9:.3g} GB attention scores without a fused kernel)"
     )
@@ -75,7 +75,7 @@ def describe_step(name: str, cost: StepCost, train: TrainConfig, args: Info):
     hours = ""
     if train.steps:
         hours = f"; {train.steps} steps: {train.steps * batch / rate:,.4g} GPU-hours"
-    print(f"         {rate:,.3g} images a GPU-hour, assuming {peak}{hours}")
+    print(f"         {rate:,.3g} images per GPU-hour, assuming {peak}{hours}")
 
 # %% ../../nbs/cli/describe.ipynb #7488ac7e
 def describe_costs(preset: Preset, args: Info):
@@ -89,8 +89,8 @@ def describe_costs(preset: Preset, args: Info):
             more = f"{cost.serial} serial steps"
         else:
             rate = images_per_hour(flops, args.peak_tflops, args.mfu)
-            more = f"{rate:,.3g} images a GPU-hour, on the same assumption"
-        print(f"{row:14s} {flops / 1e6:12,.1f} MFLOP an image, {more}")
+            more = f"{rate:,.3g} images per GPU-hour, on the same assumption"
+        print(f"{row:14s} {flops / 1e6:12,.1f} MFLOP per image, {more}")
     sizes = {"F": cost.forward.params, "G": cost.reverse and cost.reverse.params}
     for name, own, published, difference, right in against_published(preset, sizes):
         verdict = f"{difference:+.1%}: {'within' if right else 'NOT within'} 3 %"

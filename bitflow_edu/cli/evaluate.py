@@ -81,7 +81,7 @@ def check_scale(w: float, preset: Preset, G):
             "give smaller scales"
         )
 
-
+# %% ../../nbs/cli/evaluate.ipynb #52d57438
 def samplers_asked(args: Evaluate, preset: Preset, F, G) -> list:
     "The methods of --rows, all where none is named, and each at every scale of --w; each once."
     for w in args.w:
@@ -144,7 +144,7 @@ def knows_labels(network, preset: Preset) -> bool:
     "Whether the network can say if a sample shows the class that was asked for."
     return network.name == "mnist-cnn" and preset.conditional and are_digits(preset.data.name)
 
-
+# %% ../../nbs/cli/evaluate.ipynb #e5bd4d87
 def load_both(args: Evaluate, preset: Preset, processes) -> tuple:
     """The splits that samples are compared with, each None where it is not needed.
 
@@ -165,7 +165,7 @@ def load_both(args: Evaluate, preset: Preset, processes) -> tuple:
         raise BitflowError(f"{why}: {e}; or leave --w out") from None
     return train, test
 
-
+# %% ../../nbs/cli/evaluate.ipynb #090d0e01
 def evaluate_streamed(args: Evaluate, preset: Preset, F, G, samplers, device, processes):
     "Every sampler from a stream of images, spread over processes, resumable: an `Evaluation`."
     vae = find_decoder(args, preset, device)

@@ -89,7 +89,7 @@ class Demo(Budget):
 class Training(Budget):
     "Options of both trainings."
 
-    # Images a step.
+    # Images per step.
     batch_size: int | None = None
     # Peak learning rate.
     lr: float | None = None
@@ -148,7 +148,7 @@ class Sample(Picture):
     # Guidance scale: towards the label, at the price of variety; a G without w as an input takes
     # two passes.
     w: float = 0.0
-    # Images a row.
+    # Images per row.
     columns: int = 10
     # Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder;
     # without it latents are shown as they are.
@@ -238,7 +238,7 @@ class Bench:
     checkpoint: Path | None = None
     # Segments of Gauss-Seidel-Jacobi: one number, or one for each block, e.g. 1,1,1,48.
     segments: str = "2"
-    # Measure what a C++ compiler makes, too: the native inverse and the compiled walk, or for
+    # Measure what a C++ compiler makes, too: the native and the compiled inverse, or for
     # training both losses compiled.
     compiled: bool = False
     # Where to compute: auto, cpu, cuda or mps.
@@ -315,7 +315,7 @@ class CacheLatents:
     batch_size: int = 32
     # Of the encoder: fp32 or bf16.
     precision: str = "fp32"
-    # Images a shard, from a folder.
+    # Images per shard, from a folder.
     per_shard: int = 2048
     # Classes in tar shards; default: as many as their labels name.
     num_classes: int | None = None

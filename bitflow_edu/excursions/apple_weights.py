@@ -29,17 +29,17 @@ def apple_shapes(cfg: TARFlowConfig) -> dict:
     return {to_apple_name(name): tuple(t.shape) for name, t in state.items()}
 
 # %% ../../nbs/excursions/apple_weights.ipynb #d6f0b2a9
-def apple_geometry(state: dict, channels: int) -> tuple[int, int]:  # tokens a side, patch size
+def apple_geometry(state: dict, channels: int) -> tuple[int, int]:  # tokens per side, patch size
     "Read off the first block of a published state dict; `BitflowError` where that cannot be."
     for name in ("blocks.0.proj_in.weight", "blocks.0.pos_embed"):
         if name not in state:
             hint = "give the one inside a checkpoint of apple/ml-tarflow"
-            raise BitflowError(f"{name!r} is missing: this is no TARFlow state dict; {hint}")
+            raise BitflowError(f"{name!r} is missing: this is not a TARFlow state dict; {hint}")
     _, token_dim = state["blocks.0.proj_in.weight"].shape
     num_tokens = len(state["blocks.0.pos_embed"])
     side, patch = math.isqrt(num_tokens), math.isqrt(token_dim // channels)
     if channels * patch**2 != token_dim or side**2 != num_tokens:
-        found = f"{num_tokens} tokens of {token_dim} values are no square image"
+        found = f"{num_tokens} tokens of {token_dim} values are not a square image"
         raise BitflowError(f"{found} with {channels} channels; give its channels")
     return side, patch
 

@@ -223,7 +223,7 @@ class CouplingConfig(ImageShape):
     "The shape of a coupling flow over images."
 
     kind: str = "glow"  # "nice", "realnvp" or "glow"
-    image_size: int = 28  # pixels a side
+    image_size: int = 28  # pixels per side
     channels: int = 1  # C
     num_classes: int = 10  # of the data; these flows read no labels
     levels: int = 2  # scales (NICE has one)

@@ -368,7 +368,7 @@ def allowed_changes(old: dict, new: dict) -> dict:
 
 
 def section(run: dict, name: str, path: Path) -> dict:
-    "A part of run.json by the names of today. Raises `BitflowError` where it is no object."
+    "A part of run.json by the names of today. Raises `BitflowError` where it is not an object."
     found = run.get(name, {})
     if not isinstance(found, dict):
         raise BitflowError(f"{path} is damaged ({name} is {found!r:.40}); name another folder")

@@ -90,7 +90,7 @@ def check_tokens(
 def check_not_empty(t: Tensor, name: str):
     "Refuse a batch of nothing where a mean, a largest value or a draw is asked for."
     if not isinstance(t, Tensor):
-        raise BitflowError(f"{name}: {type(t).__name__} is no tensor; make a torch.Tensor")
+        raise BitflowError(f"{name}: {type(t).__name__} is not a tensor; make a torch.Tensor")
     if not t.numel():
         shape = written(tuple(t.shape))
         raise BitflowError(f"{name} of shape {shape} hold nothing; give at least one")
@@ -100,7 +100,7 @@ def check_same_shape(a: Tensor, b: Tensor, what: str = "two batches that are com
     "Refuse tensors that would be broadcast against each other. Reads no values."
     for t in (a, b):
         if not isinstance(t, Tensor):
-            raise BitflowError(f"{what}: {type(t).__name__} is no tensor; give torch tensors")
+            raise BitflowError(f"{what}: {type(t).__name__} is not a tensor; give torch tensors")
     if a.shape != b.shape:
         shapes = f"{written(tuple(a.shape))} and {written(tuple(b.shape))}"
         raise BitflowError(f"{what} have the shapes {shapes}; give them one shape")

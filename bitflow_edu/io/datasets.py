@@ -25,7 +25,7 @@ from .shards import Latents, read_index, read_latents
 __all__ = ['DataConfig', 'data_root', 'folder_classes', 'image_files', 'resize', 'check_arrays', 'read_split', 'described']
 
 # %% ../../nbs/io/datasets.ipynb #0a1853f7
-CHANNELS = {"imagenet-latents": (4,)}  # of data that are no 8-bit images
+CHANNELS = {"imagenet-latents": (4,)}  # of data other than 8-bit images
 Arrays = tuple[np.ndarray, np.ndarray, tuple]  # pixels, labels, names of the classes
 
 # %% ../../nbs/io/datasets.ipynb #6fe11cbb
@@ -34,7 +34,7 @@ class DataConfig:
     "Which images, and at what size. `name` is a key of `LOADERS`."
 
     name: str = "mnist-mini"  # dataset
-    image_size: int = 16  # pixels a side, after resizing
+    image_size: int = 16  # pixels per side, after resizing
     channels: int = 1  # 1 grey, 3 colour, 4 latents
     num_classes: int = 10  # labels are 0 … num_classes − 1
 
@@ -56,7 +56,7 @@ def data_root(
     "The folder to look for datasets in: `root`, else the environment variable `BITFLOW_DATA`."
     chosen = root or os.environ.get("BITFLOW_DATA")
     if chosen and not Path(chosen).is_dir():
-        problem = "is no folder" if Path(chosen).exists() else "does not exist"
+        problem = "is not a folder" if Path(chosen).exists() else "does not exist"
         raise BitflowError(
             f"data folder {str(chosen)!r} {problem}; correct --data-root or BITFLOW_DATA"
         )

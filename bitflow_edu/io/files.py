@@ -137,7 +137,7 @@ def names_in(path: Path) -> tuple:
         ) from None
     except (OSError, zipfile.BadZipFile) as e:
         raise BitflowError(
-            f"{path} is no intact .npz file ({first_sentence(e)}); "
+            f"{path} is not an intact .npz file ({first_sentence(e)}); "
             "replace it, or delete it to make it anew"
         ) from e
 

@@ -79,7 +79,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def decoded(file: Path | BinaryIO, mode: str = "RGB") -> Image.Image:
-    "As `open_image`; the message of its `BitflowError` is no sentence, only what is wrong."
+    "As `open_image`; the message of its `BitflowError` is not a sentence, only what is wrong."
     try:
         with Image.open(file, formats=FORMATS) as image:
             check_image(image)
@@ -101,7 +101,7 @@ def naming(name: str | Path):
     try:
         yield
     except BitflowError as e:
-        problem = f"{name} is no readable image ({e})"
+        problem = f"{name} is not a readable image ({e})"
         raise BitflowError(f"{problem}; replace or remove the file") from e
 
 
@@ -109,7 +109,7 @@ def open_image(
     file: Path | BinaryIO,  # an image file, or its bytes
     mode: str = "RGB",  # or "L", grey
     name: str = "",  # of bytes, for the message
-) -> Image.Image:  # 8 bits a channel, upright, without transparency
+) -> Image.Image:  # 8 bits per channel, upright, without transparency
     "Open an image. Raises `BitflowError` for a file that is none, or that has no one meaning."
     with naming(name or file):
         return decoded(file, mode)
@@ -130,7 +130,7 @@ def why_not(path: str) -> str:
 
 
 def refuse_unlisted(error: OSError):
-    "A folder that cannot be listed is no empty folder."
+    "A folder that cannot be listed is not an empty folder."
     raise BitflowError(
         f"{error.filename} cannot be listed ({error.strerror}); make it readable, or remove it"
     ) from error

@@ -85,7 +85,7 @@ def modern_fields(values: dict) -> dict:
         kept["feature_weights"] = [weight] * len(kept["features"])
     return {RENAMED.get(k, k): v for k, v in kept.items()}
 
-
+# %% ../../nbs/io/models.ipynb #b9988be5
 def to_config(
     cls: type,  # a config dataclass
     values: dict,  # its fields, as JSON gave them
@@ -165,7 +165,7 @@ def report_damage(path: Path):
         raise BitflowError(f"{path} is missing: {what}") from None
     except (SafetensorError, OSError, ValueError, TypeError) as e:
         hint = "use another checkpoint (pickles are never loaded)"
-        raise BitflowError(f"{path} is no intact safetensors file ({e}); {hint}") from e
+        raise BitflowError(f"{path} is not an intact safetensors file ({e}); {hint}") from e
 
 # %% ../../nbs/io/models.ipynb #257e2055
 def read_tensors(path: Path) -> dict:

@@ -82,7 +82,7 @@ def draw_grid(state, sampler, folder: Path, watcher=None):
 
 # %% ../../nbs/io/progress.ipynb #3fd08c65
 def check_samples_drawn(state, drawn):
-    "A training whose last samples, as `draw_grid` gave them, all hold NaN is no success."
+    "A training whose last samples, as `draw_grid` gave them, all hold NaN is not a success."
 
     def check():
         x = getattr(drawn, "x", None)

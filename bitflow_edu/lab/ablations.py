@@ -363,7 +363,7 @@ def order_steps(found: list) -> list:
             steps.append((a, b, d, compared(d)))
     return steps
 
-
+# %% ../../nbs/lab/ablations.ipynb #11e96b13
 def signed_interval(d: Interval) -> str:
     "A difference and its interval in three digits."
     return f"{d.mean:+.3g} [{d.low:+.3g}, {d.high:+.3g}]" if d.n > 1 else f"{d.mean:+.3g}"

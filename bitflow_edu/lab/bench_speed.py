@@ -57,7 +57,7 @@ def inverse_bytes(
     z: Tensor,  # noise `(N, T, D)`, on meta
     c: Tensor,  # labels `(N,)`, on meta
 ) -> int:
-    "Bytes of the exact inverse: T−1 steps a block, each as with a KV cache that is half full."
+    "Bytes of the exact inverse: T−1 steps per block, each as with a KV cache that is half full."
     total = 0
     for block in F.blocks:
         decoder, kv = start_decoding(block, c)

@@ -321,7 +321,7 @@ def chosen_row(sweep: list, found: list, judge: Judge) -> list:
     choice = measurement(row, "chosen_w", w, n=judge.cfg.n, seed=judge.cfg.seed, **how)
     return [choice, *({**m, "row": row, "same_as": name} for m in found if m["row"] == name)]
 
-
+# %% ../../nbs/lab/evaluate.ipynb #1345243f
 def chosen_rows(samplers: list, found: list, judge: Judge) -> list:
     "A row for each method that was measured at several guidance scales."
     rows = []

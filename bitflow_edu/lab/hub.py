@@ -70,7 +70,7 @@ def check_free(folder: Path, overwrite: bool):
     foreign = [name for name in found if name not in FILES]
     if foreign:
         raise BitflowError(
-            f"{folder} holds {foreign[0]}, which is no part of a saved model, "
+            f"{folder} holds {foreign[0]}, which is not part of a saved model, "
             "so it is not replaced; name another folder"
         )
 
@@ -188,7 +188,7 @@ def find_folder(source: str | Path, kind: type, revision: str | None) -> Path:
             f"folder {source} does not exist; "
             "name a saved model, or a repository on the Hub as owner/name"
         )
-    what = f"load {source}, which is no folder here, from the Hub"
+    what = f"load {source}, which is not a folder here, from the Hub"
     with asking_hub(what, "correct the name, or log in with `hf auth login` where it is private"):
         return Path(snapshot_download(source, revision=revision, allow_patterns=wanted_files(kind)))
 

@@ -150,19 +150,28 @@ def results_table(result: dict, rows: dict) -> str:
     return markdown_table(table)
 
 # %% ../../nbs/lab/model_card.ipynb #31dc1496
+ERRORS = (
+    "Two metrics compare what comes back with the clean image x, as a mean squared error. "
+    "`reconstruction_mse` encodes x itself; `inverse_mse` encodes x̃ = x + σε, what F was "
+    "trained on. The table may have one of them alone."
+)
+
+
 def how_measured(result: dict) -> str:
-    "Machine, versions and command of the run, in Markdown."
+    "Machine, versions and command of the run, and what some metrics mean, in Markdown."
     h = result["hardware"]
     memory = f"{h['memory_gb']} GB of memory"
     machine = f"{h['cores']} cores ({h['cpu']}), {h['gpu'] or 'no GPU'}, {memory}"
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+    metrics = {m["metric"] for m in result["measurements"]}
+    errors = f"\n\n{ERRORS}" if metrics & {"reconstruction_mse", "inverse_mse"} else ""
     return (
         f"Measured on {machine}, with {versions}; commit `{result['commit']}`, "
         f"{result['date'][:10]}. The run took {result['wall_s']:.0f} s. It is repeated by\n\n"
         f"```\n{result['command']}\n```\n\nTimes hold for that machine only; in brackets are "
         "quartiles. A Fréchet distance `fd[…]` is named after the network that it looks through, "
         "depends on the number of images, and is not an FID. "
-        "Figures of real images, where there are any, are the floor."
+        f"Values of real images, where there are any, are the floor.{errors}"
     )
 
 # %% ../../nbs/lab/model_card.ipynb #01cfba2f
@@ -204,7 +213,7 @@ def what_it_is(model: nn.Module | Pair) -> str:
         if name == "forward":
             lines.append(
                 f"- **F**, a normalizing flow ({type(part).__name__}, {size}), maps images to "
-                "noise and knows their likelihood. Undone exactly, it draws images."
+                "noise and knows their likelihood. Inverted exactly, it draws images."
             )
         else:
             lines.append(
@@ -237,7 +246,7 @@ LIMITS = """- For study and teaching: to draw, edit and measure images like thos
 of anything else its likelihoods and pictures say nothing.
 - Errors and preferences of the training images are its own. Nothing keeps it from repeating one \
 of them; that was not measured unless the table says so.
-- Its figures hold for the samples and the reference named in the table. They say nothing about \
+- Its results hold for the samples and the reference named in the table. They say nothing about \
 single images, and label accuracy is the opinion of a classifier."""
 
 # %% ../../nbs/lab/model_card.ipynb #c19f6a70
@@ -268,7 +277,7 @@ def card_metadata(
     "The block on top of a card. Raises `BitflowError` for a licence or results that are not valid."
     if not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", licence):
         raise BitflowError(
-            f"licence {licence!r} is no identifier of the Hub's; "
+            f"licence {licence!r} is not an identifier of the Hub's; "
             "write it like apache-2.0, mit or cc-by-4.0"
         )
     kinds = [TAGS[type(part)] for part in pair_parts(model).values()]
@@ -327,7 +336,7 @@ def model_card(
 def check_target(repo_id: str, card: ModelCard, model: nn.Module | Pair):
     "Refuse a name that the Hub would not take, and a card whose example loads something else."
     if not is_repo_id(repo_id):
-        raise BitflowError(f"{repo_id!r} is no repository's name; write it as owner/name")
+        raise BitflowError(f"{repo_id!r} is not a repository's name; write it as owner/name")
     if snippet(type(model), repo_id) not in str(card):
         raise BitflowError(
             f"the card's example does not load {repo_id} as a {type(model).__name__}; "

@@ -32,7 +32,7 @@ def frame_grid(ax, title, row_labels, rows):
 # %% ../../nbs/lab/plotting.ipynb #7d9c411c
 def show_images(
     x: Tensor,  # images `(N, C, H, W)` in [-1, 1]
-    columns: int = 10,  # images a row
+    columns: int = 10,  # images per row
     title: str = "",  # above the picture
     row_labels: list = (),  # a name for each row, drawn at its left
     ax=None,  # axes to draw on; default a new figure
@@ -117,7 +117,7 @@ def plot_histogram(
 # %% ../../nbs/lab/plotting.ipynb #47f0ff6b
 def plane(
     limit: float,  # from −limit to limit on both axes
-    resolution: int,  # points a side
+    resolution: int,  # points per side
 ) -> Tensor:  # `(resolution², 2)`, y changes slowest
     "The points of a square grid in the plane."
     ticks = torch.linspace(-limit, limit, resolution)
@@ -130,7 +130,7 @@ def plot_density(
     points: Tensor = None,  # `(N, 2)`, drawn as dots
     title: str = "",  # above the picture
     ax=None,  # axes to draw on; default a new figure
-    resolution: int = 120,  # points a side
+    resolution: int = 120,  # points per side
 ):  # the axes
     "Draw a density over the plane, dark where it is high."
     ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]
@@ -172,7 +172,7 @@ def plot_grid_warp(
     lines: int = 17,  # in each direction
     title: str = "",  # above the picture
     ax=None,  # axes to draw on; default a new figure
-    detail: int = 100,  # points a line
+    detail: int = 100,  # points per line
 ):  # the axes
     "Draw the image of a square grid under a map: one colour for each direction of its lines."
     ax = ax or plt.subplots(figsize=(3, 3), layout="constrained")[1]

@@ -165,7 +165,7 @@ def read_tree(path: Path) -> dict:
         tree = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, TypeError, yaml.YAMLError) as e:
         why, hint = " ".join(str(e).split()), "bitflow info --yaml writes one"
-        raise BitflowError(f"{path} is no YAML file that can be read ({why}); {hint}") from e
+        raise BitflowError(f"{path} is not a YAML file that can be read ({why}); {hint}") from e
     if not isinstance(tree, dict):
         hint = "bitflow info --yaml writes a file that does"
         raise BitflowError(f"{path} holds no fields such as num_samples: 100; {hint}")

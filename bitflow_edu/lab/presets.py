@@ -108,7 +108,7 @@ def make_preset(
 
 # %% ../../nbs/lab/presets.ipynb #a58a7381
 DIGITS = ObjectiveConfig(features=("digits",), feature_weights=(3.0,), adaptive_power=1.0)
-PHOTOS = replace(DIGITS, features=("stlpips-vgg",))  # a GPU's; on a CPU VGG-16 costs minutes a step
+PHOTOS = replace(DIGITS, features=("stlpips-vgg",))  # VGG-16 takes a CPU minutes per step
 SMALL_PHOTOS = replace(DIGITS, features=("stlpips-alex",))
 TINY_SHAPE = TransformerConfig(width=64, head_dim=32, num_layers=1)
 SECONDS = TrainConfig(steps=30, batch_size=32, log_every=5, sample_every=15, checkpoint_every=10)
@@ -175,7 +175,7 @@ def imagenet64() -> Preset:
     return make_preset("imagenet64", data, 4, 8, F, G, LARGE, LARGE, **rest)
 
 # %% ../../nbs/lab/presets.ipynb #f6c1d25a
-LATENT = {"b2": (768, 2), "l2": (1024, 3), "xl2": (1536, 3)}  # width, layers a block
+LATENT = {"b2": (768, 2), "l2": (1024, 3), "xl2": (1536, 3)}  # width, layers per block
 
 
 def imagenet256(size: str) -> Preset:
@@ -389,7 +389,7 @@ def check_guided_training(objective: ObjectiveConfig, reverse: ReverseConfig):
             what = f"{name} is True, but reverse.max_guidance is 0, so this G takes no w"
             raise BitflowError(f"{what}; set reverse.max_guidance, e.g. to 3, or leave it out")
 
-
+# %% ../../nbs/lab/presets.ipynb #f77a7041
 def check_objective(preset: Preset):
     "Refuse a G, or weights, that do not suit what G is asked to match."
     strategy, has = preset.objective.strategy, preset.reverse.token_states

@@ -128,7 +128,7 @@ TABLE = (
     ("one pass is faster", "speedup", 1, "{:.1f}×"),
     ("ms per image, batch 64", "ms_per_image", 64, "{:.3f}"),
     ("one pass is faster", "speedup", 64, "{:.1f}×"),
-    ("MFLOP an image", "flops_per_image", None, "{:.0f}"),
+    ("MFLOP per image", "flops_per_image", None, "{:.0f}"),
     ("FD[mnist-cnn]", "fd[mnist-cnn]", None, "{:.2f}"),
     ("label accuracy", "label_accuracy", None, "{:.3f}"),
     ("test bits/dim of F", "bits_per_dim", None, "{:.3f}"),

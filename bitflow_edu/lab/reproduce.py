@@ -408,7 +408,7 @@ def check_pages(folder: Path):
         path = folder / name
         if path.exists() and not is_page(path):
             raise BitflowError(
-                f"{path} would be overwritten, and is no page of results; "
+                f"{path} would be overwritten, and is not a page of results; "
                 "move it away, or name another folder of results"
             )
 

@@ -177,7 +177,7 @@ def depth(preset: Preset) -> list:
         Row("none (naive)", (MSE, strategy("naive"))),
     ]
 
-
+# %% ../../nbs/lab/tables.ipynb #a41d8c37
 def scaling(preset: Preset) -> list:
     "G of half the width, its own, and half as wide again, beside the paper's B and XL."
     paper = {"one, MSE": 6.79, "one and a half, MSE": 4.61}
@@ -226,7 +226,7 @@ def distances(preset: Preset) -> list:
         Row(f"{whole}, power {p:g}", (objective(adaptive_power=p),)) for p in sorted(powers)
     ]
 
-
+# %% ../../nbs/lab/tables.ipynb #25c23128
 def lpips(preset: Preset) -> list:
     "LPIPS of photographs as the distance at the image end, for images of any kind."
     rows = [Row("MSE", (MSE,), paper=31.88)]
@@ -298,7 +298,7 @@ def finer(preset: Preset) -> Preset:
     p = preset.forward.patch_size // 2
     return reverse(patch_size=p)(forward(patch_size=p)(preset))
 
-
+# %% ../../nbs/lab/tables.ipynb #d4ee1896
 def order_of_strategies(regime: str, *change) -> list:
     "The paper's first table in another regime, by MSE alone."
     naive = f"naive, {regime}"
@@ -317,7 +317,7 @@ def regimes(preset: Preset) -> list:
         rows += order_of_strategies(thinner, regrouped(2, 0.5))
     return rows + order_of_strategies("three times the noise", noisier)
 
-
+# %% ../../nbs/lab/tables.ipynb #3d60c62e
 def tokens(preset: Preset) -> list:
     "Does the number of tokens change the strategies' order?"
     T = preset.forward.num_tokens
@@ -371,6 +371,6 @@ def rows_for(name: str, preset: Preset, only: tuple = ()) -> list:
     names = [row.name for row in rows]
     for asked in only:
         if asked not in names:
-            raise BitflowError(f"{asked!r} is no row of {name}; choose from {', '.join(names)}")
+            raise BitflowError(f"{asked!r} is not a row of {name}; choose from {', '.join(names)}")
     check_rows(rows, preset)
     return [row for row in rows if row.name in only] if only else rows

@@ -29,7 +29,7 @@ __all__ = ['watch_labels', 'alike', 'reference', 'sample_reference_of']
 def watch_labels(
     labels: Tensor,  # of the training data `(N,)`
     n: int = 100,  # about so many samples
-    least: int = 8,  # samples a class, where there are enough images
+    least: int = 8,  # samples per class, where there are enough images
 ) -> Tensor:  # int64, at most `(n,)`: classes in turn
     "Labels for samples to watch: as many classes as leave each enough samples to have a spread."
     count = labels.bincount()

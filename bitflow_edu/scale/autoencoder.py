@@ -45,7 +45,7 @@ def import_diffusers():
 # %% ../../nbs/scale/autoencoder.ipynb #e45c7e29
 def tiny_vae(
     folder: str | Path,  # written as diffusers does
-    factor: int = 2,  # pixels a side for each latent: 2, 4 or 8
+    factor: int = 2,  # pixels per side for each latent: 2, 4 or 8
     seed: int = 0,  # of the weights
 ) -> Path:  # `folder`, for `load_vae`
     "An AutoencoderKL with random weights and latents of unit variance: for smoke runs and tests."

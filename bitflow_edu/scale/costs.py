@@ -79,7 +79,7 @@ def num_layers(cfg) -> int:
 
 
 def score_bytes(cfg) -> int:
-    "Bytes of the attention scores of all layers for one image, 4 a value."
+    "Bytes of the attention scores of all layers for one image, 4 per value."
     heads = num_layers(cfg) * cfg.transformer.width // cfg.transformer.head_dim
     return 4 * heads * (cfg.num_tokens + getattr(cfg, "num_extra_tokens", 0)) ** 2
 
@@ -123,7 +123,7 @@ def pass_flops(forward: TARFlow, reverse: ReverseModel | None) -> dict:
 # %% ../../nbs/scale/costs.ipynb #0bf28dd4
 def images_per_hour(
     flops: int,  # per image
-    peak_tflops: float,  # of one GPU, 10¹² operations a second
+    peak_tflops: float,  # of one GPU, 10¹² operations per second
     mfu: float,  # the share of it that is reached, 0 to 1
 ) -> float:
     "Images that a GPU gets through in an hour."
@@ -158,7 +158,7 @@ class ModelCost:
     params: int  # trainable numbers
     forward: int  # operations of one pass
     step: int  # operations of a training step, forward and backward
-    kept: int  # bytes kept for the backward pass, 4 a value, without attention scores
+    kept: int  # bytes kept for the backward pass, 4 per value, without attention scores
     layers: int  # transformer layers
     layer: int  # operations of one pass through one layer
     layer_kept: int  # bytes that one layer keeps
@@ -277,7 +277,7 @@ def training_stage(
     model: ModelCost,
     train,  # a `TrainConfig`
     plan: Plan,
-    extra: tuple = (0.0, 0.0),  # operations a step, and GB, beside the model's own
+    extra: tuple = (0.0, 0.0),  # operations per step, and GB, beside the model's own
     frozen: ModelCost = None,  # a model that runs beside it
 ) -> Stage:
     "All steps of a stage, with checkpoints and failures. `BitflowError` for a budget in minutes."
@@ -333,7 +333,7 @@ def bill_table(preset, plan: Plan = Plan()) -> str:  # noqa: B008  frozen
         f"{preset.name} on {plan.num_gpus} {gpu.name}, {plan.mfu:.0%} of "
         f"{gpu.peak_tflops} TFLOP/s, ${gpu.dollars_per_hour:g} an hour"
     ]
-    rows = [["", "EFLOP", "GPU-hours", "days", "dollars", "GB a GPU", "GB disk"]]
+    rows = [["", "EFLOP", "GPU-hours", "days", "dollars", "GB/GPU", "GB disk"]]
     flops, hours = sum(s.flops for s in stages), sum(s.gpu_hours for s in stages)
     memory, disk = max(s.memory_gb for s in stages), sum(s.disk_gb for s in stages)
     for s in (*stages, Stage("in all", flops, hours, memory, disk)):

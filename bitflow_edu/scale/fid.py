@@ -70,7 +70,7 @@ def check_gaussian(mu: np.ndarray, sigma: np.ndarray, path: Path):
     "Refuse a mean and a covariance that no features can have."
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise BitflowError(
-            f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance, "
+            f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance, "
             "(K,) and (K, K); make the file anew"
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
@@ -80,7 +80,7 @@ def check_gaussian(mu: np.ndarray, sigma: np.ndarray, path: Path):
     symmetric = np.allclose(sigma, sigma.T, atol=1e-6 * max(1.0, np.abs(sigma).max()))
     if not symmetric or (sigma.diagonal() < 0).any():
         raise BitflowError(
-            f"{path}: sigma is no covariance, which is symmetric with no negative variance; "
+            f"{path}: sigma is not a covariance, which is symmetric with no negative variance; "
             "make the file anew"
         )
 

@@ -99,10 +99,10 @@ def square_of(image: Image.Image, size: int) -> Tensor:
 # %% ../../nbs/scale/image_sources.ipynb #2788716d
 def center_crop(
     data: bytes,  # of an image file
-    size: int,  # pixels a side
+    size: int,  # pixels per side
     name: str = "the data",  # of the file, for the message
 ) -> Tensor:  # uint8 `(3, size, size)`
-    "The centre of an image, cut as ADM does. Raises `BitflowError` for what is no image."
+    "The centre of an image, cut as ADM does. Raises `BitflowError` for what is not an image."
     with naming(name):
         return square_of(decoded(io.BytesIO(data)), size)
 
@@ -186,7 +186,7 @@ class FolderSource:
 
     root: str
     split: str = "train"
-    per_shard: int = 2048  # images a piece
+    per_shard: int = 2048  # images per piece
 
     def __post_init__(self):
         if self.per_shard < 1:
@@ -235,7 +235,7 @@ class TarSource:
 def find_source(
     where: str | Path,  # a folder with `<split>/<class>/<image>`, or tars: address or pattern
     split: str = "train",  # of the folder
-    per_shard: int = 2048,  # images a shard, from a folder
+    per_shard: int = 2048,  # images per shard, from a folder
     num_classes: int | None = None,  # in tars; None: as many as their labels name
 ) -> FolderSource | TarSource:
     "What a user named: tars where it looks like an address or a pattern, else an image folder."

@@ -53,7 +53,7 @@ __all__ = ['CacheConfig', 'latents_report', 'cache_latents', 'reading_rate', 'de
 class CacheConfig:
     "How images are encoded."
 
-    image_size: int = 256  # pixels a side, of the squares
+    image_size: int = 256  # pixels per side, of the squares
     batch_size: int = 32  # images encoded at once; as many mirror images follow
     precision: str = "fp32"  # or "bf16", of the encoder
     max_corrupt: int = 100  # images that may be unreadable, in all
@@ -300,7 +300,7 @@ def images_per_core_second(call, n: int, seconds: float = 1.0) -> float:
 
 # %% ../../nbs/scale/latents.ipynb #200eb9c9
 def reading_rate(data: Latents, batch_size: int = 256, seconds: float = 1.0) -> float:
-    "Images a second that one core draws from latents in the page cache, in an epoch's order."
+    "Images per second that one core draws from latents in the page cache, in an epoch's order."
     g = torch.Generator().manual_seed(0)
     batches = itertools.cycle(data.epoch_order(0, 0).split(batch_size))
     n = min(batch_size, len(data))
@@ -308,12 +308,12 @@ def reading_rate(data: Latents, batch_size: int = 256, seconds: float = 1.0) -> 
 
 # %% ../../nbs/scale/latents.ipynb #200eb9ca
 def decoding_rate(files: list, size: int, seconds: float = 1.0) -> float:
-    "Images a second that one core turns from the bytes of image files into squares."
+    "Images per second that one core turns from the bytes of image files into squares."
     return images_per_core_second(
         lambda: [center_crop(f, size) for f in files], len(files), seconds
     )
 
 # %% ../../nbs/scale/latents.ipynb #71cf2ddd
 def feeding(rates: dict, consumed: float) -> dict:
-    "Cores that keep a GPU busy, by name, from images a second: read by a core, used by the GPU."
+    "Cores that keep a GPU busy, by name, from images per second: read by a core, used by the GPU."
     return {name: consumed / rate for name, rate in rates.items()}

@@ -135,7 +135,7 @@ class FeatureStats:
     "All that is remembered of images that were looked at."
 
     moments: Moments
-    labels: LabelSums | None  # None where the network is no classifier
+    labels: LabelSums | None  # None where the network is not a classifier
     kept: Tensor  # features of a fixed choice of them `(M, K)`, float32, in the order of the images
     right: int = 0  # images that show the label they were asked for
     asked: int = 0  # images that were asked for a label

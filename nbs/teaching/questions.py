@@ -541,7 +541,7 @@ ESSAYS_2 = (
         "A KV cache makes the exact inverse much cheaper and leaves the number of serial steps as it is. "
         "Explain both halves of this sentence.",
         "Keys and values of earlier tokens do not change, so each step computes one new token instead of all. "
-        "But token t needs the values of tokens before t, so steps still wait for each other: T − 1 a block.",
+        "But token t needs the values of tokens before t, so steps still wait for each other: T − 1 per block.",
     ),
     (
         "Why does TARFlow train on images with added noise, and what must be done to its samples because of it?",
@@ -723,7 +723,7 @@ ESSAYS_3 = (
     (
         "Hidden distillation sends each state through token space; hidden alignment only looks at it there. "
         "What is lost in the first, and what may the second keep?",
-        "D values a token are a narrow door: what the width holds beyond x^i is thrown away at each depth. With "
+        "D values per token are a bottleneck: what the width holds beyond x^i is thrown away at each depth. With "
         "alignment h^i goes on in full width; the head is for comparison alone.",
     ),
     (
