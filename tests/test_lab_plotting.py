@@ -44,7 +44,7 @@ def test_a_matrix_shows_which_entries_are_exactly_zero():
 
 def test_bars_keep_the_order_of_the_table():
     rows = {"a": ([2.0, 4.0], 3.0, 30.0), "b": ([1.0], 1.0, None)}
-    pairs = {"b": {"value": -2.0, "low": -3.0, "high": 1.0, "versus": "a"}}
+    pairs = {"b": {"value": -2.0, "low": -3.0, "high": 1.0, "seeds": 2, "versus": "a"}}
     ours, paired, theirs = plotting.plot_rows(rows, pairs, "title", "metric").axes
     assert [bar.get_width() for bar in ours.patches] == [3.0, 1.0]
     assert [bar.get_width() for bar in theirs.patches] == [30.0]
