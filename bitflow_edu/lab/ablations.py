@@ -23,7 +23,7 @@ from ..io.checkpoints import read_metrics
 from ..io.datasets import DataConfig
 from ..io.files import BitflowError, report_write_errors, write_atomically
 from ..io.models import load_model, num_parameters
-from ..io.results import differences_of, measured, measurement, rows_of
+from ..io.results import differences_of, measurement, rows_of
 from bitflow_edu.lab.evaluate import (
     choose_scale,
     finite_numbers,
@@ -281,6 +281,12 @@ def lines_of(name: str, values: dict, n: int, **more) -> list:
         found.append(measurement(name, f"mean {metric}", mean, **about))
     return found
 
+# %% ../../nbs/lab/ablations.ipynb #byseed01
+def by_seed(found: list, row: str, metric: str) -> dict:
+    "seed → value of a row, for one metric."
+    rows = (m for m in found if (m["row"], m["metric"]) == (row, metric))
+    return {m["seed"]: m["value"] for m in rows if m["seed"] is not None}
+
 # %% ../../nbs/lab/ablations.ipynb #1cb5df1a
 def difference(
     found: list,  # a table's measurements
@@ -289,14 +295,9 @@ def difference(
     metric: str,
 ) -> Interval | None:  # None where the rows have no seed in common
     "The paired difference of two rows: its mean over the seeds of both, and the 95% interval."
-    values = {row: {}, versus: {}}
-    for m in found:
-        if m["metric"] == metric and m["row"] in values and m["seed"] is not None:
-            values[m["row"]][m["seed"]] = m["value"]
-    both = [seed for seed in values[row] if seed in values[versus]]
-    if not both:
-        return None
-    return mean_interval([values[row][seed] - values[versus][seed] for seed in both])
+    mine, theirs = (by_seed(found, name, metric) for name in (row, versus))
+    both = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    return mean_interval(both) if both else None
 
 # %% ../../nbs/lab/ablations.ipynb #72aef86b
 COMPARED = "fd[ fd_train[ label_accuracy inverse_mse precision recall test_nll".split()
@@ -405,11 +406,11 @@ def inverse_gap(
     row: str,
     exact: dict | None = None,  # the table with the exact row, of the same F; default `result`
 ) -> Interval:
-    "A row's error of the inverse as a multiple of the exact inverse's, with its score step."
-    mine, theirs = (
-        {m["seed"]: m["value"] for m in measured(table, name, "inverse_mse")}
-        for table, name in ((result, row), (exact or result, EXACT))
-    )
+    """A row's error of the inverse as a multiple of the exact inverse's, with its score step.
+
+    A ratio: hold it against 1, not against 0."""
+    mine = by_seed(result["measurements"], row, "inverse_mse")
+    theirs = by_seed((exact or result)["measurements"], EXACT, "inverse_mse")
     both = [math.log(mine[seed] / theirs[seed]) for seed in mine if seed in theirs]
     if not both:
         raise BitflowError(f"{result['name']}: {row!r} shares no seed with {EXACT!r}")
