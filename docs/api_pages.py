@@ -178,7 +178,8 @@ def index(found):
                     f"| [`{module}`]({page}) | [{title(found[module])}](/{found[module]}) |"
                 )
         lines.append("")
-    names = [Path(page_of(module)).stem for module in found]
+    stems = [Path(page_of(module)).stem for module in found]
+    names = [f"{stem} <{stem}>" for stem in stems]
     lines += ["```{toctree}", ":hidden:", "", *names, "```", ""]
     return "\n".join(lines)
 

@@ -45,7 +45,10 @@ html_theme_options = {
         "binderhub_url": "https://mybinder.org",
         "notebook_interface": "jupyterlab",
     },
-    "home_page_in_toc": False,
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
     "show_navbar_depth": 1,
     "show_toc_level": 2,
 }
@@ -54,8 +57,11 @@ html_theme_options = {
 def offer_stored_notebooks(app, error):
     """The download button gives the notebook of the repository, not the copy made for Sphinx."""
     if error is None and app.builder.name == "html":
-        for copied in Path(app.outdir, "_sources").rglob("*.ipynb"):
-            shutil.copyfile(ROOT / copied.relative_to(Path(app.outdir, "_sources")), copied)
+        copies = Path(app.outdir, "_sources")
+        for copied in copies.rglob("*.ipynb"):
+            stored = ROOT / copied.relative_to(copies)
+            if stored.exists():
+                shutil.copyfile(stored, copied)
 
 
 def setup(app):

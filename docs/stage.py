@@ -72,8 +72,8 @@ def code_cell(cell, page, staged):
     if {"export", "exporti"} & directives.keys():
         tags.append("exported")
     cell["metadata"]["tags"] = tags
-    if "fig-alt" in directives:
-        cell["metadata"]["mystnb"] = {"image": {"alt": directives["fig-alt"]}}
+    alt = directives.get("fig-alt", "A picture that the code above draws")
+    cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
     for output in cell["outputs"]:
         data = output.get("data", {})
         data.pop(WIDGET, None)  # needs a kernel; the picture or text beside it is shown
