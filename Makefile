@@ -108,9 +108,9 @@ $(DOCS_STAMP): $(STAMP)
 	@touch "$@"
 
 build/mathjax:
-	@if command -v npm > /dev/null; then \
-	  mkdir -p $@.part && cd $@.part && npm pack --silent $(MATHJAX) && tar -xzf mathjax-*.tgz && rm mathjax-*.tgz && mv ../mathjax.part ../mathjax; \
-	else echo "npm was not found: formulas of the site will be drawn by a script from cdn.jsdelivr.net"; fi
+	@if mkdir -p $@.part && cd $@.part && npm pack --silent $(MATHJAX) > npm.log && tar -xzf mathjax-*.tgz; \
+	then cd .. && mv mathjax.part mathjax; \
+	else echo "npm did not bring $(MATHJAX): a script from cdn.jsdelivr.net will draw the site's formulas"; fi
 
 docs: $(DOCS_STAMP) build/mathjax playground  ## build the site into build/docs; needs npm, for MathJax
 	"$(BIN)/python" docs/stage.py

@@ -1,0 +1,11 @@
+// Search: pages whose title has the word come before names of the API.
+const Scorer = {
+  objNameMatch: 11,
+  objPartialMatch: 6,
+  objPrio: { 0: 0, 1: 0, 2: -5 },
+  objPrioDefault: 0,
+  title: 15,
+  partialTitle: 12,
+  term: 5,
+  partialTerm: 2,
+};
