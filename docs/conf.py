@@ -30,7 +30,7 @@ html_baseurl = f"{ini['doc_host']}{ini['doc_baseurl']}/"
 html_static_path = [str(SOURCE / "_static")]
 html_css_files = ["style.css"]
 html_show_sphinx = False
-html_search_scorer = "search_order.js"
+html_search_scorer = str(ROOT / "docs" / "search_order.js")
 if MATHJAX.exists():  # else formulas come from Sphinx's default address; make docs says so
     mathjax_path = MATHJAX.name
 PLAYGROUND = ROOT / "build" / "playground.html"

@@ -82,6 +82,16 @@ def code_cell(cell, page, staged):
     return cell
 
 
+def solutions_link(path, cells):
+    """A cell that leads to a lesson's worked solutions, where there are some and no cell does."""
+    name = f"{Path(path).stem}_solutions.ipynb"
+    linked_already = any(f"solutions/{name})" in cell["source"] for cell in cells)
+    if linked_already or not (ROOT / "nbs" / "solutions" / name).exists():
+        return []
+    source = f"Worked solutions, for after trying: [{name}](/nbs/solutions/{name})."
+    return [{"cell_type": "markdown", "id": "solutions", "metadata": {}, "source": source}]
+
+
 def notebook(path, staged):
     """The notebook as the site shows it, as JSON."""
     found = json.loads((ROOT / path).read_text(encoding="utf-8"))
@@ -96,7 +106,7 @@ def notebook(path, staged):
             cell["source"] = linked("".join(cell["source"]), path, staged)
         if cell is not None:
             cells.append(cell)
-    found["cells"] = cells
+    found["cells"] = cells + solutions_link(path, cells)
     return json.dumps(found, ensure_ascii=False)
 
 

@@ -92,6 +92,16 @@ def test_links_stay_on_the_site_where_it_has_the_page(docs):
     assert "[d](https://x.y)" in found and "[e](no.ipynb)" in found
 
 
+def test_lessons_lead_to_their_solutions(docs):
+    stage = docs("stage")
+    for solved in (ROOT / "nbs" / "solutions").glob("*.ipynb"):
+        name = solved.name.replace("_solutions", "")
+        (lesson,) = [path for path in NOTEBOOKS if path.name == name]
+        assert f"solutions/{solved.name})" in stage.notebook(
+            lesson.relative_to(ROOT).as_posix(), {f"nbs/solutions/{solved.name}"}
+        )
+
+
 def test_dead_links_are_found(docs, tmp_path):
     (tmp_path / "b.html").write_text('<p id="there"><a href="https://x.y/z">out</a>')
     links = ("b.html", "b.html#there", "b.html#gone", "c.html", "#nowhere", "#")
