@@ -1,5 +1,6 @@
 // Search: pages whose title has the word come before names of the API.
-const Scorer = {
+// `var`, since searchtools.js of Sphinx declares it so, too
+var Scorer = {
   objNameMatch: 11,
   objPartialMatch: 6,
   objPrio: { 0: 0, 1: 0, 2: -5 },
