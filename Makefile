@@ -20,8 +20,12 @@ OLDEST_TORCH := torch==2.6.0 torchvision==0.21.0
 
 export PATH := $(BIN):$(PATH)
 
+# docs: packages in a stamp of their own, MathJax from npm; both once
+DOCS_STAMP := $(TARGET)/.bitflow_edu-docs-installed
+MATHJAX := mathjax@3.2.2
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix lint format lab notebooks readme export weights playground
+.PHONY: help setup demo test test-matrix lint format lab notebooks readme export weights playground docs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -98,3 +102,17 @@ weights: $(STAMP)  ## copy the models of runs/demo into data/mnist-mini, where t
 
 playground: $(STAMP)  ## build build/playground.html: draw, edit and race F and G in a browser
 	"$(BIN)/python" docs/playground/build.py
+
+$(DOCS_STAMP): $(STAMP)
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch "$@"
+
+build/mathjax:
+	@if mkdir -p $@.part && cd $@.part && npm pack --silent $(MATHJAX) > npm.log && tar -xzf mathjax-*.tgz; \
+	then cd .. && mv mathjax.part mathjax; \
+	else echo "npm did not bring $(MATHJAX): a script from cdn.jsdelivr.net will draw the site's formulas"; fi
+
+docs: $(DOCS_STAMP) build/mathjax playground  ## build the site into build/docs; needs npm, for MathJax
+	"$(BIN)/python" docs/stage.py
+	"$(BIN)/python" -m sphinx -q -W --keep-going -j 2 -c docs -d build/docs-doctrees build/docs-source build/docs
+	"$(BIN)/python" docs/check_links.py build/docs
