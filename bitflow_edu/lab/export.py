@@ -57,12 +57,13 @@ def label_port(cfg) -> Port:
     "Labels `(N,)`."
     return Port("c", ("N",), f"class, 0 to {cfg.num_classes - 1}; -1: none in particular", "int64")
 
-# %% ../../nbs/lab/export.ipynb #b4121532
+# %% ../../nbs/lab/export.ipynb #f47c499a
 @dataclass(frozen=True)
 class Portable:
     "A model as a function of tensors alone, with what its file says about it."
 
     module: nn.Module
+    cfg: object  # of F or G
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     about: dict  # more for the metadata: names to text
@@ -85,7 +86,7 @@ class OnePass(nn.Module):
         "z `(N, T, D)`, c `(N,)`, w `(N,)` to images `(N, C, H, W)`."
         return self.G(z, c, self.w if w is None else w).image
 
-# %% ../../nbs/lab/export.ipynb #e3dd1878
+# %% ../../nbs/lab/export.ipynb #8e1f274f
 def check_fixed_scale(w: float, limit: float):
     "Refuse a guidance scale that this G was not trained for."
     if not limit:
@@ -105,9 +106,9 @@ def portable_reverse(G: ReverseModel, w: float | None) -> Portable:
         inputs.append(Port("w", ("N",), f"guidance scale, 0 (none) to {limit:g}"))
     image = image_port(cfg, "image", "what G draws; values may lie a little beyond the range")
     about = {"model": "G, one pass"} | ({} if w is None else {"w": f"{w:g}"})
-    return Portable(OnePass(G, w), tuple(inputs), (image,), about)
+    return Portable(OnePass(G, w), cfg, tuple(inputs), (image,), about)
 
-# %% ../../nbs/lab/export.ipynb #0402a560
+# %% ../../nbs/lab/export.ipynb #e3f94341
 class Encode(nn.Module):
     "F from images and labels to z and log|det|, and to all states where they are wanted."
 
@@ -137,8 +138,8 @@ def portable_forward(F: TARFlow, states: bool) -> Portable:
     if states:
         shape = ("N", cfg.num_blocks + 1, cfg.num_tokens, cfg.token_dim)
         outputs.append(Port("states", shape, "F's states, from the image's tokens to z"))
-    inputs = image_port(cfg, "x", noisy), label_port(cfg)
-    return Portable(Encode(F, states), inputs, tuple(outputs), {"model": "F, data to noise"})
+    inputs, about = (image_port(cfg, "x", noisy), label_port(cfg)), {"model": "F, data to noise"}
+    return Portable(Encode(F, states), cfg, inputs, tuple(outputs), about)
 
 # %% ../../nbs/lab/export.ipynb #ff45beb0
 def portable(model: nn.Module, w: float | None = None, states: bool = False) -> Portable:
@@ -154,7 +155,7 @@ def portable(model: nn.Module, w: float | None = None, states: bool = False) -> 
     kind = type(model).__name__
     raise BitflowError(f"a {kind} cannot be exported; give a TARFlow (F) or a ReverseModel (G)")
 
-# %% ../../nbs/lab/export.ipynb #d0e41fde
+# %% ../../nbs/lab/export.ipynb #296c0aef
 class Widened(nn.Module):
     "What a stored weight is where it is used: float32."
 
@@ -164,8 +165,7 @@ class Widened(nn.Module):
 
 
 def with_half_weights(model: nn.Module) -> nn.Module:
-    "A copy that stores float16 weights. Raises `BitflowError` where one is too large for that."
-    model = copy.deepcopy(model)
+    "The model, storing float16 weights now. Raises `BitflowError` where one is too large."
     for name, module in list(model.named_modules()):
         for own, weight in list(module.named_parameters(recurse=False)):
             stored = nn.Parameter(weight.detach().half(), requires_grad=False)
@@ -177,7 +177,7 @@ def with_half_weights(model: nn.Module) -> nn.Module:
             parametrize.register_parametrization(module, own, Widened(), unsafe=True)
     return model
 
-# %% ../../nbs/lab/export.ipynb #2628554f
+# %% ../../nbs/lab/export.ipynb #fe12b75e
 def example_input(port: Port, n: int, num_classes: int, most: float) -> Tensor:
     "n values for an input, always the same; `most` is the largest guidance scale."
     shape, generator = (n, *port.shape[1:]), torch.Generator().manual_seed(n)
@@ -192,11 +192,10 @@ def example_input(port: Port, n: int, num_classes: int, most: float) -> Tensor:
 
 def example(what: Portable, n: int) -> tuple[Tensor, ...]:
     "A batch of n for each input."
-    cfg = (what.module.G if isinstance(what.module, OnePass) else what.module.F).cfg
-    most = getattr(cfg, "max_guidance", 0.0)
-    return tuple(example_input(port, n, cfg.num_classes, most) for port in what.inputs)
+    most = getattr(what.cfg, "max_guidance", 0.0)
+    return tuple(example_input(port, n, what.cfg.num_classes, most) for port in what.inputs)
 
-# %% ../../nbs/lab/export.ipynb #ddd8e0f3
+# %% ../../nbs/lab/export.ipynb #a3b9c799
 TRACED = 3  # images; 1 would be taken for a size that never changes
 CHECKED = (1, 5)  # images at once, when the file is compared
 OPSET = 18  # of ONNX: the version of its operations
@@ -221,8 +220,11 @@ def trace(what: Portable) -> torch.export.ExportedProgram:
     N = torch.export.Dim("N", min=1, max=2**31 - 1)
     shapes = tuple({0: N} for _ in what.inputs)
     with quiet(), torch.no_grad():
-        module, inputs = what.module.eval(), example(what, TRACED)
-        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        inputs = example(what, TRACED)
+        program = torch.export.export(what.module, inputs, dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:  # lines of code, with this machine's folders
+        node.meta.pop("stack_trace", None)
+    return program
 
 # %% ../../nbs/lab/export.ipynb #986e465e
 def metadata(what: Portable, half: bool) -> dict:
@@ -257,7 +259,7 @@ def check_onnx_size(module: nn.Module):
         problem = f"{size / 1e9:.3g} GB of weights, but an ONNX file ends at 2 GiB"
         raise BitflowError(f"{problem}; store them as float16 (half), or choose the format torch")
 
-# %% ../../nbs/lab/export.ipynb #60eeae56
+# %% ../../nbs/lab/export.ipynb #b87e5162
 def describe_onnx(proto, what: Portable, words: dict):
     "Put names of axes, meanings and metadata into an ONNX model, in place."
     ports = {port.name: port for port in what.inputs + what.outputs}
@@ -266,6 +268,8 @@ def describe_onnx(proto, what: Portable, words: dict):
         value.doc_string = port.meaning
         value.type.tensor_type.shape.dim[0].dim_param = "N"
     del proto.graph.value_info[:]  # shapes in between, with torch's own names for N
+    for node in proto.graph.node:  # where in the code it comes from
+        del node.metadata_props[:]
     proto.producer_name, proto.producer_version = "bitflow_edu", __version__
     proto.doc_string = what.signature
     for key, text in words.items():
@@ -342,7 +346,7 @@ FORMATS = {
     "torch": Format(".pt2", write_torch, torch_runner, f"torch.export, torch {torch.__version__}"),
 }
 
-# %% ../../nbs/lab/export.ipynb #ef55fe0a
+# %% ../../nbs/lab/export.ipynb #41141106
 TOLERANCE = 1e-4  # float32 has 7 digits, and a stack of blocks loses two or three of them
 
 
@@ -366,7 +370,7 @@ def largest_difference(found: list[Tensor], wanted: list[Tensor]) -> float:
 def check_whole(wanted: list[Tensor]):
     "Refuse a model whose own outputs are not finite: nothing can be compared with them."
     if not all(t.isfinite().all() for t in wanted):
-        raise BitflowError("the model's outputs are not finite (NaN or infinite); use other weights")
+        raise BitflowError("the model's outputs are not finite; check its weights")
 
 
 def compare(what: Portable, run, tolerance: float) -> dict[int, float]:
@@ -396,38 +400,12 @@ class Exported:
     rounding: float  # what float16 weights change, in the same units; 0 without them
     megabytes: float
 
-# %% ../../nbs/lab/export.ipynb #2c0d5513
-def export_model(
-    model: TARFlow | ReverseModel,  # F or G, on the CPU
-    path: str | Path,  # the file; folders on the way are made
-    format: str = "onnx",  # or "torch": a torch.export program
-    w: float | None = None,  # guidance scale to fix; None: an input of a G that takes it
-    half: bool = False,  # store weights as float16, cast to float32 where they are used
-    states: bool = False,  # all of F's states as one more output
-    tolerance: float = TOLERANCE,  # largest difference from PyTorch, of the largest value
-) -> Exported:
-    """Write a model for other programs and compare the file with PyTorch. Raises `BitflowError`,
-    and leaves no file, where a package is missing, the model cannot be exported, or they differ."""
-    if format not in FORMATS:
-        raise BitflowError(f"unknown format {format!r}; choose {' or '.join(FORMATS)}")
-    kind, path, full = FORMATS[format], Path(path), portable(model, w, states)
-    if format == "onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            import_exporter(package)
-    what, rounding = full, 0.0
-    if half:
-        what = portable(with_half_weights(model), w, states)
-        inputs = example(full, CHECKED[-1])
-        rounding = largest_difference(*(outputs_of(p.module, inputs) for p in (what, full)))
-    with report_write_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part, reporting_exporter(format):
-            kind.write(what, part, metadata(what, half))
-            differences = compare(what, kind.runner(part, what), tolerance)
-    size = path.stat().st_size / 1e6
-    return Exported(path, kind.title, what.signature, differences, rounding, size)
+# %% ../../nbs/lab/export.ipynb #cac742b5
+def plain_copy(model: nn.Module) -> nn.Module:
+    "A copy in evaluation mode, float32, on the CPU: the user's model stays as it is."
+    return copy.deepcopy(model).cpu().float().eval()
 
-# %% ../../nbs/lab/export.ipynb #38f9291d
+
 @contextmanager
 def reporting_exporter(format: str):
     "Turn what torch and onnxruntime raise, which share no base but `Exception`, into one line."
@@ -439,3 +417,34 @@ def reporting_exporter(format: str):
         why = f"the model could not be written or read as {format} ({first_sentence(e)})"
         other = " or ".join(name for name in FORMATS if name != format)
         raise BitflowError(f"{why}; choose the format {other}, or another version of torch") from e
+
+# %% ../../nbs/lab/export.ipynb #3e31eeef
+def export_model(
+    model: TARFlow | ReverseModel,  # F or G; stays as it is
+    path: str | Path,  # the file; folders on the way are made
+    format: str = "onnx",  # or "torch": a torch.export program
+    w: float | None = None,  # guidance scale to fix; None: an input of a G that takes it
+    half: bool = False,  # store weights as float16, cast to float32 where they are used
+    states: bool = False,  # all of F's states as one more output
+    tolerance: float = TOLERANCE,  # largest difference from PyTorch, of the largest value
+) -> Exported:
+    """Write a model for other programs and compare the file with PyTorch. Raises `BitflowError`,
+    and leaves no file, where a package is missing, the model cannot be exported, or they differ."""
+    if format not in FORMATS:
+        raise BitflowError(f"unknown format {format!r}; choose {' or '.join(FORMATS)}")
+    kind, path, full = FORMATS[format], Path(path), portable(plain_copy(model), w, states)
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            import_exporter(package)
+    what, rounding = full, 0.0
+    if half:
+        what = portable(with_half_weights(plain_copy(model)), w, states)
+        inputs = example(full, CHECKED[-1])
+        rounding = largest_difference(*(outputs_of(p.module, inputs) for p in (what, full)))
+    with report_write_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part, reporting_exporter(format):
+            kind.write(what, part, metadata(what, half))
+            differences = compare(what, kind.runner(part, what), tolerance)
+    size = path.stat().st_size / 1e6
+    return Exported(path, kind.title, what.signature, differences, rounding, size)
