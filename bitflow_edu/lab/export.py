@@ -226,14 +226,16 @@ def trace(what: Portable) -> torch.export.ExportedProgram:
         node.meta.pop("stack_trace", None)
     return program
 
-# %% ../../nbs/lab/export.ipynb #986e465e
+# %% ../../nbs/lab/export.ipynb #379544c8
 def metadata(what: Portable, half: bool) -> dict:
     "Names to text, for the file."
     described = {
         "inputs": [dataclasses.asdict(port) for port in what.inputs],
         "outputs": [dataclasses.asdict(port) for port in what.outputs],
     }
-    stored = "float16, cast to float32 where they are used" if half else "float32"
+    stored = "float32"
+    if half:  # torch's exporter to ONNX casts small ones once and for all
+        stored = "float16 (small ones may be float32), cast to float32 where they are used"
     words = {"bitflow_edu": __version__, "weights": stored, "signature": what.signature}
     return words | what.about | {k: json.dumps(v, ensure_ascii=False) for k, v in described.items()}
 
