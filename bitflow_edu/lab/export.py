@@ -385,7 +385,7 @@ def compare(what: Portable, run, tolerance: float) -> dict[int, float]:
         found[n] = largest_difference(run(*inputs), wanted)
         if not found[n] <= tolerance:
             raise BitflowError(
-                f"with {n} images the file differs from PyTorch by {found[n]:.2g} of the largest "
+                f"at batch size {n} the file differs from PyTorch by {found[n]:.2g} of the largest "
                 f"value, more than {tolerance:g}; nothing was written"
             )
     return found
