@@ -10,7 +10,7 @@ SPACE  := $(subst ,, )
 TARGET := $(subst $(SPACE),\ ,$(ENV))
 STAMP  := $(TARGET)/.bitflow_edu-installed
 NB     ?= $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' | sort)
-RUFFED := nbs tests data setup.py
+RUFFED := nbs tests data docs setup.py
 
 # test-matrix: one environment for each Python; on the oldest, the oldest torch of settings.ini
 PYTHONS ?= 3.10 3.11 3.12 3.13
@@ -21,7 +21,7 @@ OLDEST_TORCH := torch==2.6.0 torchvision==0.21.0
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix lint format lab notebooks readme export weights
+.PHONY: help setup demo test test-matrix lint format lab notebooks readme export weights playground
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -95,3 +95,6 @@ readme: $(STAMP)  ## write README.md from nbs/index.ipynb
 
 weights: $(STAMP)  ## copy the models of runs/demo into data/mnist-mini, where the lessons load them
 	"$(BIN)/python" data/make_weights.py runs/demo --to mnist-mini --results results/demo-mnist-mini.json
+
+playground: $(STAMP)  ## build build/playground.html: draw, edit and race F and G in a browser
+	"$(BIN)/python" docs/playground/build.py

@@ -29,8 +29,8 @@ from .io.models import load_model
 # %% auto #0
 __all__ = ['ClassifierConfig', 'Classifier', 'in_batches', 'as_stored', 'accuracy', 'load_classifier', 'check_features',
            'moments', 'frechet_distance', 'distance_of_moments', 'fd', 'covered', 'precision_recall',
-           'polynomial_kernel', 'kid', 'inception_score', 'wall_times', 'event_times', 'call_times', 'timed',
-           'Interval', 'mean_interval']
+           'polynomial_kernel', 'kid', 'inception_score', 'Interval', 'mean_interval', 'wall_times', 'event_times',
+           'call_times', 'timed']
 
 # %% ../nbs/06_evaluation.ipynb #24378c9b
 def conv_stage(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -134,7 +134,7 @@ def as_stored(
     warn_of_range(x)
     return to_model_range(to_pixels(x))
 
-# %% ../nbs/06_evaluation.ipynb #9967d640
+
 def accuracy(
     classifier: Classifier,
     x: Tensor,  # images `(N, C, H, W)`
@@ -180,7 +180,7 @@ def check_features(
         if fault:
             raise BitflowError(fault)
 
-# %% ../nbs/06_evaluation.ipynb #1ca76429
+
 def moments(
     features: Tensor,  # `(N, K)`
 ) -> tuple[Tensor, Tensor]:  # mean `(K,)`, covariance `(K, K)`, float64
@@ -297,44 +297,6 @@ def inception_score(
     marginal = p.mean(dim=0)
     return (torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1).mean().exp().item()
 
-# %% ../nbs/06_evaluation.ipynb #5d59f517
-def wall_times(fn, repeats: int) -> list[float]:
-    "Milliseconds of every call, wall time."
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn()
-        times.append(1000 * (time.perf_counter() - start))
-    return times
-
-
-def event_times(fn, repeats: int) -> list[float]:
-    "Milliseconds between marks that the GPU passes, one after every call; waits once, at the end."
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        fn()
-        mark.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
-
-# %% ../nbs/06_evaluation.ipynb #58a1c457
-def call_times(fn, repeats: int) -> list[float]:
-    "Milliseconds of every call: on the GPU where this process uses one, else wall time."
-    return event_times(fn, repeats) if torch.cuda.is_initialized() else wall_times(fn, repeats)
-
-
-def timed(
-    fn,  # called without arguments
-    repeats: int = 15,  # measured calls, at least 2
-    warmup: int = 3,  # calls before
-) -> dict:  # median_ms, low_ms and high_ms (quartiles), repeats
-    "Median and quartiles of a call's time in milliseconds, as `call_times` measures it."
-    for _ in range(warmup):
-        fn()
-    low, median, high = statistics.quantiles(call_times(fn, repeats), n=4)
-    return {"median_ms": median, "low_ms": low, "high_ms": high, "repeats": repeats}
-
 # %% ../nbs/06_evaluation.ipynb #69478b6c
 class Interval(NamedTuple):
     "A mean of n values and its interval; `low` and `high` are None for a single value."
@@ -366,3 +328,41 @@ def mean_interval(
         return Interval(mean, None, None, 1)
     half = float(stdtrit(n - 1, (1 + level) / 2)) * statistics.stdev(values) / n**0.5
     return Interval(mean, mean - half, mean + half, n)
+
+# %% ../nbs/06_evaluation.ipynb #5d59f517
+def wall_times(fn, repeats: int) -> list[float]:
+    "Milliseconds of every call, wall time."
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fn()
+        times.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def event_times(fn, repeats: int) -> list[float]:
+    "Milliseconds between marks that the GPU passes, one after every call; waits once, at the end."
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        fn()
+        mark.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
+
+
+def call_times(fn, repeats: int) -> list[float]:
+    "Milliseconds of every call: on the GPU where this process uses one, else wall time."
+    return event_times(fn, repeats) if torch.cuda.is_initialized() else wall_times(fn, repeats)
+
+
+def timed(
+    fn,  # called without arguments
+    repeats: int = 15,  # measured calls, at least 2
+    warmup: int = 3,  # calls before
+) -> dict:  # median_ms, low_ms and high_ms (quartiles), repeats
+    "Median and quartiles of a call's time in milliseconds, as `call_times` measures it."
+    for _ in range(warmup):
+        fn()
+    low, median, high = statistics.quantiles(call_times(fn, repeats), n=4)
+    return {"median_ms": median, "low_ms": low, "high_ms": high, "repeats": repeats}

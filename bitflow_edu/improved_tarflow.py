@@ -19,13 +19,13 @@ __all__ = ['improved']
 # %% ../nbs/09_improved_tarflow.ipynb #0243edc3
 @dataclass(frozen=True)
 class BlockReport:
-    "What a block does to a batch, and how well it is undone."
+    "What a block does to a batch, and how well it is inverted."
 
     alpha_max: float  # largest |α|: the block multiplies by at most e^this, or divides
     mu_max: float  # largest |μ|
     rms: float  # of the block's output x^{i+1}
-    error: float  # largest error of undoing this block alone, in units of x^i
-    total: float  # largest error of x^i after undoing all blocks down to this one
+    error: float  # largest error of inverting this block alone, in units of x^i
+    total: float  # largest error of x^i after inverting all blocks down to this one
 
 # %% ../nbs/09_improved_tarflow.ipynb #906ad844
 @torch.no_grad()

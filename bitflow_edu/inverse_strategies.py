@@ -58,7 +58,7 @@ def naive_distillation(
     distance=mse,  # between token states
     image_distance=mse,  # at the image end
 ) -> StrategyLoss:
-    "ℒ = 𝒟(x, G(F(x))): only the result counts (PAPER: strategy 1)."
+    "ℒ = 𝒟(x, G(F(x))): only the result counts (BiFlow, arXiv 2512.10953)."
     return StrategyLoss(image_distance(out.image, x).mean(), ())
 
 # %% ../nbs/11_inverse_strategies.ipynb #02a33a2f
@@ -69,7 +69,7 @@ def hidden_alignment(
     distance=mse,  # between token states
     image_distance=mse,  # at the image end
 ) -> StrategyLoss:
-    """ℒ = 𝒟(x, x') + Σ_i 𝒟(x^i, φ_i(h^i)) (PAPER: strategy 3):
+    """ℒ = 𝒟(x, x') + Σ_i 𝒟(x^i, φ_i(h^i)) (BiFlow, arXiv 2512.10953):
     every depth counts, h stays in model width."""
     if len(trajectory.states) != len(out.hidden):
         of_f, of_g = len(trajectory.states) - 1, len(out.hidden) - 1
@@ -87,7 +87,7 @@ def hidden_distillation(
     distance=mse,  # between token states
     image_distance=mse,  # at the image end
 ) -> StrategyLoss:
-    """ℒ = 𝒟(x, x') + Σ_i 𝒟(x^i, h^i) with h^i in token space (PAPER: strategy 2):
+    """ℒ = 𝒟(x, x') + Σ_i 𝒟(x^i, h^i) with h^i in token space (BiFlow, arXiv 2512.10953):
     alignment of a G that passes on what it projects."""
     return hidden_alignment(trajectory, out, x, distance, image_distance)
 
@@ -98,7 +98,7 @@ STRATEGIES = {
     "hidden-alignment": hidden_alignment,
 }
 
-# %% ../nbs/11_inverse_strategies.ipynb #53f7127d
+
 def find_strategy(name: str):
     "The strategy of that name. Raises `BitflowError` for another."
     if name not in STRATEGIES:
@@ -136,7 +136,7 @@ def reading_norms(out: ReverseOutput) -> dict:  # reading_rms_0 … reading_rms_
     "The size of what G reads at every depth, φ_i(h^i): to be compared with `trajectory_norms`."
     return {f"reading_rms_{i}": rms(tokens) for i, tokens in enumerate(out.projected)}
 
-# %% ../nbs/11_inverse_strategies.ipynb #7d1f0c3a
+
 def with_generator(
     distance,  # (a, b) → `(N,)`; one that draws has an argument `generator`, too
     generator: torch.Generator | None,  # None: drawn from the global state

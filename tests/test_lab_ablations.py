@@ -28,6 +28,7 @@ from bitflow_edu.lab.ablations import (
     ahead,
     difference,
     difference_lines,
+    inverse_gap,
     jobs_of,
     judged,
     lines_of,
@@ -39,7 +40,7 @@ from bitflow_edu.lab.evaluate import choose_scale, network_for, sampler_source, 
 from bitflow_edu.lab.hub import load_pretrained
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.sampling import SAMPLERS, draw_all, noise_for
-from bitflow_edu.lab.tables import TABLES, Row, Training, training_of
+from bitflow_edu.lab.tables import EXACT, TABLES, Row, Training, training_of
 from bitflow_edu.scale.fid import reference_in_memory
 from bitflow_edu.scale.fingerprints import note_images
 from bitflow_edu.scale.streaming import dataset_source
@@ -99,6 +100,20 @@ def test_who_is_ahead(metric, second, says):
     assert ahead({"name": "t", "measurements": found}, "row 0", "row 1", metric).startswith(says)
     with pytest.raises(BitflowError, match="share no seed of precision"):
         ahead({"name": "t", "measurements": found}, "row 0", "row 1", "precision")
+
+
+def test_the_gap_is_a_ratio_seed_by_seed():
+    """Rows of another table may be compared with its exact row: the same seeds, the same F."""
+    exact = {"name": "a", "measurements": lines_of(EXACT, {"inverse_mse": {0: 0.1, 1: 0.2}}, 100)}
+    rows = {"inverse_mse": {0: 0.4, 1: 0.8, 2: 5.0}}
+    table = {"name": "b", "measurements": lines_of("row", rows, 100)}
+    gap = inverse_gap(table, "row", exact)
+    assert tuple(gap) == pytest.approx((4, 4, 4, 2))
+    table["measurements"] = lines_of("row", {"inverse_mse": {0: 0.2, 1: 0.8}}, 100)
+    gap = inverse_gap(table, "row", exact)
+    assert gap.mean == pytest.approx(8**0.5) and gap.low < 2 < 4 < gap.high
+    with pytest.raises(BitflowError, match="shares no seed"):
+        inverse_gap(exact, "row")
 
 
 def test_a_scale_is_chosen_without_test_images(monkeypatch):

@@ -98,6 +98,13 @@ def test_a_token_without_a_place_is_not_turned():
     assert not any("angles" in name for name in G.state_dict())
 
 
+def test_a_model_in_double_precision_takes_w():
+    G = small_reverse(small_flow(), max_guidance=2.0).double()
+    z, c = sample_noise(G.cfg, 3, seed=0).double(), torch.tensor([0, 1, -1])
+    exact, rounded = one_pass(G, z, c, 0.5), one_pass(G.float(), z.float(), c, 0.5)
+    assert exact.dtype == torch.float64 and torch.allclose(exact.float(), rounded, atol=1e-5)
+
+
 def test_a_scale_token_needs_a_scale():
     """Without w there is no token: the very same G."""
     flow = small_flow()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -22,7 +23,7 @@ from ..io.checkpoints import read_metrics
 from ..io.datasets import DataConfig
 from ..io.files import BitflowError, report_write_errors, write_atomically
 from ..io.models import load_model, num_parameters
-from ..io.results import differences_of, measurement, rows_of
+from ..io.results import differences_of, measured, measurement, rows_of
 from bitflow_edu.lab.evaluate import (
     choose_scale,
     finite_numbers,
@@ -35,7 +36,7 @@ from .plotting import plot_rows
 from .presets import Preset
 from .recipes import train_forward, train_reverse
 from .sampling import SAMPLERS, Sampler, noise_for
-from .tables import Row, Training, rows_for, training_of
+from .tables import EXACT, Row, Training, rows_for, training_of
 from ..scale import fingerprints
 from ..scale.feature_networks import FeatureNetwork
 from ..scale.fid import Reference, gaussian_distance, reference_in_memory, share
@@ -43,7 +44,7 @@ from ..scale.streaming import collect, dataset_source
 from ..tarflow import TARFlow, nll_per_dim
 
 # %% auto #0
-__all__ = ['LARGER_IS_BETTER', 'difference', 'verdict', 'ahead', 'draw_table']
+__all__ = ['LARGER_IS_BETTER', 'difference', 'verdict', 'ahead', 'inverse_gap', 'draw_table']
 
 # %% ../../nbs/lab/ablations.ipynb #141460d9
 _WORKER = {"data_root": None}  # of this process; None: BITFLOW_DATA, or what comes with the package
@@ -397,6 +398,23 @@ def ahead(
         first, second = second, first
     low, high = sorted((abs(d.low), abs(d.high)))
     return f"“{first}” is ahead of “{second}” by {abs(d.mean):.3g} [{low:.3g}, {high:.3g}]"
+
+# %% ../../nbs/lab/ablations.ipynb #gap00001
+def inverse_gap(
+    result: dict,  # a table of `bitflow ablate`, loaded
+    row: str,
+    exact: dict | None = None,  # the table with the exact row, of the same F; default `result`
+) -> Interval:
+    "A row's error of the inverse as a multiple of the exact inverse's, with its score step."
+    mine, theirs = (
+        {m["seed"]: m["value"] for m in measured(table, name, "inverse_mse")}
+        for table, name in ((result, row), (exact or result, EXACT))
+    )
+    both = [math.log(mine[seed] / theirs[seed]) for seed in mine if seed in theirs]
+    if not both:
+        raise BitflowError(f"{result['name']}: {row!r} shares no seed with {EXACT!r}")
+    mean, low, high, n = mean_interval(both)
+    return Interval(*(None if v is None else math.exp(v) for v in (mean, low, high)), n)
 
 # %% ../../nbs/lab/ablations.ipynb #a6344a84
 def draw_table(found: list, title: str, metric: str = None):
