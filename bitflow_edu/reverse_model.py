@@ -115,7 +115,8 @@ class ReverseBlock(nn.Module):
         h = h + self.class_embed(c)
         if self.scale_embed is None:
             return self.transformer(h)
-        scale = self.scale_embed(w[:, None])[:, None]
+        weight = self.scale_embed[-1].weight  # w comes in float32, whatever the model is in
+        scale = self.scale_embed(w[:, None].to(weight.dtype))[:, None]
         if self.num_extra_tokens:
             return self.transformer(torch.cat([scale, h], dim=1))[:, 1:]
         return self.transformer(h + scale)

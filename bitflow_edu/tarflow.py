@@ -54,7 +54,7 @@ def check_geometry(
         wrong = f"patch size {patch} does not divide the image size {size}"
         raise BitflowError(f"{wrong}; choose a divisor")
 
-# %% ../nbs/07_tarflow.ipynb #645ec76f
+
 @dataclass(frozen=True)
 class TARFlowConfig(TokenGeometry):
     "The shape of the forward model F, and the noise it is trained with."
