@@ -24,7 +24,7 @@ from ..reverse_model import ReverseModel
 from ..tarflow import TARFlow
 
 # %% auto #0
-__all__ = ['Exported', 'export_model']
+__all__ = ['export_model']
 
 # %% ../../nbs/lab/export.ipynb #624ea36a
 @dataclass(frozen=True)
