@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-groups = ("notebooks", "perceptual", "scale", "dev", "docs")
+groups = ("notebooks", "perceptual", "scale", "export", "dev", "docs")
 extras = {name: cfg[f"{name}_requirements"].split() for name in groups}
 # data/ travels inside the package, where bitflow_edu.io.files.asset finds it
 assets = "*.npz */*.json */*.safetensors */*/*.json */*/*.safetensors */*/*.jsonl */README.md"

@@ -101,7 +101,7 @@ class Identity(Bijection):
 
     def forward(self, x):
         "x, and log|det| = 0 `(N,)`."
-        return x, x.new_zeros(len(x))
+        return x, x.new_zeros(x.shape[0])
 
     def inverse(self, z):
         "z itself."

@@ -166,7 +166,7 @@ def guidance_scales(cfg: ReverseConfig, w, n: int, device) -> Tensor | None:
 
 def with_labels(cfg: ReverseConfig, c: Tensor, w=None):
     "How a block is applied: with labels `(N,)` and, where G takes them, guidance scales."
-    w = guidance_scales(cfg, w, len(c), c.device)
+    w = guidance_scales(cfg, w, c.shape[0], c.device)
     return lambda block, h, i: block(h, c, w if w is None else w[:, i])
 
 # %% ../nbs/10_reverse_model.ipynb #a3822b66
@@ -225,7 +225,7 @@ class ReverseModel(nn.Module):
         """Noise tokens `(N, T, D)`, labels `(N,)` (−1: none) and guidance scales
         (see `with_labels`) to a `ReverseOutput`."""
         check_tokens(z, self.cfg)
-        c = forward_labels(c, self.cfg.num_classes, len(z))
+        c = forward_labels(c, self.cfg.num_classes, z.shape[0])
         return self.run_blocks(z, with_labels(self.cfg, c, w))
 
 # %% ../nbs/10_reverse_model.ipynb #f8d0452a

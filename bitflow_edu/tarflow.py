@@ -151,7 +151,7 @@ class FlowBlock(nn.Module):
         """x^i `(N, T, D)` and labels `(N,)` to x^{i+1}, and log|det ∂f_i/∂x^i| `(N,)`,
         summed over dimensions."""
         x = self.order(check_tensor(x, "tokens", self.shape))
-        alpha, mu = self.affine_params(x, as_labels(c, len(x)))
+        alpha, mu = self.affine_params(x, as_labels(c, x.shape[0]))
         return self.order((x - mu) * torch.exp(-alpha)), -alpha.sum(dim=(1, 2))
 
 # %% ../nbs/07_tarflow.ipynb #4f098ecb
@@ -206,7 +206,7 @@ class TARFlow(nn.Module):
     def forward(self, x, c):
         "Images `(N, C, H, W)` and labels `(N,)` (−1: none) to their `Trajectory`."
         y, logdet = self.to_line(check_input(x, self.cfg))
-        c = forward_labels(c, self.cfg.num_classes, len(x))
+        c = forward_labels(c, self.cfg.num_classes, x.shape[0])
         states = [patchify(y, self.cfg.patch_size)]
         for block in self.blocks:
             state, block_logdet = block(states[-1], c)

@@ -286,6 +286,7 @@ def options(case: Case) -> int:
         ("evaluate", *SMOKE, "--forward", f, "--reverse", g, "--n", 4, "--no-timing"): "--w --out "
         "--features --weights --reference --rows --vae --batch-size --work --seed --resume",
         ("watch", f): "--tensorboard --run",
+        ("export", g, "--format", "torch", "--out", "e"): "--w --half --states --format --out",
         ("cache-latents", "--source", case.material / "pictures", "--out", "l", "--vae", "x"): ""
         "--split --image-size --precision --per-shard --num-classes --max-corrupt --workers",
     }

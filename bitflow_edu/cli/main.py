@@ -13,6 +13,7 @@ from functools import wraps
 from .common import check_numbers, check_paths
 from .describe import run_info
 from .evaluate import run_evaluate
+from .export import run_export
 from .lab import run_ablate, run_bench, run_demo, run_reproduce
 from bitflow_edu.cli.options import (
     Ablate,
@@ -20,6 +21,7 @@ from bitflow_edu.cli.options import (
     CacheLatents,
     Demo,
     Evaluate,
+    Export,
     Info,
     Reproduce,
     Sample,
@@ -52,6 +54,7 @@ COMMANDS = {
     TrainReverse: run_train_reverse,
     Sample: run_sample,
     Evaluate: run_evaluate,
+    Export: run_export,
     Info: run_info,
     Ablate: run_ablate,
     Bench: run_bench,

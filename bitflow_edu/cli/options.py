@@ -217,6 +217,26 @@ class Info(Common):
     # Share of that peak which is assumed to be reached.
     mfu: float = 0.35
 
+# %% ../../nbs/cli/options.ipynb #5e1f7a90
+@dataclass(frozen=True)
+class Export:
+    """Write F (data to noise) or G (one pass) as a file for other programs, and compare it with
+    PyTorch."""
+
+    # Run or checkpoint of F or of G.
+    checkpoint: Positional[Path]
+    # File to write, ending in .onnx or .pt2; an existing file is not overwritten.
+    out: Path
+    # onnx (needs the extra export: pip install "bitflow_edu[export]") or torch (a torch.export
+    # program).
+    format: str = "onnx"
+    # Store weights as float16, which halves the file; they are cast to float32 where they are used.
+    half: bool = False
+    # Guidance scale that is fixed in the file; default: w is an input of a G that takes it.
+    w: float | None = None
+    # All states of F, from the image to z, as one more output.
+    states: bool = False
+
 # %% ../../nbs/cli/options.ipynb #2f00d807
 @dataclass(frozen=True)
 class Bench:
@@ -343,6 +363,7 @@ NAMES = {
     TrainReverse: "train reverse",
     Sample: "sample",
     Evaluate: "evaluate",
+    Export: "export",
     Ablate: "ablate",
     Bench: "bench",
     Reproduce: "reproduce",
@@ -351,7 +372,7 @@ NAMES = {
     Info: "info",
 }
 # options that are typed as a bare word
-POSITIONAL = {Ablate: "table", WatchRun: "run", Reproduce: "names"}
+POSITIONAL = {Ablate: "table", WatchRun: "run", Reproduce: "names", Export: "checkpoint"}
 
 # %% ../../nbs/cli/options.ipynb #9c943ba7
 def command_type():

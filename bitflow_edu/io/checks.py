@@ -124,7 +124,7 @@ def as_labels(
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         problem = f"labels of type {labels.dtype}, but they must be integers"
         raise BitflowError(f"{problem}; give the numbers of classes, torch.int64")
-    if labels.ndim != 1 or n not in (None, len(labels)):
+    if labels.ndim != 1 or n not in (None, labels.shape[0]):
         seen, wanted = written(tuple(labels.shape)), written(("N" if n is None else n,))
         problem = f"labels of shape {seen}, but they must be {wanted}"
         raise BitflowError(f"{problem}; give one label for each image")
