@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import math
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from .data import Dataset
 from bitflow_edu.io.checkpoints import (
-    diverged,
     gathered,
     open_run,
     restore,
@@ -37,9 +35,11 @@ from bitflow_edu.io.processes import (
     to_local,
 )
 from bitflow_edu.io.progress import (
+    FiniteCheck,
     check_samples_drawn,
     draw_grid,
     log_step,
+    metrics_for,
     open_logs,
     progress_bar,
     whole_model,
@@ -48,7 +48,7 @@ from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
 __all__ = ['TrainConfig', 'update_ema', 'fast_bf16', 'autocast', 'TrainState', 'averaged_copy', 'new_state', 'progress_of',
-           'forward_backward', 'clip_and_step', 'train']
+           'will_log', 'forward_backward', 'clip_and_step', 'train']
 
 # %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
@@ -285,21 +285,29 @@ def progress_of(state: TrainState, cfg: TrainConfig) -> float:
     return state.step / cfg.steps if cfg.steps else state.seconds / (60 * cfg.minutes)
 
 # %% ../nbs/05_training.ipynb #117a9fe6
+def will_log(state: TrainState, cfg: TrainConfig) -> bool:
+    "Whether the step that is due will be logged; a clock cannot tell, so there it may be."
+    step = state.step + 1
+    return step % cfg.log_every == 0 or step == cfg.steps or cfg.minutes is not None
+
+
 def forward_backward(
     state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig
 ) -> tuple[Tensor, dict]:
-    "Loss and metrics of the step that is due, means over own microbatches; adds up gradients."
+    """Loss and metrics of the step that is due, means over own microbatches; adds up gradients.
+    There are no metrics where none `will_log`."""
     device, processes = next(state.model.parameters()).device, state.processes
-    mine, total, means = processes.share(cfg.num_microbatches), 0.0, {}
+    mine, wanted = processes.share(cfg.num_microbatches), will_log(state, cfg)
+    total, means = 0.0, {}
     for microbatch in mine:
         with processes.no_sync(microbatch != mine[-1]):  # gradients are shared with the last
-            with autocast(cfg.precision, device.type):
+            with autocast(cfg.precision, device.type), metrics_for(wanted):
                 batch = training_batch(data, cfg, state.step, device, microbatch)
                 loss, found = loss_fn(state.model, *batch)
                 loss = loss / len(mine)
             loss.backward()
         total = total + loss.detach()
-        for name, value in found.items():
+        for name, value in found.items() if wanted else ():
             means[name] = means.get(name, 0.0) + value / len(mine)
     return total, means
 
@@ -309,10 +317,10 @@ def clip_and_step(
     loss: Tensor,  # scalar
     cfg: TrainConfig,
 ) -> Tensor:  # the gradient's norm before clipping, a scalar
-    "Clipping and AdamW's update; `FloatingPointError`, weights untouched, if not finite."
+    "Clipping and AdamW's update; where loss or norm are not finite, the weights stay as they are."
     norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip))
-    if not torch.isfinite(norm + loss.detach()):
-        raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
+    if state.optimizer.defaults["fused"]:  # read on the device: nobody waits for it
+        state.optimizer.found_inf = 1.0 - torch.isfinite(norm + loss.detach()).float()
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(progress_of(state, cfg), cfg)
     state.optimizer.step()
@@ -362,15 +370,6 @@ def begin(
     return (restore(state, checkpoint) if checkpoint else state), loss_fn
 
 # %% ../nbs/05_training.ipynb #5630bca7
-@contextmanager
-def explain_divergence(state: TrainState, folder: Path):
-    "A `FloatingPointError` inside becomes a `BitflowError` that says where to go on from."
-    try:
-        yield
-    except FloatingPointError as e:
-        raise diverged(folder, state.step, e) from e
-
-
 def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
     "Whether what happens every so many steps, and at the end of the budget, happens now."
     return state.step % every == 0 or progress_of(state, cfg) >= 1
@@ -380,23 +379,26 @@ def training_loop(
     state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig, folder: Path, log, sampler, watcher
 ):
     "From the state's step to the end of the budget, or to a signal, after a checkpoint."
-    start, drawn = time.perf_counter() - state.seconds, None
+    start, drawn, finite = time.perf_counter() - state.seconds, None, FiniteCheck(folder)
     with progress_bar(state, cfg.steps) as bar, StopSignals(state.processes) as signals:
         while progress_of(state, cfg) < 1:
             loss, metrics = forward_backward(state, loss_fn, data, cfg)
-            with explain_divergence(state, folder):
-                norm = clip_and_step(state, loss, cfg)
+            norm = clip_and_step(state, loss, cfg)
+            finite.add(state.step, loss, norm)
             update_ema(state.averaged, state.model, cfg.ema, state.step)
             state.step, state.seconds = state.step + 1, time.perf_counter() - start
             if cfg.minutes:  # the schedule follows one clock
                 state.seconds = state.processes.all_reduce_mean([state.seconds])[0]
             bar.update()
             if due(state, cfg, cfg.log_every):
+                finite.settle()
                 log_step(log, bar, state, loss, norm, metrics, watcher)
             if sampler and due(state, cfg, cfg.sample_every):
+                finite.settle()
                 drawn = draw_grid(state, sampler, folder, watcher)
             stop = signals.agreed()
             if stop or due(state, cfg, cfg.checkpoint_every):
+                finite.settle()
                 saved = save_checkpoint(state, folder)
             if stop:
                 raise Interrupted(stop, f"step {state.step} is saved in {saved}")
