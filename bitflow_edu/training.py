@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from bitflow_edu.io.checkpoints import (
     save_checkpoint,
 )
 from .io.files import BitflowError
+from .io.loading import fed
 from .io.models import check_seed
 from bitflow_edu.io.processes import (
     SINGLE_PROCESS,
@@ -48,7 +50,7 @@ from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
 __all__ = ['TrainConfig', 'update_ema', 'fast_bf16', 'autocast', 'TrainState', 'averaged_copy', 'new_state', 'progress_of',
-           'will_log', 'forward_backward', 'clip_and_step', 'train']
+           'forward_backward', 'clip_and_step', 'train']
 
 # %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ def training_batch(
     "Images, labels (some dropped) and the generator of a microbatch."
     index = microbatch_indices(data, cfg, step, microbatch)
     generator = step_generator(cfg.seed, step, device, microbatch)
-    c = drop_labels(data.labels[index].to(device), cfg.label_dropout, generator)
+    labels = data.labels[index.to(data.labels.device, non_blocking=True)]
+    c = drop_labels(labels.to(device), cfg.label_dropout, generator)
     x = data.draw(index, generator)
     return x.to(device), c, generator
 
@@ -285,12 +288,6 @@ def progress_of(state: TrainState, cfg: TrainConfig) -> float:
     return state.step / cfg.steps if cfg.steps else state.seconds / (60 * cfg.minutes)
 
 # %% ../nbs/05_training.ipynb #117a9fe6
-def will_log(state: TrainState, cfg: TrainConfig) -> bool:
-    "Whether the step that is due will be logged; a clock cannot tell, so there it may be."
-    step = state.step + 1
-    return step % cfg.log_every == 0 or step == cfg.steps or cfg.minutes is not None
-
-
 def forward_backward(
     state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig
 ) -> tuple[Tensor, dict]:
@@ -327,6 +324,12 @@ def clip_and_step(
     state.optimizer.zero_grad(set_to_none=True)
     return norm
 
+# %% ../nbs/05_training.ipynb #d0a6e3f4
+def will_log(state: TrainState, cfg: TrainConfig) -> bool:
+    "Whether the step that is due will be logged; a clock cannot tell, so there it may be."
+    step = state.step + 1
+    return step % cfg.log_every == 0 or step == cfg.steps or cfg.minutes is not None
+
 # %% ../nbs/05_training.ipynb #4e34dd36
 DEFAULTS = dataclasses.asdict(TrainConfig())  # of what an older run.json does not say
 
@@ -338,6 +341,13 @@ def check_shares(cfg: TrainConfig, processes: SingleProcess):
             f"{cfg.num_microbatches} microbatches cannot be shared equally by {processes.size} "
             f"processes; set num_microbatches to a multiple of {processes.size}"
         )
+
+
+def upcoming(data: Dataset, state: TrainState, cfg: TrainConfig):
+    "For each microbatch that this process will draw, in turn: a function that gives its indices."
+    for step in itertools.count(state.step):
+        for microbatch in state.processes.share(cfg.num_microbatches):
+            yield partial(microbatch_indices, data, cfg, step, microbatch)
 
 
 def apply_compile_and_checkpointing(model: nn.Module, cfg: TrainConfig):
@@ -432,6 +442,8 @@ def train(
         state, loss_fn = begin(model, cfg, folder, resume, describe, loss_fn, processes)
         if on_start:
             processes.on_rank_zero(lambda: on_start(folder, state.step))
-        with open_logs(state, folder, watch) as (log, watcher):
-            training_loop(state, loss_fn, data, cfg, folder, log, sampler, watcher)
+        device = next(model.parameters()).device
+        batches = fed(data, device, upcoming(data, state, cfg))  # read before they are needed
+        with open_logs(state, folder, watch) as (log, watcher), batches as near:
+            training_loop(state, loss_fn, near, cfg, folder, log, sampler, watcher)
         return whole_model(state)
