@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -49,8 +50,8 @@ from bitflow_edu.io.progress import (
 from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
-__all__ = ['TrainConfig', 'update_ema', 'fast_bf16', 'autocast', 'TrainState', 'averaged_copy', 'new_state', 'progress_of',
-           'forward_backward', 'clip_and_step', 'train']
+__all__ = ['TrainConfig', 'update_ema', 'fast_bf16', 'tf32_products', 'autocast', 'TrainState', 'averaged_copy', 'new_state',
+           'progress_of', 'forward_backward', 'clip_and_step', 'train']
 
 # %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
@@ -209,8 +210,8 @@ def update_ema(
     own = [to_local(p) for p in averaged.parameters()]
     current = [to_local(p) for p in model.parameters()]
     torch._foreach_lerp_(own, current, 1 - d)
-    for buffer, now in zip(averaged.buffers(), model.buffers()):
-        buffer.copy_(now)
+    if buffers := list(averaged.buffers()):
+        torch._foreach_copy_(buffers, list(model.buffers()))
 
 # %% ../nbs/05_training.ipynb #f5f8d28a
 def fast_bf16(
@@ -224,6 +225,17 @@ def fast_bf16(
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@contextmanager
+def tf32_products(device: str):
+    "Inside, products of float32 matrices on a GPU may round their factors to TF32, for speed."
+    before, matmul = torch.backends.cuda.matmul.allow_tf32, torch.backends.cuda.matmul
+    matmul.allow_tf32 = before or device == "cuda"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def autocast(
@@ -389,10 +401,12 @@ def training_loop(
     state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig, folder: Path, log, sampler, watcher
 ):
     "From the state's step to the end of the budget, or to a signal, after a checkpoint."
+    device = next(state.model.parameters()).device.type
     start, drawn, finite = time.perf_counter() - state.seconds, None, FiniteCheck(folder)
     with progress_bar(state, cfg.steps) as bar, StopSignals(state.processes) as signals:
         while progress_of(state, cfg) < 1:
-            loss, metrics = forward_backward(state, loss_fn, data, cfg)
+            with tf32_products(device):
+                loss, metrics = forward_backward(state, loss_fn, data, cfg)
             norm = clip_and_step(state, loss, cfg)
             finite.add(state.step, loss, norm)
             update_ema(state.averaged, state.model, cfg.ema, state.step)
