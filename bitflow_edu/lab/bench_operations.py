@@ -22,7 +22,7 @@ from ..tarflow import TARFlow
 from ..training import TrainConfig, clip_and_step, new_state, update_ema
 
 # %% auto #0
-__all__ = ['bench_operations']
+__all__ = []
 
 # %% ../../nbs/lab/bench_operations.ipynb #7f20b9e4
 def is_view(func) -> bool:
