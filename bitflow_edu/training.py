@@ -50,8 +50,8 @@ from bitflow_edu.io.progress import (
 from .transformer import checkpoint_layers, compile_layers
 
 # %% auto #0
-__all__ = ['TrainConfig', 'update_ema', 'fast_bf16', 'tf32_products', 'autocast', 'TrainState', 'averaged_copy', 'new_state',
-           'progress_of', 'forward_backward', 'clip_and_step', 'train']
+__all__ = ['TrainConfig', 'update_ema', 'fast_bf16', 'autocast', 'TrainState', 'averaged_copy', 'new_state', 'progress_of',
+           'forward_backward', 'clip_and_step', 'train']
 
 # %% ../nbs/05_training.ipynb #aaa54ee6
 @dataclass(frozen=True)
@@ -227,6 +227,15 @@ def fast_bf16(
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def autocast(
+    precision: str,  # "fp32", "bf16" or "auto"
+    device: str,  # "cpu", "cuda" or "mps"
+):
+    "The context in which a loss is computed: matrix products in bfloat16, or nothing changed."
+    on = precision == "bf16" or (precision == "auto" and fast_bf16(device))
+    return torch.autocast(device, torch.bfloat16, enabled=on)
+
+# %% ../nbs/05_training.ipynb #b91e4c70
 @contextmanager
 def tf32_products(device: str):
     "Inside, products of float32 matrices on a GPU may round their factors to TF32, for speed."
@@ -236,15 +245,6 @@ def tf32_products(device: str):
         yield
     finally:
         matmul.allow_tf32 = before
-
-
-def autocast(
-    precision: str,  # "fp32", "bf16" or "auto"
-    device: str,  # "cpu", "cuda" or "mps"
-):
-    "The context in which a loss is computed: matrix products in bfloat16, or nothing changed."
-    on = precision == "bf16" or (precision == "auto" and fast_bf16(device))
-    return torch.autocast(device, torch.bfloat16, enabled=on)
 
 # %% ../nbs/05_training.ipynb #fb8eec51
 @dataclass
