@@ -34,7 +34,7 @@ def output(*command, cwd, env=CLEAN):
 def copied_sources(to):
     """What the distributions are built from, without what building left in this folder before."""
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.part")
-    for name in ("bitflow_edu", "data"):
+    for name in ("bitflow_edu", "data", "results"):
         shutil.copytree(ROOT / name, to / name, ignore=unwanted)
     for name in SOURCES:
         shutil.copy(ROOT / name, to / name)
@@ -59,8 +59,10 @@ def test_both_ways_to_a_wheel_give_the_same_files(wheels):
     sdist, tree = ({i.filename: i.CRC for i in zipfile.ZipFile(w).infolist()}
                    for w in wheels.values())  # fmt: skip
     assert sdist == tree
-    tracked = output("git", "ls-files", "data", "bitflow_edu", cwd=ROOT).split()
-    assets = [name.replace("data/", "bitflow_edu/assets/", 1) for name in tracked]
+    where = ("data", "bitflow_edu", "results/*.json")
+    tracked = output("git", "ls-files", *where, cwd=ROOT).split()
+    moved = [name.replace("results/", "data/results/") for name in tracked]
+    assets = [name.replace("data/", "bitflow_edu/assets/", 1) for name in moved]
     assert set(assets) - set(tree) <= {"bitflow_edu/assets/SHA256SUMS"}
 
 
