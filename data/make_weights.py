@@ -8,7 +8,7 @@ Usage:
     make_weights.py RUN --to NAME --results FILE --small
         the same with matrices as 8-bit integers, in half the room: for pictures, not for numbers
     make_weights.py RUN --to NAME
-        a flow alone, as `bitflow train forward` leaves it, to NAME/, in float32
+        a flow alone, as `bitflow train forward` leaves it, to NAME/, in float16
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main():
             for part in ("forward", "reverse"):
                 save_model(getattr(pair, part), folder / part, dtype=torch.int8)
     else:
-        save_pretrained(load_any(args.run, "cpu"), folder, overwrite=True)
+        save_model(load_any(args.run, "cpu"), folder, dtype=torch.float16)
     for path in folder.rglob("model.safetensors"):
         print(f"{path}: {path.stat().st_size:,} bytes")
 
