@@ -25,7 +25,7 @@ DOCS_STAMP := $(TARGET)/.bitflow_edu-docs-installed
 MATHJAX := mathjax@3.2.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix lint format lab notebooks readme export weights playground docs
+.PHONY: help setup demo test test-matrix test-alone lint format lab notebooks readme export weights playground docs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -49,7 +49,7 @@ demo: $(STAMP)  ## train F and G on real digits (about 5 minutes on 2 cores), wr
 test: $(STAMP)  ## everything that CI runs: style, generated files, pytest, every notebook
 	@echo "1/5 style: ruff check and ruff format; make format mends most of it"
 	@$(MAKE) --no-print-directory lint
-	@echo "2/5 generated files: nbdev_clean, nbdev_export and the README must leave nothing changed"
+	@echo "2/5 generated files: nbdev_clean, finish_notebooks.py, nbdev_export and the README must leave nothing changed"
 	@"$(BIN)/python" tests/check_generated.py
 	@echo "3/5 tests"
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile tests
@@ -72,6 +72,9 @@ test-matrix:  ## make test on every Python found, each in build/matrix (PYTHONS=
 	if [ -z "$$ran" ]; then echo "none of these Pythons was found: $(PYTHONS)"; exit 1; fi; \
 	echo "passed on Python$$ran"
 
+test-alone: $(STAMP)  ## run each lesson alone: the installed wheel, an empty folder, no network (NB=...: only that)
+	"$(BIN)/python" tests/alone.py $(if $(filter command line environment,$(origin NB)),$(NB))
+
 lint: $(STAMP)  ## the style of notebooks, tests and scripts; changes nothing
 	@"$(BIN)/ruff" check $(RUFFED)
 	@"$(BIN)/ruff" format --check $(RUFFED)
@@ -87,10 +90,12 @@ notebooks: $(STAMP)  ## execute every notebook at reading scale and store its ou
 	@for nb in $(NB); do echo "executing $$nb"; \
 	  "$(BIN)/jupyter" nbconvert --log-level ERROR --to notebook --execute --inplace "$$nb" || exit 1; done
 	"$(BIN)/nbdev_clean"
+	"$(BIN)/python" nbs/finish_notebooks.py
 	"$(BIN)/python" nbs/make_readme.py
 
 export: $(STAMP)  ## write bitflow_edu/ and README.md from the notebooks
 	"$(BIN)/nbdev_clean"
+	"$(BIN)/python" nbs/finish_notebooks.py
 	"$(BIN)/nbdev_export"
 	"$(BIN)/python" nbs/make_readme.py
 

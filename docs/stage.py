@@ -64,7 +64,7 @@ def code_cell(cell, page, staged):
     source = "".join(cell["source"])
     directives = dict(DIRECTIVE.findall(source))
     cell["source"] = DIRECTIVE.sub("", source).strip("\n")
-    if not cell["source"]:
+    if not cell["source"] or '"google.colab" in sys.modules' in cell["source"]:
         return None
     tags = []
     if "hide" in directives:

@@ -36,13 +36,21 @@ def settings():
     return parser["DEFAULT"]
 
 
-def links(path: str) -> str:
-    "One line of Markdown that opens a notebook, named from the repository's root, elsewhere."
+def links(path: str, names: tuple = ("Open in Colab", "Open in Binder"), folder: str = "") -> str:
+    "A line of Markdown that opens a notebook in Colab and, itself or a folder, in Binder."
     cfg = settings()
     place, branch = cfg["git_url"].removeprefix("https://github.com/"), cfg["branch"]
     colab = f"https://colab.research.google.com/github/{place}/blob/{branch}/{path}"
-    binder = f"https://mybinder.org/v2/gh/{place}/{branch}?labpath={quote(path, safe='')}"
-    return f"▶ [Open in Colab]({colab}) · ▶ [Open in Binder]({binder})"
+    binder = f"https://mybinder.org/v2/gh/{place}/{branch}?labpath={quote(folder or path, safe='')}"
+    return f"▶ [{names[0]}]({colab}) · ▶ [{names[1]}]({binder})"
+
+
+def links_of(inside: str) -> str:
+    "The line for a notebook in nbs/; that of the index opens the course."
+    if inside == "index.ipynb":
+        names = "Lesson 00 in Colab", "All lessons in Binder"
+        return links("nbs/00_data.ipynb", names, folder="nbs")
+    return links(f"nbs/{inside}")
 
 
 def colab_source() -> str:
@@ -54,22 +62,20 @@ if "{COLAB}" in sys.modules:  # Colab has PyTorch, but not this course
 """
 
 
-def with_links(head: list[str], path: str) -> list[str]:
-    "A first cell's lines with the links below the title."
-    text = "".join(head)
-    title, _, rest = text.partition("\n")
-    rest = re.sub(r"\A\s*▶ \[Open in Colab\][^\n]*\n", "", rest)
-    return f"{title}\n\n{links(path)}\n\n{rest.lstrip()}".splitlines(keepends=True)
+def with_links(head: list[str], line: str) -> list[str]:
+    "A first cell's lines with a line of links below the title."
+    title, _, rest = "".join(head).partition("\n")
+    rest = re.sub(r"\A\s*▶ [^\n]*\n", "", rest).lstrip()
+    return f"{title}\n\n{line}\n\n{rest}".splitlines(keepends=True)
 
 
-def runs_elsewhere(path: str) -> bool:
-    "Whether it is a lesson or an excursion."
-    return bool(re.fullmatch(r"\d\d_\w+\.ipynb|excursions/\w+\.ipynb", path))
+def is_read_alone(inside: str) -> bool:
+    "Whether a notebook in nbs/ is a lesson or an excursion."
+    return bool(re.fullmatch(r"\d\d_\w+\.ipynb|excursions/\w+\.ipynb", inside))
 
 
-def add_start(cells: list[dict], path: str):
-    "Links and the cell for Colab, in place."
-    cells[0]["source"] = with_links(cells[0]["source"], path)
+def add_colab_cell(cells: list[dict]):
+    "The cell for Colab below the first one, in place."
     if cells[1]["id"] != COLAB_ID:
         cell = {"cell_type": "code", "execution_count": None, "id": COLAB_ID}
         cells.insert(1, {**cell, "metadata": {}, "outputs": []})
@@ -113,8 +119,11 @@ def finish(path: Path):
     notebook = json.loads(before)
     notebook["metadata"].update(kernelspec=KERNEL, language_info=LANGUAGE)
     inside = path.relative_to(NBS).as_posix()
-    if runs_elsewhere(inside):
-        add_start(notebook["cells"], f"nbs/{inside}")
+    cells = notebook["cells"]
+    if is_read_alone(inside) or inside == "index.ipynb":
+        cells[0]["source"] = with_links(cells[0]["source"], links_of(inside))
+    if is_read_alone(inside):
+        add_colab_cell(cells)
     shrink_pictures(notebook)
     after = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
     if after != before:
