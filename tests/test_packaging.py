@@ -43,6 +43,13 @@ def test_both_ways_to_a_wheel_give_the_same_files(wheels):
     assert set(assets) - set(tree) <= {"bitflow_edu/assets/SHA256SUMS"}
 
 
+def test_the_wheel_stays_small(wheels):
+    """It brings weights, digits and results, and is loaded over whatever network there is."""
+    assert wheels["tree"].stat().st_size < 60e6
+    names = zipfile.ZipFile(wheels["tree"]).namelist()
+    assert "bitflow_edu/assets/results/demo-mnist-mini.json" in names
+
+
 @pytest.fixture(params=("sdist", "tree"))
 def installed(request, wheels, tmp_path):
     """A new environment with one wheel in it; what it depends on is this environment's."""
