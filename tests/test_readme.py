@@ -153,8 +153,8 @@ def test_the_recipes_work():
     loss = recipe("fading_alignment", "inverse_strategies")(path, G(path.z, labels), x)
     assert isinstance(loss, StrategyLoss) and len(loss.depths) == G.cfg.num_blocks
     assert recipe("edges", "distances")("cpu")(x, x.flip(0)).shape == (2,)
-    preset = recipe("mnist_narrow", "lab.presets")()
-    assert isinstance(preset, Preset) and preset.name == "mnist-narrow"
+    preset = recipe("mnist_shallow", "lab.presets")()
+    assert isinstance(preset, Preset) and preset.name == "mnist-shallow"
     check_rows = import_module("bitflow_edu.lab.tables").check_rows
     rows = recipe("noise", "lab.tables")(find_preset("mnist-mini"))
     check_rows(rows, find_preset("mnist-mini"))
