@@ -101,6 +101,37 @@ def test_the_pythons_are_those_that_are_promised():
     assert VARIABLES["OLDEST_TORCH"].startswith(f"torch=={oldest}.0 ")
 
 
+PYTHON = """#!/bin/sh
+echo "$@" >> "$CALLS"
+if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+def test_the_matrix_runs_the_steps_that_it_is_given(tmp_path):
+    """The command of a job, with a Python that only notes how it was called."""
+    (command,) = commands(jobs()["test/code"])
+    version = VARIABLES["OLDEST"]
+    for name in ("Makefile", "settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / f"python{version}"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "MAKEFLAGS")}
+    env |= {"CALLS": str(tmp_path / "calls.txt"), "PATH": f"{python.parent}:{env['PATH']}"}
+    shell = ["sh", "-c", command.replace("${{ matrix.python }}", version)]
+    done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    venv, install, tests, malformed = (tmp_path / "calls.txt").read_text().splitlines()[1:]
+    assert venv.startswith("-m venv") and "pip install" in install
+    assert tests.startswith("-m pytest") and malformed == "tests/fuzz.py"
+    pins = (tmp_path / "build" / "matrix" / "oldest.txt").read_text().split()
+    assert (
+        pins == VARIABLES["OLDEST_TORCH"].split() and f"passed on Python {version}" in done.stdout
+    )
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_may_do_little(path):
     text, workflow = path.read_text(encoding="utf-8"), read(path)
