@@ -3,31 +3,33 @@
 README.md says by which rules; marks in the cells are exceptions to them. No cell is executed.
 """
 
-import ast
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
 
+import listing
 import prose
 
 MAX_WORDS = 48  # on a slide, without its title
-MAX_IN_LIST = 56  # words of a slide that is a list
-MAX_ON_THE_FIRST = 60  # what one can do after the lesson is one sentence
+MAX_ALONE = 60  # on a slide that is a list, and on the first one
+ENOUGH = 30  # words that make a prediction clear
+MIN_BOLD = 6  # words of a phrase for which its sentence is shown
 MAX_CODE = 14  # lines
 MAX_OUTPUT = 10  # lines of what was printed
 MAX_TABLE = 60  # words
 MAX_CONCLUSION = 30  # words below a picture, besides its caption
-ENOUGH = 30  # words that make a prediction clear
 MAX_INTRODUCTION = 25  # words before a formula
-HEIGHT = 510  # points that a slide of 1280 x 720 has below its title
+HEIGHT = 510  # points that a slide of 1280 x 720 has below a title of one line
+LONG_TITLE = 46  # letters; a longer one takes two lines
 TEXT_MARKS = {"", "skip", "show"}
 CODE_MARKS = {"skip", "code", "output"}  # any other word names a function or a class of the cell
 DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.MULTILINE)
 DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+\.svg)\)$", re.DOTALL)
 SKIPPED = re.compile(r"skip at first", re.IGNORECASE)
 PREDICTION = re.compile(r"^(?:a )?predictions?\b", re.IGNORECASE)
-ONLY_SAID = ("History", "To read", "What to read", "Who and when")
-DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
+ONLY_SAID = ("History", "To read", "What to read", "Who and when", "Where it comes from")
+PRINTED = "Printed:"  # begins a note that is no prose
 WORDLESS = ("code", "output", "picture", "formula", "table")  # they have limits of their own
 
 
@@ -51,9 +53,9 @@ class Block:
         if self.kind == "picture":
             return 300
         if self.kind == "formula":
-            return 30 + 70 * (1 + self.text.count(r"\\"))
+            return 40 + 75 * (1 + self.text.count(r"\\"))
         if self.kind in ("code", "output"):
-            return 40 + 28 * len(lines)
+            return 60 + 29 * len(lines)
         if self.kind == "table":
             return 40 * len(lines)
         return 24 + 48 * (1 + len(self.text) // 64)
@@ -86,9 +88,7 @@ class Slide:
     @property
     def room(self):
         """How many words it may hold."""
-        if self.kind == "lead":
-            return MAX_ON_THE_FIRST
-        return MAX_IN_LIST if set(self.kinds) == {"list"} else MAX_WORDS
+        return MAX_ALONE if self.kind == "lead" or set(self.kinds) == {"list"} else MAX_WORDS
 
     def fit_caption(self, room=MAX_WORDS):
         """As many sentences of the caption as there is room for; none: no caption."""
@@ -103,13 +103,14 @@ class Slide:
         if block.kind == "conclusion" and self.kinds in (["picture"], ["picture", "caption"]):
             return True  # the caption makes room for it
         listed = block.kind == "list" and set(self.kinds) == {"list"}
-        if self.blocks and self.words + block.words > (MAX_IN_LIST if listed else MAX_WORDS):
+        if self.blocks and self.words + block.words > (MAX_ALONE if listed else MAX_WORDS):
             return False
         if "picture" in self.kinds:
             return False
-        if self.blocks and (block.kind == "picture" or self.kinds[-1] == "prediction"):
-            return False  # what was predicted comes when the slide is turned
-        return self.height + block.height <= HEIGHT
+        if self.blocks and (block.kind == "picture" or self.kinds[-1] in ("prediction", "output")):
+            return False  # what came is seen when the slide is turned, and alone
+        second_line = 46 if len(self.title) > LONG_TITLE else 0
+        return self.height + block.height + second_line <= HEIGHT
 
 
 class Deck:
@@ -131,12 +132,17 @@ class Deck:
         """A slide with nothing to show shows what is said first on it."""
         if not self.slides or self.slides[-1].blocks:
             return
-        if self.slides[-1].notes:
-            found = prose.sentences(self.slides[-1].notes[0])
-            found = [sentence for sentence in found if not sentence.startswith("(")] or found
-            self.slides[-1].blocks.append(Block("text", prose.as_many_as_fit(found, MAX_WORDS)))
+        slide = self.slides[-1]
+        told = [note for note in slide.notes if not note.startswith((PRINTED, "|"))]
+        said = [sentence for note in told for sentence in prose.sentences(note)]
+        said = [sentence for sentence in said if not sentence.startswith("(")]
+        if slide.kind == "lead":  # "After this lesson you can", without what it needs
+            said = list(itertools.takewhile(lambda sentence: not prose.lead(sentence), said))
+        if said:
+            slide.blocks.append(Block("text", prose.as_many_as_fit(said, slide.room)))
         else:
             self.slides.pop()
+            self.slides[-1].notes += slide.notes
 
     def show(self, block):
         """Put a block on the slide, or on a new one with the same title."""
@@ -181,12 +187,13 @@ class Deck:
     def formula(self, text, before, mark):
         """A formula, with the sentence that leads to it."""
         self.had_formula = True
-        if mark == "skip":
+        if mark == "skip" or self.exercises:
             return
-        introduction = Block("text", prose.sentences(before)[-1] if before[:1].isalpha() else "")
+        leading = prose.sentences(before)[-1] if before[:1].isalpha() else ""
+        introduction = Block("text", leading if leading[-1:] != "." else "")
         formula, slide = Block("formula", text), self.slides[-1]
         together = slide.height + introduction.height + formula.height <= HEIGHT
-        short = introduction.words <= min(MAX_INTRODUCTION, MAX_WORDS - slide.words)
+        short = 1 < introduction.words <= min(MAX_INTRODUCTION, MAX_WORDS - slide.words)
         shown = any(introduction.text in block.text for block in slide.blocks)
         if introduction.text and together and short and not shown:
             self.show(introduction)
@@ -198,6 +205,9 @@ class Deck:
             if mark != "skip":
                 self.show(Block("picture", prose.one_line(match[1]), match[2]))
             return
+        if text.startswith("```"):
+            self.say(text)
+            return
         if mark == "show":
             self.show(Block("table" if prose.is_table(text) else "text", prose.without_links(text)))
         elif mark != "skip":
@@ -206,8 +216,8 @@ class Deck:
 
     def excerpt(self, text):
         """Show what stands out in a paragraph."""
-        if prose.is_caption(text):
-            self.caption(text.strip("*"))
+        if prose.is_caption(text) and not SKIPPED.search(text):
+            self.caption(re.sub(r"(?<![*])[*](?![*])", "", text))
         elif prose.is_list(text):
             self.list(text)
         elif prose.is_table(text):
@@ -223,8 +233,8 @@ class Deck:
         found, lead = prose.sentences(text), prose.lead(text).rstrip(".:?")
         if lead == "Next":
             self.open("Next")
-            rest = prose.sentences(text.split("**", 2)[2].lstrip(" .:"))
-            self.show(Block("text", prose.as_many_as_fit(rest, MAX_WORDS)))
+            rest = prose.as_many_as_fit(prose.sentences(text.split("**", 2)[2].lstrip(" .:")), MAX_WORDS)
+            self.show(Block("text", rest[:1].upper() + rest[1:]))
         elif predicted := from_prediction(found):
             self.show(Block("prediction", prose.as_many_as_fit(predicted, MAX_WORDS)))
         elif lead.startswith(ONLY_SAID):
@@ -234,32 +244,38 @@ class Deck:
         else:
             for sentence in found:
                 longest = max((prose.words(phrase) for phrase in prose.bold(sentence)), default=0)
-                if longest > 4 and prose.words(sentence) <= MAX_WORDS:
-                    self.show(Block("statement", sentence))
+                if longest >= MIN_BOLD and prose.words(sentence) <= MAX_WORDS:
+                    self.statement(sentence)
+
+    def statement(self, sentence):
+        """A question stands alone; what was found stands below its picture, if that has room."""
+        asks = sentence.rstrip("*").endswith("?")
+        wide = prose.words(sentence) > MAX_CONCLUSION
+        below = "picture" in self.slides[-1].kinds and not (asks or wide)
+        self.show(Block("conclusion" if below else "statement", sentence))
 
     def list(self, text):
         """A list by the first sentences of its items, on as many slides as it needs."""
         found = prose.items(text)
-        shown = [prose.sentences(prose.ITEM.sub("", item))[0] for item in found]
+        shown = [prose.gist(prose.ITEM.sub("", item)) for item in found]
         if sum(map(prose.words, shown)) > MAX_WORDS:
             shown = [prose.clause(sentence) for sentence in shown]
         for number, (item, sentence) in enumerate(zip(found, shown), 1):
             sign = "-" if item.startswith(("-", "*")) else f"{number}."
-            self.show(Block("list", f"{sign} {sentence}"))
+            self.show(Block("list", f"{sign} {sentence.rstrip(';,')}"))
 
     def exercise(self, text):
         """The name of an exercise, and its first sentence where the name says little."""
         if not prose.lead(text):
             return
-        found = prose.sentences(text)
-        shown = found[0]
-        if prose.words(shown) < 5 and len(found) > 1 and prose.words(found[1]) < 25:
-            shown += f" {found[1]}"
+        shown = re.sub(r"^[*][*][0-9]+[.] ", "**", prose.gist(text))
         self.show(Block("list", f"- {shown}"))
 
     def caption(self, text):
         """A caption goes to the last picture, if that has none."""
         for slide in reversed(self.slides):
+            if slide.title != self.slides[-1].title:
+                return
             if "picture" in slide.kinds:
                 if "caption" not in slide.kinds:
                     slide.blocks.append(Block("caption", "", text))
@@ -276,19 +292,29 @@ class Deck:
         if "skip" in marks or self.skipping or self.exercises:
             return
         parts = [mark for mark in marks if mark not in CODE_MARKS]
-        code = shown_code(DIRECTIVE.sub("", source), parts)
+        code = listing.shown_code(DIRECTIVE.sub("", source), parts)
         exported = {"export", "exporti"} & directives.keys()
         short = len(code.splitlines()) <= MAX_CODE
         if parts or "code" in marks or (self.had_formula and exported and short):
-            self.show(Block("code", code))
+            self.code(Block("code", code))
         self.had_formula = False
         printed = "".join("".join(output.get("text", "")) for output in cell["outputs"]).rstrip()
         if printed and "output" in marks:
             self.show(Block("output", printed))
         elif printed:
             self.printed = printed
-            self.say(printed)
+            self.say(f"{PRINTED}\n{printed}")
         self.outputs(cell["outputs"], directives.get("fig-alt", ""))
+
+    def code(self, block):
+        """Code, below what is said of it first, where nothing else is there."""
+        slide = self.slides[-1]
+        said = [note for note in slide.notes if not note.startswith(PRINTED)]
+        if not slide.blocks and said:
+            text = Block("text", prose.sentences(said[0])[0])
+            if text.words <= MAX_INTRODUCTION and text.height + block.height <= HEIGHT:
+                self.show(text)
+        self.show(block)
 
     def answer(self):
         """Show what was printed last, where nothing else has answered a prediction."""
@@ -299,7 +325,8 @@ class Deck:
 
     def outputs(self, outputs, alt):
         """Pictures and conclusions."""
-        for found in [output.get("data", {}) for output in outputs]:
+        data = [output.get("data", {}) for output in outputs]
+        for found in sorted(data, key=lambda found: "image/png" not in found):
             if "image/png" in found:
                 png = "".join(found["image/png"]).replace("\n", "")
                 self.show(Block("picture", alt.strip("\"'"), png))
@@ -333,40 +360,6 @@ def from_prediction(found):
                 first -= 1
             return found[first:]
     return []
-
-
-def shown_code(source, names=()):
-    """The code, or the functions and classes of these names in it, without docstrings."""
-    lines = source.strip("\n").splitlines()
-    if not names and '"""' not in source and '    "' not in source:
-        return "\n".join(lines)
-    try:
-        tree = ast.parse("\n".join(lines))
-    except SyntaxError:  # a command of IPython
-        return "\n".join(lines)
-    hidden, chosen = set(), {}
-    for node in ast.walk(tree):
-        if isinstance(node, DEFINITIONS):
-            chosen[node.name] = node
-            if ast.get_docstring(node) is not None:
-                doc = node.body[0]
-                hidden |= set(range(doc.lineno, doc.end_lineno + 1))
-    if not names:
-        return squeezed(lines, range(1, len(lines) + 1), hidden)
-    parts = []
-    for name in names:
-        node = chosen[name]
-        first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        parts.append(squeezed(lines, range(first, node.end_lineno + 1), hidden))
-    return "\n\n".join(parts)
-
-
-def squeezed(lines, numbers, hidden):
-    """Lines of these numbers, but for the hidden ones, moved to the left, no two empty in a row."""
-    kept = [lines[number - 1] for number in numbers if number not in hidden]
-    indent = min(len(line) - len(line.lstrip()) for line in kept if line)
-    text = "\n".join(line[indent:] for line in kept)
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
 def deck_of(path):

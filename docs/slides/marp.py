@@ -5,7 +5,7 @@ import html
 import re
 
 DARK = re.compile(r"@media \(prefers-color-scheme: dark\) *\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}")
-WIDE = 84  # columns of code that fit at its usual size
+SIZES = ((62, "large"), (84, "usual"), (100, "wide"))  # columns of code that fit at a size
 
 FRONT = """---
 marp: true
@@ -42,7 +42,8 @@ def block_markdown(block, folder):
         return block.text
     if block.kind in ("code", "output"):
         language = "python" if block.kind == "code" else "text"
-        size = "wide" if max(map(len, block.text.splitlines())) > WIDE else "usual"
+        longest = max(map(len, block.text.splitlines()))
+        size = next((name for columns, name in SIZES if longest <= columns), "wide")
         text = f"```{language}\n{block.text}\n```"
         return f'<div class="{block.kind} {size}">\n\n{text}\n\n</div>'
     return f'<div class="{block.kind}">\n\n{block.text}\n\n</div>'

@@ -4,6 +4,7 @@ import re
 
 MARK = re.compile(r"<!-- *slide: *(.*?) *-->\n?")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\([^)\s]+\)")
+FENCED = re.compile(r"^(```.*?^```)$", re.DOTALL | re.MULTILINE)
 DETAILS = re.compile(r"<details>.*?</details>", re.DOTALL)
 INLINE_FORMULA = re.compile(r"\$[^$]+\$")
 ITEM = re.compile(r"^(?:[-*]|\d+\.) ")
@@ -33,10 +34,14 @@ def words(text):
 
 def paragraphs(text):
     """Pairs of a mark ("" for none) and the paragraph behind it. Headings stand alone."""
-    text = DETAILS.sub("", text)
-    text = re.sub(r"^(#{1,6} .*)$", r"\n\1\n", text, flags=re.MULTILINE)
+    parts = []
+    for i, piece in enumerate(FENCED.split(DETAILS.sub("", text))):
+        if i % 2 == 0:  # not code
+            piece = MARK.sub(r"\n\n<!-- slide: \1 -->\n\n", piece)
+            piece = re.sub(r"^(#{1,6} .*)$", r"\n\1\n", piece, flags=re.MULTILINE)
+        parts += re.split(r"\n\s*\n", piece) if i % 2 == 0 else [piece]
     found, mark = [], ""
-    for part in re.split(r"\n\s*\n", MARK.sub(r"\n\n<!-- slide: \1 -->\n\n", text)):
+    for part in parts:
         if match := MARK.fullmatch(part.strip()):
             mark = match[1]
         elif part.strip():
@@ -73,6 +78,14 @@ def clause(sentence):
     return sentence
 
 
+def gist(text):
+    """The first sentence, and the second one where the first is but a name."""
+    found = sentences(text)
+    if words(found[0]) < 5 and len(found) > 1 and words(found[1]) < 25:
+        return f"{found[0]} {found[1]}"
+    return found[0]
+
+
 def as_many_as_fit(found, limit):
     """The first sentences, together at most `limit` words; the first one always."""
     taken = found[:1]
@@ -99,12 +112,12 @@ def is_list(text):
 
 
 def items(text):
-    """The items of a list, each with its sign."""
+    """The items of a list, each with its sign, without lists within them."""
     found = []
     for line in text.splitlines():
         if ITEM.match(line):
             found.append(line)
-        else:
+        elif not ITEM.match(line.strip()):
             found[-1] += " " + line.strip()
     return found
 
@@ -116,5 +129,5 @@ def is_table(text):
 
 
 def is_caption(text):
-    """Whether a paragraph is a caption: all of it in italics."""
-    return text.startswith("*") and not text.startswith("**") and text.endswith("*")
+    """Whether a paragraph is a caption: it begins in italics."""
+    return text.startswith("*") and not text.startswith(("**", "* "))
