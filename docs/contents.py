@@ -73,6 +73,7 @@ def sections():
     solved = notebooks("nbs/solutions")
     teaching = (*notebooks("nbs/teaching"), *assignments(), "nbs/figures/README.md")
     documents = sorted(p.name for p in ROOT.glob("*.md") if p.name != "README.md")
+    guides = ("docs/README.md", "docs/playground/README.md", "docs/slides/README.md")
     project = ("nbs/index.ipynb", "results/README.md", "results/EXPERIMENTS.md")
     return [
         *lessons(),
@@ -81,7 +82,7 @@ def sections():
         Section("Teaching", teaching),
         Section("The project", (*project, "data/README.md", *documents)),
         *wings(),
-        Section("Site", ("nbs/api.ipynb", "docs/README.md", "docs/playground/README.md")),
+        Section("Site", ("nbs/api.ipynb", *guides)),
     ]
 
 

@@ -55,7 +55,7 @@ def main(numbers):
     config = ("--config-file", HERE / "marp.config.mjs", "--input-dir", SOURCE)
     run(MARP, *config, "--output", DECKS)
     run("node", HERE / "check_fit.mjs", *[DECKS / f"{p.stem}.html" for p in SOURCE.glob("*.md")])
-    run(MARP, *config, "--output", DECKS, "--pdf", "--allow-local-files")
+    run(MARP, *config, "--output", DECKS, "--pdf")
     print(f"{len(list(SOURCE.glob('*.md')))} decks in {DECKS.relative_to(ROOT)}")
 
 

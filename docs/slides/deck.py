@@ -17,6 +17,7 @@ ENOUGH = 30  # words that make a prediction clear
 MIN_BOLD = 6  # words of a phrase for which its sentence is shown
 MAX_CODE = 14  # lines
 MAX_OUTPUT = 10  # lines of what was printed
+MAX_COLUMNS = 100  # of code, and of what was printed
 MAX_TABLE = 60  # words
 MAX_CONCLUSION = 30  # words below a picture, besides its caption
 MAX_INTRODUCTION = 25  # words before a formula
@@ -26,6 +27,7 @@ TEXT_MARKS = {"", "skip", "show"}
 CODE_MARKS = {"skip", "code", "output"}  # any other word names a function or a class of the cell
 DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.MULTILINE)
 DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+\.svg)\)$", re.DOTALL)
+TALL = re.compile(r"frac|sum|prod|int|matrix|left")  # of formulas
 SKIPPED = re.compile(r"skip at first", re.IGNORECASE)
 PREDICTION = re.compile(r"^(?:a )?predictions?\b", re.IGNORECASE)
 ONLY_SAID = ("History", "To read", "What to read", "Who and when", "Where it comes from")
@@ -53,7 +55,8 @@ class Block:
         if self.kind == "picture":
             return 300
         if self.kind == "formula":
-            return 40 + 75 * (1 + self.text.count(r"\\"))
+            rows = 1 + self.text.count(r"\\")
+            return 40 + (95 if TALL.search(self.text) else 60) * rows
         if self.kind in ("code", "output"):
             return 60 + 29 * len(lines)
         if self.kind == "table":
@@ -133,9 +136,8 @@ class Deck:
         if not self.slides or self.slides[-1].blocks:
             return
         slide = self.slides[-1]
-        told = [note for note in slide.notes if not note.startswith((PRINTED, "|"))]
-        said = [sentence for note in told for sentence in prose.sentences(note)]
-        said = [sentence for sentence in said if not sentence.startswith("(")]
+        told = [note for note in slide.notes if not note.startswith((PRINTED, "|", "("))]
+        said = prose.sentences(told[0]) if told else []
         if slide.kind == "lead":  # "After this lesson you can", without what it needs
             said = list(itertools.takewhile(lambda sentence: not prose.lead(sentence), said))
         if said:
@@ -233,7 +235,9 @@ class Deck:
         found, lead = prose.sentences(text), prose.lead(text).rstrip(".:?")
         if lead == "Next":
             self.open("Next")
-            rest = prose.as_many_as_fit(prose.sentences(text.split("**", 2)[2].lstrip(" .:")), MAX_WORDS)
+            rest = prose.as_many_as_fit(
+                prose.sentences(text.split("**", 2)[2].lstrip(" .:")), MAX_WORDS
+            )
             self.show(Block("text", rest[:1].upper() + rest[1:]))
         elif predicted := from_prediction(found):
             self.show(Block("prediction", prose.as_many_as_fit(predicted, MAX_WORDS)))
@@ -319,7 +323,8 @@ class Deck:
     def answer(self):
         """Show what was printed last, where nothing else has answered a prediction."""
         unanswered = self.slides and self.slides[-1].kinds[-1:] == ["prediction"]
-        if self.printed and unanswered and len(self.printed.splitlines()) <= MAX_OUTPUT:
+        lines = self.printed.splitlines()
+        if unanswered and 0 < len(lines) <= MAX_OUTPUT and max(map(len, lines)) <= MAX_COLUMNS:
             self.show(Block("output", self.printed))
         self.printed = ""
 

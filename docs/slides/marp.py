@@ -76,7 +76,9 @@ def slide_markdown(slide, folder):
     """One slide."""
     level = "#" if slide.kind == "lead" else "##"
     kind = [f"<!-- _class: {slide.kind} -->"] if slide.kind else []
-    return "\n\n".join([*kind, f"{level} {slide.title}", *joined(slide.blocks, folder), *notes(slide)])
+    return "\n\n".join(
+        [*kind, f"{level} {slide.title}", *joined(slide.blocks, folder), *notes(slide)]
+    )
 
 
 def deck_markdown(deck, footer, folder):

@@ -7,6 +7,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\([^)\s]+\)")
 FENCED = re.compile(r"^(```.*?^```)$", re.DOTALL | re.MULTILINE)
 DETAILS = re.compile(r"<details>.*?</details>", re.DOTALL)
 INLINE_FORMULA = re.compile(r"\$[^$]+\$")
+HALF_OPEN = re.compile(r"\[[^][()]*\)")  # an interval such as [0, 1)
 ITEM = re.compile(r"^(?:[-*]|\d+\.) ")
 NOT_AN_END = re.compile(r"(?:\bal|\be\.g|\bi\.e|\bvs|\b[A-Z]|^\d+)\.$")
 AFTER_A_SENTENCE = re.compile(r"(?<=[.!?:])([*)\"”]*)\s+(?=[A-Z0-9$`(*“\"ℒ])")
@@ -53,6 +54,7 @@ def paragraphs(text):
 def whole(piece):
     """Whether formulas, code, bold text and brackets that begin in a piece also end there."""
     even = all(piece.count(sign) % 2 == 0 for sign in ("$", "`", "**"))
+    piece = HALF_OPEN.sub("", piece)
     return even and piece.count("(") == piece.count(")")
 
 
