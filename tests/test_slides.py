@@ -177,18 +177,15 @@ def test_a_caption_makes_room_for_a_conclusion(made):
 
 
 def test_sections_to_skip_and_marks(made):
-    shown = code(
-        "#| export\n#| slide: A.f\nclass A(B):\n    x = 1\n\n    def f(self):\n        'f'\n        y"
-    )
+    method = "class A(B):\n    x = 1\n\n    def f(self):\n        'f'\n        y"
+    one_whole = "## B\n\nText.\n\n<!-- slide: show -->\nShown whole."
     found = made(
         text("## Skip at first: files\n\n**This is bold and long enough to be seen.**"),
         code("1", shows(png="aaaa")),
-        text(
-            "## B\n\nText.\n\n<!-- slide: show -->\nShown whole.\n\n<!-- slide: skip -->\n### C\n\nNot."
-        ),
+        text(f"{one_whole}\n\n<!-- slide: skip -->\n### C\n\nNot this."),
         code("1", shows(png="aaaa")),
         text("## D"),
-        shown,
+        code(f"#| export\n#| slide: A.f\n{method}"),
         code("#| slide: skip\n1", shows(png="aaaa")),
     )
     assert [slide.title for slide in found] == ["B", "D"]
@@ -210,7 +207,7 @@ def test_code_stands_below_its_formula(made):
 def test_lists_and_exercises_by_their_first_sentences(made):
     found = made(
         text(
-            "## A\n\n- One is a short sentence. More.\n- Two.\n  - not this\n- **Name.** What it is. More."
+            "## A\n\n- One is a short sentence. More.\n- Two.\n  - no\n- **Name.** What it is. No."
         ),
         text("## Exercises\n\nReplace the `None`s.\n\n**Exercise 1 (recall).** What is it? Think."),
         code("1", shows(png="aaaa")),

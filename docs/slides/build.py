@@ -46,7 +46,9 @@ def write_sources(numbers):
 def run(*command):
     """Run a program in the repository's root, with what Marp and the check want to know."""
     known = {"CHROME_PATH": find_browser(), "CHROME_NO_SANDBOX": "1"}
-    subprocess.run([str(word) for word in command], cwd=ROOT, env=os.environ | known, check=True)
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=os.environ | known)
+    if done.returncode:
+        sys.exit(f"{command[0]} ended with code {done.returncode}")
 
 
 def main(numbers):
