@@ -206,15 +206,13 @@ def test_code_stands_below_its_formula(made):
 
 def test_lists_and_exercises_by_their_first_sentences(made):
     found = made(
-        text(
-            "## A\n\n- One is a short sentence. More.\n- Two.\n  - no\n- **Name.** What it is. No."
-        ),
+        text("## A\n\n- One is a short sentence. More.\n- Two.\n  - no\n- **Name.** It is so. No."),
         text("## Exercises\n\nReplace the `None`s.\n\n**Exercise 1 (recall).** What is it? Think."),
         code("1", shows(png="aaaa")),
         text("### 2. Derive it (derive)\n\n<details><summary>Hint</summary>\n\nNo.\n\n</details>"),
     )
     items = [block.text for block in found[0].blocks]
-    assert items == ["- One is a short sentence.", "- Two.", "- **Name.** What it is."]
+    assert items == ["- One is a short sentence.", "- Two.", "- **Name.** It is so."]
     items = [block.text for block in found[1].blocks]
     assert items == ["- **Exercise 1 (recall).** What is it?", "- Derive it (derive)"]
     assert "No." not in " ".join(found[1].notes)

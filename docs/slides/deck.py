@@ -17,7 +17,7 @@ ENOUGH = 30  # words that make a prediction clear
 MIN_BOLD = 6  # words of a phrase for which its sentence is shown
 MAX_CODE = 14  # lines
 MAX_OUTPUT = 10  # lines of what was printed
-MAX_COLUMNS = 100  # of code, and of what was printed
+MAX_COLUMNS = 110  # of code, and of what was printed
 MAX_TABLE = 60  # words
 MAX_CONCLUSION = 30  # words below a picture, besides its caption
 MAX_INTRODUCTION = 25  # words before a formula
@@ -109,6 +109,8 @@ class Slide:
         if self.blocks and self.words + block.words > (MAX_ALONE if listed else MAX_WORDS):
             return False
         if "picture" in self.kinds:
+            return False
+        if block.kind == "list" and "code" in self.kinds:
             return False
         if self.blocks and (block.kind == "picture" or self.kinds[-1] in ("prediction", "output")):
             return False  # what came is seen when the slide is turned, and alone

@@ -5,7 +5,13 @@ import html
 import re
 
 DARK = re.compile(r"@media \(prefers-color-scheme: dark\) *\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}")
-SIZES = ((62, "large"), (84, "usual"), (100, "wide"))  # columns of code that fit at a size
+FORMULA_AND_SIGN = re.compile(r"(?<![$\w])(\$[^$\n]+\$)([.,;:?!)'’]\w*)")
+SIZES = (
+    (62, "large"),
+    (84, "usual"),
+    (100, "wide"),
+    (110, "widest"),
+)  # columns of code that fit at a size
 
 FRONT = """---
 marp: true
@@ -34,6 +40,11 @@ def picture(block, folder):
     return f'<div class="picture"><img alt="{html.escape(block.text)}" src="{source}"></div>'
 
 
+def held_together(text):
+    """No line begins with the full stop that follows a formula."""
+    return FORMULA_AND_SIGN.sub(r'<span class="together">\1\2</span>', text)
+
+
 def block_markdown(block, folder):
     """What Marp is to draw for a block."""
     if block.kind == "picture":
@@ -43,10 +54,10 @@ def block_markdown(block, folder):
     if block.kind in ("code", "output"):
         language = "python" if block.kind == "code" else "text"
         longest = max(map(len, block.text.splitlines()))
-        size = next((name for columns, name in SIZES if longest <= columns), "wide")
+        size = next((name for columns, name in SIZES if longest <= columns), "widest")
         text = f"```{language}\n{block.text}\n```"
         return f'<div class="{block.kind} {size}">\n\n{text}\n\n</div>'
-    return f'<div class="{block.kind}">\n\n{block.text}\n\n</div>'
+    return f'<div class="{block.kind}">\n\n{held_together(block.text)}\n\n</div>'
 
 
 def joined(blocks, folder):
@@ -54,7 +65,7 @@ def joined(blocks, folder):
     parts, items = [], []
     for block in [*sorted(blocks, key=lambda block: block.kind == "caption"), None]:
         if block is not None and block.kind == "list":
-            items.append(block.text)
+            items.append(held_together(block.text))
             continue
         if items:
             parts.append('<div class="list">\n\n' + "\n".join(items) + "\n\n</div>")
