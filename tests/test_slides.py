@@ -93,6 +93,7 @@ def test_each_lesson_has_a_deck_that_one_can_hold(path, slides, decks):
         assert slide.blocks and slide.words <= slide.room, slide.title
         for block in slide.blocks:
             lines = block.text.splitlines()
+            assert block.text.strip(), slide.title
             if block.kind in ("code", "output"):
                 assert len(lines) <= limits.MAX_CODE, slide.title
                 assert max(map(len, lines)) <= limits.MAX_COLUMNS, slide.title

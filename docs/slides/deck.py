@@ -17,7 +17,7 @@ ENOUGH = 30  # words that make a prediction clear
 MIN_BOLD = 6  # words of a phrase for which its sentence is shown
 MAX_CODE = 14  # lines
 MAX_OUTPUT = 10  # lines of what was printed
-MAX_COLUMNS = 110  # of code, and of what was printed
+MAX_COLUMNS = 115  # of code, and of what was printed
 MAX_TABLE = 60  # words
 MAX_CONCLUSION = 30  # words below a picture, besides its caption
 MAX_INTRODUCTION = 25  # words before a formula
@@ -139,7 +139,8 @@ class Deck:
             return
         slide = self.slides[-1]
         told = [note for note in slide.notes if not note.startswith((PRINTED, "|", "("))]
-        said = prose.sentences(told[0]) if told else []
+        whole = [prose.sentences(note) for note in told if not note.endswith(":")]
+        said = whole[0] if whole else told[:1]
         if slide.kind == "lead":  # "After this lesson you can", without what it needs
             said = list(itertools.takewhile(lambda sentence: not prose.lead(sentence), said))
         if said:

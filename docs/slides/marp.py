@@ -6,12 +6,7 @@ import re
 
 DARK = re.compile(r"@media \(prefers-color-scheme: dark\) *\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}")
 FORMULA_AND_SIGN = re.compile(r"(?<![$\w])(\$[^$\n]+\$)([.,;:?!)'’]\w*)")
-SIZES = (
-    (62, "large"),
-    (84, "usual"),
-    (100, "wide"),
-    (110, "widest"),
-)  # columns of code that fit at a size
+SIZES = {"large": 62, "usual": 84, "wide": 100, "widest": 115}  # columns of code that fit
 
 FRONT = """---
 marp: true
@@ -54,7 +49,7 @@ def block_markdown(block, folder):
     if block.kind in ("code", "output"):
         language = "python" if block.kind == "code" else "text"
         longest = max(map(len, block.text.splitlines()))
-        size = next((name for columns, name in SIZES if longest <= columns), "widest")
+        size = next((name for name, fit in SIZES.items() if longest <= fit), "widest")
         text = f"```{language}\n{block.text}\n```"
         return f'<div class="{block.kind} {size}">\n\n{text}\n\n</div>'
     return f'<div class="{block.kind}">\n\n{held_together(block.text)}\n\n</div>'

@@ -2,6 +2,7 @@
 
 import re
 
+MAX_SECOND = 25  # words of a second sentence that explains a name
 MARK = re.compile(r"<!-- *slide: *(.*?) *-->\n?")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\([^)\s]+\)")
 FENCED = re.compile(r"^(```.*?^```)$", re.DOTALL | re.MULTILINE)
@@ -83,8 +84,10 @@ def clause(sentence):
 def gist(text):
     """The first sentence, and the second one where the first is but a name."""
     found = sentences(text)
-    if words(found[0]) < 5 and len(found) > 1 and words(found[1]) < 25:
-        return f"{found[0]} {found[1]}"
+    if words(found[0]) < 5 and len(found) > 1:
+        second = found[1] if words(found[1]) < MAX_SECOND else clause(found[1])
+        if words(second) < MAX_SECOND:
+            return f"{found[0]} {second}"
     return found[0]
 
 
