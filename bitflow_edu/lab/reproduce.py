@@ -340,7 +340,7 @@ def section_of(result: dict, line: dict) -> str:
     return f"## {name}\n\n{how}\n\n{picture}{body}\n"
 
 # %% ../../nbs/lab/reproduce.ipynb #5078d966
-PAGE = """# All figures
+PAGE = """# All results
 
 Written from the files in this folder by `bitflow reproduce`. Pictures show the first samples of \
 their seed, not chosen ones. A figure can be made again with the command that stands above it.
