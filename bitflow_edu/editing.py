@@ -36,6 +36,7 @@ __all__ = ['check_edit', 'encode', 'decode', 'edit_class', 'reconstruct', 'inter
            'influence', 'roc_curve', 'auc']
 
 # %% ../nbs/15_editing.ipynb #6e63cdb5
+#| slide: encode
 def check_edit(forward: TARFlow, x: Tensor, c: Tensor) -> Tensor:  # the labels, int64
     "Check images against F's size, and labels `(N,)`, −1: none. Raises `BitflowError`."
     check_model(forward, TARFlow, "F")
@@ -75,6 +76,7 @@ def decode(
     return reverse(z, c)
 
 # %% ../nbs/15_editing.ipynb #b4a40325
+#| slide: edit_class
 def edit_class(
     forward: TARFlow,
     reverse,  # as in `decode`
@@ -128,6 +130,7 @@ def interpolate(
     return torch.stack([decode(reverse, z, c, w) for z in between])
 
 # %% ../nbs/15_editing.ipynb #39e9cf5c
+#| slide: skip
 def token_mask(
     mask: Tensor,  # bool `(H, W)` or `(N, H, W)`, True: known
     patch_size: int,  # p
@@ -235,6 +238,7 @@ def inpaint(
     return decode(reverse, refine(reverse, z, x, mask, to, w, steps), to, w) if steps else y
 
 # %% ../nbs/15_editing.ipynb #067856d4
+#| slide: skip
 def influence(
     fn,  # tokens `(1, T, D)` → tokens `(1, T, D')`
     tokens: Tensor,  # where to look, `(N, T, D)`

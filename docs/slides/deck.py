@@ -14,6 +14,7 @@ import prose
 MAX_WORDS = 48  # on a slide, without its title
 MAX_ALONE = 60  # on a slide that is a list, and on the first one
 ENOUGH = 30  # words that make a prediction clear
+LONELY = 8  # words of a list item that says too little alone
 MIN_BOLD = 6  # words of a phrase for which its sentence is shown
 MAX_CODE = 14  # lines
 MAX_OUTPUT = 10  # lines of what was printed
@@ -148,6 +149,17 @@ class Deck:
         else:
             self.slides.pop()
             self.slides[-1].notes += slide.notes
+
+    def drop_lonely_names(self):
+        """The name of one point, alone on a slide, is only said."""
+        kept = []
+        for slide in self.slides:
+            name = [block.kind for block in slide.blocks] == ["list"] and slide.words < LONELY
+            if name and kept[-1].title == slide.title:
+                kept[-1].notes += slide.notes
+            else:
+                kept.append(slide)
+        self.slides = kept
 
     def show(self, block):
         """Put a block on the slide, or on a new one with the same title."""
@@ -379,4 +391,5 @@ def deck_of(path):
         elif cell["cell_type"] == "code":
             deck.code_cell(cell)
     deck.close()
+    deck.drop_lonely_names()
     return deck
