@@ -71,7 +71,6 @@ class MADE(nn.Module):
         return bounded(alpha, self.bound), mu
 
 # %% ../nbs/03_autoregressive_flows.ipynb #b62d12ff
-#| slide: one_by_one
 def one_by_one(
     advice,  # points `(N, D)` → α and μ, each `(N, D)`, those of number d from the ones before it
     z: Tensor,  # noise `(N, D)`
@@ -85,7 +84,6 @@ def one_by_one(
     return x
 
 # %% ../nbs/03_autoregressive_flows.ipynb #22e366c0
-#| slide: MAF.alpha_mu, MAF.forward, MAF.inverse
 class MAF(Bijection):
     "Masked autoregressive flow: z_d = (x_d − μ_d(x_{<d}))·exp(−α_d(x_{<d})) (arXiv 1705.07057)."
 

@@ -47,7 +47,6 @@ def safe_exp(
     return log_scale.exp()
 
 # %% ../nbs/01_change_of_variables.ipynb #c3ecb3ad
-#| slide: Affine.forward, Affine.inverse
 class Affine(Bijection):
     "z = x·exp(log_scale) + shift, each dimension with its own learned numbers."
 
@@ -67,7 +66,6 @@ class Affine(Bijection):
         return (z - self.shift) * safe_exp(-self.log_scale)
 
 # %% ../nbs/01_change_of_variables.ipynb #bb731861
-#| slide: Compose.forward
 class Compose(Bijection):
     "One bijection after the other: log-determinants add."
 
@@ -163,7 +161,6 @@ class StandardLogistic:
         return torch.special.logit(torch.rand(shape, generator=generator), eps=1e-7)
 
 # %% ../nbs/01_change_of_variables.ipynb #acafa51e
-#| slide: Flow.log_prob, Flow.sample
 class Flow(nn.Module):
     "A density over points: a bijection to noise, and the noise's density."
 

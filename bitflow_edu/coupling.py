@@ -20,7 +20,6 @@ __all__ = ['mlp', 'every_other', 'AdditiveCoupling', 'bounded', 'log_scale_and_s
            'uniform_noise_loss', 'bits_per_dim']
 
 # %% ../nbs/02_affine_coupling.ipynb #4ae2d738
-#| slide: skip
 def mlp(
     inputs: int,  # size of the first layer
     outputs: int,  # size of the last
@@ -51,7 +50,6 @@ def masked_shape(mask: Tensor) -> tuple:
     return "N", *(n if n > 1 else "K" for n in mask.shape)
 
 # %% ../nbs/02_affine_coupling.ipynb #68284196
-#| slide: AdditiveCoupling.shift, AdditiveCoupling.forward, AdditiveCoupling.inverse
 class AdditiveCoupling(Bijection):
     "NICE (arXiv 1410.8516): y_a = x_a, y_b = x_b + t(x_a). It keeps volume."
 
@@ -74,7 +72,6 @@ class AdditiveCoupling(Bijection):
         return y - self.shift(y)
 
 # %% ../nbs/02_affine_coupling.ipynb #b99db9dc
-#| slide: skip
 def bounded(
     raw: Tensor,  # what a network put out
     bound: float | None,  # largest |log-scale|; None: none
@@ -93,7 +90,6 @@ def log_scale_and_shift(
     return bounded(s, bound), t
 
 # %% ../nbs/02_affine_coupling.ipynb #579560e1
-#| slide: AffineCoupling.forward
 class AffineCoupling(Bijection):
     "RealNVP (arXiv 1605.08803, eq. 4–5): y_a = x_a, y_b = x_b·exp(s(x_a)) + t(x_a)."
 
@@ -270,7 +266,6 @@ def to_bits(
     return -log_prob / (dims * math.log(2)) + 7
 
 # %% ../nbs/02_affine_coupling.ipynb #f546f767
-#| slide: skip
 def check_range(
     x: Tensor,  # pixels, any shape
 ):

@@ -285,7 +285,6 @@ def kid(
     return (own - 2 * polynomial_kernel(a, b).mean()).item()
 
 # %% ../nbs/06_evaluation.ipynb #925f60f4
-#| slide: skip
 def inception_score(
     probabilities: Tensor,  # p(c|x) of every sample `(N, C)`, rows sum to 1
 ) -> float:  # between 1 and C

@@ -21,7 +21,6 @@ def cfg_extrapolate(with_label, without, w):
     return (1 + w) * with_label - w * without
 
 # %% ../nbs/14_guidance.ipynb #046f97c6
-#| slide: linear, variance_aware
 def linear(alpha, mu, alpha_u, mu_u, g):
     "a + g·(a − a_u) for α and for μ: extrapolates from no label beyond the label (TARFlow)."
     return alpha + g * (alpha - alpha_u), mu + g * (mu - mu_u)

@@ -80,7 +80,6 @@ def hidden_alignment(
     return StrategyLoss(image_distance(out.image, x).mean(), tuple(depths))
 
 # %% ../nbs/11_inverse_strategies.ipynb #5bb7b98c
-#| slide: skip
 def hidden_distillation(
     trajectory: Trajectory,  # of F
     out: ReverseOutput,  # of G with `token_states`

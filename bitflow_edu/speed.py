@@ -22,7 +22,6 @@ from .excursions.compiled import PackedLinear
 __all__ = ['Machine', 'measure_machine', 'count_flops', 'bytes_moved']
 
 # %% ../nbs/16_speed.ipynb #b3b454e9
-#| slide: Machine.ridge, Machine.least_s
 @dataclass(frozen=True)
 class Machine:
     "What a machine can do at most, measured in the same run as all the rest."

@@ -114,7 +114,6 @@ def shifted(
     return torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
 
 # %% ../nbs/07_tarflow.ipynb #2d8fb649
-#| slide: FlowBlock.affine_params, FlowBlock.forward
 class FlowBlock(nn.Module):
     "f_i, x^i → x^{i+1}: shift and scale each token by what stands before it (arXiv 2412.06329)."
 
@@ -175,7 +174,6 @@ class Trajectory:
         return self.states[-1]
 
 # %% ../nbs/07_tarflow.ipynb #6e35016e
-#| slide: TARFlow.forward
 def check_input(
     x: Tensor,  # images `(N, C, H, W)`
     cfg: TARFlowConfig,  # what the model was built for

@@ -114,7 +114,6 @@ def check_rates(cfg: TrainConfig):
         raise BitflowError(f"weight_decay is {cfg.weight_decay}; it must not be negative")
 
 # %% ../nbs/05_training.ipynb #d756831b
-#| slide: learning_rate
 def learning_rate(
     progress: float,  # share of the budget used, 0 to 1
     cfg: TrainConfig,
@@ -195,7 +194,6 @@ def training_batch(
     return x.to(device), c, generator
 
 # %% ../nbs/05_training.ipynb #6cda87b6
-#| slide: update_ema
 @torch.no_grad()
 def update_ema(
     averaged: nn.Module,  # changed in place

@@ -36,7 +36,6 @@ class RMSNorm(nn.Module):
 NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 # %% ../nbs/04_transformer.ipynb #e9a96461
-#| slide: GeluMLP
 class GeluMLP(nn.Module):
     "Norm, widen four times, GELU, narrow: TARFlow's MLP. Tokens `(N, T, width)` to the same shape."
 
@@ -160,7 +159,6 @@ class Attention(nn.Module):
         return self.merge(cache.attend(layer, q, k, v, self.causal))
 
 # %% ../nbs/04_transformer.ipynb #231d40c3
-#| slide: Layer.forward
 class Layer(nn.Module):
     "Attention, then MLP, each added to what came in."
 
