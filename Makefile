@@ -25,8 +25,12 @@ export PATH := $(BIN):$(PATH)
 DOCS_STAMP := $(TARGET)/.bitflow_edu-docs-installed
 MATHJAX := mathjax@3.2.2
 
+# slides: Marp from npm, once
+MARP := @marp-team/marp-cli@4.5.1
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix lint format lab notebooks readme export weights playground docs
+.PHONY: help setup demo test test-matrix lint format lab notebooks readme export weights playground slides \
+  docs
 .PHONY: test-generated test-code test-notebooks test-malformed dist
 
 help:  ## list the targets
@@ -120,6 +124,14 @@ dist: $(TARGET)/bin/python  ## build the source distribution and the wheel into 
 
 playground: $(STAMP)  ## build build/playground.html: draw, edit and race F and G in a browser
 	"$(BIN)/python" docs/playground/build.py
+
+build/marp:
+	mkdir -p $@.part
+	PUPPETEER_SKIP_DOWNLOAD=1 npm install --silent --no-audit --no-fund --prefix $@.part $(MARP)
+	mv $@.part $@
+
+slides: $(STAMP) build/marp  ## a deck for each lesson, HTML and PDF, in build/decks; needs npm, chromium
+	"$(BIN)/python" docs/slides/build.py $(LESSONS)
 
 $(DOCS_STAMP): $(STAMP)
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e ".[docs]"

@@ -74,6 +74,7 @@ def sections():
     solved = notebooks("nbs/solutions")
     teaching = (*notebooks("nbs/teaching"), *assignments(), "nbs/figures/README.md")
     documents = sorted(p.name for p in ROOT.glob("*.md") if p.name != "README.md")
+    guides = ("docs/README.md", "docs/playground/README.md", "docs/slides/README.md")
     project = ("nbs/index.ipynb", "nbs/guide.ipynb", "nbs/measured.ipynb")
     results = ("results/README.md", "results/EXPERIMENTS.md")
     return [
@@ -83,7 +84,7 @@ def sections():
         Section("Teaching", teaching),
         Section("The project", (*project, *results, "data/README.md", *documents, CHANGES)),
         *wings(),
-        Section("Site", ("nbs/api.ipynb", "docs/README.md", "docs/playground/README.md")),
+        Section("Site", ("nbs/api.ipynb", *guides)),
     ]
 
 
