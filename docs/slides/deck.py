@@ -184,7 +184,7 @@ class Deck:
                 self.formula(text, before, mark)
             elif match := re.match(r"(#+) (.*)", text):
                 self.heading(len(match[1]), match[2], mark)
-            elif not self.skipping:
+            elif not self.skipping and not text.startswith("▶ ["):  # links to run it elsewhere
                 self.paragraph(text, mark)
             before = text
 
