@@ -252,7 +252,7 @@ def run_reproduce(args: Reproduce, main: Callable):
         more += ["--data-root", str(args.data_root)]
     for name in args.names:
         reproduce.run_experiment(name, args.budget, args.out, args.results, main, tuple(more))
-    print(f"all figures: {reproduce.write_results_index(args.results)}")
+    print(f"all results: {reproduce.write_results_index(args.results)}")
 
 # %% ../../nbs/cli/lab.ipynb #da325fee
 def peak_process_memory_mb() -> float | None:
