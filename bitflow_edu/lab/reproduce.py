@@ -379,7 +379,7 @@ Written by `bitflow reproduce` from the list that it runs. `bitflow reproduce NA
 stopped, and leaves out what is done;
 each can also be run alone. The same seed gives the same figures on the same machine \
 with the same number of threads. What has been done, and what came out, is on \
-[the page of all figures](README.md).
+[the page of all results](README.md).
 
 `gpu` is the experiment as it should be. `gpu-short` fits a GPU that is lent for a quarter of an \
 hour: budgets of minutes, so that the schedule always ends, and models of fewer than 15M \
