@@ -19,14 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from api_pages import api_pages  # noqa: E402  beside this file
 from contents import ROOT, label, lessons, sections  # noqa: E402
-from slides.prose import without_marks  # noqa: E402
+from slides.prose import directives, without_marks  # noqa: E402
 
 SOURCE = ROOT / "build" / "docs-source"
 DECKS = ROOT / "build" / "decks" / "slides"  # what make slides has built
 MATHJAX = ROOT / "build" / "mathjax" / "package" / "es5" / "tex-svg-full.js"
 STATIC = (ROOT / "docs" / "style.css", ROOT / "results" / "demo-mnist-mini.png", MATHJAX)
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)\s]*\))")
-DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -63,18 +62,17 @@ def linked(text, page, staged):
 
 def code_cell(cell, page, staged):
     """A code cell with tags and alt text in place of nbdev's directives; None: not to be shown."""
-    source = "".join(cell["source"])
-    directives = dict(DIRECTIVE.findall(source))
-    cell["source"] = DIRECTIVE.sub("", source).strip("\n")
+    found, source = directives("".join(cell["source"]))
+    cell["source"] = source.strip("\n")
     if not cell["source"] or '"google.colab" in sys.modules' in cell["source"]:
         return None
     tags = []
-    if "hide" in directives:
+    if "hide" in found:
         tags.append("remove-input")
-    if {"export", "exporti"} & directives.keys():
+    if {"export", "exporti"} & found.keys():
         tags.append("exported")
     cell["metadata"]["tags"] = tags
-    alt = directives.get("fig-alt", "A picture that the code above draws")
+    alt = found.get("fig-alt", "A picture that the code above draws")
     cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
     for output in cell["outputs"]:
         data = output.get("data", {})

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from bitflow_edu.data import Images, patchify
+from bitflow_edu.data import patchify
 from bitflow_edu.editing import (
     auc,
     check_mask,
@@ -43,12 +43,6 @@ def pair():
 def batch(n=4, side=6):
     g = torch.Generator().manual_seed(0)
     return torch.rand(n, 1, side, side, generator=g) * 2 - 1, torch.tensor([0, 1, 2, -1])[:n]
-
-
-def small_images(n=3, side=6):
-    g = torch.Generator().manual_seed(1)
-    pixels = torch.randint(256, (n, 1, side, side), generator=g, dtype=torch.uint8)
-    return Images(pixels, torch.arange(n) % 3, ("a", "b", "c"))
 
 
 def window():

@@ -126,7 +126,7 @@ def test_every_mark_is_known(path, slides):
                 continue
             words = found.split("slide", 1)[1].replace(",", " ").split()
             names = [word for word in words if word not in limits.CODE_MARKS]
-            plain = limits.DIRECTIVE.sub("", source)
+            _, plain = slides("prose").directives(source)
             assert words and (not names or slides("listing").shown_code(plain, names))
 
 

@@ -26,7 +26,6 @@ HEIGHT = 510  # points that a slide of 1280 x 720 has below a title of one line
 LONG_TITLE = 46  # letters; a longer one takes two lines
 TEXT_MARKS = {"", "skip", "show"}
 CODE_MARKS = {"skip", "code", "output"}  # any other word names a function or a class of the cell
-DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.MULTILINE)
 DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+\.svg)\)$", re.DOTALL)
 TALL = re.compile(r"frac|sum|prod|int|matrix|left")  # of formulas
 SKIPPED = re.compile(r"skip at first", re.IGNORECASE)
@@ -305,13 +304,12 @@ class Deck:
 
     def code_cell(self, cell):
         """Pictures and conclusions that a cell left; code after its formula, or where marked."""
-        source = "".join(cell["source"])
-        directives = dict(DIRECTIVE.findall(source))
+        directives, source = prose.directives("".join(cell["source"]))
         marks = directives.get("slide", "").replace(",", " ").split()
         if "skip" in marks or self.skipping or self.exercises:
             return
         parts = [mark for mark in marks if mark not in CODE_MARKS]
-        code = listing.shown_code(DIRECTIVE.sub("", source), parts)
+        code = listing.shown_code(source, parts)
         exported = {"export", "exporti"} & directives.keys()
         short = len(code.splitlines()) <= MAX_CODE
         if parts or "code" in marks or (self.had_formula and exported and short):

@@ -3,6 +3,7 @@
 import re
 
 MAX_SECOND = 25  # words of a second sentence that explains a name
+DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.MULTILINE)
 MARK = re.compile(r"<!-- *slide: *(.*?) *-->\n?")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\([^)\s]+\)")
 FENCED = re.compile(r"^(```.*?^```)$", re.DOTALL | re.MULTILINE)
@@ -12,6 +13,11 @@ HALF_OPEN = re.compile(r"\[[^][()]*\)")  # an interval such as [0, 1)
 ITEM = re.compile(r"^(?:[-*]|\d+\.) ")
 NOT_AN_END = re.compile(r"(?:\bal|\be\.g|\bi\.e|\bvs|\b[A-Z]|^\d+)\.$")
 AFTER_A_SENTENCE = re.compile(r"(?<=[.!?:])([*)\"”]*)\s+(?=[A-Z0-9$`(*“\"ℒ])")
+
+
+def directives(source):
+    """nbdev's directives of a code cell, name and value, and the code without them."""
+    return dict(DIRECTIVE.findall(source)), DIRECTIVE.sub("", source)
 
 
 def without_marks(text):
