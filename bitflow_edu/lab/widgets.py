@@ -110,14 +110,20 @@ def cell_buttons(widgets, logic: Editor, changed) -> list:
     return buttons
 
 # %% ../../nbs/lab/widgets.ipynb #dc2c5982
-def controls(widgets, logic: Editor, changed) -> dict:
+def scale_slider(widgets, largest: float, **more):
+    "A slider for w, from 0 in twelve steps."
+    options = dict(min=0.0, max=largest, step=largest / 12, description="guidance w")
+    return widgets.FloatSlider(0.0, **options, **more)
+
+
+def controls(widgets, logic: Editor) -> dict:
     "The other inputs by name: image, class, w, and a button for new noise."
     top, last = logic.reverse.cfg.max_guidance or 3.0, len(logic.images) - 1
     classes = [(name, i) for i, name in enumerate(logic.images.classes)]
     return {
         "index": widgets.IntSlider(0, 0, last, description="image"),
         "c": widgets.Dropdown(options=classes, value=logic.c, description="class"),
-        "w": widgets.FloatSlider(0.0, min=0.0, max=top, step=top / 12, description="guidance w"),
+        "w": scale_slider(widgets, top),
         "seed": widgets.Button(description="new noise"),
         "clear": widgets.Button(description="clear the mask"),
     }
@@ -159,7 +165,7 @@ def connect(widgets, logic: Editor):
         for button, color in zip(buttons, cell_colors(logic)):
             button.style.button_color = color
 
-    buttons, inputs = cell_buttons(widgets, logic, draw), controls(widgets, logic, draw)
+    buttons, inputs = cell_buttons(widgets, logic, draw), controls(widgets, logic)
     listen(logic, inputs, draw)
     draw()
     columns, width = f"repeat({logic.cells}, 25px)", f"{26 * logic.cells}px"
@@ -194,8 +200,7 @@ def guidance_dial(
 ):  # an `ipywidgets` box
     "A widget: all ways at the scale of a slider. `BitflowError` without ipywidgets."
     widgets = widgets_library()
-    options = dict(min=0.0, max=largest, step=largest / 12, description="guidance w")
-    slider = widgets.FloatSlider(0.0, continuous_update=False, **options)
+    slider = scale_slider(widgets, largest, continuous_update=False)
     own_size = widgets.Layout(align_self="flex-start")
     picture = widgets.Image(format="png", value=dial_png(ways, 0.0), layout=own_size)
 
