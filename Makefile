@@ -14,6 +14,7 @@ RUFFED := nbs tests data docs setup.py
 
 # test-matrix: one environment for each Python; on the oldest, the oldest torch of settings.ini
 PYTHONS ?= 3.10 3.11 3.12 3.13
+STEPS   ?= test
 MATRIX  := build/matrix
 OLDEST  := 3.10
 OLDEST_TORCH := torch==2.6.0 torchvision==0.21.0
@@ -24,8 +25,13 @@ export PATH := $(BIN):$(PATH)
 DOCS_STAMP := $(TARGET)/.bitflow_edu-docs-installed
 MATHJAX := mathjax@3.2.2
 
+# slides: Marp from npm, once
+MARP := @marp-team/marp-cli@4.5.1
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix lint format lab notebooks readme export weights playground docs
+.PHONY: help setup demo test test-matrix test-alone lint format lab notebooks readme export weights playground slides \
+  docs
+.PHONY: test-generated test-code test-notebooks test-malformed dist
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -49,16 +55,28 @@ demo: $(STAMP)  ## train F and G on real digits (about 5 minutes on 2 cores), wr
 test: $(STAMP)  ## everything that CI runs: style, generated files, pytest, every notebook
 	@echo "1/5 style: ruff check and ruff format; make format mends most of it"
 	@$(MAKE) --no-print-directory lint
-	@echo "2/5 generated files: nbdev_clean, nbdev_export and the README must leave nothing changed"
-	@"$(BIN)/python" tests/check_generated.py
+	@echo "2/5 generated files: nbdev_clean, finish_notebooks.py, nbdev_export and the README must leave nothing changed"
+	@$(MAKE) --no-print-directory test-generated
 	@echo "3/5 tests"
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile tests
+	@$(MAKE) --no-print-directory test-code
 	@echo "4/5 notebooks; small models that come with the course are trained anew, for a few steps"
-	RETRAIN=1 OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers 2 --timing
+	@$(MAKE) --no-print-directory test-notebooks
 	@echo "5/5 malformed input, at random, for 100 seconds"
+	@$(MAKE) --no-print-directory test-malformed
+
+test-generated: $(STAMP)
+	@"$(BIN)/python" tests/check_generated.py
+
+test-code: $(STAMP)
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile tests
+
+test-notebooks: $(STAMP)
+	RETRAIN=1 OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers 2 --timing
+
+test-malformed: $(STAMP)
 	"$(BIN)/python" tests/fuzz.py
 
-test-matrix:  ## make test on every Python found, each in build/matrix (PYTHONS="3.10 3.13": only those)
+test-matrix:  ## make test on every Python found, each in build/matrix (PYTHONS="3.10 3.13": only those; STEPS=test-code: only that)
 	@mkdir -p $(MATRIX) && printf '%s\n' $(OLDEST_TORCH) > $(MATRIX)/oldest.txt
 	@ran=; for v in $(PYTHONS); do \
 	  found=; for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python; do \
@@ -67,10 +85,13 @@ test-matrix:  ## make test on every Python found, each in build/matrix (PYTHONS=
 	  pins=; if [ $$v = $(OLDEST) ]; then pins=$(MATRIX)/oldest.txt; fi; \
 	  echo "Python $$v$${pins:+ with $(OLDEST_TORCH)}"; \
 	  [ -x $(MATRIX)/$$v/bin/python ] || "$$found" -m venv $(MATRIX)/$$v || exit 1; \
-	  PIP_CONSTRAINT=$$pins $(MAKE) --no-print-directory test VIRTUAL_ENV="$(CURDIR)/$(MATRIX)/$$v" || exit 1; \
+	  PIP_CONSTRAINT=$$pins $(MAKE) --no-print-directory $(STEPS) VIRTUAL_ENV="$(CURDIR)/$(MATRIX)/$$v" || exit 1; \
 	  ran="$$ran $$v"; done; \
 	if [ -z "$$ran" ]; then echo "none of these Pythons was found: $(PYTHONS)"; exit 1; fi; \
 	echo "passed on Python$$ran"
+
+test-alone: $(STAMP)  ## run each lesson alone: the installed wheel, an empty folder, no network (NB=...: only that)
+	"$(BIN)/python" tests/alone.py $(if $(filter command line environment,$(origin NB)),$(NB))
 
 lint: $(STAMP)  ## the style of notebooks, tests and scripts; changes nothing
 	@"$(BIN)/ruff" check $(RUFFED)
@@ -87,10 +108,12 @@ notebooks: $(STAMP)  ## execute every notebook at reading scale and store its ou
 	@for nb in $(NB); do echo "executing $$nb"; \
 	  "$(BIN)/jupyter" nbconvert --log-level ERROR --to notebook --execute --inplace "$$nb" || exit 1; done
 	"$(BIN)/nbdev_clean"
+	"$(BIN)/python" nbs/finish_notebooks.py
 	"$(BIN)/python" nbs/make_readme.py
 
 export: $(STAMP)  ## write bitflow_edu/ and README.md from the notebooks
 	"$(BIN)/nbdev_clean"
+	"$(BIN)/python" nbs/finish_notebooks.py
 	"$(BIN)/nbdev_export"
 	"$(BIN)/python" nbs/make_readme.py
 
@@ -100,8 +123,20 @@ readme: $(STAMP)  ## write README.md from nbs/index.ipynb
 weights: $(STAMP)  ## copy the models of runs/demo into data/mnist-mini, where the lessons load them
 	"$(BIN)/python" data/make_weights.py runs/demo --to mnist-mini --results results/demo-mnist-mini.json
 
+dist: $(TARGET)/bin/python  ## build the source distribution and the wheel into dist/
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check build
+	"$(BIN)/python" -m build
+
 playground: $(STAMP)  ## build build/playground.html: draw, edit and race F and G in a browser
 	"$(BIN)/python" docs/playground/build.py
+
+build/marp:
+	mkdir -p $@.part
+	PUPPETEER_SKIP_DOWNLOAD=1 npm install --silent --no-audit --no-fund --prefix $@.part $(MARP)
+	mv $@.part $@
+
+slides: $(STAMP) build/marp  ## a deck for each lesson, HTML and PDF, in build/decks; needs npm, chromium
+	"$(BIN)/python" docs/slides/build.py $(LESSONS)
 
 $(DOCS_STAMP): $(STAMP)
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e ".[docs]"

@@ -11,7 +11,9 @@ parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 groups = ("notebooks", "perceptual", "scale", "export", "dev", "docs")
 extras = {name: cfg[f"{name}_requirements"].split() for name in groups}
-# data/ travels inside the package, where bitflow_edu.io.files.asset finds it
+# data/ and the numbers of results/ travel inside the package, where bitflow_edu.io.files.asset
+# finds them: lessons run wherever the package is installed
+travelling = {"bitflow_edu.assets": "data", "bitflow_edu.assets.results": "results"}
 assets = "*.npz */*.json */*.safetensors */*/*.json */*/*.safetensors */*/*.jsonl */README.md"
 
 setup(
@@ -32,9 +34,12 @@ setup(
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
-    packages=[*find_packages(include=["bitflow_edu", "bitflow_edu.*"]), "bitflow_edu.assets"],
-    package_dir={"bitflow_edu.assets": "data"},
-    package_data={"bitflow_edu.assets": ["README.md", *assets.split()]},
+    packages=[*find_packages(include=["bitflow_edu", "bitflow_edu.*"]), *travelling],
+    package_dir=travelling,
+    package_data={
+        "bitflow_edu.assets": ["README.md", *assets.split()],
+        "bitflow_edu.assets.results": ["*.json"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Education",

@@ -3,18 +3,15 @@
 # %% ../nbs/15_editing.ipynb #52083592
 from __future__ import annotations
 
-import io
 import math
 from functools import partial
 
 import torch
 import torch.nn.functional as nnf
-from PIL import Image
 from torch import Tensor
 
-from .data import Images, image_grid, patchify
+from .data import patchify
 from .guidance import guided_pass
-from .inverse_strategies import check_pair
 from bitflow_edu.io.checks import (
     check_finite,
     check_labels,
@@ -306,155 +303,3 @@ def auc(inside: Tensor, outside: Tensor) -> float:
     check_scores(inside, outside)
     higher, tie = outside[:, None] > inside[None], outside[:, None] == inside[None]
     return (higher.float() + 0.5 * tie.float()).mean().item()
-
-# %% ../nbs/15_editing.ipynb #42deca7f
-class Editor:
-    "The widget's logic: from a painted mask, a class and a guidance scale to a picture."
-
-    def __init__(self, forward: TARFlow, reverse: ReverseModel, images: Images, cells: int = 8):
-        check_pair(forward, reverse)
-        side = images.pixels.shape[-1]
-        if len(images) < 1 or cells < 1 or side % cells:
-            raise BitflowError(
-                f"{cells} cells a side do not divide {len(images)} images of {side} pixels; "
-                "give at least one image and a divisor of its size"
-            )
-        self.forward, self.reverse, self.images, self.cells = forward, reverse, images, cells
-        self.seed = 0
-        self.choose(0)
-
-    def choose(self, index: int):
-        "Take an image: its own class, no guidance, nothing hidden."
-        self.index, self.c, self.w = index, int(self.images.labels[index]), 0.0
-        self.hidden = torch.zeros(self.cells, self.cells, dtype=torch.bool)
-
-    def toggle(self, row: int, column: int):
-        "Hide a cell, or show it again."
-        self.hidden[row, column] ^= True
-
-    @property
-    def mask(self):
-        "The painted mask in pixels, bool `(H, W)`, True: known."
-        size = self.images.pixels.shape[-1] // self.cells
-        return ~self.hidden.repeat_interleave(size, 0).repeat_interleave(size, 1)
-
-    def result(self):
-        "The edited image `(1, C, H, W)`: encoded with its own class, decoded with the chosen one."
-        own = self.images[[self.index]]
-        to, eps = torch.tensor([self.c]), sample_noise(self.forward.cfg, 1, self.seed)
-        w = self.w or None
-        return inpaint(self.forward, self.reverse, own.x, self.mask, own.labels, w, to, eps)
-
-# %% ../nbs/15_editing.ipynb #19d436a5
-def as_png(x: Tensor, scale: int = 10) -> bytes:
-    "Images `(N, C, H, W)` in a row, every pixel `scale` pixels wide, as the bytes of a PNG file."
-    picture, buffer = Image.fromarray(image_grid(x, len(x))), io.BytesIO()
-    size = picture.width * scale, picture.height * scale
-    picture.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def editor_png(logic: Editor) -> bytes:
-    "What the widget shows: the hole in grey, the result, and the result with known pixels pasted."
-    x, y = logic.images[[logic.index]].x, logic.result()
-    return as_png(torch.cat([hide(x, logic.mask, 0.0), y, paste(x, y, logic.mask)]))
-
-# %% ../nbs/15_editing.ipynb #7b0efc3f
-def widgets_library():
-    "ipywidgets, imported when needed. `BitflowError` where it is missing."
-    try:
-        import ipywidgets
-    except ImportError as e:
-        raise BitflowError(
-            "the editor needs ipywidgets, which is missing; "
-            "install it with: pip install ipywidgets, and run this in JupyterLab"
-        ) from e
-    return ipywidgets
-
-
-def cell_colors(logic: Editor) -> list:
-    "A colour for each cell, row by row: orange where hidden, else the grey of the image there."
-    image = logic.images[[logic.index]].x.mean(dim=1, keepdim=True)
-    grey = nnf.adaptive_avg_pool2d(image, logic.cells).flatten()
-    shades = ((grey + 1) * 127.5).clamp(0, 255).int().tolist()
-    hidden = logic.hidden.flatten().tolist()
-    return ["#E69F00" if h else f"rgb({s},{s},{s})" for h, s in zip(hidden, shades)]
-
-# %% ../nbs/15_editing.ipynb #c660eb5b
-def cell_buttons(widgets, logic: Editor, changed) -> list:
-    "A button for each cell; a click hides or shows it and calls `changed()`."
-    square = {"width": "24px", "height": "24px", "margin": "0px", "padding": "0px"}
-
-    def clicked(place, _):
-        logic.toggle(*divmod(place, logic.cells))
-        changed()
-
-    buttons = []
-    for place in range(logic.cells**2):
-        buttons.append(widgets.Button(layout=widgets.Layout(**square)))
-        buttons[-1].on_click(partial(clicked, place))
-    return buttons
-
-# %% ../nbs/15_editing.ipynb #dc2c5982
-def controls(widgets, logic: Editor, changed) -> dict:
-    "The other inputs by name: image, class, w, and a button for new noise."
-    top, last = logic.reverse.cfg.max_guidance or 3.0, len(logic.images) - 1
-    classes = [(name, i) for i, name in enumerate(logic.images.classes)]
-    return {
-        "index": widgets.IntSlider(0, 0, last, description="image"),
-        "c": widgets.Dropdown(options=classes, value=logic.c, description="class"),
-        "w": widgets.FloatSlider(0.0, min=0.0, max=top, step=top / 12, description="guidance w"),
-        "seed": widgets.Button(description="new noise"),
-        "clear": widgets.Button(description="clear the mask"),
-    }
-
-
-def editor(forward: TARFlow, reverse: ReverseModel, images: Images, cells: int = 8):
-    "A widget: hide cells, choose class and w, see the result. `BitflowError` without ipywidgets."
-    widgets, logic = widgets_library(), Editor(forward, reverse, images, cells)
-    return connect(widgets, logic)
-
-# %% ../nbs/15_editing.ipynb #42f5c168
-def connect(widgets, logic: Editor):
-    "Buttons, sliders and a picture around an `Editor`."
-    picture = widgets.Image(format="png", layout=widgets.Layout(width="510px"))
-
-    def draw():
-        picture.value = editor_png(logic)
-        for button, color in zip(buttons, cell_colors(logic)):
-            button.style.button_color = color
-
-    buttons, inputs = cell_buttons(widgets, logic, draw), controls(widgets, logic, draw)
-    listen(logic, inputs, draw)
-    draw()
-    columns, width = f"repeat({logic.cells}, 25px)", f"{26 * logic.cells}px"
-    layout = widgets.Layout(grid_template_columns=columns, width=width)
-    grid = widgets.GridBox(buttons, layout=layout)
-    return widgets.VBox([widgets.HBox([grid, widgets.VBox(list(inputs.values()))]), picture])
-
-# %% ../nbs/15_editing.ipynb #c1156111
-def listen(logic: Editor, inputs: dict, draw):
-    "Tell the logic what the inputs say, then draw."
-
-    def chosen(change):  # another image: class, w and mask start anew
-        logic.choose(change["new"])
-        inputs["c"].value, inputs["w"].value = logic.c, logic.w
-        draw()
-
-    def changed(name, change):
-        setattr(logic, name, change["new"])
-        draw()
-
-    def new_noise(_):
-        logic.seed += 1
-        draw()
-
-    def clear(_):
-        logic.hidden.zero_()
-        draw()
-
-    inputs["index"].observe(chosen, "value")
-    inputs["c"].observe(partial(changed, "c"), "value")
-    inputs["w"].observe(partial(changed, "w"), "value")
-    inputs["seed"].on_click(new_noise)
-    inputs["clear"].on_click(clear)

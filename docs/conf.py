@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from contents import ROOT  # noqa: E402  beside this file
-from stage import MATHJAX, SOURCE, settings  # noqa: E402
+from stage import DECKS, MATHJAX, SOURCE, settings  # noqa: E402
 
 ini = settings()
 project, author, release = ini["title"], ini["author"], ini["version"]
@@ -34,7 +34,8 @@ html_search_scorer = str(ROOT / "docs" / "search_order.js")
 if MATHJAX.exists():  # else formulas come from Sphinx's default address; make docs says so
     mathjax_path = MATHJAX.name
 PLAYGROUND = ROOT / "build" / "playground.html"
-html_extra_path = [str(PLAYGROUND)] if PLAYGROUND.exists() else []
+# a folder's contents are copied, so that the decks are in slides/
+html_extra_path = [str(path) for path in (PLAYGROUND, DECKS.parent) if path.exists()]
 html_theme_options = {
     "repository_url": ini["git_url"],
     "repository_branch": ini["branch"],

@@ -16,6 +16,7 @@ PARTS = (
     ("V. Use", range(15, 17)),
     ("VI. Beyond", range(17, 20)),
 )
+CHANGES = "docs/CHANGELOG.md"
 WINGS = {
     "io": "Files, datasets, images, models and checkpoints, results, checks of arguments",
     "scale": "Many processes, latents, streamed evaluation, alarms, costs",
@@ -73,15 +74,17 @@ def sections():
     solved = notebooks("nbs/solutions")
     teaching = (*notebooks("nbs/teaching"), *assignments(), "nbs/figures/README.md")
     documents = sorted(p.name for p in ROOT.glob("*.md") if p.name != "README.md")
-    project = ("nbs/index.ipynb", "results/README.md", "results/EXPERIMENTS.md")
+    guides = ("docs/README.md", "docs/playground/README.md", "docs/slides/README.md")
+    project = ("nbs/index.ipynb", "nbs/guide.ipynb", "nbs/measured.ipynb")
+    results = ("results/README.md", "results/EXPERIMENTS.md")
     return [
         *lessons(),
         Section("Excursions", notebooks("nbs/excursions")),
         Section("Solutions", solved, "nbs/solutions/index.md", ABOUT_SOLUTIONS),
         Section("Teaching", teaching),
-        Section("The project", (*project, "data/README.md", *documents)),
+        Section("The project", (*project, *results, "data/README.md", *documents, CHANGES)),
         *wings(),
-        Section("Site", ("nbs/api.ipynb", "docs/README.md", "docs/playground/README.md")),
+        Section("Site", ("nbs/api.ipynb", *guides)),
     ]
 
 

@@ -12,28 +12,23 @@ import os
 import re
 import shutil
 import sys
-from configparser import ConfigParser
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "nbs")]
 
 from api_pages import api_pages  # noqa: E402  beside this file
-from contents import ROOT, label, sections  # noqa: E402
+from contents import ROOT, label, lessons, sections  # noqa: E402
+from finish_notebooks import settings  # noqa: E402  in nbs
+from slides.prose import directives, without_marks  # noqa: E402
 
 SOURCE = ROOT / "build" / "docs-source"
+DECKS = ROOT / "build" / "decks" / "slides"  # what make slides has built
 MATHJAX = ROOT / "build" / "mathjax" / "package" / "es5" / "tex-svg-full.js"
 STATIC = (ROOT / "docs" / "style.css", ROOT / "results" / "demo-mnist-mini.png", MATHJAX)
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)\s]*\))")
-DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-
-
-def settings():
-    """What settings.ini says about the project."""
-    parser = ConfigParser(delimiters=["="], interpolation=None)
-    parser.read(ROOT / "settings.ini", encoding="utf-8")
-    return parser["DEFAULT"]
 
 
 def on_github(path):
@@ -61,18 +56,17 @@ def linked(text, page, staged):
 
 def code_cell(cell, page, staged):
     """A code cell with tags and alt text in place of nbdev's directives; None: not to be shown."""
-    source = "".join(cell["source"])
-    directives = dict(DIRECTIVE.findall(source))
-    cell["source"] = DIRECTIVE.sub("", source).strip("\n")
-    if not cell["source"]:
+    found, source = directives("".join(cell["source"]))
+    cell["source"] = source.strip("\n")
+    if not cell["source"] or '"google.colab" in sys.modules' in cell["source"]:
         return None
     tags = []
-    if "hide" in directives:
+    if "hide" in found:
         tags.append("remove-input")
-    if {"export", "exporti"} & directives.keys():
+    if {"export", "exporti"} & found.keys():
         tags.append("exported")
     cell["metadata"]["tags"] = tags
-    alt = directives.get("fig-alt", "A picture that the code above draws")
+    alt = found.get("fig-alt", "A picture that the code above draws")
     cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
     for output in cell["outputs"]:
         data = output.get("data", {})
@@ -92,6 +86,37 @@ def solutions_link(path, cells):
     return [{"cell_type": "markdown", "id": "solutions", "metadata": {}, "source": source}]
 
 
+def deck_links(path):
+    """Pairs of a name and a file for the slides of a lesson, as far as they are built."""
+    kinds = (("HTML", "html"), ("PDF", "pdf"))
+    files = [(name, f"{Path(path).stem}.{suffix}") for name, suffix in kinds]
+    return [(name, file) for name, file in files if (DECKS / file).exists()]
+
+
+def slides_link(path):
+    """A cell that leads to a lesson's slides, where they are built."""
+    links = deck_links(path)
+    if Path(path).parent.name != "nbs" or not links:
+        return []
+    named = [f'<a href="../slides/{file}">{name}</a>' for name, file in links]
+    source = f"Slides of this lesson: {', '.join(named)}."
+    return [{"cell_type": "markdown", "id": "slides", "metadata": {}, "source": source}]
+
+
+def slides_page():
+    """The page that lists all decks; empty where none are built."""
+    lines = []
+    for path in [page for section in lessons() for page in section.pages]:
+        named = [f'<a href="{file}">{name}</a>' for name, file in deck_links(path)]
+        if named:
+            lines.append(f"| [{label(path)}](/{path}) | {', '.join(named)} |")
+    if not lines:
+        return ""
+    text = "One deck for each lesson, made from its cells. In the HTML file, `p` opens the view of "
+    text += "the speaker with notes, and `f` fills the screen."
+    return "\n".join(["# Slides", "", text, "", "| lesson | slides |", "|---|---|", *lines, ""])
+
+
 def notebook(path, staged):
     """The notebook as the site shows it, as JSON."""
     found = json.loads((ROOT / path).read_text(encoding="utf-8"))
@@ -103,10 +128,10 @@ def notebook(path, staged):
         if cell["cell_type"] == "code":
             cell = code_cell(cell, path, staged)
         else:
-            cell["source"] = linked("".join(cell["source"]), path, staged)
+            cell["source"] = linked(without_marks("".join(cell["source"])), path, staged)
         if cell is not None:
             cells.append(cell)
-    found["cells"] = cells + solutions_link(path, cells)
+    found["cells"] = cells[:1] + slides_link(path) + cells[1:] + solutions_link(path, cells)
     return json.dumps(found, ensure_ascii=False)
 
 
@@ -130,13 +155,16 @@ def index_page(section):
     return f"# {section.caption}\n\n{section.text}\n\n{pages}"
 
 
-def site_contents(found):
-    """The toctrees of the front page."""
+def site_contents(found, slides=False):
+    """The toctrees of the front page; `slides`: there is a page that lists decks."""
     wings = [(s.caption, s.index) for s in found if s.index and s.caption.islower()]
     trees = []
     for section in found:
         if not section.index:
-            trees.append(toctree(labelled(section.pages), section.caption))
+            pages = labelled(section.pages)
+            if slides and section.caption == "Teaching":
+                pages.append(("Slides", "slides/index.md"))
+            trees.append(toctree(pages, section.caption))
         elif section.caption == "Solutions":
             trees.append(toctree([("Solutions", section.index)]))
     reference = toctree([("API", "api/index.md")], "Reference")
@@ -172,6 +200,8 @@ def main():
     found = sections()
     pages = [page for section in found for page in section.pages]
     indices = {section.index: index_page(section) for section in found if section.index}
+    if slides := slides_page():
+        indices["slides/index.md"] = slides
     staged = {*pages, *indices, *pictures()}
     files = [copy(ROOT / path, path) for path in pictures()]
     files += [copy(path, f"_static/{path.name}") for path in STATIC if path.exists()]
@@ -184,7 +214,8 @@ def main():
     for path, text in {**indices, **api_pages(on_github)}.items():
         files.append(write(path, text))
     front = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    files.append(write("index.md", front.replace("<!-- CONTENTS -->", site_contents(found))))
+    trees = site_contents(found, bool(slides))
+    files.append(write("index.md", front.replace("<!-- CONTENTS -->", trees)))
     for file in SOURCE.rglob("*"):
         if file.is_file() and file not in files:
             file.unlink()

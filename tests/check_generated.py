@@ -1,4 +1,4 @@
-"""Fail when nbdev_clean, nbdev_export or the README would leave a difference, in any folder.
+"""Fail when what writes notebooks, modules or the README would leave a difference, in any folder.
 
 New files count, and so do modules that no notebook writes any more. What is compared is the
 state before and after, so that uncommitted work does not matter.
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("finish_notebooks.py", "make_readme.py")
 WATCHED = ("nbs", "bitflow_edu", "README.md", "pyproject.toml")
 
 
@@ -37,13 +38,13 @@ def orphans():
 def main():
     """Run the generators and name what they changed."""
     before, bin_ = state(), Path(sys.executable).parent
-    readme = [sys.executable, ROOT / "nbs" / "make_readme.py"]
-    for command in ([bin_ / "nbdev_clean"], [bin_ / "nbdev_export"], readme):
+    finish, readme = ([sys.executable, ROOT / "nbs" / name] for name in SCRIPTS)
+    for command in ([bin_ / "nbdev_clean"], finish, [bin_ / "nbdev_export"], readme):
         subprocess.run(command, cwd=ROOT, check=True)
     after = state()
     changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
     if changed:
-        by = "changed by nbdev_clean, nbdev_export or make_readme.py, commit the result: "
+        by = f"changed by nbdev_clean, nbdev_export, {' or '.join(SCRIPTS)}, commit the result: "
         sys.exit(by + ", ".join(changed))
     if left := orphans():
         sys.exit("no notebook writes these any more, delete them: " + ", ".join(left))

@@ -1,25 +1,17 @@
-"""Masks, inpainting, class editing, influence, drift, strangeness, and the editor's logic."""
+"""Masks, inpainting, class editing, influence, drift and strangeness."""
 
-import io
-import sys
 from functools import partial
 
 import pytest
 import torch
-from PIL import Image
 
-from bitflow_edu import editing
-from bitflow_edu.data import Images, patchify
+from bitflow_edu.data import patchify
 from bitflow_edu.editing import (
-    Editor,
     auc,
     check_mask,
-    connect,
     decode,
     drift,
     edit_class,
-    editor,
-    editor_png,
     encode,
     hide,
     influence,
@@ -51,12 +43,6 @@ def pair():
 def batch(n=4, side=6):
     g = torch.Generator().manual_seed(0)
     return torch.rand(n, 1, side, side, generator=g) * 2 - 1, torch.tensor([0, 1, 2, -1])[:n]
-
-
-def small_images(n=3, side=6):
-    g = torch.Generator().manual_seed(1)
-    pixels = torch.randint(256, (n, 1, side, side), generator=g, dtype=torch.uint8)
-    return Images(pixels, torch.arange(n) % 3, ("a", "b", "c"))
 
 
 def window():
@@ -260,58 +246,3 @@ def test_strangeness_and_areas(pair):
     alarms, hits = roc_curve(a, b)
     assert (alarms[0], hits[0], alarms[-1], hits[-1]) == (0, 0, 1, 1)
     assert abs(torch.trapezoid(hits, alarms).item() - auc(a, b)) < 1e-5
-
-
-def test_editor_logic_without_a_browser(pair):
-    state = Editor(*pair, small_images(), cells=3)
-    whole = reconstruct(*pair, state.images.x[:1], state.images.labels[:1])
-    assert state.mask.all() and torch.equal(state.result(), whole)
-    before = editor_png(state)
-    state.toggle(1, 2)
-    assert (~state.mask).nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
-    assert editor_png(state) != before
-    assert Image.open(io.BytesIO(before)).size == (10 * (3 * 6 + 2), 60)
-    noise = state.result()
-    state.seed += 1
-    assert not torch.equal(state.result(), noise)
-    state.c, state.w = 2, 1.0
-    assert state.result().isfinite().all()
-    state.choose(1)
-    assert state.mask.all() and (state.c, state.w) == (1, 0.0)
-    with pytest.raises(BitflowError, match="4 cells"):
-        Editor(*pair, small_images(), cells=4)
-    with pytest.raises(BitflowError, match="num_blocks"):
-        Editor(small_flow(blocks=2), pair[1], small_images())
-
-
-def test_the_widget_calls_the_logic(pair):
-    widgets = pytest.importorskip("ipywidgets")
-    state = Editor(*pair, small_images(), cells=3)
-    box = connect(widgets, state)
-    (grid, inputs), picture = box.children[0].children, box.children[1]
-    image, label, w, seed, clear = inputs.children
-    seen = [picture.value]
-
-    def changed():
-        seen.append(picture.value)
-        return seen[-1] != seen[-2]
-
-    grid.children[4].click()
-    assert state.hidden[1, 1] and changed() and grid.children[4].style.button_color == "#E69F00"
-    seed.click()
-    assert state.seed == 1 and changed()
-    label.value = 2
-    assert state.c == 2 and changed()
-    w.value = 1.0
-    assert state.w == 1.0 and changed()
-    clear.click()
-    assert not state.hidden.any() and changed() and grid.children[4].style.button_color != "#E69F00"
-    image.value = 1
-    assert state.index == 1 and label.value == 1 and w.value == 0 and changed()
-    assert isinstance(editor(*pair, small_images(), cells=3), widgets.VBox)
-
-
-def test_a_missing_ipywidgets_is_named(pair, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(BitflowError, match="pip install ipywidgets"):
-        editing.editor(*pair, small_images(), cells=3)

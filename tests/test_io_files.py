@@ -49,8 +49,10 @@ def test_checksums_in_the_readme_hold():
 
 def test_files_that_come_with_the_package():
     assert asset("mnist-mini.npz").is_file() and asset("chapters").is_dir()
-    with pytest.raises(BitflowError, match="mnist-maxi.npz"):
-        asset("mnist-maxi.npz")
+    assert asset("results").is_dir() and asset("results/classifiers.json").is_file()
+    for name in ("mnist-maxi.npz", "results/none.json", "setup.py"):
+        with pytest.raises(BitflowError, match=name):
+            asset(name)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import (
     MAX_SEED,
+    as_bytes,
     build,
     find_device,
+    from_bytes,
     load_model,
     load_tensors,
     modern_fields,
@@ -237,3 +239,39 @@ def test_one_weight_for_all_distances_is_read_as_one_for_each():
     assert modern_fields(old) == modern_fields(new) == new
     old["feature_weight"] = 0.0
     assert modern_fields(old) == {"features": [], "feature_weights": []}
+
+
+def test_matrices_as_bytes_come_back_nearly_as_they_were(tmp_path):
+    """`torch.int8`: half of bfloat16, and no weight moves by more than half a step of its row."""
+    flow = small_flow()
+    save_model(flow, tmp_path / "small", dtype=torch.int8)
+    save_model(flow, tmp_path / "half", dtype=torch.bfloat16)
+    back = load_model(tmp_path / "small", TARFlow).state_dict()
+    for name, t in flow.state_dict().items():
+        step = t.abs().amax(-1, keepdim=True) / 127 if t.ndim == 2 else t.abs() / 64
+        assert back[name].dtype == torch.float32, name
+        assert ((back[name] - t).abs() <= 0.501 * step).all(), name
+    weights = load_file(tmp_path / "small" / "model.safetensors")
+    matrices = [name for name, t in weights.items() if t.dtype == torch.int8]
+    assert matrices and all(weights[f"{name}.scale"].ndim == 1 for name in matrices)
+
+
+def test_a_scale_that_does_not_fit_is_refused(tmp_path):
+    """Too many rows, or a scale for what is not stored as bytes."""
+    save_model(small_flow(), tmp_path / "m", dtype=torch.int8)
+    path = tmp_path / "m" / "model.safetensors"
+    weights = load_file(path)
+    matrix = next(name for name, t in weights.items() if t.dtype == torch.int8)
+    for bad in (torch.ones(len(weights[matrix]) + 1), weights[f"{matrix}.scale"][:, None]):
+        save_file({**weights, f"{matrix}.scale": bad}, path)
+        with pytest.raises(BitflowError, match="do not fit"):
+            load_model(tmp_path / "m", TARFlow)
+    save_file({**weights, matrix: weights[matrix].float()}, path)
+    with pytest.raises(BitflowError, match="do not fit"):
+        load_model(tmp_path / "m", TARFlow)
+
+
+def test_rows_of_zeros_survive_as_bytes():
+    """A projection that starts at zero has no largest weight."""
+    stored = as_bytes("w", torch.zeros(3, 4))
+    assert torch.equal(from_bytes(stored)["w"], torch.zeros(3, 4))

@@ -50,6 +50,14 @@ def test_a_results_file_that_cannot_be_read_is_named(tmp_path):
             load_result(name, tmp_path)
 
 
+def test_results_that_come_with_the_course_are_found_anywhere(tmp_path, monkeypatch):
+    """By name alone, whatever the current folder; another name is refused in a sentence."""
+    monkeypatch.chdir(tmp_path)
+    assert load_result("classifiers")["name"] == "classifiers"
+    with pytest.raises(BitflowError, match="no results named 'none'.*measure"):
+        load_result("none")
+
+
 def test_the_commit_is_that_of_the_package(monkeypatch):
     git = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
     head = subprocess.run(git, capture_output=True, text=True)

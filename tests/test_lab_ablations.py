@@ -64,7 +64,7 @@ def table_of(*rows):
         ([((1.1, 2.12, 3.1), 10), ((1, 2, 3), 20)], "row 0 before row 1: other order, -0.107"),
         ([((1, 2, 3), 10), ((2, 2, 2.5), 20)], "row 0 before row 1: undecided"),
         ([((1,), 10), ((2,), 20)], "row 0 before row 1: undecided, +1"),
-        ([((1, 2), None), ((2, 3), 3)], "the paper has no figures"),
+        ([((1, 2), None), ((2, 3), 3)], "no order of these rows was published"),
     ],
 )
 def test_verdict(rows, word):

@@ -3,7 +3,6 @@
 import ast
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import venv
@@ -12,33 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from alone import CLEAN, ROOT, copied_sources, output
 from PIL import Image
 
 from bitflow_edu.io.images import FORMATS, MAX_BYTES, MAX_PIXELS
 from bitflow_edu.lab.preset_fields import MOST_BYTES, MOST_NODES, UniqueKeys
-
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = "setup.py settings.ini pyproject.toml MANIFEST.in README.md SECURITY.md LICENSE".split()
-OUTSIDE = ("PYTHONPATH", "BITFLOW_DATA", "VIRTUAL_ENV", "CONDA_PREFIX", "MAKEFLAGS", "MFLAGS")
-CLEAN = {k: v for k, v in os.environ.items() if k not in OUTSIDE} | {"OMP_NUM_THREADS": "1"}
-
-
-def output(*command, cwd, env=CLEAN):
-    """What a command prints; it must succeed."""
-    words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
-
-
-def copied_sources(to):
-    """What the distributions are built from, without what building left in this folder before."""
-    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.part")
-    for name in ("bitflow_edu", "data"):
-        shutil.copytree(ROOT / name, to / name, ignore=unwanted)
-    for name in SOURCES:
-        shutil.copy(ROOT / name, to / name)
-    return to
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +36,18 @@ def test_both_ways_to_a_wheel_give_the_same_files(wheels):
     sdist, tree = ({i.filename: i.CRC for i in zipfile.ZipFile(w).infolist()}
                    for w in wheels.values())  # fmt: skip
     assert sdist == tree
-    tracked = output("git", "ls-files", "data", "bitflow_edu", cwd=ROOT).split()
-    assets = [name.replace("data/", "bitflow_edu/assets/", 1) for name in tracked]
+    where = ("data", "bitflow_edu", "results/*.json")
+    tracked = output("git", "ls-files", *where, cwd=ROOT).split()
+    moved = [name.replace("results/", "data/results/") for name in tracked]
+    assets = [name.replace("data/", "bitflow_edu/assets/", 1) for name in moved]
     assert set(assets) - set(tree) <= {"bitflow_edu/assets/SHA256SUMS"}
+
+
+def test_the_wheel_stays_small(wheels):
+    """It brings weights, digits and results, and is loaded over whatever network there is."""
+    assert wheels["tree"].stat().st_size < 60e6
+    names = zipfile.ZipFile(wheels["tree"]).namelist()
+    assert "bitflow_edu/assets/results/demo-mnist-mini.json" in names
 
 
 @pytest.fixture(params=("sdist", "tree"))

@@ -303,7 +303,7 @@ def write_figures(out: Path, preset: str, args, config: dict, found: list, start
     took = time.perf_counter() - start
     path = save_results(out.parent, name, preset, command, config, found, took)
     show(found)
-    print(f"figures in {path}")
+    print(f"results in {path}")
 
 # %% ../../nbs/cli/common.ipynb #c00f6ee1
 def whole_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -203,7 +203,7 @@ def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float
     save_results(args.results, stem, preset.name, command, config, found, took)
     picture = ablations.draw_table(found, f"{name}, {preset.name}")
     picture.savefig(args.results / f"{stem}.png", dpi=110)
-    print(f"{name}: {verdict}; figures in {args.results / stem}.json")
+    print(f"{name}: {verdict}; results in {args.results / stem}.json")
 
 # %% ../../nbs/cli/lab.ipynb #7c320045
 def run_ablate(args: Ablate):
@@ -228,7 +228,7 @@ def run_guard(args: Reproduce):
     device = models.find_device(args.device)
     if args.record:
         new_outputs(args.results / f"{reproduce.GUARD}.json", ".json", option="--results")
-        print(f"figures in {reproduce.record_guard(args.results, device=device)}")
+        print(f"results in {reproduce.record_guard(args.results, device=device)}")
         return
     stored, new = load_result(reproduce.GUARD, args.results), reproduce.brief_figures(0, device)
     moved = []
@@ -261,7 +261,7 @@ def run_reproduce(args: Reproduce, main: Callable):
         more += ["--data-root", str(args.data_root)]
     for name in args.names:
         reproduce.run_experiment(name, args.budget, args.out, args.results, main, tuple(more))
-    print(f"all figures: {reproduce.write_results_index(args.results)}")
+    print(f"all results: {reproduce.write_results_index(args.results)}")
 
 # %% ../../nbs/cli/lab.ipynb #da325fee
 def peak_process_memory_mb() -> float | None:
@@ -328,4 +328,4 @@ def run_demo(args: Demo):
     result = json.loads(path.read_text(encoding="utf-8"))
     check_drawn(result["measurements"])  # a report needs figures
     write_report(report, result, done.samples, forward, reverse, test)
-    print(f"figures in {path}\nreport: {report}")
+    print(f"results in {path}\nreport: {report}")

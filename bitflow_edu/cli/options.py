@@ -294,7 +294,7 @@ class Ablate(Common):
 @dataclass(frozen=True)
 class Reproduce:
     """Run the experiments behind the project's tables, skip those whose result stands, and write
-    the page of all figures."""
+    the page of all results."""
 
     # Experiments, e.g. mnist-full cifar10-main; none: only write the page anew.
     names: Positional[tuple[str, ...]] = ()

@@ -34,11 +34,12 @@ def first_sentence(error: Exception) -> str:
 
 # %% ../../nbs/io/files.ipynb #febb1b8a
 def asset(
-    name: str,  # a file or folder below `data/`, e.g. "mnist-mini.npz"
+    name: str,  # below `data/`, e.g. "mnist-mini.npz", or in `results`: "results/classifiers.json"
 ) -> Path:
-    "A file of the course, in the installed package or in the repository's `data/`."
+    "A file or folder that comes with the course, in the installed package or in the repository."
     here = Path(str(files("bitflow_edu")))
-    for folder in (here / "assets", here.parent / "data"):
+    top = here.parent if Path(name).parts[:1] == ("results",) else here.parent / "data"
+    for folder in (here / "assets", top):
         if (folder / name).exists():
             return folder / name
     raise BitflowError(

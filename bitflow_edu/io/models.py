@@ -167,17 +167,46 @@ def report_damage(path: Path):
         hint = "use another checkpoint (pickles are never loaded)"
         raise BitflowError(f"{path} is not an intact safetensors file ({e}); {hint}") from e
 
+# %% ../../nbs/io/models.ipynb #8b1d5c31
+SCALE = ".scale"  # what follows the name of an 8-bit tensor, for the scales of its rows
+
+
+def as_bytes(name: str, t: torch.Tensor) -> dict:
+    "A matrix as 8-bit integers and the scales of its rows; another tensor as bfloat16. By name."
+    if t.ndim != 2:
+        return {name: t.bfloat16()}
+    scale = t.float().abs().amax(dim=1).clamp(min=1e-30) / 127
+    return {name: (t.float() / scale[:, None]).round().to(torch.int8), name + SCALE: scale}
+
+
+def without_scales(named: dict) -> dict:
+    "What remains without the scales of 8-bit tensors."
+    scales = {name + SCALE for name in named}
+    return {name: value for name, value in named.items() if name not in scales}
+
+
+def from_bytes(tensors: dict) -> dict:
+    "The same tensors, in float32 where they were stored as 8-bit integers with a scale."
+    found = without_scales(tensors)
+    for name, t in found.items():
+        if (scale := tensors.get(name + SCALE)) is not None:
+            if t.dtype != torch.int8 or t.ndim != 2 or scale.shape != t.shape[:1]:
+                raise ValueError(f"{name} and {name}{SCALE} do not fit each other")
+            found[name] = t.float() * scale[:, None]
+    return found
+
 # %% ../../nbs/io/models.ipynb #257e2055
 def read_tensors(path: Path) -> dict:
     "The tensors of a safetensors file; pickles and damaged files are refused."
     with report_damage(path):
-        return todays_tensors(load_file(path))
+        return todays_tensors(from_bytes(load_file(path)))
 
 
 def read_shapes(path: Path) -> dict:
     "The shapes in the header of a safetensors file, by name; no tensor is read."
     with report_damage(path), safe_open(path, "pt") as file:
-        return todays_tensors({k: tuple(file.get_slice(k).get_shape()) for k in file.keys()})
+        shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+    return todays_tensors(without_scales(shapes))
 
 # %% ../../nbs/io/models.ipynb #9f6d3b0e
 def looks(t: torch.Tensor) -> str:
@@ -205,13 +234,13 @@ def save_model(
     model: nn.Module,  # built as `type(model)(model.cfg)`
     folder: Path,  # created
     weights: dict = None,  # tensors to store instead of the model's own
-    dtype: torch.dtype = None,  # storage type of floats, e.g. `torch.bfloat16`
+    dtype: torch.dtype = None,  # storage type of floats, `torch.bfloat16` or `torch.int8`
 ):
     "Write what `load_model` needs, `config.json` and `model.safetensors`, or raise `BitflowError`."
     folder, stored = Path(folder), {}
     for name, t in (weights or model.state_dict()).items():
-        to = dtype if t.is_floating_point() else None
-        stored[name] = t.detach().to("cpu", to).contiguous()
+        t, to = t.detach().cpu(), dtype if t.is_floating_point() else None
+        stored |= as_bytes(name, t) if to is torch.int8 else {name: t.to(to).contiguous()}
     config = {"kind": type(model).__name__, "config": dataclasses.asdict(model.cfg)}
     with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .files import BitflowError, read_json, write_atomically
+from .files import BitflowError, asset, read_json, write_atomically
 
 # %% auto #0
 __all__ = ['hardware', 'versions', 'commit', 'measurement', 'time_per_image', 'now', 'save_results', 'results_text',
@@ -152,10 +152,14 @@ def with_row_names(result: dict) -> dict:
 # %% ../../nbs/io/results.ipynb #93d6dd28
 def load_result(
     name: str,  # of a file in the folder, without .json
-    folder="../results",  # where results are kept; as seen from a notebook of this course
+    folder: str | Path | None = None,  # where it is; None: the results that come with the course
 ) -> dict:
     "A results file. `BitflowError` where it is missing or damaged."
-    path = Path(folder) / f"{name}.json"
+    path = Path(asset("results") if folder is None else folder) / f"{name}.json"
+    if folder is None and not path.exists():
+        raise BitflowError(
+            f"no results named {name!r} come with bitflow_edu; measure first, or name a folder"
+        )
     return with_row_names(read_json(path, "measure it first, or name another folder", object))
 
 # %% ../../nbs/io/results.ipynb #b2f309f4

@@ -340,10 +340,10 @@ def section_of(result: dict, line: dict) -> str:
     return f"## {name}\n\n{how}\n\n{picture}{body}\n"
 
 # %% ../../nbs/lab/reproduce.ipynb #5078d966
-PAGE = """# All figures
+PAGE = """# All results
 
 Written from the files in this folder by `bitflow reproduce`. Pictures show the first samples of \
-their seed, not chosen ones. A figure can be made again with the command that stands above it.
+their seed, not chosen ones. A number can be made again with the command that stands above it.
 Where a table has several seeds, each seed has its own models and its own noise, shared by all \
 rows; numbers are means with their 95% intervals, and differences are taken in pairs, seed by seed.
 
@@ -379,7 +379,7 @@ Written by `bitflow reproduce` from the list that it runs. `bitflow reproduce NA
 stopped, and leaves out what is done;
 each can also be run alone. The same seed gives the same figures on the same machine \
 with the same number of threads. What has been done, and what came out, is on \
-[the page of all figures](README.md).
+[the page of all results](README.md).
 
 `gpu` is the experiment as it should be. `gpu-short` fits a GPU that is lent for a quarter of an \
 hour: budgets of minutes, so that the schedule always ends, and models of fewer than 15M \

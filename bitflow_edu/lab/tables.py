@@ -191,16 +191,23 @@ def scaling(preset: Preset) -> list:
 
 # %% ../../nbs/lab/tables.ipynb #8adc6920
 CLIP = 1.0  # of the table: the unclipped F of mnist-mini reaches |α| = 2 and |μ| = 7
+WIDE_CLIP = 2.0  # with a tenth of the noise: half of the first block's |α| are larger
 
 
 def norm_control(preset: Preset) -> list:
-    "F's states clipped where the clip binds, or divided by their size; squared errors alone."
+    """F's states clipped where the clip binds, or divided by their size, by squared errors alone:
+    with the preset's noise, and with a tenth of it, where F stretches more and its states grow."""
     free, clip, normal = forward(clip=0.0), forward(clip=CLIP), objective(normalise=True)
+    less = forward(noise_std=preset.forward.noise_std / 10)
+    wide, words = forward(clip=WIDE_CLIP), ", a tenth of the noise"
     return [
         Row("none", (MSE, free), paper=45.54),
         Row("clip", (MSE, clip), paper=31.88),
         Row("normalise", (MSE, free, normal)),
         Row("clip + normalise", (MSE, clip, normal)),
+        Row(f"none{words}", (MSE, free, less)),
+        Row(f"clip{words}", (MSE, wide, less), versus=f"none{words}"),
+        Row(f"normalise{words}", (MSE, free, less, normal), versus=f"none{words}"),
     ]
 
 # %% ../../nbs/lab/tables.ipynb #57ea9cd0

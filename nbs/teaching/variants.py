@@ -64,7 +64,8 @@ def notebook(name: str, seed: str) -> str:
     "An assignment as the text of a notebook."
     cells = [notebook_cell(c, name, i) for i, c in enumerate(assignment(name, seed))]
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
-    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    about = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    whole = {"cells": cells, "metadata": about, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(whole, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
