@@ -123,7 +123,8 @@ def digits(device):
 def channel_units(device, dtype):
     "Mean and spread of ImageNet's channels, each `(3, 1, 1)`; put on a device once."
     stats = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return [torch.tensor(v, device=device, dtype=dtype)[:, None, None] for v in stats]
+    with torch.inference_mode(False):  # training may use them next
+        return [torch.tensor(v, device=device, dtype=dtype)[:, None, None] for v in stats]
 
 # %% ../nbs/13_distances.ipynb #4df0d2e6
 def as_photos(
