@@ -239,8 +239,11 @@ def autocast(
 @contextmanager
 def tf32_products(device: str):
     "Inside, products of float32 matrices on a GPU may round their factors to TF32, for speed."
-    before, matmul = torch.backends.cuda.matmul.allow_tf32, torch.backends.cuda.matmul
-    matmul.allow_tf32 = before or device == "cuda"
+    matmul = torch.backends.cuda.matmul
+    if device != "cuda" or getattr(matmul, "fp32_precision", "") == "tf32":
+        yield  # nothing to change; whoever chose TF32 by its newer name may not use the older one
+        return
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
     try:
         yield
     finally:
