@@ -26,6 +26,7 @@ from bitflow_edu.io.checkpoints import (
     run_lock,
     save_checkpoint,
 )
+from .io.checks import readable
 from .io.files import BitflowError
 from .io.loading import fed
 from .io.models import check_seed
@@ -331,8 +332,11 @@ def clip_and_step(
 ) -> Tensor:  # the gradient's norm before clipping, a scalar
     "Clipping and AdamW's update; where loss or norm are not finite, the weights stay as they are."
     norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip))
+    finite = torch.isfinite(norm + loss.detach())
     if state.optimizer.defaults["fused"]:  # read on the device: nobody waits for it
-        state.optimizer.found_inf = 1.0 - torch.isfinite(norm + loss.detach()).float()
+        state.optimizer.found_inf = 1.0 - finite.float()
+    elif readable(finite) and not finite:
+        return norm
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(progress_of(state, cfg), cfg)
     state.optimizer.step()

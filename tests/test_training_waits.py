@@ -146,6 +146,21 @@ def test_norms_of_states_are_worked_out_where_a_line_is_due():
     assert metrics_wanted()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_weights_survive_a_step_that_is_not_finite(broken, fused):
+    """An optimiser without a fused kernel, as on an Apple GPU, is asked to wait instead."""
+    state = new_state(small_flow(side=3, patch=2, num_classes=10).train(), CFG)
+    if not fused:
+        state.optimizer = torch.optim.AdamW(state.model.parameters(), fused=False)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    for p in state.model.parameters():
+        p.grad = torch.full_like(p, math.nan if broken == "gradient" else 1.0)
+    loss = torch.tensor(math.inf if broken == "loss" else 1.0)
+    training.clip_and_step(state, loss, CFG)
+    assert all(torch.equal(p, q) for p, q in zip(state.model.parameters(), before))
+
+
 @pytest.mark.parametrize("broken", [2, 3, 5])
 @pytest.mark.parametrize("every", [1, 2, 4, 100])
 def test_a_nan_is_named_and_never_written(broken, every, tmp_path):
