@@ -324,6 +324,14 @@ def convnext_v2_base_crop(device):
     net = convnext_v2(f"convnextv2_base.{TRAINED}", device, num_classes=0)  # pools, and stops there
     return cropped(pooled_distance(net.features))
 
+
+def untrained_crop(device):
+    "A random crop through a tiny network of random weights: for smoke runs, it judges nothing."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = FeatureNet(FeatureNetConfig(channels=3, width=8))
+    return cropped(feature_distance(net.to(device).requires_grad_(False)), 32)
+
 # %% ../nbs/13_distances.ipynb #66321bf9
 DISTANCES = {
     "digits": digits,
@@ -335,6 +343,7 @@ DISTANCES = {
     "lpips-vgg-crop": lpips_vgg_crop,
     "convnext-v2-tiny": convnext_v2_tiny,
     "convnext-v2-base-crop": convnext_v2_base_crop,
+    "untrained-crop": untrained_crop,
 }
 # these come with a package
 OFFLINE = ("digits", "stlpips-alex", "stlpips-alex-32", "stlpips-vgg", "effnet-lite0")

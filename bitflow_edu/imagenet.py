@@ -39,9 +39,9 @@ class Around:
 
     encoder_flops: float = 273e9  # Stable Diffusion's encoder, an image of 256²
     decoder_flops: float = 622e9  # its decoder
-    feature_flops: float = 52e9  # VGG-16 and ConvNeXt-tiny, of 256²
+    feature_flops: float = 61e9  # VGG-16 and ConvNeXt base, of crops of 224²
     decoder_kept: float = 1.5e9  # bytes that the decoder keeps for the backward pass, per image
-    feature_kept: float = 0.17e9  # the same for the two networks
+    feature_kept: float = 0.19e9  # the same for the two networks
     num_images: int = 1_281_167  # in ImageNet's training split
     disk_gb_s: float = 1.0  # at which a checkpoint is written; an assumption
     gpu_hours_a_failure: float = 50e3  # arXiv 2407.21783

@@ -67,7 +67,10 @@ def test_info_refuses_options_that_it_would_not_read(capsys, options):
 
 def test_info_of_the_largest(capsys):
     """Size, assumptions and what is inferred are said; twice the utilisation, half the hours."""
-    hours, sizes = [], ["256 of 16 values", "published F: 690M", "within 3 %", "activations"]
+    hours, sizes = (
+        [],
+        ["256 of 16 values", "published F: 690M", "within 3 %", "activations", "FID 2.57"],
+    )
     for mfu in ("0.2", "0.4"):
         words = ["--preset", "imagenet256-xl2", "--mfu", mfu, "--peak-tflops", "312"]
         assert main(["info", *words]) == 0

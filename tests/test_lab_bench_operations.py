@@ -56,5 +56,5 @@ def test_the_command_and_what_is_stored(tmp_path, monkeypatch):
     then = {(m["row"], m["metric"]): m["value"] for m in before["measurements"]}
     now = {(m["row"], m["metric"]): m["value"] for m in stored["measurements"]}
     assert then.keys() == now.keys() and all(now[key] < then[key] for key in now)
-    found = bench_operations(find_preset("imagenet256-b2"))
+    found = bench_operations(find_preset("imagenet256-b2-mse"))
     assert {(m["row"], m["metric"]): m["value"] for m in found} == now

@@ -10,7 +10,15 @@ from bitflow_edu.io import models
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.lab import presets
 from bitflow_edu.lab.preset_fields import as_tree, to_words
-from bitflow_edu.lab.presets import INFERRED, PAIRS, ObjectiveConfig, against_published, find_preset
+from bitflow_edu.lab.presets import (
+    INFERRED,
+    PAIRS,
+    ObjectiveConfig,
+    against_published,
+    find_preset,
+    inferred,
+    published_aim,
+)
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.scale.costs import on_meta
 from bitflow_edu.tarflow import TARFlow
@@ -26,12 +34,42 @@ def test_the_smoke_twin_has_the_same_kinds_of_parts(name):
     sizes = "name num_samples image_size num_classes num_blocks width num_layers head_dim steps "
     sizes += "batch_size lr ema log_every sample_every checkpoint_every compile num_microbatches"
     different = {field for field in big if big[field] != twin[field]}
+    if find_preset(name).objective.decoder:
+        sizes += " features decoder"  # random ones, which need no download
     assert {field.rpartition(".")[2] for field in different} <= set(sizes.split())
     assert "data.name" not in different
     p = find_preset(f"{name}-smoke")
     assert p.train_forward.steps == p.train_reverse.steps == 30
     assert models.num_parameters(on_meta(TARFlow, p.forward)) < 300_000
     assert p.forward.num_tokens <= 64
+
+
+RECIPE = {
+    "features": ("lpips-vgg-crop", "convnext-v2-base-crop"),
+    "feature_weights": (0.4, 0.1),
+    "adaptive_power": 1.0,
+    "normalise": True,
+    "decoder": "stabilityai/sd-vae-ft-ema",
+}
+
+
+def test_the_whole_recipe_and_the_plain_one():
+    """Same data and same F; w, image end, adaptive weights and compiling belong to the recipe."""
+    full, plain = find_preset("imagenet256-b2"), find_preset("imagenet256-b2-mse")
+    assert full.objective == ObjectiveConfig(**RECIPE) and plain.objective == ObjectiveConfig()
+    assert full.reverse.max_guidance == 3.0 and plain.reverse.max_guidance == 0.0
+    assert (full.data, full.forward) == (plain.data, plain.forward)
+    for train in ("train_forward", "train_reverse"):
+        own = getattr(full, train)
+        assert own.compile and replace(own, compile=False) == getattr(plain, train)
+    assert full.train_reverse.steps * full.train_reverse.batch_size // 1_281_167 == 159
+    assert published_aim("imagenet256-b2").endswith("FID 2.39, IS 303.0")
+    assert "31.88" in published_aim("imagenet256-b2-mse") and not published_aim("mnist-mini")
+    assert set(inferred("imagenet256-b2")) > set(inferred("imagenet256-b2-mse-smoke"))
+    for name in inferred("imagenet256-b2"):
+        part = full
+        for field in name.split("."):
+            part = getattr(part, field)
 
 
 def test_latents_say_how_they_are_made():
@@ -47,7 +85,7 @@ def test_latents_say_how_they_are_made():
 def test_published_sizes():
     """F-B/2 120M, F-XL/2 690M, G-B/2 133M (arXiv 2512.10953), within 3 %; from shapes alone."""
     found = {}
-    for name in ("imagenet256-b2", "imagenet256-xl2"):
+    for name in ("imagenet256-b2", "imagenet256-b2-mse", "imagenet256-xl2"):
         p = find_preset(name)
         F, G = on_meta(TARFlow, p.forward), on_meta(ReverseModel, p.reverse)
         params = {"F": models.num_parameters(F), "G": models.num_parameters(G)}
@@ -56,7 +94,9 @@ def test_published_sizes():
         assert name in INFERRED
     assert found == {
         ("imagenet256-b2", "F"): (120e6, True),
-        ("imagenet256-b2", "G"): (133e6, True),
+        ("imagenet256-b2", "G"): (133e6, False),  # with w embedded in each block: 5 % more
+        ("imagenet256-b2-mse", "F"): (120e6, True),
+        ("imagenet256-b2-mse", "G"): (133e6, True),
         ("imagenet256-xl2", "F"): (690e6, True),
     }
     wider = against_published(find_preset("imagenet256-b2"), {"F": 124e6, "G": 133e6})

@@ -1,15 +1,17 @@
 """Training F and G from a preset: through the same code for every preset, with what it says."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from bitflow_edu.coupling import uniform_noise_loss
-from bitflow_edu.data import load_data
+from bitflow_edu.data import Images, load_data
 from bitflow_edu.distances import DISTANCES, adaptive, cropped, find_distance
 from bitflow_edu.inverse_strategies import STRATEGIES, mse, reverse_loss
+from bitflow_edu.io.checkpoints import read_metrics
 from bitflow_edu.io.models import build, newest_checkpoint
 from bitflow_edu.lab import recipes
 from bitflow_edu.lab.presets import ObjectiveConfig, find_preset
@@ -206,3 +208,17 @@ def test_f_is_compiled_beside_g(tmp_path, monkeypatch):
     preset = replace(preset, train_reverse=replace(preset.train_reverse, compile=True))
     recipes.train_reverse(preset, flow, None, tmp_path)
     assert compiled == [flow]
+
+
+def test_the_smoke_twin_of_the_whole_recipe_trains(tmp_path):
+    """w, decoder, crops, two networks, adaptive weights: nothing is downloaded."""
+    pytest.importorskip("diffusers")
+    preset = find_preset("imagenet256-b2-smoke")
+    train = replace(preset.train_reverse, steps=3, batch_size=8, num_microbatches=2, log_every=1)
+    preset = replace(preset, train_reverse=train)
+    pixels = torch.randint(256, (16, 4, 8, 8), dtype=torch.uint8)
+    data = Images(pixels, torch.arange(16) % 2, ("0", "1"))
+    flow = build(TARFlow, preset.forward, 0, "cpu")
+    model = train_reverse(preset, flow, data, tmp_path / "g")
+    assert model.cfg.max_guidance == 3.0 and all(p.isfinite().all() for p in model.parameters())
+    assert all(math.isfinite(line["image"]) for line in read_metrics(tmp_path / "g"))

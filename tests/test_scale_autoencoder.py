@@ -14,6 +14,7 @@ from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.shards import Latents
 from bitflow_edu.scale import autoencoder
 from bitflow_edu.scale.autoencoder import (
+    TINY_VAE,
     decode_all,
     decode_latents,
     decoded,
@@ -124,3 +125,11 @@ def test_tiny_autoencoders_have_unit_latents(tmp_path, factor):
         decode_latents(load_decoder(tiny_decoder(tmp_path / "small", factor)), x).shape
         == pixels.shape
     )
+
+
+def test_the_toy_by_its_name_is_the_one_written_to_disk(toys):
+    """`TINY_VAE` needs neither files nor the hub, and can encode, too."""
+    named, written = load_vae(TINY_VAE), load_vae(toys / "vae")
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(decode_latents(named, x), decode_latents(written, x))
+    assert not named.training and not any(p.requires_grad for p in named.parameters())

@@ -1,6 +1,9 @@
 """The cost model: exact where it is counted, and moving the right way with every assumption."""
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +99,7 @@ def test_hours():
 PLAN = Plan()
 
 
-SMOKE = find_preset("imagenet256-b2-smoke")
+SMOKE = find_preset("imagenet256-b2-mse-smoke")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +177,7 @@ def test_a_flow_alone_and_a_budget_in_minutes_have_no_bill(pair):
 
 
 def test_the_published_size_is_met():
-    p = find_preset("imagenet256-b2")
+    p = find_preset("imagenet256-b2-mse")
     F, G = model_cost(TARFlow, p.forward), model_cost(ReverseModel, p.reverse)
     assert abs(F.params / 120e6 - 1) < 0.03 and abs(G.params / 133e6 - 1) < 0.03
 
@@ -257,7 +260,7 @@ def test_the_image_end_is_counted_where_a_decoder_is_named_and_nowhere_else():
     p = perceptual(SMOKE)
     assert perceptual_flops(SMOKE, PLAN) == 0
     assert perceptual_flops(replace(p, objective=replace(p.objective, decoder="")), PLAN) == 0
-    one = 4 * 622e9 + 3 * 52e9
+    one = 4 * 622e9 + 3 * 61e9
     assert perceptual_flops(p, PLAN) == 4 * 4 * one  # 4 images in each of 4 pieces
     many = replace(p, objective=replace(p.objective, decoded_images=1000))
     assert perceptual_flops(many, PLAN) == 32 * one
@@ -294,6 +297,30 @@ def test_the_table_and_the_picture_show_every_stage(stages):
     ax = plot_bill({"smoke": SMOKE}, PLAN)
     drawn = np.concatenate([line.get_xdata() for line in ax.get_lines()])
     assert sorted(drawn) == pytest.approx(sorted(s.dollars(PLAN) for s in stages.values()))
+
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "nbs").rglob("*.ipynb"))
+
+
+def test_the_bill_beside_each_command_for_imagenet_is_todays():
+    """What notebooks say in words: the hours of every preset that a cell's commands name."""
+    seen = set()
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            names = set(re.findall(r"torchrun .*--preset (imagenet256-[a-z0-9]+)\b(?!-)", text))
+            names |= set(re.findall(r"^\| `(imagenet256-[a-z0-9-]+)`", text, re.MULTILINE))
+            for name in names:
+                stages = bill(find_preset(name))
+                hours, dollars = (f"{sum(v):,.0f}" for v in zip(*map(paid, stages)))
+                assert f"{hours} GPU-hours" in text and f"${dollars}" in text, (path, name)
+            seen |= names
+    assert seen == {"imagenet256-b2", "imagenet256-b2-mse", "imagenet256-l2", "imagenet256-xl2"}
+
+
+def paid(stage):
+    """GPU-hours and dollars of a line of the bill."""
+    return stage.gpu_hours, stage.dollars(PLAN)
 
 
 def test_prices_are_the_gpus(stages):

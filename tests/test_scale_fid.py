@@ -642,3 +642,8 @@ def test_inception_score_agrees_with_torchmetrics(tiny, reference, tmp_path, mon
     monkeypatch.undo()
     found = values(evaluate_stream(source, reference, tiny, CFG).measurements)
     assert found["inception_score[tiny]"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_missing_reference_says_where_imagenets_is(tiny, tmp_path):
+    with pytest.raises(BitflowError, match=r"none\.npz.*VIRTUAL_imagenet256_labeled\.npz"):
+        import_reference(tmp_path / "none.npz", tiny, tmp_path)

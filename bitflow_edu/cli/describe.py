@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 from .common import preset_of, refuse_unread, show
 from .options import Info
 from ..excursions.glow import CouplingFlow
+from ..imagenet import GPUS, Plan
 from ..io import models
 from ..io.files import BitflowError, check_new_file, read_json
 from ..io.models import load_model, newest_checkpoint
 from ..lab import sampling
 from ..lab.evaluate import flow_cost
 from ..lab.preset_fields import read_fields, write_preset
-from ..lab.presets import Preset, against_published, inferred
+from ..lab.presets import Preset, against_published, inferred, published_aim
 from ..reverse_model import ReverseModel
-from ..scale.costs import StepCost, budget_of, images_per_hour, on_meta
+from ..scale.costs import StepCost, bill, budget_of, images_per_hour, on_meta
 from ..tarflow import TARFlow, TARFlowConfig
 from ..training import TrainConfig
 
@@ -97,6 +99,23 @@ def describe_costs(preset: Preset, args: Info):
         published, own = f"{published / 1e6:.0f}M parameters", f"{own / 1e6:.1f}M"
         print(f"published {name}: {published}; here {own}, {verdict}")
 
+# %% ../../nbs/cli/describe.ipynb #700aef6d
+def describe_aim(preset: Preset, args: Info):
+    "Print the published row that a preset is made for, and its whole bill on eight GPUs."
+    aim = published_aim(preset.name)
+    if not aim:
+        return
+    print(f"made for {aim} (published; not reached here)")
+    if not (preset.train_forward.steps and preset.train_reverse.steps):
+        return  # a budget in minutes has no bill
+    alike = [gpu for gpu in GPUS.values() if gpu.peak_tflops == args.peak_tflops]
+    gpu = alike[0] if alike else replace(GPUS["H100"], peak_tflops=args.peak_tflops)
+    plan = replace(Plan(), gpu=gpu, mfu=args.mfu)
+    stages = bill(preset, plan)
+    hours, dollars = (sum(s.gpu_hours for s in stages), sum(s.dollars(plan) for s in stages))
+    on = f"{plan.num_gpus} GPUs at ${gpu.dollars_per_hour:g} an hour, image end included"
+    print(f"in all   {hours:,.4g} GPU-hours, ${dollars:,.0f}: {on} (lesson 17 has every line)")
+
 # %% ../../nbs/cli/describe.ipynb #ebff0936
 def describe_preset(preset: Preset, args: Info):
     "Print a preset's data, models, budgets and costs, and what of it stands in no source."
@@ -117,6 +136,7 @@ def describe_preset(preset: Preset, args: Info):
     if preset.reverse is not None:
         describe_shape(ReverseModel, preset.reverse, preset.train_reverse)
     describe_costs(preset, args)
+    describe_aim(preset, args)
     if chosen := inferred(preset.name):
         print(f"inferred (no source says it, this project chose): {', '.join(chosen)}")
 

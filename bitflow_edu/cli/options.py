@@ -27,9 +27,9 @@ class Common:
     "Options of every command."
 
     # Configuration: mnist-mini, mnist, fashion-mnist, cifar10, image-folder, imagenet64,
-    # imagenet256-b2, -l2 or -xl2, each with a twin -smoke; flows alone: mnist-nice, mnist-realnvp,
-    # mnist-glow, mnist-tarflow, mnist-glow-smoke. Any field of it can be given beside it,
-    # e.g. --forward.transformer.width 256: bitflow info --fields lists them.
+    # imagenet256-b2, -l2 or -xl2, imagenet256-b2-mse, each with a twin -smoke; flows alone:
+    # mnist-nice, mnist-realnvp, mnist-glow, mnist-tarflow, mnist-glow-smoke. Any field of it can
+    # be given beside it, e.g. --forward.transformer.width 256: bitflow info --fields lists them.
     preset: str = "mnist-mini"
     # YAML file with fields of a preset (bitflow info --yaml writes one); those that it leaves out
     # are --preset's.

@@ -15,7 +15,9 @@ from ..inverse_strategies import find_strategy, needs_token_states
 from ..io.datasets import DataConfig
 from ..io.files import BitflowError
 from ..io.results import check_plain_name
+from ..io.shards import DEFAULT_VAE
 from ..reverse_model import ReverseConfig
+from ..scale.autoencoder import TINY_VAE
 from ..tarflow import TARFlowConfig
 from ..training import TrainConfig
 from ..transformer import MODERN, TransformerConfig
@@ -176,22 +178,46 @@ def imagenet64() -> Preset:
 
 # %% ../../nbs/lab/presets.ipynb #f6c1d25a
 LATENT = {"b2": (768, 2), "l2": (1024, 3), "xl2": (1536, 3)}  # width, layers per block
+FULL = ObjectiveConfig(
+    features=("lpips-vgg-crop", "convnext-v2-base-crop"),
+    feature_weights=(0.4, 0.1),
+    adaptive_power=1.0,
+    normalise=True,
+    decoder=DEFAULT_VAE,
+)
 
 
-def imagenet256(size: str) -> Preset:
+def imagenet256_mse(size: str) -> Preset:
     "ImageNet at 256×256 as SD-VAE latents 32×32×4, 256 tokens of 16 values (arXiv 2512.10953)."
     width, layers = LATENT[size]
     t = TransformerConfig(width, layers, **MODERN)
-    data, name = DataConfig("imagenet-latents", 32, 4, 1000), f"imagenet256-{size}"
+    data, name = DataConfig("imagenet-latents", 32, 4, 1000), f"imagenet256-{size}-mse"
     preset = make_preset(name, data, 2, 8, t, t, LARGE, LARGE, num_samples=50_000)
     return replace(preset, forward=improved(preset.forward))
 
+
+def imagenet256(size: str) -> Preset:
+    "The same data and F with the whole recipe: w, perceptual and adaptive distances, compiled."
+    train, preset = replace(LARGE, compile=True), as_published(imagenet256_mse(size))
+    trained = {"train_forward": train, "train_reverse": train}
+    return replace(preset, name=f"imagenet256-{size}", objective=FULL, **trained)
+
 # %% ../../nbs/lab/presets.ipynb #c383b487
 # parameters (arXiv 2512.10953)
-PUBLISHED = {"imagenet256-b2": {"F": 120e6, "G": 133e6}, "imagenet256-xl2": {"F": 690e6}}
+B2 = {"F": 120e6, "G": 133e6}
+PUBLISHED = {"imagenet256-b2": B2, "imagenet256-b2-mse": B2, "imagenet256-xl2": {"F": 690e6}}
+AIMS = {  # the published row that a preset is made for
+    "imagenet256-b2": "BiFlow-B/2 in one pass, FID 2.39, IS 303.0",
+    "imagenet256-b2-mse": "the ablation of B/2 with MSE alone, without guidance, FID 31.88",
+    "imagenet256-l2": "no published row, a size between B/2 and XL/2",
+    "imagenet256-xl2": "the scaling ablation of XL/2 with LPIPS and ConvNeXt, FID 2.57",
+}
 BOTH = ("forward.transformer", "forward.num_blocks", "forward.clip", "forward.noise_std")
 BOTH += ("reverse.transformer", "train_forward", "train_reverse")
-INFERRED = {f"imagenet256-{size}": BOTH for size in LATENT}
+FROM_LATER_CODE = ("features", "feature_weights", "adaptive_power", "decoded_images")
+OF_RECIPE = ("reverse.max_guidance", *(f"objective.{name}" for name in FROM_LATER_CODE))
+INFERRED = {f"imagenet256-{size}": (*BOTH, *OF_RECIPE) for size in LATENT}
+INFERRED["imagenet256-b2-mse"] = BOTH
 INFERRED["imagenet64"] = tuple(
     "forward.patch_size forward.num_blocks forward.transformer.width "
     "forward.transformer.num_layers reverse train_forward.steps train_forward.batch_size "
@@ -202,6 +228,11 @@ INFERRED["imagenet64"] = tuple(
 def inferred(name: str) -> tuple[str, ...]:
     "The fields of a preset, or of its smoke twin, that no source gives: this project chose them."
     return INFERRED.get(name.removesuffix("-smoke"), ())
+
+# %% ../../nbs/lab/presets.ipynb #4cd4f947
+def published_aim(name: str) -> str:
+    "The published row that a preset is made for; empty for presets without one, and for twins."
+    return AIMS.get(name, "")
 
 # %% ../../nbs/lab/presets.ipynb #beee8c05
 def against_published(preset: Preset, params: dict, within: float = 0.03) -> list:
@@ -243,11 +274,21 @@ PAIRS = {
     "image-folder": partial(colour, "image-folder"),
     "imagenet64": imagenet64,
 }
+PAIRS["imagenet256-b2-mse"] = partial(imagenet256_mse, "b2")
 PAIRS.update({f"imagenet256-{size}": partial(imagenet256, size) for size in LATENT})
 
 # %% ../../nbs/lab/presets.ipynb #4a9e61b3
-SMALL = {f"imagenet256-{size}": {"image_size": 8, "num_classes": 2} for size in LATENT}
+LATENT_PAIRS = ("imagenet256-b2-mse", *(f"imagenet256-{size}" for size in LATENT))
+SMALL = {name: {"image_size": 8, "num_classes": 2} for name in LATENT_PAIRS}
 SMALL["imagenet64"] = {"image_size": 16, "num_classes": 2}
+
+
+def without_download(objective: ObjectiveConfig) -> ObjectiveConfig:
+    "The same objective, with random networks where it names a decoder."
+    if not objective.decoder:
+        return objective
+    untrained = ("untrained-crop",) * len(objective.features)
+    return replace(objective, features=untrained, decoder=TINY_VAE)
 
 
 def smoke_twin(name: str) -> Preset:
@@ -267,6 +308,7 @@ def smoke_twin(name: str) -> Preset:
         train = getattr(p, part)
         pieces = min(train.num_microbatches, 4)
         changed[part] = replace(SECONDS, precision=train.precision, num_microbatches=pieces)
+    changed["objective"] = without_download(p.objective)
     return replace(p, name=f"{name}-smoke", num_samples=100, **changed)
 
 # %% ../../nbs/lab/presets.ipynb #592c6df3

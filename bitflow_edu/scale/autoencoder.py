@@ -43,12 +43,11 @@ def import_diffusers():
         ) from e
 
 # %% ../../nbs/scale/autoencoder.ipynb #e45c7e29
-def tiny_vae(
-    folder: str | Path,  # written as diffusers does
-    factor: int = 2,  # pixels per side for each latent: 2, 4 or 8
-    seed: int = 0,  # of the weights
-) -> Path:  # `folder`, for `load_vae`
-    "An AutoencoderKL with random weights and latents of unit variance: for smoke runs and tests."
+TINY_VAE = "tiny-random"  # a name for `load_decoder`: the toy below, made in memory
+
+
+def tiny_autoencoder(factor: int = 2, seed: int = 0) -> nn.Module:
+    "An AutoencoderKL with random weights and latents of unit variance."
     kind, depth = import_diffusers().AutoencoderKL, factor.bit_length()
     down, up = ("DownEncoderBlock2D",) * depth, ("UpDecoderBlock2D",) * depth
     shape = dict(block_out_channels=(8,) * depth, down_block_types=down, up_block_types=up)
@@ -61,7 +60,16 @@ def tiny_vae(
     pixels = [center_crop(as_jpeg(synthetic_picture(i)), 8 * factor) for i in range(16)]
     std = posterior_moments(vae, torch.stack(pixels))[:, 0].float().std().item()
     vae.register_to_config(scaling_factor=round(1 / std, 5))
-    vae.save_pretrained(folder)
+    return vae
+
+# %% ../../nbs/scale/autoencoder.ipynb #189c798a
+def tiny_vae(
+    folder: str | Path,  # written as diffusers does
+    factor: int = 2,  # pixels per side for each latent: 2, 4 or 8
+    seed: int = 0,  # of the weights
+) -> Path:  # `folder`, for `load_vae`
+    "The toy autoencoder as files: for smoke runs and tests."
+    tiny_autoencoder(factor, seed).save_pretrained(folder)
     return Path(folder)
 
 # %% ../../nbs/scale/autoencoder.ipynb #86ab1bad
@@ -99,6 +107,8 @@ def load_decoder(
     device: str = "cpu",
 ) -> nn.Module:  # frozen, in evaluation mode, float32
     "An autoencoder of either kind. `BitflowError` where it is missing, damaged or of another kind."
+    if name == TINY_VAE:
+        return tiny_autoencoder().to(device).eval().requires_grad_(False)
     diffusers = import_diffusers()
     try:
         with quiet(diffusers.utils.logging):

@@ -258,11 +258,11 @@ def perceptual_flops(preset, plan: Plan) -> float:
 
 
 def perceptual_gb(preset, plan: Plan) -> float:
-    "GB of the image end: an image in the decoder, a piece in the networks, 93M frozen weights."
+    "GB of the image end: what is decoded of a piece, there and in the networks, 152M weights."
     if not perceptual_flops(preset, plan):
         return 0.0
-    features = preset.objective.decoded_images * plan.around.feature_kept
-    return (plan.around.decoder_kept + features + 4 * 93e6) / 1e9
+    kept = plan.around.decoder_kept + plan.around.feature_kept
+    return (preset.objective.decoded_images * kept + 4 * 152e6) / 1e9
 
 # %% ../../nbs/scale/costs.ipynb #17ca8a99
 def step_hours(model: ModelCost, train, plan: Plan, extra_flops: float, passes: int) -> float:

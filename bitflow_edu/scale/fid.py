@@ -200,6 +200,20 @@ def check_made_from(path: Path, about: dict):
     hint = "delete it to make it anew, or name another folder"
     check_same_settings(noted_in(path), about, path, hint)
 
+# %% ../../nbs/scale/fid.ipynb #a32b934b
+ADM_BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+IMAGENET_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # what published FIDs at 256² compare with
+
+
+def check_reference_file(path: Path):
+    "Refuse a statistics file that is not there, and say where ImageNet's is."
+    if not path.exists():
+        raise BitflowError(
+            f"the reference statistics {path} are missing; correct the path, or leave them out to "
+            "compare with test images. Published values for ImageNet at 256x256 compare with the "
+            f"file of ADM's authors: {ADM_BATCHES}/256/{IMAGENET_REFERENCE}"
+        )
+
 # %% ../../nbs/scale/fid.ipynb #1bb44a92
 def import_reference(
     path: str | Path,  # an .npz file with statistics, images, or both
@@ -209,6 +223,7 @@ def import_reference(
     processes=SINGLE_PROCESS,
 ) -> Reference:
     "Any common form of a statistics file; of images and statistics, Inception takes both."
+    check_reference_file(Path(path))
     path, names = Path(path), names_in(path)
     if "arr_0" not in names:
         return read_reference(path)
