@@ -17,7 +17,8 @@ from bitflow_edu.lab import recipes
 from bitflow_edu.lab.presets import ObjectiveConfig, find_preset
 from bitflow_edu.lab.recipes import image_distance, stage_one_loss, train_forward, train_reverse
 from bitflow_edu.reverse_model import ReverseModel
-from bitflow_edu.scale.autoencoder import decode_latents, load_decoder, tiny_vae
+from bitflow_edu.scale import autoencoder
+from bitflow_edu.scale.autoencoder import TINY_VAE, decode_latents, load_decoder, tiny_vae
 from bitflow_edu.tarflow import TARFlow, forward_loss
 
 
@@ -221,4 +222,20 @@ def test_the_smoke_twin_of_the_whole_recipe_trains(tmp_path):
     flow = build(TARFlow, preset.forward, 0, "cpu")
     model = train_reverse(preset, flow, data, tmp_path / "g")
     assert model.cfg.max_guidance == 3.0 and all(p.isfinite().all() for p in model.parameters())
-    assert all(math.isfinite(line["image"]) for line in read_metrics(tmp_path / "g"))
+    assert all(
+        math.isfinite(line["image"]) for line in read_metrics(tmp_path / "g" / "metrics.jsonl")
+    )
+
+
+def test_two_distances_behind_a_decoder_share_one_decoding(cropping, tmp_path, monkeypatch):
+    """The target and each sample pass the decoder once, whatever looks at them afterwards."""
+    pytest.importorskip("diffusers")
+    calls, decode = [], autoencoder.decode_latents
+    monkeypatch.setattr(
+        autoencoder, "decode_latents", lambda vae, x: (calls.append(len(x)), decode(vae, x))[1]
+    )
+    monkeypatch.setitem(DISTANCES, "lpips-vgg-crop", pixels_crop)  # digits are grey
+    objective = replace(cropping, decoder=TINY_VAE, decoded_images=3)
+    a, b = torch.randn(2, 4, 4, 8, 8).unbind()
+    image_distance(objective)(a, b, generator=seed(0))
+    assert calls == [3, 1, 1, 1]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +134,29 @@ def test_the_toy_by_its_name_is_the_one_written_to_disk(toys):
     x = torch.randn(2, 4, 8, 8)
     assert torch.equal(decode_latents(named, x), decode_latents(written, x))
     assert not named.training and not any(p.requires_grad for p in named.parameters())
+
+
+def test_images_may_be_decoded_together(vae):
+    """One at a time or all at once: the same distances and gradients, up to rounding."""
+    a, b = torch.randn(5, 4, 8, 8, requires_grad=True), torch.randn(5, 4, 8, 8)
+    found = [decoded(mse, vae, 4, at_once=n)(a, b) for n in (1, 3, 4)]
+    grads = [torch.autograd.grad(d.sum(), a)[0] for d in found]
+    for d, grad in zip(found[1:], grads[1:]):
+        assert torch.allclose(d, found[0], atol=1e-6) and torch.allclose(grad, grads[0], atol=1e-5)
+    with pytest.raises(BitflowError, match="at_once is 0"):
+        decoded(mse, vae, 4, at_once=0)
+
+
+def test_decoded_images_stay_where_the_autoencoder_is():
+    """An evaluation hands them on to a network there; no copy to the CPU in between."""
+
+    class Vae(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = torch.nn.Parameter(torch.ones(1, device="meta"))
+            self.config = SimpleNamespace(latent_channels=4, scaling_factor=1.0)
+
+        def decode(self, x):
+            return SimpleNamespace(sample=x[:, :3])
+
+    assert decode_all(Vae(), torch.randn(3, 4, 8, 8), 2).device.type == "meta"

@@ -126,18 +126,19 @@ def train_forward(
 
 # %% ../../nbs/lab/recipes.ipynb #d34a116c
 def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
-    "The distance at the image end: MSE, and perceptual distances where it names any."
+    """The distance at the image end: MSE, and perceptual distances where it names any.
+
+    Behind a decoder all of them look at the same images, which are decoded once."""
     weigh = partial(adaptive, p=objective.adaptive_power)
     if not objective.features:
         return weigh(mse)
-    vae = load_decoder(objective.decoder, device) if objective.decoder else None
-    parts = [(1.0, weigh(mse))]
-    for name, weight in zip(objective.features, objective.feature_weights):
-        distance = weigh(find_distance(name, device))
-        if objective.decoder:
-            distance = decoded(distance, vae, objective.decoded_images)
-        parts.append((weight, distance))
-    return mixture(*parts)
+    found = [weigh(find_distance(name, device)) for name in objective.features]
+    parts = list(zip(objective.feature_weights, found))
+    if objective.decoder:
+        k, vae = objective.decoded_images, load_decoder(objective.decoder, device)
+        at_once = 1 if torch.device(device).type == "cpu" else k  # a GPU wants many
+        parts = [(1.0, decoded(mixture(*parts), vae, k, at_once=at_once))]
+    return mixture((1.0, weigh(mse)), *parts)
 
 # %% ../../nbs/lab/recipes.ipynb #a957b238
 def state_distance(objective: ObjectiveConfig):

@@ -267,7 +267,7 @@ def to_picture(x: Tensor, vae: nn.Module = None) -> Tensor:
     "Samples as images that can be shown: latents decoded, or as a preview without an autoencoder."
     if check_image_batch(x, name="samples").shape[1] in (1, 3):
         return x
-    return preview(x) if vae is None else decode_all(vae, x)
+    return preview(x) if vae is None else decode_all(vae, x).cpu()
 
 # %% ../../nbs/lab/sampling.ipynb #ae017400
 class Drawn(NamedTuple):

@@ -191,15 +191,13 @@ def decode_all(
     vae: nn.Module,  # of either kind
     x: Tensor,  # latents `(N, C, h, w)`
     batch_size: int = 16,  # decoded at once
-) -> Tensor:  # images `(N, 3, H, W)` in [-1, 1], on the CPU
+) -> Tensor:  # images `(N, 3, H, W)` in [-1, 1], where the autoencoder is
     "Samples as images: latents decoded a batch at a time, values outside [-1, 1] clipped."
     check_not_empty(x, "latents")
     if batch_size < 1:
         raise BitflowError(f"batch_size is {batch_size}; it must be at least 1")
     device = next(vae.parameters()).device
-    parts = [
-        decode_latents(vae, part.to(device)).clamp(-1, 1).cpu() for part in x.split(batch_size)
-    ]
+    parts = [decode_latents(vae, part.to(device)).clamp(-1, 1) for part in x.split(batch_size)]
     return torch.cat(parts)
 
 # %% ../../nbs/scale/autoencoder.ipynb #ff2ef81a
@@ -218,10 +216,13 @@ def decoded(
     vae: nn.Module,  # frozen here; see `load_decoder`
     sub_batch: int = 4,  # k: images of each call that are decoded
     checkpoint: bool = True,  # recompute the decoder's activations in the backward pass
+    at_once: int = 1,  # of the sub-batch, in one pass of the decoder
 ):  # a distance of latents `(N, C, h, w)` as F and G see them
     "Compare the first k latents as images: unbiased in the batch mean, gradients to the first."
     if sub_batch < 1:
         raise BitflowError(f"a sub-batch of {sub_batch} images compares nothing; decode at least 1")
+    if at_once < 1:
+        raise BitflowError(f"at_once is {at_once}; decode at least 1 image in a pass")
     vae = vae.eval().requires_grad_(False)
     seen = partial(decode_latents, vae)
     if checkpoint:
@@ -233,7 +234,7 @@ def decoded(
         k = min(sub_batch, len(a))
         with torch.no_grad():
             target = decode_latents(vae, b[:k])
-        images = torch.cat([seen(one) for one in a[:k].split(1)])
+        images = torch.cat([seen(part) for part in a[:k].split(at_once)])
         d = with_generator(distance, generator)(images, target)
         return torch.cat([d * (len(a) / k), d.new_zeros(len(a) - k)])
 
