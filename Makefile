@@ -29,7 +29,7 @@ MATHJAX := mathjax@3.2.2
 MARP := @marp-team/marp-cli@4.5.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix test-alone lint format lab notebooks readme export weights playground slides \
+.PHONY: help setup demo test test-gpu test-matrix test-alone lint format lab notebooks readme export weights playground slides \
   docs
 .PHONY: test-generated test-code test-notebooks test-malformed dist
 
@@ -75,6 +75,10 @@ test-notebooks: $(STAMP)
 
 test-malformed: $(STAMP)
 	"$(BIN)/python" tests/fuzz.py
+
+test-gpu: $(STAMP)  ## what only a GPU shows: training, captured decoding, evaluation, resume
+	@"$(BIN)/python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch finds no GPU here: make test runs the same tests on the CPU")'
+	"$(BIN)/python" -m pytest -q -rs tests/test_cuda.py tests/test_compiled.py
 
 test-matrix:  ## make test on every Python found, each in build/matrix (PYTHONS="3.10 3.13": only those; STEPS=test-code: only that)
 	@mkdir -p $(MATRIX) && printf '%s\n' $(OLDEST_TORCH) > $(MATRIX)/oldest.txt
