@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "bitflow_edu"
 LESSONS = (
     "data bijections coupling autoregressive transformer training evaluation tarflow exact_inverse "
-    "improved_tarflow reverse_model inverse_strategies distances guidance editing speed imagenet"
+    "improved_tarflow reverse_model inverse_strategies distances guidance editing speed imagenet neighbours"
 ).split()
 WINGS = {"io": 0, "scale": 2, "lab": 3, "cli": 4}
 LESSON = 1
