@@ -218,7 +218,7 @@ def reflow_loss(model, pair: Tensor, c: Tensor, generator: torch.Generator):
 def make_pairs(
     model: nn.Module,  # a trained flow
     n: int,  # pairs
-    steps: int = 8,  # of Heun
+    steps: int = 4,  # of Heun
     seed: int = 0,
     batch_size: int = 500,
 ) -> Pairs:
@@ -243,7 +243,7 @@ def total_derivative(
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(u, (x_t, t), (v, torch.ones_like(t)))[1]
-    except (NotImplementedError, RuntimeError) as e:
+    except RuntimeError as e:  # `NotImplementedError` is one
         if "forward" not in str(e).lower():
             raise
         why = "a fused attention kernel has no forward derivative, which MeanFlow needs"
@@ -370,7 +370,7 @@ class Stage:
     "A part of a training."
 
     loss: Callable  # for `train`
-    data: Callable | None = None  # (model so far, images) → what is trained on; default the images
+    data: Callable | None = None  # (model so far, number of images) → its data; default the images
     around: Callable | None = None  # model → a module that holds it as `generator`
 
 
@@ -384,44 +384,34 @@ class Method:
     needs_flow: bool = False  # whether its stages ask F
 
 # %% ../nbs/18_neighbours.ipynb #18000042
-def matching(F: TARFlow | None) -> tuple[Stage, ...]:
-    "Flow matching: random pairs."
-    return (Stage(flow_matching_loss()),)
+def one_stage(F: TARFlow | None, loss: Callable, around: Callable = None) -> tuple[Stage, ...]:
+    "One loss from beginning to end, which asks no F."
+    return (Stage(loss, around=around),)
 
 
-def matching_codes(F: TARFlow) -> tuple[Stage, ...]:
+def coded(F: TARFlow) -> tuple[Stage, ...]:
     "Normalizing flow matching: images with their codes."
     return (Stage(flow_matching_loss(codes_of(F))),)
 
 
-def reflowing(F: TARFlow | None) -> tuple[Stage, ...]:
-    "Flow matching, then the same on pairs of its own: as many as there are images."
-    return *matching(F), Stage(reflow_loss, lambda model, images: make_pairs(model, len(images)))
+def reflowed(F: TARFlow | None) -> tuple[Stage, ...]:
+    "Flow matching, then the same on pairs of its own, as many as there are images."
+    return Stage(flow_matching_loss()), Stage(reflow_loss, make_pairs)
 
 
-def averaging(F: TARFlow | None, tangent: Callable) -> tuple[Stage, ...]:
-    "MeanFlow, by either tangent."
-    return (Stage(mean_flow_loss(tangent)),)
-
-
-def narrowing(F: TARFlow | None) -> tuple[Stage, ...]:
+def narrowed(F: TARFlow | None) -> tuple[Stage, ...]:
     "Flow matching, then consistency over narrower and narrower gaps."
-    return *matching(F), *(Stage(consistency_loss(gap)) for gap in (0.5, 0.25, 0.125))
-
-
-def playing(F: TARFlow | None) -> tuple[Stage, ...]:
-    "A GAN: generator and critic in one module."
-    return (Stage(gan_loss(), around=Game),)
+    return Stage(flow_matching_loss()), *(Stage(consistency_loss(g)) for g in (0.5, 0.25, 0.125))
 
 # %% ../nbs/18_neighbours.ipynb #18000043
 NEIGHBOURS = {
-    "flow-matching": Method(matching),
-    "normalizing-flow-matching": Method(matching_codes, needs_flow=True),
-    "reflow": Method(reflowing),
-    "mean-flow": Method(partial(averaging, tangent=given_velocity), jump),
-    "improved-mean-flow": Method(partial(averaging, tangent=own_velocity), jump),
-    "consistency": Method(narrowing, renoise, (1, 2, 4)),
-    "gan": Method(playing, jump, (1,)),
+    "flow-matching": Method(partial(one_stage, loss=flow_matching_loss())),
+    "normalizing-flow-matching": Method(coded, needs_flow=True),
+    "reflow": Method(reflowed),
+    "mean-flow": Method(partial(one_stage, loss=mean_flow_loss()), jump),
+    "improved-mean-flow": Method(partial(one_stage, loss=mean_flow_loss(own_velocity)), jump),
+    "consistency": Method(narrowed, renoise, (1, 2, 4)),
+    "gan": Method(partial(one_stage, loss=gan_loss(), around=Game), jump, (1,)),
 }
 
 
@@ -437,17 +427,16 @@ def check_flow(F: TARFlow | None, cfg: NeighbourConfig, method: str):
     if F is None:
         raise BitflowError(f"{method} needs a trained F; its codes are the noise")
     check_model(F, TARFlow, "F")
-    for name in ("image_size", "channels", "num_classes"):
-        own, of_f = getattr(cfg, name), getattr(F.cfg, name)
-        if own != of_f:
-            raise BitflowError(f"{name} is {own} for {method} but {of_f} for F; they must agree")
+    same = "image_size", "channels", "num_classes"
+    own, of_f = ({name: getattr(shape, name) for name in same} for shape in (cfg, F.cfg))
+    if own != of_f:
+        raise BitflowError(f"{method} is built for {own} but F for {of_f}; they must agree")
 
 
 def share_of(cfg: TrainConfig, parts: int) -> TrainConfig:
     "The budget of one of so many stages."
-    if cfg.steps is None:
-        return replace(cfg, minutes=cfg.minutes / parts)
-    return replace(cfg, steps=max(cfg.steps // parts, 1))
+    steps = cfg.steps and max(cfg.steps // parts, 1)
+    return replace(cfg, steps=steps, minutes=cfg.minutes and cfg.minutes / parts)
 
 
 def train_neighbour(
@@ -465,7 +454,7 @@ def train_neighbour(
     stages, trained = method.stages(F), model
     for i, stage in enumerate(stages):
         run, player = Path(folder) / f"stage-{i}", copy.deepcopy(trained).requires_grad_(True)
-        own = stage.data(trained, data) if stage.data else data
+        own = stage.data(trained, len(data)) if stage.data else data
         player = stage.around(player) if stage.around else player
         budget = share_of(cfg, len(stages))
         trained = train(player, stage.loss, own, budget, run, resume and run.exists())
@@ -481,9 +470,9 @@ class FewSteps:
     steps: int
 
     @property
-    def method(self) -> Method:
-        "The record of its method."
-        return find_neighbour(self.model.cfg.method)
+    def step(self) -> Callable:
+        "One step of its method."
+        return find_neighbour(self.model.cfg.method).step
 
     @property
     def name(self) -> str:
@@ -493,14 +482,14 @@ class FewSteps:
     @property
     def nfe(self) -> int:
         "Passes through the network."
-        return self.steps * (2 if self.method.step is heun else 1)
+        return self.steps * (2 if self.step is heun else 1)
 
     def __call__(self, z: Tensor, c: Tensor) -> Tensor:
         "Images `(N, C, H, W)`."
         cfg = self.model.cfg
         c = check_inputs(self.model, z, c)
         eps = unpatchify(z, cfg.patch_size, cfg.channels)
-        return few_steps(self.model, eps, c, self.steps, self.method.step)
+        return few_steps(self.model, eps, c, self.steps, self.step)
 
 
 def samplers_of(model: Neighbour) -> list[FewSteps]:
