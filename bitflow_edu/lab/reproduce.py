@@ -18,6 +18,7 @@ from ..data import load_data
 from ..io.files import BitflowError, read_json, report_write_errors, write_atomically
 from ..io.results import load_result, markdown_table, measured, results_text, save_results
 from .evaluate import evaluate
+from .neighbour_table import COMPARISONS
 from .presets import find_preset, nearest_name
 from .recipes import train_forward, train_reverse
 from bitflow_edu.lab.result_tables import (
@@ -104,6 +105,7 @@ def short_commands(preset: str, name: str, features: str, shape: str = "") -> tu
 # %% ../../nbs/lab/reproduce.ipynb #58829a51
 SIZES = ("--steps", "--minutes", "--n", "--images", "--seeds")  # of a command
 TINY = {
+    "neighbours": "--seeds 1 --train-forward.steps 2 --train-reverse.steps 2 --num-samples 20",
     "train": "--steps 2 --batch-size 4",
     "evaluate": "--n 20",
     "ablate": "--seeds 1 --steps 2 --train-forward.steps 2 --train-forward.batch-size 4 "
@@ -221,6 +223,9 @@ def digit_tables() -> Experiment:
 
 
 EXPERIMENTS["mnist-mini-tables"] = digit_tables()
+for name, question, result, sizes, minutes in COMPARISONS:  # the neighbours of lesson 18
+    EXPERIMENTS[name] = Experiment(question, result, sizes, minutes)
+    sizes["smoke"] = in_miniature(next(iter(sizes.values())))
 
 # %% ../../nbs/lab/reproduce.ipynb #fd89d7c0
 def find_experiment(name: str) -> Experiment:
@@ -250,7 +255,7 @@ def file_of(words: list[str]) -> Path | None:
     if words[0] == "ablate":
         steps = f"-{given['--steps']}-steps" if "--steps" in given else ""
         return Path(given["--results"]) / f"ablate-{words[1]}-{given['--preset']}{steps}.json"
-    return Path(given["--out"]) if words[0] in ("evaluate", "bench") else None
+    return Path(given["--out"]) if words[0] in ("evaluate", "bench", "neighbours") else None
 
 
 def made_for(words: list[str]) -> tuple:
@@ -386,9 +391,7 @@ hour: budgets of minutes, so that the schedule always ends, and models of fewer 
 parameters. `cpu` has the same data and the same parts for far fewer \
 steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in a minute or two \
 that the commands run; its figures mean nothing.
-Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. Not here yet: G beside \
-flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with lesson 18.
-"""
+Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. """
 PLANNED = {"gpu": "of one H200", "gpu-short": "of one H100"}
 PLANNED |= {"cpu": "of a core or two", "smoke": "of a core"}
 
