@@ -34,11 +34,7 @@ from .training import TrainConfig, train
 from .transformer import TransformerConfig
 
 # %% auto #0
-__all__ = ['NEIGHBOURS', 'gaussian', 'draw_times', 'shaped', 'between', 'flow_matching_loss', 'euler', 'heun', 'few_steps',
-           'NeighbourConfig', 'beside', 'Neighbour', 'codes_of', 'Pairs', 'reflow_loss', 'make_pairs',
-           'total_derivative', 'two_times', 'given_velocity', 'mean_flow_loss', 'jump', 'own_velocity', 'path_end',
-           'consistency_loss', 'renoise', 'Critic', 'Game', 'generated', 'gan_loss', 'Stage', 'Method',
-           'find_neighbour', 'check_flow', 'share_of', 'train_neighbour', 'FewSteps', 'samplers_of']
+__all__ = []
 
 # %% ../nbs/18_neighbours.ipynb #1800000a
 def gaussian(x: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from ..reverse_model import ReverseModel
 from ..tarflow import Trajectory
 
 # %% auto #0
-__all__ = ['alignment_loss', 'ode_path', 'states_of']
+__all__ = []
 
 # %% ../../nbs/excursions/alignment.ipynb #18a00008
 def alignment_loss(
