@@ -49,7 +49,9 @@ def test_every_row_has_its_numbers(made):
     difference = [m for m in found if m["metric"] == "difference fd[mnist-cnn]"]
     assert difference and all(m["versus"] == "one-pass" for m in difference)
     params = values(found, "normalizing-flow-matching-1")["params"], values(found, "one-pass")
-    assert abs(params[0] / params[1]["params"] - 1) < 0.05  # a twin of width 64
+    assert (
+        abs(params[0] / params[1]["params"] - 1) < 0.1
+    )  # a twin: its embedding of times weighs more
 
 
 def test_the_search_is_stored_and_chooses_by_training_images(made):
