@@ -49,9 +49,7 @@ def test_every_row_has_its_numbers(made):
     difference = [m for m in found if m["metric"] == "difference fd[mnist-cnn]"]
     assert difference and all(m["versus"] == "one-pass" for m in difference)
     params = values(found, "normalizing-flow-matching-1")["params"], values(found, "one-pass")
-    assert (
-        abs(params[0] / params[1]["params"] - 1) < 0.1
-    )  # a twin: its embedding of times weighs more
+    assert abs(params[0] / params[1]["params"] - 1) < 0.1  # tiny: times weigh more
 
 
 def test_the_search_is_stored_and_chooses_by_training_images(made):
