@@ -69,9 +69,22 @@ class Images:
         "The images in [-1, 1], float32 `(N, C, H, W)`."
         return to_model_range(self.pixels)
 
+    def to(self, device: torch.device) -> Images:
+        "The same split in the memory of a device."
+        pixels = self.pixels.to(device, torch.uint8)
+        return Images(pixels, self.labels.to(device), self.classes, self.name)
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        "Pixels by number: the half of `draw` that may be done early."
+        return self.pixels[indices.to(self.pixels.device, non_blocking=True)]
+
+    def finish(self, pixels: Tensor, generator: torch.Generator = None) -> Tensor:
+        "The other half: pixels to images in [-1, 1]; nothing in them is random."
+        return to_model_range(pixels)
+
     def draw(self, indices: Tensor, generator: torch.Generator = None) -> Tensor:
-        "Images in [-1, 1] by number; nothing in them is random."
-        return self[indices].x
+        "Images in [-1, 1] by number."
+        return self.finish(self.fetch(indices))
 
 # %% ../nbs/00_data.ipynb #1a303e38
 class Dataset(Protocol):

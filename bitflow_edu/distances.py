@@ -8,7 +8,7 @@ import importlib
 import io
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn as nn
@@ -118,6 +118,14 @@ def digits(device):
     "Features of the digit network of this course."
     return feature_distance(load_feature_net(device))
 
+# %% ../nbs/13_distances.ipynb #7c19e5b2
+@lru_cache
+def channel_units(device, dtype):
+    "Mean and spread of ImageNet's channels, each `(3, 1, 1)`; put on a device once."
+    stats = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    with torch.inference_mode(False):  # training may use them next
+        return [torch.tensor(v, device=device, dtype=dtype)[:, None, None] for v in stats]
+
 # %% ../nbs/13_distances.ipynb #4df0d2e6
 def as_photos(
     x,  # images `(N, C, H, W)` in [-1, 1], C = 1 or 3
@@ -135,8 +143,7 @@ def as_photos(
 
 def imagenet_units(x):
     "From [-1, 1] to the mean and spread of ImageNet's channels."
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    mean, std = (x.new_tensor(v)[:, None, None] for v in (mean, std))
+    mean, std = channel_units(x.device, x.dtype)
     return ((x + 1) / 2 - mean) / std
 
 # %% ../nbs/13_distances.ipynb #359c1a9b

@@ -12,6 +12,7 @@ from torch import Tensor
 from .data import add_noise
 from .io.checks import check_model, check_same_shape
 from .io.files import BitflowError
+from .io.progress import metrics_wanted
 from .reverse_model import ReverseModel, ReverseOutput
 from .tarflow import TARFlow, Trajectory, rms, trajectory_norms
 
@@ -181,7 +182,9 @@ def reverse_loss(
         terms = strategy(trajectory, out, target, distance, images).weighed(depth_weights)
         logged = {"image": terms.image.detach()}
         logged |= {f"depth_{i}": d.detach() for i, d in enumerate(terms.depths)}
-        return terms.total, {**logged, **trajectory_norms(trajectory), **reading_norms(out)}
+        if metrics_wanted():
+            logged |= trajectory_norms(trajectory) | reading_norms(out)
+        return terms.total, logged
 
     return loss
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from .data import Dataset
 from bitflow_edu.io.checkpoints import (
-    diverged,
     gathered,
     open_run,
     restore,
@@ -26,7 +26,9 @@ from bitflow_edu.io.checkpoints import (
     run_lock,
     save_checkpoint,
 )
+from .io.checks import readable
 from .io.files import BitflowError
+from .io.loading import fed
 from .io.models import check_seed
 from bitflow_edu.io.processes import (
     SINGLE_PROCESS,
@@ -37,9 +39,11 @@ from bitflow_edu.io.processes import (
     to_local,
 )
 from bitflow_edu.io.progress import (
+    FiniteCheck,
     check_samples_drawn,
     draw_grid,
     log_step,
+    metrics_for,
     open_logs,
     progress_bar,
     whole_model,
@@ -189,7 +193,8 @@ def training_batch(
     "Images, labels (some dropped) and the generator of a microbatch."
     index = microbatch_indices(data, cfg, step, microbatch)
     generator = step_generator(cfg.seed, step, device, microbatch)
-    c = drop_labels(data.labels[index].to(device), cfg.label_dropout, generator)
+    labels = data.labels[index.to(data.labels.device, non_blocking=True)]
+    c = drop_labels(labels.to(device), cfg.label_dropout, generator)
     x = data.draw(index, generator)
     return x.to(device), c, generator
 
@@ -206,8 +211,8 @@ def update_ema(
     own = [to_local(p) for p in averaged.parameters()]
     current = [to_local(p) for p in model.parameters()]
     torch._foreach_lerp_(own, current, 1 - d)
-    for buffer, now in zip(averaged.buffers(), model.buffers()):
-        buffer.copy_(now)
+    if buffers := list(averaged.buffers()):
+        torch._foreach_copy_(buffers, list(model.buffers()))
 
 # %% ../nbs/05_training.ipynb #f5f8d28a
 def fast_bf16(
@@ -230,6 +235,20 @@ def autocast(
     "The context in which a loss is computed: matrix products in bfloat16, or nothing changed."
     on = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     return torch.autocast(device, torch.bfloat16, enabled=on)
+
+# %% ../nbs/05_training.ipynb #b91e4c70
+@contextmanager
+def tf32_products(device: str):
+    "Inside, products of float32 matrices on a GPU may round their factors to TF32, for speed."
+    matmul = torch.backends.cuda.matmul
+    if device != "cuda" or getattr(matmul, "fp32_precision", "") == "tf32":
+        yield  # nothing to change; whoever chose TF32 by its newer name may not use the older one
+        return
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 # %% ../nbs/05_training.ipynb #fb8eec51
 @dataclass
@@ -288,18 +307,20 @@ def progress_of(state: TrainState, cfg: TrainConfig) -> float:
 def forward_backward(
     state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig
 ) -> tuple[Tensor, dict]:
-    "Loss and metrics of the step that is due, means over own microbatches; adds up gradients."
+    """Loss and metrics of the step that is due, means over own microbatches; adds up gradients.
+    There are no metrics where none `will_log`."""
     device, processes = next(state.model.parameters()).device, state.processes
-    mine, total, means = processes.share(cfg.num_microbatches), 0.0, {}
+    mine, wanted = processes.share(cfg.num_microbatches), will_log(state, cfg)
+    total, means = 0.0, {}
     for microbatch in mine:
         with processes.no_sync(microbatch != mine[-1]):  # gradients are shared with the last
-            with autocast(cfg.precision, device.type):
+            with autocast(cfg.precision, device.type), metrics_for(wanted):
                 batch = training_batch(data, cfg, state.step, device, microbatch)
                 loss, found = loss_fn(state.model, *batch)
                 loss = loss / len(mine)
             loss.backward()
         total = total + loss.detach()
-        for name, value in found.items():
+        for name, value in found.items() if wanted else ():
             means[name] = means.get(name, 0.0) + value / len(mine)
     return total, means
 
@@ -309,15 +330,24 @@ def clip_and_step(
     loss: Tensor,  # scalar
     cfg: TrainConfig,
 ) -> Tensor:  # the gradient's norm before clipping, a scalar
-    "Clipping and AdamW's update; `FloatingPointError`, weights untouched, if not finite."
+    "Clipping and AdamW's update; where loss or norm are not finite, the weights stay as they are."
     norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip))
-    if not torch.isfinite(norm + loss.detach()):
-        raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
+    finite = torch.isfinite(norm + loss.detach())
+    if state.optimizer.defaults["fused"]:  # read on the device: nobody waits for it
+        state.optimizer.found_inf = 1.0 - finite.float()
+    elif readable(finite) and not finite:
+        return norm
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(progress_of(state, cfg), cfg)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return norm
+
+# %% ../nbs/05_training.ipynb #d0a6e3f4
+def will_log(state: TrainState, cfg: TrainConfig) -> bool:
+    "Whether the step that is due will be logged; a clock cannot tell, so there it may be."
+    step = state.step + 1
+    return step % cfg.log_every == 0 or step == cfg.steps or cfg.minutes is not None
 
 # %% ../nbs/05_training.ipynb #4e34dd36
 DEFAULTS = dataclasses.asdict(TrainConfig())  # of what an older run.json does not say
@@ -330,6 +360,13 @@ def check_shares(cfg: TrainConfig, processes: SingleProcess):
             f"{cfg.num_microbatches} microbatches cannot be shared equally by {processes.size} "
             f"processes; set num_microbatches to a multiple of {processes.size}"
         )
+
+
+def upcoming(data: Dataset, state: TrainState, cfg: TrainConfig):
+    "For each microbatch that this process will draw, in turn: a function that gives its indices."
+    for step in itertools.count(state.step):
+        for microbatch in state.processes.share(cfg.num_microbatches):
+            yield partial(microbatch_indices, data, cfg, step, microbatch)
 
 
 def apply_compile_and_checkpointing(model: nn.Module, cfg: TrainConfig):
@@ -362,15 +399,6 @@ def begin(
     return (restore(state, checkpoint) if checkpoint else state), loss_fn
 
 # %% ../nbs/05_training.ipynb #5630bca7
-@contextmanager
-def explain_divergence(state: TrainState, folder: Path):
-    "A `FloatingPointError` inside becomes a `BitflowError` that says where to go on from."
-    try:
-        yield
-    except FloatingPointError as e:
-        raise diverged(folder, state.step, e) from e
-
-
 def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
     "Whether what happens every so many steps, and at the end of the budget, happens now."
     return state.step % every == 0 or progress_of(state, cfg) >= 1
@@ -380,23 +408,28 @@ def training_loop(
     state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig, folder: Path, log, sampler, watcher
 ):
     "From the state's step to the end of the budget, or to a signal, after a checkpoint."
-    start, drawn = time.perf_counter() - state.seconds, None
+    device = next(state.model.parameters()).device.type
+    start, drawn, finite = time.perf_counter() - state.seconds, None, FiniteCheck(folder)
     with progress_bar(state, cfg.steps) as bar, StopSignals(state.processes) as signals:
         while progress_of(state, cfg) < 1:
-            loss, metrics = forward_backward(state, loss_fn, data, cfg)
-            with explain_divergence(state, folder):
-                norm = clip_and_step(state, loss, cfg)
+            with tf32_products(device):
+                loss, metrics = forward_backward(state, loss_fn, data, cfg)
+            norm = clip_and_step(state, loss, cfg)
+            finite.add(state.step, loss, norm)
             update_ema(state.averaged, state.model, cfg.ema, state.step)
             state.step, state.seconds = state.step + 1, time.perf_counter() - start
             if cfg.minutes:  # the schedule follows one clock
                 state.seconds = state.processes.all_reduce_mean([state.seconds])[0]
             bar.update()
             if due(state, cfg, cfg.log_every):
+                finite.settle()
                 log_step(log, bar, state, loss, norm, metrics, watcher)
             if sampler and due(state, cfg, cfg.sample_every):
+                finite.settle()
                 drawn = draw_grid(state, sampler, folder, watcher)
             stop = signals.agreed()
             if stop or due(state, cfg, cfg.checkpoint_every):
+                finite.settle()
                 saved = save_checkpoint(state, folder)
             if stop:
                 raise Interrupted(stop, f"step {state.step} is saved in {saved}")
@@ -430,6 +463,8 @@ def train(
         state, loss_fn = begin(model, cfg, folder, resume, describe, loss_fn, processes)
         if on_start:
             processes.on_rank_zero(lambda: on_start(folder, state.step))
-        with open_logs(state, folder, watch) as (log, watcher):
-            training_loop(state, loss_fn, data, cfg, folder, log, sampler, watcher)
+        device = next(model.parameters()).device
+        batches = fed(data, device, upcoming(data, state, cfg))  # read before they are needed
+        with open_logs(state, folder, watch) as (log, watcher), batches as near:
+            training_loop(state, loss_fn, near, cfg, folder, log, sampler, watcher)
         return whole_model(state)

@@ -112,15 +112,27 @@ def rotary_angles(
     frequency = base ** (-torch.arange(n) / n)
     return (coordinates[:, :, None] * frequency).reshape(T, A * n)
 
+# %% ../nbs/04_transformer.ipynb #f0c83d65
+def turns(
+    angles: Tensor,  # θ `(T, head_dim/2)`
+) -> tuple[Tensor, Tensor]:  # each `(T, head_dim)`
+    "Factors of a pair's own features, (cos θ, cos θ), and crosswise, (−sin θ, sin θ)."
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x `(N, heads, T, head_dim)`, tables
+    "Each pair (a, b) to (a cos θ − b sin θ, b cos θ + a sin θ)."
+    own = x * cos.to(x.dtype)
+    return x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype) + own
+
 # %% ../nbs/04_transformer.ipynb #2fecccd9
 def rotate(
     x: Tensor,  # queries or keys `(N, heads, T, head_dim)`
     angles: Tensor,  # `(T, head_dim/2)`
 ) -> Tensor:  # same shape as x
     "Turn each pair of features by its token's angle: then q·k depends on offsets alone."
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return turn(x, *turns(angles))
 
 # %% ../nbs/04_transformer.ipynb #7db8c7cf
 class Attention(nn.Module):
@@ -134,26 +146,26 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
 
-    def heads(self, x, angles):
-        "Tokens `(N, T, width)` to q, k, v `(N, heads, T, head_dim)`; q and k turned by `angles`."
+    def heads(self, x, tables):
+        "Tokens `(N, T, width)` to q, k, v `(N, heads, T, head_dim)`; q and k turned, see `turns`."
         N, T, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(N, T, 3, W // self.head_dim, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        return (q, k, v) if angles is None else (rotate(q, angles), rotate(k, angles), v)
+        return (q, k, v) if tables is None else (turn(q, *tables), turn(k, *tables), v)
 
     def merge(self, y):
         "Heads side by side again, `(N, T, width)`, then the output projection."
         return self.proj(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x, angles=None):
+    def forward(self, x, tables=None):
         "All tokens at once, `(N, T, width)` to the same shape."
-        return self.merge(attend(*self.heads(x, angles), self.causal))
+        return self.merge(attend(*self.heads(x, tables), self.causal))
 
-    def step(self, x, cache, layer, angles=None, temperature=None):
+    def step(self, x, cache, layer, tables=None, temperature=None):
         """The same for the next S tokens `(N, S, width)`, after those in `cache` for `layer`;
         a temperature divides the scores."""
-        q, k, v = self.heads(x, angles)
+        q, k, v = self.heads(x, tables)
         if temperature is not None:
             q = q / temperature
         return self.merge(cache.attend(layer, q, k, v, self.causal))
@@ -166,14 +178,14 @@ class Layer(nn.Module):
         super().__init__()
         self.attention, self.mlp = Attention(cfg, causal), MLPS[cfg.mlp](cfg)
 
-    def forward(self, x, angles=None):
+    def forward(self, x, tables=None):
         "All tokens at once, `(N, T, width)` to the same shape."
-        x = x + self.attention(x, angles)
+        x = x + self.attention(x, tables)
         return x + self.mlp(x)
 
-    def step(self, x, cache, layer, angles=None, temperature=None):
+    def step(self, x, cache, layer, tables=None, temperature=None):
         "The next S tokens `(N, S, width)`; `layer` is this layer's number in `cache`."
-        x = x + self.attention.step(x, cache, layer, angles, temperature)
+        x = x + self.attention.step(x, cache, layer, tables, temperature)
         return x + self.mlp(x)
 
 # %% ../nbs/04_transformer.ipynb #833f17ec
@@ -197,19 +209,22 @@ class Transformer(nn.Module):
         check_tensor(x, "tokens", ("N", T, self.cfg.width))
         if flip and angles is not None:
             angles = angles.flip(0)
+        tables = None if angles is None else turns(angles)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, angles, use_reentrant=False)
+                x = checkpoint(layer, x, tables, use_reentrant=False)
             else:
-                x = layer(x, angles)
+                x = layer(x, tables)
         return x
 
     def step(self, x, cache, flip=False, temperature=None):
         "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
         check_tensor(x, "tokens", (cache.k.shape[1], "S", self.cfg.width))
-        angles = None if self.angles is None else cache.own(self.angles, x.shape[1], flip)
+        tables = None
+        if self.angles is not None:
+            tables = turns(cache.own(self.angles, x.shape[1], flip))
         for i, layer in enumerate(self.layers):
-            x = layer.step(x, cache, i, angles, temperature)
+            x = layer.step(x, cache, i, tables, temperature)
         return x, cache.advance(x.shape[1])
 
     def empty_cache(self, batch: int) -> KVCache:
@@ -266,13 +281,15 @@ def attend(
 ) -> Tensor:  # `(N, heads, S, head_dim)`
     "softmax(q kᵀ/√head_dim) v: by PyTorch's fused kernel, or by the plain equation on CPUs."
     S, T = q.shape[-2], k.shape[-2]
-    future = None
-    if causal and S > 1:
-        future = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S)
+    causal = causal and S > 1
     # On CPUs the equation trains faster in bfloat16; for one token the kernel saves calls.
-    if q.device.type != "cpu" or (S == 1 and q.shape[:2].numel() < 64):
-        if future is None or S == T:
-            return nnf.scaled_dot_product_attention(q, k, v, is_causal=future is not None)
+    fused = q.device.type != "cpu" or (S == 1 and q.shape[:2].numel() < 64)
+    if fused and (S == T or not causal):
+        return nnf.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    future = None
+    if causal:
+        future = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(1 + T - S)
+    if fused:
         return nnf.scaled_dot_product_attention(q, k, v, attn_mask=~future)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
     if future is not None:

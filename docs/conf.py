@@ -27,6 +27,7 @@ copybutton_prompt_is_regexp = True
 html_theme = "sphinx_book_theme"
 html_title = "bitflow_edu"
 html_baseurl = f"{ini['doc_host']}{ini['doc_baseurl']}/"
+html_favicon = str(ROOT / "docs" / "favicon.svg")
 html_static_path = [str(SOURCE / "_static")]
 html_css_files = ["style.css"]
 html_show_sphinx = False

@@ -12,13 +12,14 @@ import os
 import re
 import shutil
 import sys
-from configparser import ConfigParser
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "nbs")]
 
 from api_pages import api_pages  # noqa: E402  beside this file
 from contents import ROOT, label, lessons, sections  # noqa: E402
+from finish_notebooks import settings  # noqa: E402  in nbs
 from slides.prose import directives, without_marks  # noqa: E402
 
 SOURCE = ROOT / "build" / "docs-source"
@@ -28,13 +29,6 @@ STATIC = (ROOT / "docs" / "style.css", ROOT / "results" / "demo-mnist-mini.png",
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)\s]*\))")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-
-
-def settings():
-    """What settings.ini says about the project."""
-    parser = ConfigParser(delimiters=["="], interpolation=None)
-    parser.read(ROOT / "settings.ini", encoding="utf-8")
-    return parser["DEFAULT"]
 
 
 def on_github(path):

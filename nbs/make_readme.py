@@ -8,11 +8,11 @@ Usage: make_readme.py [--check]      (--check: write nothing, fail when README.m
 
 import re
 import sys
-from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
 import yaml
+from finish_notebooks import settings  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,13 +27,11 @@ def markdown(cell):
 
 def badges():
     """The badges, which GitHub draws: whether the newest run on the main branch passed."""
-    settings = ConfigParser(delimiters=["="], interpolation=None)
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    found = []
+    found, runs_of = [], f"{settings()['git_url']}/actions/workflows"
     for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
         workflow = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
         if "push" in workflow["on"]:
-            runs = f"{settings['DEFAULT']['git_url']}/actions/workflows/{path.name}"
+            runs = f"{runs_of}/{path.name}"
             found.append(f"[![{workflow['name']}]({runs}/badge.svg)]({runs})")
     return " ".join(found)
 

@@ -129,6 +129,16 @@ def test_small_images_are_enlarged_and_large_ones_left():
     torch.testing.assert_close(as_photos(flat), torch.full((1, 3, 64, 64), 0.3))
 
 
+def test_a_distance_that_was_measured_first_can_train():
+    """What is kept of the first call is no tensor of inference alone."""
+    distances.channel_units.cache_clear()
+    with torch.inference_mode():
+        imagenet_units(torch.zeros(1, 3, 2, 2))
+    x = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    imagenet_units(x).sum().backward()
+    assert x.grad.min() > 1  # half of the range, over a spread of about a quarter
+
+
 def test_adaptive_weights_pull_alike_whatever_the_unit():
     a, b = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
 

@@ -200,3 +200,31 @@ def test_the_example_of_train_runs():
     tests = doctest.DocTestFinder().find(train, "train", globs=dict(vars(training)))
     results = [doctest.DocTestRunner(verbose=False).run(test) for test in tests]
     assert sum(r.attempted for r in results) > 0 and all(r.failed == 0 for r in results)
+
+
+def test_tf32_is_for_gpus_and_for_the_time_of_a_step():
+    """Elsewhere, and after it, float32 products are what they were."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    for device, inside in (("cpu", before), ("cuda", True)):
+        with training.tf32_products(device):
+            assert matmul.allow_tf32 == inside
+        assert matmul.allow_tf32 == before
+
+
+NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # from PyTorch 2.9 on
+
+
+@pytest.mark.skipif(not NEWER, reason="this PyTorch has the older name only")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tf32_that_was_chosen_by_its_newer_name_stays(device):
+    """PyTorch raises where a setting of the one name is read by the other."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        with training.tf32_products(device):
+            assert matmul.fp32_precision == "tf32"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before

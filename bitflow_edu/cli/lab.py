@@ -35,12 +35,14 @@ from ..io.files import BitflowError, check_same_settings
 from ..io.models import load_model
 from ..io.results import hardware, load_result, measurement, save_results
 from ..lab import ablations, bench, recipes, reproduce, tables
+from ..lab.bench_operations import bench_operations
 from ..lab.bench_speed import bench_geometry
 from ..lab.evaluate import Evaluation, check_drawn, evaluate
 from ..lab.neighbour_table import draw_neighbours, neighbours_table
 from ..lab.preset_fields import read_preset
 from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..lab.report import draw_rows, sample_rows, write_report
+from ..scale.costs import on_meta
 from ..tarflow import TARFlow
 
 try:
@@ -51,6 +53,8 @@ except ImportError:  # on Windows
 # %% ../../nbs/cli/lab.ipynb #2ff50d37
 def bench_model(args: Bench, device: str) -> TARFlow:
     "The F that is measured: from a checkpoint, or with random weights."
+    if args.what == "operations":
+        return on_meta(TARFlow, find_preset(args.geometry).forward)
     if args.checkpoint:
         return load_model(args.checkpoint, TARFlow, device)
     return bench.random_flow(bench.geometry(args.geometry), device)
@@ -61,6 +65,7 @@ MEASURED = {  # what can be measured → the options that it reads
     "inverse": (*OF_A_FLOW, "segments"),
     "training": OF_A_FLOW,
     "tokens": ("device",),
+    "operations": ("geometry",),
     "pair": (*OF_A_FLOW, "segments"),
     "speed": (*OF_A_FLOW, "segments", "batches", "precision", "w"),
 }
@@ -78,6 +83,8 @@ def check_bench(args: Bench):
     if args.checkpoint and args.what in ("inverse", "training"):
         refuse_unread(args, ["geometry"], "beside --checkpoint")
     bench.geometry(args.geometry)
+    if args.what == "operations":
+        check_pair_preset(find_preset(args.geometry))
     parse_segments(args.segments)
     whole_numbers(args.batches, "--batches")
 
@@ -88,6 +95,8 @@ def run_measurement(args: Bench, model: TARFlow, device: str) -> list:
         return bench.bench_training(model.cfg, device=device, compiled=args.compiled)
     if args.what == "tokens":
         return bench.bench_tokens()
+    if args.what == "operations":
+        return bench_operations(find_preset(args.geometry))
     if args.what == "pair":
         return measure_pair(args, model)
     if args.what == "speed":
@@ -119,7 +128,7 @@ def measure_pair(args: Bench, model: TARFlow) -> list:
 def run_bench(args: Bench):
     "`bitflow bench`"
     check_bench(args)
-    of = "" if args.what == "tokens" else f"-{args.geometry}"
+    of = "" if args.what in ("tokens", "operations") else f"-{args.geometry}"
     (out,) = new_outputs(args.out or Path(f"results/bench-{args.what}{of}.json"), ".json")
     start, device = time.perf_counter(), models.find_device(args.device)
     model = bench_model(args, device)

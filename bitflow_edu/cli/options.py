@@ -265,8 +265,9 @@ class Bench:
     "Measure the exact inverse, or a training step, against plain implementations in the same run."
 
     # inverse, training, pair (one pass of G against the ways back of F), speed (the same for any
-    # shape and batch, with decoders, MFU and roofline; lesson 16) or tokens (time and memory
-    # against the number of tokens, 49 to 1,024).
+    # shape and batch, with decoders, MFU and roofline; lesson 16), tokens (time and memory
+    # against the number of tokens, 49 to 1,024) or operations (how many a training step of a
+    # preset's F and G dispatches; nothing is computed).
     what: str = "inverse"
     # Shape with random weights: mnist, 64-tokens, 256-tokens, or a preset's; for pair a preset's.
     geometry: str = "mnist"

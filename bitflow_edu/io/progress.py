@@ -3,14 +3,17 @@
 # %% ../../nbs/io/progress.ipynb #435fe1ea
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack, closing, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoints import MetricsLog, gathered
+from .checkpoints import MetricsLog, diverged, gathered
 from .files import BitflowError, save_grid
 from .processes import is_dtensor
 
@@ -40,6 +43,60 @@ def log_step(
         if watcher:
             watcher.metrics(state.step, line)
     bar.set_postfix(loss=f"{mean_loss:.4f}")
+
+# %% ../../nbs/io/progress.ipynb #c05d7e13
+WANTED = ContextVar("metrics_wanted", default=True)
+
+
+@contextmanager
+def metrics_for(wanted: bool):
+    "Inside, losses leave out what is only logged, unless it is `wanted`."
+    token = WANTED.set(wanted)
+    try:
+        yield
+    finally:
+        WANTED.reset(token)
+
+
+def metrics_wanted() -> bool:
+    "Whether what a loss returns to be logged will be read; outside of `metrics_for` it may be."
+    return WANTED.get()
+
+# %% ../../nbs/io/progress.ipynb #e9a2466b
+def sent_to_host(t: Tensor):
+    "A call that gives a tensor's numbers as a list. They are sent now; only the call may wait."
+    if t.device.type != "cuda":
+        return t.tolist
+    there, arrived = torch.empty_like(t, device="cpu", pin_memory=True), torch.cuda.Event()
+    there.copy_(t, non_blocking=True)
+    arrived.record()
+
+    def read():
+        arrived.synchronize()
+        return there.tolist()
+
+    return read
+
+
+class FiniteCheck:
+    "Stops a run whose loss or gradient norm is not finite; reads them one step late."
+
+    def __init__(self, folder: Path):
+        self.folder, self.sent = folder, []
+
+    def add(self, step: int, loss: Tensor, norm: Tensor):
+        "Send the numbers of a step. Raises `BitflowError` for those of the step before it."
+        self.settle()
+        scalars = [t.detach().float().reshape(()) for t in (loss, norm)]
+        self.sent.append((step, sent_to_host(torch.stack(scalars))))
+
+    def settle(self):
+        "Read what has been sent. Raises `BitflowError`, naming the step, where it is not finite."
+        while self.sent:
+            step, read = self.sent.pop(0)
+            loss, norm = read()
+            if not math.isfinite(loss + norm):
+                raise diverged(self.folder, step, f"loss {loss:.4g}, gradient norm {norm:.4g}")
 
 # %% ../../nbs/io/progress.ipynb #d42e033f
 @contextmanager

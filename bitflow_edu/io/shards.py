@@ -168,22 +168,30 @@ class Latents:
         "The order of an epoch `(N,)`: a permutation that keeps to few shards at a time."
         return block_order(self.counts, self.window, seed, epoch)
 
-    def moments(self, index: Tensor, mirrored: Tensor) -> Tensor:
-        "Stored moments `(n, 2, C, h, w)`, float16, of images `(n,)`, mirrored where that is 1."
-        found = torch.empty(len(index), 2, *self.shape, dtype=torch.float16)
+    def fetch(self, index: Tensor) -> Tensor:
+        "Stored moments `(n, 2, 2, C, h, w)`, float16, of images, plain and mirrored."
+        found = torch.empty(len(index), 2, 2, *self.shape, dtype=torch.float16)
         shard = torch.searchsorted(self.ends, index, right=True)
         for s in shard.unique().tolist():
             here, start = shard == s, self.ends[s] - self.counts[s]
-            found[here] = self.shard(s)["moments"][index[here] - start, mirrored[here]]
+            found[here] = self.shard(s)["moments"][index[here] - start]
         return found
 
-    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        "Samples `(n, C, h, w)` of the encoder's Gaussian, float32, on the generator's device."
-        device, vae = generator.device, self.index["vae"]
-        mirrored = torch.randint(2, (len(index),), generator=generator, device=device)
-        mean, std = self.moments(index, mirrored.cpu()).to(device).float().unbind(1)
+    def moments(self, index: Tensor, mirrored: Tensor) -> Tensor:
+        "Stored moments `(n, 2, C, h, w)`, float16, of images `(n,)`, mirrored where that is 1."
+        return self.fetch(index)[torch.arange(len(index)), mirrored]
+
+    def finish(self, stored: Tensor, generator: torch.Generator) -> Tensor:
+        "Samples `(n, C, h, w)` of the encoder's Gaussian, float32, from what `fetch` gave."
+        device, vae = stored.device, self.index["vae"]
+        mirrored = torch.randint(2, (len(stored),), generator=generator, device=device)
+        mean, std = stored[torch.arange(len(stored), device=device), mirrored].float().unbind(1)
         noise = torch.randn(mean.shape, generator=generator, device=device)
         return (mean + std * noise - vae["shift_factor"]) * vae["scaling_factor"]
+
+    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        "The same for images `(n,)`, on the generator's device."
+        return self.finish(self.fetch(index).to(generator.device), generator)
 
 # %% ../../nbs/io/shards.ipynb #44a800b7
 def check_latents(found: Latents, folder: Path, cfg):

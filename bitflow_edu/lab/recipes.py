@@ -47,6 +47,7 @@ from ..scale.autoencoder import decoded, load_decoder
 from ..scale.watching import Watcher
 from ..tarflow import TARFlow, TARFlowConfig, forward_loss
 from ..training import TrainConfig, train
+from ..transformer import compile_layers
 
 # %% auto #0
 __all__ = ['Watch', 'train_forward', 'image_distance', 'train_reverse']
@@ -175,6 +176,8 @@ def train_reverse(
     check_pair(forward, model)
     check_strategy(model, objective.strategy)
     loss = stage_two_loss(forward, model, objective, device)
+    if cfg.compile:  # F, too, in place: half of a step is its pass
+        compile_layers(forward)
     if watch:
         noise_std = 0.0 if model.cfg.denoise else forward.cfg.noise_std
         labels, watcher = watch.of(data, cfg, model.cfg.patch_size, noise_std)

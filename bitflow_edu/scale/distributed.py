@@ -59,7 +59,9 @@ class Distributed(SingleProcess):
     def __init__(self, accelerator, sharded: bool = False):
         self.accelerator, self.sharded, self.called = accelerator, sharded, None
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
-        self.main = accelerator.is_main_process
+        self.main, self.host = accelerator.is_main_process, None
+        if accelerator.device.type != "cpu":  # numbers of the host need not wait for a device
+            self.host = torch.distributed.new_group(backend="gloo")
 
     def prepare(self, model, averaged, loss_fn):
         "The loss function that trains `model` on all processes; sharded, in place."
@@ -95,10 +97,9 @@ class Distributed(SingleProcess):
 
     def all_reduce_mean(self, values):
         "The mean over processes of a list of scalars, as floats."
-        device = self.accelerator.device
-        dtype = torch.float64 if device.type != "mps" else torch.float32
-        numbers = torch.tensor([float(v) for v in values], dtype=dtype)
-        return (self.all_reduce_sum(numbers.to(device)) / self.size).tolist()
+        numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        torch.distributed.all_reduce(numbers, group=self.host)
+        return (numbers / self.size).tolist()
 
     def all_reduce_sum(self, t):
         "The sum of a tensor over processes."

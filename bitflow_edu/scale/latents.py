@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from bitflow_edu.io.files import (
     write_atomically,
 )
 from ..io.images import decoded, left_out_line
+from ..io.loading import prefetch
 from ..io.models import save_tensors
 from ..io.processes import SINGLE_PROCESS
 from bitflow_edu.io.shards import (
@@ -129,17 +130,6 @@ def finished(out: Path, k: int) -> dict | None:
         return found
     except (OSError, BitflowError):
         return None
-
-# %% ../../nbs/scale/latents.ipynb #d01458fe
-def prefetch(items, call, pool: ThreadPoolExecutor, depth: int):
-    "`call(item)` of each item, in order, begun up to `depth` items early by a pool of threads."
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(call, item))
-        if len(waiting) > depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 # %% ../../nbs/scale/latents.ipynb #ffd332e6
 def readable(raw: EncodedImage, size: int) -> tuple:

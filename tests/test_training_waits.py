@@ -1,0 +1,183 @@
+"""A step of training reads nothing of its device, and finds a NaN all the same."""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitflow_edu import training
+from bitflow_edu.data import Images, load_data
+from bitflow_edu.guidance import guided_run
+from bitflow_edu.inverse_strategies import STRATEGIES, needs_token_states, reverse_loss
+from bitflow_edu.io import checks
+from bitflow_edu.io.datasets import DataConfig
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.progress import FiniteCheck, metrics_for, metrics_wanted
+from bitflow_edu.tarflow import forward_loss
+from bitflow_edu.training import TrainConfig, new_state, train, training_loop
+from conftest import small_flow, small_reverse
+
+CFG = TrainConfig(
+    steps=6, batch_size=8, log_every=3, sample_every=100, checkpoint_every=100, precision="fp32"
+)
+READS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select")
+READS += ("unique_dim", "_unique2")
+DOORS = ("log_step", "save_checkpoint")  # where values may be read
+
+
+class Refuse(TorchDispatchMode):
+    """Inside, reading a value, or moving it to the CPU, is an error, unless a door is open."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        moved = name == "_to_copy" and kwargs.get("device") == torch.device("cpu")
+        masks = [i for i in args[1] if i is not None] if name == "index" else []
+        masked = any(i.dtype == torch.bool for i in masks)
+        if not self.open and (name in READS or moved or masked):
+            raise AssertionError(f"a step waits for its device: {func}")
+        return func(*args, **kwargs)
+
+
+def open_doors(monkeypatch, refuse):
+    """Logging and saving may read; how often they did."""
+    passed = []
+
+    def through(name, fn):
+        def door(*args, **kwargs):
+            passed.append(name)
+            refuse.open = True
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                refuse.open = False
+
+        return door
+
+    for name in DOORS:
+        monkeypatch.setattr(training, name, through(name, getattr(training, name)))
+    # labels are looked at on a CPU alone, where that is free
+    monkeypatch.setattr(checks, "check_label_range", lambda *args: None)
+    return passed
+
+
+def data_of(side):
+    return load_data(DataConfig("mnist-mini", side))[:64]
+
+
+STRATEGY = {name: {"token_states": needs_token_states(name)} for name in STRATEGIES}
+CASES = ["F", *STRATEGY, "guided", "guided, detached"]
+
+
+def case_of(name, device="cpu"):
+    """A model and its loss: F, G by a strategy, or G with guidance, with F on the same device."""
+    flow = small_flow(side=3, patch=2, num_classes=10).to(device)
+    if name == "F":
+        return flow.train(), forward_loss
+    if name in STRATEGY:
+        G = small_reverse(flow, **STRATEGY[name])
+        return G.to(device), reverse_loss(flow, STRATEGIES[name])
+    detach = name != "guided"
+    G = small_reverse(flow, max_guidance=2.0, scale_token=detach)
+    return G.to(device), reverse_loss(flow, run=guided_run(detach_unconditional=detach))
+
+
+def test_the_mode_refuses():
+    """The test of the tests: each of these would make a GPU wait."""
+    t = torch.ones(2)
+    for read in (lambda: t[0].item(), lambda: bool(t[0]), lambda: t[t > 0], lambda: t.unique()):
+        with pytest.raises(AssertionError, match="waits"), Refuse():
+            read()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_reads_what_it_computes(case, tmp_path, monkeypatch):
+    model, loss = case_of(case)
+    refuse, data = Refuse(), data_of(6)
+    passed = open_doors(monkeypatch, refuse)
+    with refuse:
+        train(model, loss, data, CFG, tmp_path)
+    assert passed == ["log_step", "log_step", "save_checkpoint"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6] and "state_rms_0" in lines[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loop_runs_where_nothing_can_be_read(case, tmp_path, monkeypatch):
+    """On the meta device every `.item()`, `.cpu()` and `bool()` raises by itself."""
+    meta, images = torch.device("meta"), data_of(6)
+    model, loss = case_of(case, meta)
+    data = Images(images.pixels.to(meta), images.labels.to(meta), images.classes)
+    for name in DOORS:
+        monkeypatch.setattr(training, name, lambda *args: None)
+    monkeypatch.setattr(FiniteCheck, "settle", lambda self: self.sent.clear())
+    monkeypatch.setattr(training, "step_generator", lambda *args: torch.Generator())
+    monkeypatch.setattr(training, "autocast", lambda *args: nullcontext())
+    cfg = replace(CFG, steps=2)
+    state = new_state(model, cfg)
+    training_loop(state, loss, data, cfg, tmp_path, None, None, None)
+    assert state.step == 2
+
+
+def test_norms_of_states_are_worked_out_where_a_line_is_due():
+    model, asked = small_flow(side=3, patch=2, num_classes=10).train(), []
+
+    def loss(model, *batch):
+        value, metrics = forward_loss(model, *batch)
+        asked.append((metrics_wanted(), "state_rms_0" in metrics))
+        return value, metrics
+
+    state, data = new_state(model, CFG), data_of(6)
+    for _ in range(4):
+        _, metrics = training.forward_backward(state, loss, data, CFG)
+        training.clip_and_step(state, _, CFG)
+        assert bool(metrics) == (state.step == 2)
+        state.step += 1
+    assert asked == [(False, False)] * 2 + [(True, True), (False, False)]
+    with metrics_for(False):
+        assert not metrics_wanted()
+    assert metrics_wanted()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_weights_survive_a_step_that_is_not_finite(broken, fused):
+    """An optimiser without a fused kernel, as on an Apple GPU, is asked to wait instead."""
+    state = new_state(small_flow(side=3, patch=2, num_classes=10).train(), CFG)
+    if not fused:
+        state.optimizer = torch.optim.AdamW(state.model.parameters(), fused=False)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    for p in state.model.parameters():
+        p.grad = torch.full_like(p, math.nan if broken == "gradient" else 1.0)
+    loss = torch.tensor(math.inf if broken == "loss" else 1.0)
+    training.clip_and_step(state, loss, CFG)
+    assert all(torch.equal(p, q) for p, q in zip(state.model.parameters(), before))
+
+
+@pytest.mark.parametrize("broken", [2, 3, 5])
+@pytest.mark.parametrize("every", [1, 2, 4, 100])
+def test_a_nan_is_named_and_never_written(broken, every, tmp_path):
+    """Read one step late, but before anything is saved; the weights are as they were."""
+    model, calls = small_flow(side=3, patch=2, num_classes=10).train(), []
+
+    def breaks(model, *batch):
+        loss, metrics = forward_loss(model, *batch)
+        calls.append(1)
+        return (loss * math.nan if len(calls) == broken + 1 else loss), metrics
+
+    cfg = replace(CFG, log_every=every, checkpoint_every=every)
+    with pytest.raises(BitflowError, match=f"step {broken}: loss nan"):
+        train(model, breaks, data_of(6), cfg, tmp_path)
+    assert len(calls) <= broken + 2, "at most one step later"
+    saved = [int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step-*")]
+    assert all(step <= broken for step in saved)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["step"] <= broken for line in lines)
+    assert all(p.isfinite().all() for p in model.parameters())
