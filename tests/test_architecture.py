@@ -14,11 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "bitflow_edu"
 LESSONS = (
     "data bijections coupling autoregressive transformer training evaluation tarflow exact_inverse "
-    "improved_tarflow reverse_model inverse_strategies distances guidance editing speed imagenet"
+    "improved_tarflow reverse_model inverse_strategies distances guidance editing speed imagenet "
+    "neighbours"
 ).split()
 WINGS = {"io": 0, "scale": 2, "lab": 3, "cli": 4}
 LESSON = 1
 EXCURSIONS = LESSON, LESSONS.index("speed") - 0.5  # they need lessons up to 15; lesson 16 uses them
+LATE_EXCURSIONS = {"excursions.alignment": (LESSON, len(LESSONS))}  # after the last lesson
 MAX_LINES, MAX_NAMES = 500, 450
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
@@ -56,7 +58,9 @@ def place(module: str) -> tuple:
     wing, dot, _ = module.partition(".")
     if not dot:
         return LESSON, LESSONS.index(module)
-    return EXCURSIONS if wing == "excursions" else (WINGS[wing],)
+    if wing == "excursions":
+        return LATE_EXCURSIONS.get(module, EXCURSIONS)
+    return (WINGS[wing],)
 
 
 def test_every_module_has_a_place():

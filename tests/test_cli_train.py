@@ -9,6 +9,7 @@ from commands import SMOKE, refused, run
 from safetensors.torch import load_file
 
 from bitflow_edu.io.models import load_model, newest_checkpoint
+from bitflow_edu.neighbours import Neighbour
 from bitflow_edu.reverse_model import ReverseModel
 
 
@@ -116,3 +117,29 @@ def test_weights_to_start_from_are_read_again_where_there_is_no_checkpoint(runs,
     run(f"{train}/b --resume")
     a, b = (load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method", ["improved-mean-flow", "normalizing-flow-matching", "gan"])
+def test_a_neighbour_is_trained_resumed_and_drawn_from(runs, tmp_path, capsys, method):
+    out = tmp_path / "n"
+    train = f"train neighbour {SMOKE} --method {method} --steps 3 --forward {runs}/f --out {out}"
+    run(train)
+    kept = load_file(out / "model.safetensors")
+    refused(train, capsys, "n exists already")
+    run(f"{train} --resume")
+    again = load_file(out / "model.safetensors")
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    assert load_model(out, Neighbour).cfg.method == method
+    steps = "" if method == "gan" else "--steps 2"
+    run(f"sample --checkpoint {out} --n 10 {steps} --out {tmp_path}/s.png")
+    assert (tmp_path / "s.png").exists() and f"{method}-" in capsys.readouterr().out
+    refused(f"sample --checkpoint {out} --w 1 --out {tmp_path}/t.png", capsys, "--w 1")
+    refused(f"sample --checkpoint {runs}/g --steps 2 --out {tmp_path}/t.png", capsys, "--steps 2")
+
+
+def test_mistakes_with_neighbours(capsys, tmp_path):
+    train = f"train neighbour {SMOKE} --out {tmp_path}/n"
+    refused(f"{train} --method osmosis", capsys, "osmosis", "mean-flow")
+    coded = f"{train} --method normalizing-flow-matching --forward {tmp_path}/none"
+    refused(coded, capsys, "none", "does not exist")
+    assert not list(tmp_path.iterdir()), "nothing was written"

@@ -22,6 +22,7 @@ from bitflow_edu.cli.options import (
     Demo,
     Evaluate,
     TrainForward,
+    TrainNeighbour,
     TrainReverse,
     command_line,
     flag_of,
@@ -107,7 +108,12 @@ def with_classes_of_data(
     return with_num_classes(preset, named)
 
 # %% ../../nbs/cli/common.ipynb #0a73f421
-TRAINED = {TrainForward: ("forward",), TrainReverse: ("reverse",), Demo: ("forward", "reverse")}
+TRAINED = {
+    TrainForward: ("forward",),
+    TrainReverse: ("reverse",),
+    TrainNeighbour: ("reverse",),  # for as long as G
+    Demo: ("forward", "reverse"),
+}
 
 
 def budget_fields(args: Budget, stage: str) -> dict:

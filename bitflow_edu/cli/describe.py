@@ -18,6 +18,7 @@ from ..lab import sampling
 from ..lab.evaluate import flow_cost
 from ..lab.preset_fields import read_fields, write_preset
 from ..lab.presets import Preset, against_published, inferred, published_aim
+from ..neighbours import Neighbour
 from ..reverse_model import ReverseModel
 from ..scale.costs import StepCost, bill, budget_of, images_per_hour, on_meta
 from ..tarflow import TARFlow, TARFlowConfig
@@ -28,13 +29,13 @@ __all__ = []
 
 # %% ../../nbs/cli/describe.ipynb #3b425c3f
 def load_any(folder: Path, device: str):
-    "The F (a TARFlow or a coupling flow) or the G in a checkpoint, whichever it is."
+    "The F (a TARFlow or a coupling flow), the G or its neighbour in a checkpoint."
     path = newest_checkpoint(folder) / "config.json"
     try:
         kind = str(read_json(path).get("kind"))
     except BitflowError:  # whoever loads it says what is wrong
         kind = "TARFlow"
-    kinds = {"ReverseModel": ReverseModel, "CouplingFlow": CouplingFlow}
+    kinds = {"ReverseModel": ReverseModel, "CouplingFlow": CouplingFlow, "Neighbour": Neighbour}
     return load_model(folder, kinds.get(kind, TARFlow), device)
 
 # %% ../../nbs/cli/describe.ipynb #542be3a9

@@ -14,6 +14,7 @@ from bitflow_edu.cli.common import (
     load_together,
     new_outputs,
     preset_of,
+    refuse_unread,
     run_folder,
     write_figures,
 )
@@ -37,9 +38,11 @@ from bitflow_edu.lab.evaluate import (
     run_settings,
     training_record,
 )
+from ..lab.neighbour_table import evaluate_neighbour
 from ..lab.presets import Preset, check_pair_preset
 from ..lab.report import draw_rows, sample_rows
 from ..lab.sampling import FLOWS, METHODS, choose_samplers, guided_too
+from ..neighbours import Neighbour
 from ..reverse_model import ReverseModel
 from ..scale.autoencoder import Decoded, decode_all, load_decoder
 from ..scale.distributed import find_processes
@@ -263,9 +266,29 @@ def save_picture(rows: dict, path: Path, left_out: set = frozenset()):
     rows = {row: x for row, x in rows.items() if row not in left_out}
     draw_rows({labels.get(row, row): x for row, x in rows.items()}).savefig(path, dpi=110)
 
+# %% ../../nbs/cli/evaluate.ipynb #18c0000a
+def run_evaluate_neighbour(args: Evaluate):
+    "A neighbour of G by itself: a row for each number of steps."
+    preset, device, start = preset_of(args), find_device(args.device), time.perf_counter()
+    unread = ("forward", "reverse", "w", "rows", "vae", "features", *STREAM_ONLY)
+    refuse_unread(args, unread, "beside --neighbour, which is measured by itself")
+    results, picture = evaluation_outputs(args, preset)
+    check_evaluate(args, preset, streamed=False)
+    model = load_model(args.neighbour, Neighbour, device)
+    check_fits(model, preset.data)
+    train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
+    n = number_of_samples(args, preset)
+    done = evaluate_neighbour(model, train, test, n, args.seed, device, args.timing)
+    config = {"data": dataclasses.asdict(preset.data), "neighbour": dataclasses.asdict(model.cfg)}
+    write_figures(results, preset.name, args, config, done.measurements, start)
+    save_picture(sample_rows(done.samples, test, min(n, 10)), picture)
+    check_drawn(done.measurements)
+
 # %% ../../nbs/cli/evaluate.ipynb #7b7d1326
 def run_evaluate(args: Evaluate):
     "`bitflow evaluate`"
+    if args.neighbour:
+        return run_evaluate_neighbour(args)
     preset, device, start = preset_of(args), find_device(args.device), time.perf_counter()
     processes = find_processes(device)
     outputs = processes.on_rank_zero(lambda: evaluation_outputs(args, preset))

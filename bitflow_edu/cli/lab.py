@@ -23,7 +23,7 @@ from bitflow_edu.cli.common import (
     whole_numbers,
     write_figures,
 )
-from .options import Ablate, Bench, Demo, Reproduce, command_line
+from .options import Ablate, Bench, CompareNeighbours, Demo, Reproduce, command_line
 
 # %% auto #0
 __all__ = []
@@ -38,6 +38,7 @@ from ..lab import ablations, bench, recipes, reproduce, tables
 from ..lab.bench_operations import bench_operations
 from ..lab.bench_speed import bench_geometry
 from ..lab.evaluate import Evaluation, check_drawn, evaluate
+from ..lab.neighbour_table import draw_neighbours, neighbours_table
 from ..lab.preset_fields import read_preset
 from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..lab.report import draw_rows, sample_rows, write_report
@@ -219,6 +220,17 @@ def run_ablate(args: Ablate):
         figures = ablations.run_jobs(jobs, args.out, device, workers, data_root=args.data_root)
         found = ablations.table_measurements(name, preset, seeds, figures, args.rows)
         save_table(name, args, preset, found, time.perf_counter() - start)
+
+# %% ../../nbs/cli/lab.ipynb #18c00009
+def run_neighbours(args: CompareNeighbours):
+    "`bitflow neighbours`"
+    preset, start = preset_of(args), time.perf_counter()
+    device, seeds = models.find_device(args.device), range(args.seed, args.seed + args.seeds)
+    out, picture = new_outputs(args.out, ".json", ".png", anew=args.resume)
+    more = args.work, args.methods, device
+    found = neighbours_table(preset, seeds, *more, data_root=args.data_root)
+    write_figures(out, preset.name, args, dataclasses.asdict(preset), found, start)
+    draw_neighbours(found, f"{preset.num_samples} images, {len(seeds)} seeds").savefig(picture)
 
 # %% ../../nbs/cli/lab.ipynb #59ec1224
 def run_guard(args: Reproduce):

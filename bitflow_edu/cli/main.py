@@ -14,11 +14,12 @@ from .common import check_numbers, check_paths
 from .describe import run_info
 from .evaluate import run_evaluate
 from .export import run_export
-from .lab import run_ablate, run_bench, run_demo, run_reproduce
+from .lab import run_ablate, run_bench, run_demo, run_neighbours, run_reproduce
 from bitflow_edu.cli.options import (
     Ablate,
     Bench,
     CacheLatents,
+    CompareNeighbours,
     Demo,
     Evaluate,
     Export,
@@ -26,12 +27,19 @@ from bitflow_edu.cli.options import (
     Reproduce,
     Sample,
     TrainForward,
+    TrainNeighbour,
     TrainReverse,
     WatchRun,
     parse,
 )
 from .sample import run_sample
-from .train import run_cache_latents, run_train_forward, run_train_reverse, run_watch
+from bitflow_edu.cli.train import (
+    run_cache_latents,
+    run_train_forward,
+    run_train_neighbour,
+    run_train_reverse,
+    run_watch,
+)
 from ..io.files import BitflowError
 from ..scale.distributed import lost_contact, together
 
@@ -52,11 +60,13 @@ COMMANDS = {
     Demo: run_demo,
     TrainForward: run_train_forward,
     TrainReverse: run_train_reverse,
+    TrainNeighbour: run_train_neighbour,
     Sample: run_sample,
     Evaluate: run_evaluate,
     Export: run_export,
     Info: run_info,
     Ablate: run_ablate,
+    CompareNeighbours: run_neighbours,
     Bench: run_bench,
     CacheLatents: run_cache_latents,
     WatchRun: run_watch,

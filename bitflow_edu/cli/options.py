@@ -124,20 +124,38 @@ class TrainReverse(Training):
     # How G learns: naive, hidden-distillation or hidden-alignment; default the preset's.
     strategy: str | None = None
 
+# %% ../../nbs/cli/options.ipynb #18c00001
+@dataclass(frozen=True)
+class TrainNeighbour(Budget):
+    "Train a neighbour of G: another way from noise to image in few steps (lesson 18)."
+
+    # flow-matching, normalizing-flow-matching, reflow, mean-flow, improved-mean-flow, consistency
+    # or gan.
+    method: str = "flow-matching"
+    # Images per step.
+    batch_size: int | None = None
+    # Peak learning rate.
+    lr: float | None = None
+    # Run or checkpoint of F, which normalizing flow matching asks; default runs/<preset>-forward.
+    forward: Path | None = None
+    # Folder for the run; default runs/<preset>-<method>.
+    out: Path | None = None
+
 # %% ../../nbs/cli/options.ipynb #0b3e0a85
 @dataclass(frozen=True)
 class Train:
-    "Train one of the two models."
+    "Train F, G, or a neighbour of G."
 
     stage: (
         Annotated[TrainForward, subcommand("forward")]
         | Annotated[TrainReverse, subcommand("reverse")]
+        | Annotated[TrainNeighbour, subcommand("neighbour")]
     )
 
 # %% ../../nbs/cli/options.ipynb #5fbf19c2
 @dataclass(frozen=True)
 class Sample(Picture):
-    "Draw images from a trained F (exactly, token by token) or G (in one pass)."
+    "Draw images from a trained F (exactly, token by token), G (in one pass), or a neighbour of G."
 
     # Classes to draw, e.g. 3 or 0,1,7; default all in turn; -1 for none in particular.
     labels: str | None = None
@@ -148,6 +166,8 @@ class Sample(Picture):
     # Guidance scale: towards the label, at the price of variety; a G without w as an input takes
     # two passes.
     w: float = 0.0
+    # Steps of a neighbour.
+    steps: int = 1
     # Images per row.
     columns: int = 10
     # Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder;
@@ -167,6 +187,8 @@ class Evaluate(Common):
     forward: Path | None = None
     # Run or checkpoint of G; leave out to measure F alone.
     reverse: Path | None = None
+    # Run of a neighbour of G (lesson 18), to be measured by itself.
+    neighbour: Path | None = None
     # Samples of each method; default the preset's.
     n: Annotated[int | None, IMAGES] = None
     # Guidance scales to measure every method at, besides 0, e.g. --w 0.25 0.5 1; the scale of each
@@ -290,6 +312,22 @@ class Ablate(Common):
     # Go on where it stopped, and write tables anew.
     resume: bool = False
 
+# %% ../../nbs/cli/options.ipynb #18c00007
+@dataclass(frozen=True)
+class CompareNeighbours(Common):
+    "Train every neighbour of G for the time of F and G, and measure all (lesson 18)."
+
+    # How many seeds, from --seed on; each has its own F and G, and its own noise.
+    seeds: int = 3
+    # Only these methods, e.g. --methods flow-matching reflow; default all.
+    methods: tuple[str, ...] = ()
+    # Folder of the trainings; those that are there are not repeated.
+    work: Path = Path("runs/neighbours")
+    # Results file to write, and beside it a picture.
+    out: Path = Path("results/neighbours.json")
+    # Go on where it stopped, and write the table anew.
+    resume: bool = False
+
 # %% ../../nbs/cli/options.ipynb #cc992948
 @dataclass(frozen=True)
 class Reproduce:
@@ -362,10 +400,12 @@ NAMES = {
     Demo: "demo",
     TrainForward: "train forward",
     TrainReverse: "train reverse",
+    TrainNeighbour: "train neighbour",
     Sample: "sample",
     Evaluate: "evaluate",
     Export: "export",
     Ablate: "ablate",
+    CompareNeighbours: "neighbours",
     Bench: "bench",
     Reproduce: "reproduce",
     CacheLatents: "cache-latents",
@@ -380,7 +420,7 @@ def command_type():
     "All commands as one type, which tyro turns into a parser."
     commands = Annotated[Demo, subcommand("demo")] | Annotated[Train, subcommand("train")]
     for command, name in NAMES.items():
-        if command not in (Demo, TrainForward, TrainReverse):
+        if command not in (Demo, TrainForward, TrainReverse, TrainNeighbour):
             commands |= Annotated[command, subcommand(name)]
     return commands
 

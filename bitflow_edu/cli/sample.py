@@ -23,10 +23,12 @@ from bitflow_edu.lab.sampling import (
     draw,
     exact_sampler,
     guided_sampler,
+    neighbour_sampler,
     noise_for,
     one_pass_sampler,
     to_picture,
 )
+from ..neighbours import Neighbour
 from ..reverse_model import ReverseModel
 from ..scale.autoencoder import load_decoder
 from ..scale.distributed import find_processes
@@ -54,6 +56,11 @@ def parse_labels(text: str | None, cfg, n: int) -> torch.Tensor:
 def sampler_for(model, args: Sample) -> Sampler:
     "The sampler of a model that the options ask for. Refuses what it cannot do."
     where = args.checkpoint
+    if isinstance(model, Neighbour):
+        what = f"by the {model.cfg.method} in {where}, which is told its steps alone"
+        refuse_unread(args, ["w", "denoise"], what)
+        return neighbour_sampler(model, args.steps)
+    refuse_unread(args, ["steps"], f"by the model in {where}, which is no neighbour of lesson 18")
     if args.w and isinstance(model, CouplingFlow):
         raise BitflowError(
             f"--w {args.w:g}: the flow in {where} reads no labels to be guided by; "

@@ -14,11 +14,19 @@ from bitflow_edu.cli.common import (
     run_folder,
     with_patch_size,
 )
-from .options import CacheLatents, TrainForward, TrainReverse, WatchRun
+from bitflow_edu.cli.options import (
+    CacheLatents,
+    TrainForward,
+    TrainNeighbour,
+    TrainReverse,
+    WatchRun,
+)
+from ..data import load_data
 from ..io import models
 from ..io.files import BitflowError
 from ..io.models import load_model, newest_checkpoint
 from ..lab import recipes
+from ..neighbours import find_neighbour
 from ..scale import watching
 from ..scale.autoencoder import load_vae
 from ..scale.distributed import find_processes
@@ -68,6 +76,20 @@ def run_train_reverse(args: TrainReverse):
     more = args.resume, processes, watch, args.init_from
     recipes.train_reverse(preset, forward, train, folder, device, *more)
     processes.on_rank_zero(lambda: say_where("G", folder))
+
+# %% ../../nbs/cli/train.ipynb #18c00003
+def run_train_neighbour(args: TrainNeighbour):
+    "`bitflow train neighbour`"
+    method, preset = find_neighbour(args.method), preset_of(args)
+    device, folder = models.find_device(args.device), run_folder(args.out, preset, args.method)
+    refuse_existing(folder, args.resume)
+    forward = None
+    if method.needs_flow:
+        forward = load_model(run_folder(args.forward, preset, "forward"), TARFlow, device)
+        check_fits(forward, preset.data)
+    train = load_data(preset.data, "train", args.data_root)
+    recipes.train_beside(preset, args.method, forward, train, folder, device, args.resume)
+    say_where(args.method, folder)
 
 # %% ../../nbs/cli/train.ipynb #c96b01b1
 def check_cache(args: CacheLatents, source):

@@ -29,7 +29,7 @@ from bitflow_edu.inverse_strategies import (
 )
 from ..io.checkpoints import recorded_start, start_from
 from ..io.files import report_write_errors
-from ..io.models import build, checkpoints_of, newest_checkpoint
+from ..io.models import build, checkpoints_of, newest_checkpoint, save_model
 from ..io.processes import SINGLE_PROCESS, SingleProcess
 from ..io.results import commit, hardware, now, versions
 from .preset_fields import write_preset
@@ -40,6 +40,7 @@ from bitflow_edu.lab.presets import (
     check_pair_preset,
 )
 from .sampling import FLOWS, invert_flow, sample_grid
+from ..neighbours import Neighbour, beside, train_neighbour
 from ..reverse_model import ReverseModel, one_pass
 from ..scale.alarms import sample_reference_of, watch_labels
 from ..scale.autoencoder import decoded, load_decoder
@@ -185,3 +186,22 @@ def train_reverse(
     about = {"preset": preset.name, "stage": "reverse", "objective": dataclasses.asdict(objective)}
     about |= starting_weights(model, init, folder, resume)
     return train(model, loss, data, cfg, folder, resume, grid, about, start, processes, watcher)
+
+# %% ../../nbs/lab/recipes.ipynb #18c00005
+def train_beside(
+    preset: Preset,
+    method: str,  # a key of `NEIGHBOURS`
+    forward: TARFlow | None,  # F, for methods that ask it
+    data: Images,
+    folder: Path,
+    device: str = "cpu",
+    resume: bool = False,
+) -> Neighbour:
+    "A neighbour with the parameters and the budget of the preset's G."
+    check_pair_preset(preset)
+    cfg = preset.train_reverse
+    model = build(Neighbour, beside(preset.reverse, method), cfg.seed, device)
+    trained = train_neighbour(model, data, cfg, folder, forward, resume)
+    note_start(preset, folder, 0)
+    save_model(trained, folder)
+    return trained

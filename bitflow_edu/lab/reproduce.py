@@ -18,6 +18,7 @@ from ..data import load_data
 from ..io.files import BitflowError, read_json, report_write_errors, write_atomically
 from ..io.results import load_result, markdown_table, measured, results_text, save_results
 from .evaluate import evaluate
+from .neighbour_table import COMPARISONS
 from .presets import find_preset, nearest_name
 from .recipes import train_forward, train_reverse
 from bitflow_edu.lab.result_tables import (
@@ -104,6 +105,7 @@ def short_commands(preset: str, name: str, features: str, shape: str = "") -> tu
 # %% ../../nbs/lab/reproduce.ipynb #58829a51
 SIZES = ("--steps", "--minutes", "--n", "--images", "--seeds")  # of a command
 TINY = {
+    "neighbours": "--seeds 1 --train-forward.steps 2 --train-reverse.steps 2 --num-samples 20",
     "train": "--steps 2 --batch-size 4",
     "evaluate": "--n 20",
     "ablate": "--seeds 1 --steps 2 --train-forward.steps 2 --train-forward.batch-size 4 "
@@ -204,23 +206,29 @@ EXPERIMENTS |= {
 
 # %% ../../nbs/lab/reproduce.ipynb #7efe5903
 BF16 = "--train-forward.precision bf16 --train-reverse.precision bf16"
-STEPS = {"--steps 500": ("strategies",), "--steps 3000": ("strategies", "guidance")}
+OWN_SIZE = {  # tables that the preset's own steps, or five seeds, would make too long
+    "parts": "--train-forward.steps 1500 ",
+    "regimes": "--seeds 3 ",
+    "tokens": "--seeds 3 --steps 700 --train-forward.steps 1500 ",
+}
 
 
 def digit_tables() -> Experiment:
-    "The tables on the embedded digits, five seeds each."
-    names = [name for name in TABLES if name not in ("lpips", "tokens")]
-    commands = table_commands("mnist-mini", *names, more=BF16)
-    for steps, some in STEPS.items():
-        commands += table_commands("mnist-mini", *some, more=f"{steps} {BF16}")
-    few = "--steps 700 --train-forward.steps 1500"
-    commands += table_commands("mnist-mini", "tokens", more=f"{few} {BF16}")
+    "The tables on the embedded digits, five seeds each but where three must do."
+    commands = ()
+    for name in [name for name in TABLES if name != "lpips"]:  # whose weights are not here
+        commands += table_commands("mnist-mini", name, more=OWN_SIZE.get(name, "") + BF16)
+    for size in ("--steps 500", "--seeds 3 --steps 3000"):
+        commands += table_commands("mnist-mini", "strategies", more=f"{size} {BF16}")
     sizes = {"cpu": commands, "smoke": in_miniature(table_commands("mnist-mini", "denoising"))}
-    question = "The paper's tables on 16×16 digits: which orders appear, with five paired seeds?"
+    question = "The paper's tables on 16×16 digits: which orders appear, with paired seeds?"
     return Experiment(question, "ablate-strategies-mnist-mini", sizes, {"cpu": 900, "smoke": 1})
 
 
 EXPERIMENTS["mnist-mini-tables"] = digit_tables()
+for name, question, result, sizes, minutes in COMPARISONS:  # the neighbours of lesson 18
+    EXPERIMENTS[name] = Experiment(question, result, sizes, minutes)
+    sizes["smoke"] = in_miniature(next(iter(sizes.values())))
 
 # %% ../../nbs/lab/reproduce.ipynb #fd89d7c0
 def find_experiment(name: str) -> Experiment:
@@ -250,7 +258,7 @@ def file_of(words: list[str]) -> Path | None:
     if words[0] == "ablate":
         steps = f"-{given['--steps']}-steps" if "--steps" in given else ""
         return Path(given["--results"]) / f"ablate-{words[1]}-{given['--preset']}{steps}.json"
-    return Path(given["--out"]) if words[0] in ("evaluate", "bench") else None
+    return Path(given["--out"]) if words[0] in ("evaluate", "bench", "neighbours") else None
 
 
 def made_for(words: list[str]) -> tuple:
@@ -383,12 +391,9 @@ with the same number of threads. What has been done, and what came out, is on \
 
 `gpu` is the experiment as it should be. `gpu-short` fits a GPU that is lent for a quarter of an \
 hour: budgets of minutes, so that the schedule always ends, and models of fewer than 15M \
-parameters. `cpu` has the same data and the same parts for far fewer \
-steps, and for CIFAR-10 smaller models; its result says so. `smoke` proves in a minute or two \
-that the commands run; its figures mean nothing.
-Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. Not here yet: G beside \
-flow matching, MeanFlow and a GAN on CIFAR-10; those methods come with lesson 18.
-"""
+parameters. `cpu` has the same data and parts for far fewer steps, and for CIFAR-10 smaller \
+models; its result says so. `smoke` proves that the commands run; its figures mean nothing.
+Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. """
 PLANNED = {"gpu": "of one H200", "gpu-short": "of one H100"}
 PLANNED |= {"cpu": "of a core or two", "smoke": "of a core"}
 

@@ -23,6 +23,7 @@ from ..io.files import BitflowError
 from ..io.models import num_parameters
 from ..io.processes import SINGLE_PROCESS
 from ..io.results import measurement, time_per_image
+from ..neighbours import FewSteps, Neighbour
 from ..reverse_model import ReverseModel, check_count, one_pass, sample_noise
 from ..scale.autoencoder import decode_all, preview
 from ..speed import count_flops
@@ -141,6 +142,13 @@ def guided_sampler(G: ReverseModel, w: float) -> Sampler:
     if G.cfg.max_guidance:
         return one_pass_sampler(G, w)
     return Sampler("guided", G, partial(guided_pass, G, w=w), nfe=2, serial_steps=1, w=w)
+
+# %% ../../nbs/lab/sampling.ipynb #18c00006
+def neighbour_sampler(model: Neighbour, steps: int) -> Sampler:
+    "A neighbour of G (lesson 18) in so many steps."
+    check_model(model, Neighbour)
+    few = FewSteps(model, steps)
+    return Sampler(few.name, model, few, nfe=few.nfe, serial_steps=few.nfe)
 
 # %% ../../nbs/lab/sampling.ipynb #a90c3e55
 def make_exact(F: nn.Module, G: ReverseModel | None, w: float) -> Sampler:

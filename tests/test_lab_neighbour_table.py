@@ -1,0 +1,86 @@
+"""The table of neighbours: what is trained, what is stored, and how rates are chosen."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.lab.neighbour_table import (
+    Cell,
+    chosen_rate,
+    draw_neighbours,
+    neighbours_table,
+    run_cell,
+)
+from bitflow_edu.lab.presets import find_preset
+from bitflow_edu.lab.reproduce import EXPERIMENTS
+
+
+def tiny(steps=2):
+    "The smoke preset, of a few steps and samples."
+    preset = find_preset("mnist-mini-smoke")
+    stages = ("train_forward", "train_reverse")
+    few = {name: replace(getattr(preset, name), steps=steps) for name in stages}
+    return replace(preset, num_samples=20, **few)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A table of one method with one seed, and its folder."
+    root = tmp_path_factory.mktemp("neighbours")
+    names = ("normalizing-flow-matching",)
+    return neighbours_table(tiny(), range(1), root, names, say=str), root
+
+
+def values(found, row):
+    "metric → value of a row, of seed 0."
+    return {m["metric"]: m["value"] for m in found if m["row"] == row and m["seed"] == 0}
+
+
+def test_every_row_has_its_numbers(made):
+    found, _ = made
+    numbers = values(found, "normalizing-flow-matching-4")
+    wanted = "nfe params fd[mnist-cnn] fd_train[mnist-cnn] label_accuracy precision recall"
+    assert set(wanted.split()) <= set(numbers) and numbers["nfe"] == 4
+    assert {"ms_per_image[1]", "ms_per_image[64]", "own_minutes"} <= set(numbers)
+    assert numbers["teacher_minutes"] > 0  # it asks F
+    assert values(found, "one-pass")["nfe"] == 1 and "exact+denoise" in {m["row"] for m in found}
+    difference = [m for m in found if m["metric"] == "difference fd[mnist-cnn]"]
+    assert difference and all(m["versus"] == "one-pass" for m in difference)
+    params = values(found, "normalizing-flow-matching-1")["params"], values(found, "one-pass")
+    assert abs(params[0] / params[1]["params"] - 1) < 0.1  # tiny: times weigh more
+
+
+def test_the_search_is_stored_and_chooses_by_training_images(made):
+    found, _ = made
+    lines = [m for m in found if m["metric"] == "search fd_train"]
+    assert len(lines) == 3 and sum(m["chosen"] for m in lines) == 1
+    best = min(lines, key=lambda m: m["value"])
+    assert best["chosen"]
+    assert chosen_rate([{"lr": 1, "fd_train": 3.0}, {"lr": 2, "fd_train": 2.0}]) == 2
+
+
+def test_what_was_measured_is_read_and_not_repeated(made):
+    found, root = made
+    cell = Cell(replace(tiny()), "normalizing-flow-matching", 0)
+    (file,) = root.glob("normalizing-flow-matching-0-*/figures.json")
+    stored = json.loads(file.read_text())
+    stored["training"]["own_minutes"] = 123.0
+    file.write_text(json.dumps(stored))
+    assert run_cell(cell, root, [])["training"]["own_minutes"] == 123.0
+    assert cell.key == file.parent.name != Cell(tiny(3), cell.method, 0).key
+    draw_neighbours(found, "title")
+
+
+def test_an_unknown_method_is_refused_before_hours_are_spent(tmp_path):
+    with pytest.raises(BitflowError, match="osmosis"):
+        neighbours_table(tiny(), range(1), tmp_path, ("osmosis",))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_experiments_are_a_laptops_and_a_gpus():
+    for name, size in (("neighbours", "cpu"), ("cifar10-neighbours", "gpu")):
+        commands = EXPERIMENTS[name].commands
+        assert set(commands) == {size, "smoke"}
+        assert "-smoke" in commands["smoke"][0] and "--num-samples 20" in commands["smoke"][0]
