@@ -35,7 +35,7 @@ def test_the_smoke_twin_has_the_same_kinds_of_parts(name):
     sizes += "batch_size lr ema log_every sample_every checkpoint_every compile num_microbatches"
     different = {field for field in big if big[field] != twin[field]}
     if find_preset(name).objective.decoder:
-        sizes += " features decoder"  # random ones, which need no download
+        sizes += " features feature_weights decoder"  # of random weights: nothing is downloaded
     assert {field.rpartition(".")[2] for field in different} <= set(sizes.split())
     assert "data.name" not in different
     p = find_preset(f"{name}-smoke")

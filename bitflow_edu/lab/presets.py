@@ -284,11 +284,11 @@ SMALL["imagenet64"] = {"image_size": 16, "num_classes": 2}
 
 
 def without_download(objective: ObjectiveConfig) -> ObjectiveConfig:
-    "The same objective, with random networks where it names a decoder."
+    "The same objective; where it names a decoder, with that and one distance of random weights."
     if not objective.decoder:
         return objective
-    untrained = ("untrained-crop",) * len(objective.features)
-    return replace(objective, features=untrained, decoder=TINY_VAE)
+    end = {"features": ("untrained-crop",), "feature_weights": objective.feature_weights[:1]}
+    return replace(objective, **end, decoder=TINY_VAE)
 
 
 def smoke_twin(name: str) -> Preset:

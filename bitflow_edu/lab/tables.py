@@ -197,16 +197,17 @@ WIDE_CLIP = 2.0  # with a tenth of the noise: half of the first block's |α| are
 def norm_control(preset: Preset) -> list:
     """F's states clipped where the clip binds, or divided by their size, by squared errors alone:
     with the preset's noise, and with a tenth of it, where F stretches more and its states grow."""
-    free, clip, normal = forward(clip=0.0), forward(clip=CLIP), objective(normalise=True)
+    free, clip = forward(clip=0.0), forward(clip=CLIP)
+    raw, normal = objective(normalise=False), objective(normalise=True)
     less = forward(noise_std=preset.forward.noise_std / 10)
     wide, words = forward(clip=WIDE_CLIP), ", a tenth of the noise"
     return [
-        Row("none", (MSE, free), paper=45.54),
-        Row("clip", (MSE, clip), paper=31.88),
+        Row("none", (MSE, free, raw), paper=45.54),
+        Row("clip", (MSE, clip, raw), paper=31.88),
         Row("normalise", (MSE, free, normal)),
         Row("clip + normalise", (MSE, clip, normal)),
-        Row(f"none{words}", (MSE, free, less)),
-        Row(f"clip{words}", (MSE, wide, less), versus=f"none{words}"),
+        Row(f"none{words}", (MSE, free, less, raw)),
+        Row(f"clip{words}", (MSE, wide, less, raw), versus=f"none{words}"),
         Row(f"normalise{words}", (MSE, free, less, normal), versus=f"none{words}"),
     ]
 
