@@ -227,8 +227,8 @@ def digit_tables() -> Experiment:
 
 EXPERIMENTS["mnist-mini-tables"] = digit_tables()
 for name, question, result, sizes, minutes in COMPARISONS:  # the neighbours of lesson 18
-    EXPERIMENTS[name] = Experiment(question, result, sizes, minutes)
-    sizes["smoke"] = in_miniature(next(iter(sizes.values())))
+    smoke = {"smoke": in_miniature(*sizes.values())}
+    EXPERIMENTS[name] = Experiment(question, result, sizes | smoke, minutes)
 
 # %% ../../nbs/lab/reproduce.ipynb #fd89d7c0
 def find_experiment(name: str) -> Experiment:
@@ -393,7 +393,7 @@ with the same number of threads. What has been done, and what came out, is on \
 hour: budgets of minutes, so that the schedule always ends, and models of fewer than 15M \
 parameters. `cpu` has the same data and parts for far fewer steps, and for CIFAR-10 smaller \
 models; its result says so. `smoke` proves that the commands run; its figures mean nothing.
-Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded. """
+Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded.\n"""
 PLANNED = {"gpu": "of one H200", "gpu-short": "of one H100"}
 PLANNED |= {"cpu": "of a core or two", "smoke": "of a core"}
 
