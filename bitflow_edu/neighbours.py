@@ -378,6 +378,8 @@ class Method:
     step: Callable = euler  # (model, x_t, r, t, c) → x_r
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)  # of its sampler, as they are compared
     needs_flow: bool = False  # whether its stages ask F
+    lr_scale: float = 1.0  # times the learning rate of its training
+    betas: tuple[float, float] | None = None  # of its optimizer; none: those of its training
 
 # %% ../nbs/18_neighbours.ipynb #18000042
 def one_stage(F: TARFlow | None, loss: Callable, around: Callable = None) -> tuple[Stage, ...]:
@@ -400,6 +402,7 @@ def narrowed(F: TARFlow | None) -> tuple[Stage, ...]:
     return Stage(flow_matching_loss()), *(Stage(consistency_loss(g)) for g in (0.5, 0.25, 0.125))
 
 # %% ../nbs/18_neighbours.ipynb #18000043
+TWO_PLAYERS = dict(lr_scale=0.15, betas=(0.0, 0.99))  # small steps, without momentum
 NEIGHBOURS = {
     "flow-matching": Method(partial(one_stage, loss=flow_matching_loss())),
     "normalizing-flow-matching": Method(coded, needs_flow=True),
@@ -407,7 +410,7 @@ NEIGHBOURS = {
     "mean-flow": Method(partial(one_stage, loss=mean_flow_loss()), jump),
     "improved-mean-flow": Method(partial(one_stage, loss=mean_flow_loss(own_velocity)), jump),
     "consistency": Method(narrowed, renoise, (1, 2, 4)),
-    "gan": Method(partial(one_stage, loss=gan_loss(), around=Game), jump, (1,)),
+    "gan": Method(partial(one_stage, loss=gan_loss(), around=Game), jump, (1,), **TWO_PLAYERS),
 }
 
 
@@ -447,6 +450,7 @@ def train_neighbour(
     method = find_neighbour(model.cfg.method)
     if method.needs_flow:
         check_flow(F, model.cfg, model.cfg.method)
+    cfg = replace(cfg, lr=cfg.lr * method.lr_scale, betas=method.betas or cfg.betas)
     stages, trained = method.stages(F), model
     for i, stage in enumerate(stages):
         run, player = Path(folder) / f"stage-{i}", copy.deepcopy(trained).requires_grad_(True)

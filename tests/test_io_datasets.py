@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from bitflow_edu.data import load_data
+from bitflow_edu.io import datasets
 from bitflow_edu.io.datasets import DataConfig, check_arrays, described, resize
 from bitflow_edu.io.files import BitflowError, asset
 
@@ -50,7 +51,8 @@ def test_image_folder(tmp_path, channels):
     assert data.classes == ("cat", "dog") and data.labels.tolist() == [0] * 3 + [1] * 3
 
 
-def test_cifar10_jpeg_copy(tmp_path):
+def load_jpeg_copy(tmp_path):
+    """The test split of a copy of four images."""
     rng, blobs = np.random.default_rng(0), []
     for _ in range(4):
         buffer = io.BytesIO()
@@ -65,8 +67,36 @@ def test_cifar10_jpeg_copy(tmp_path):
             f"{split}_offsets": np.cumsum([0] + [len(b) for b in blobs]),
         }
     np.savez(tmp_path / "cifar10_jpeg.npz", **arrays)
-    data = load_data(DataConfig("cifar10", 32, 3), "test", tmp_path)
+    return load_data(DataConfig("cifar10", 32, 3), "test", tmp_path)
+
+
+def test_cifar10_jpeg_copy(tmp_path):
+    data = load_jpeg_copy(tmp_path)
     assert data.pixels.shape == (4, 3, 32, 32) and data.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_decoded_cifar10_is_kept_as_one_file(tmp_path, monkeypatch):
+    """Decoded once; decoded again where the file is damaged or the home is read-only."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    few = load_jpeg_copy(tmp_path)
+    assert not (tmp_path / "home").exists(), "four images are not worth a file"
+    monkeypatch.setattr(datasets, "KEPT_FROM", 4)
+    decoded = []
+    real = datasets.open_image
+    monkeypatch.setattr(datasets, "open_image", lambda *a: decoded.append(a) or real(*a))
+    again = [load_jpeg_copy(tmp_path) for _ in range(2)]
+    assert len(decoded) == 4 and all(torch.equal(d.pixels, few.pixels) for d in again)
+    (kept,) = (tmp_path / "home").rglob("*.npy")
+    for damage in (kept.read_bytes()[:100], b"", b"no array"):
+        kept.write_bytes(damage)
+        assert torch.equal(load_jpeg_copy(tmp_path).pixels, few.pixels)
+    assert len(decoded) == 16 and np.load(kept).shape == (4, 3, 32, 32)
+    np.save(kept, np.zeros((3, 3, 32, 32), np.uint8))
+    assert torch.equal(load_jpeg_copy(tmp_path).pixels, few.pixels), "of other data"
+    monkeypatch.setattr(datasets, "replacing", lambda path: (_ for _ in ()).throw(OSError()))
+    kept.unlink()
+    assert torch.equal(load_jpeg_copy(tmp_path).pixels, few.pixels)
+    assert not kept.exists()
 
 
 def corrupt(tmp_path, how):

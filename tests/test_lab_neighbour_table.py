@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from bitflow_edu.io.files import BitflowError
+from bitflow_edu.lab.experiments import EXPERIMENTS
 from bitflow_edu.lab.neighbour_table import (
     Cell,
     chosen_rate,
@@ -14,7 +15,6 @@ from bitflow_edu.lab.neighbour_table import (
     run_cell,
 )
 from bitflow_edu.lab.presets import find_preset
-from bitflow_edu.lab.reproduce import EXPERIMENTS
 
 
 def tiny(steps=2):

@@ -19,12 +19,10 @@ from bitflow_edu.cli.main import main
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import num_parameters
 from bitflow_edu.io.results import measurement, save_results
+from bitflow_edu.lab.experiments import BUDGETS, EXPERIMENTS, in_miniature
 from bitflow_edu.lab.reproduce import (
-    BUDGETS,
-    EXPERIMENTS,
     commands_of,
     compare_guard,
-    in_miniature,
     result_exists,
     run_experiment,
     tag_result,
@@ -154,6 +152,46 @@ def test_what_is_made_on_a_lent_gpu_travels_back():
                 assert num_parameters(kind(cfg)) < 15e6
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, e in EXPERIMENTS.items() if "gpu-short" in e.commands]
+)
+def test_a_short_experiment_has_a_plan_of_eight_minutes(name):
+    """Minutes for each command; a training's own budget leaves room to start and compile."""
+    experiment = EXPERIMENTS[name]
+    commands = experiment.commands["gpu-short"]
+    assert len(experiment.plan) == len(commands) and sum(experiment.plan) <= 8
+    for minutes, words in zip(experiment.plan, map(str.split, commands)):
+        if "--minutes" in words:
+            assert float(words[words.index("--minutes") + 1]) <= minutes - 0.5
+
+
+def test_what_the_minutes_cannot_hold_is_not_begun(tmp_path, capsys, monkeypatch):
+    """Evaluation is planned for 1.5 minutes and is left out when 1 is left; then it is done."""
+    said, clock = [], [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def takes_3_5_minutes(words):
+        said.append(words[0])
+        clock[0] += 3.5 * 60
+        if words[0] == "evaluate":
+            command = " ".join(["bitflow", *words])
+            found = [measurement("exact", "fid", 1.0)]
+            save_results(tmp_path, "mnist-full", "mnist", command, {}, found, 1.0)
+        return 0
+
+    def go(within):
+        sizes = ("mnist-full", "gpu-short", tmp_path, tmp_path)
+        run_experiment(*sizes, takes_3_5_minutes, within=within)
+        return capsys.readouterr().out
+
+    assert "planned for 3 + 3.5 + 1.5 minutes of one GPU, within 8" in go(None)
+    assert said == ["train", "train"]
+    assert "left out, 2.0 minutes are left for 3: bitflow train forward" in go(2)
+    said.clear()
+    assert "evaluate" in go(9) and said == ["train", "train", "evaluate"]
+    assert "planned for 3 + 3.5 minutes" in go(9) and "mnist-full.json stands" in go(9)
+
+
 def test_a_command_that_fails_stops_the_experiment(tmp_path):
     """What is done stays done, and the message says which command to mend."""
     said = []
@@ -189,6 +227,8 @@ def test_a_result_of_another_size_is_not_taken_for_ours(tmp_path):
         ("mnist-ful", "did you mean mnist-full?"),
         ("mnist-full --budget tpu", "choose gpu, gpu-short, cpu, smoke"),
         ("cifar10-scaling --budget gpu-short", "choose gpu, cpu, smoke"),
+        ("mnist-full --within 8", "--within 8.0 is not read with --budget cpu"),
+        ("mnist-full --budget gpu-short --within 0", "must be greater than 0"),
         ("--check", "measure it first"),
         ("--check --budget gpu", "--budget gpu is not read"),
         ("mnist-full --record", "mnist-full"),

@@ -1,5 +1,6 @@
 """The neighbours: losses against closed forms, derivatives, pairs, samplers, bad input."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -284,6 +285,9 @@ def test_every_method_trains_samples_and_is_stored(name, tmp_path):
     model = train_neighbour(start, images, cfg, tmp_path / "run", small_flow())
     assert isinstance(model, Neighbour) and model.cfg == start.cfg
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters()))
+    ran = json.loads((tmp_path / "run" / "stage-0" / "run.json").read_text())["train"]
+    two_players = name == "gan"  # smaller steps, no momentum
+    assert (ran["lr"] < cfg.lr, ran["betas"][0] == 0) == (two_players, two_players)
     again = train_neighbour(start, images, cfg, tmp_path / "run", small_flow(), resume=True)
     save_model(model, tmp_path / "stored")
     loaded = load_model(tmp_path / "stored", Neighbour)

@@ -218,7 +218,7 @@ def new_picture(out: Path) -> Path:
 # %% ../../nbs/cli/common.ipynb #3685e735
 LEAST = dict.fromkeys("columns batch_size steps seeds workers per_shard image_size".split(), 1)
 LEAST |= {"num_classes": 1, "patch_size": 1, "n": 1, "max_corrupt": 0}
-AMOUNTS = ("minutes", "lr", "peak_tflops", "mfu")
+AMOUNTS = ("minutes", "within", "lr", "peak_tflops", "mfu")
 SCALES = ("w", "temperature")
 
 

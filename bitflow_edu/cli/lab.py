@@ -261,8 +261,10 @@ def run_reproduce(args: Reproduce, main: Callable):
     if args.check or args.record:
         return run_guard(args)
     if not args.names:
-        unread = ("budget", "out", "device", "data_root")
+        unread = ("budget", "within", "out", "device", "data_root")
         refuse_unread(args, unread, "where no experiment is named")
+    if args.budget != "gpu-short":
+        refuse_unread(args, ("within",), f"with --budget {args.budget}")
     reproduce.check_pages(args.results)
     for name in args.names:  # every name is looked up before hours are spent
         reproduce.commands_of(name, args.budget, args.out, args.results)
@@ -271,8 +273,11 @@ def run_reproduce(args: Reproduce, main: Callable):
         more += ["--device", args.device]
     if args.data_root is not None:
         more += ["--data-root", str(args.data_root)]
+    start = time.monotonic()
     for name in args.names:
-        reproduce.run_experiment(name, args.budget, args.out, args.results, main, tuple(more))
+        left = args.within and args.within - (time.monotonic() - start) / 60
+        sizes = (args.budget, args.out, args.results)
+        reproduce.run_experiment(name, *sizes, main, tuple(more), left)
     print(f"all results: {reproduce.write_results_index(args.results)}")
 
 # %% ../../nbs/cli/lab.ipynb #da325fee

@@ -336,9 +336,12 @@ class Reproduce:
 
     # Experiments, e.g. mnist-full cifar10-main; none: only write the page anew.
     names: Positional[tuple[str, ...]] = ()
-    # Size: gpu (as it should be done), gpu-short (ten minutes of one GPU in all), cpu (an hour or
-    # two a model) or smoke (a minute or two).
+    # Size: gpu (as it should be done), gpu-short (eight minutes of one GPU at most), cpu (an hour
+    # or two a model) or smoke (a minute or two).
     budget: str = "cpu"
+    # With gpu-short: minutes for all that is named; a command whose planned minutes they cannot
+    # hold is not begun. Default: what each experiment was planned for.
+    within: float | None = None
     # Folder of the trainings; those that are there go on.
     out: Path = Path("runs/reproduce")
     # Folder of the figures, of index.json and of the page.

@@ -3,11 +3,13 @@
 # %% ../../nbs/io/datasets.ipynb #df37d3d8
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch.nn.functional as nnf
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .files import BitflowError, asset, first_sentence, read_arrays
+from .files import BitflowError, asset, first_sentence, read_arrays, replacing
 from .images import IMAGE_SUFFIXES, find_images, left_out_line, open_image
 from .shards import Latents, read_index, read_latents
 
@@ -78,6 +80,11 @@ TORCHVISION = {  # torchvision's class, and the folder below the root where it k
 }
 
 # %% ../../nbs/io/datasets.ipynb #36047f25
+def cache_folder() -> Path:
+    "Where downloads and decoded images are kept."
+    return Path.home() / ".cache" / "bitflow_edu"
+
+
 def load_torchvision(name: str, root: Path | None, split: str) -> Arrays:
     "MNIST, Fashion-MNIST or CIFAR-10 from torchvision's files; without a root, downloaded."
     kind, place = TORCHVISION[name]
@@ -86,13 +93,36 @@ def load_torchvision(name: str, root: Path | None, split: str) -> Arrays:
             f"no {name} in {root}: torchvision keeps it in {place}/ there; "
             "correct --data-root or BITFLOW_DATA, or set neither to download it"
         )
-    folder = root or Path.home() / ".cache" / "bitflow_edu"
+    folder = root or cache_folder()
     from torchvision import datasets  # half a second, for what few starts need
 
     d = getattr(datasets, kind)(str(folder), train=split == "train", download=root is None)
     pixels = np.asarray(d.data)
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
     return pixels, np.asarray(d.targets), tuple(d.classes)
+
+# %% ../../nbs/io/datasets.ipynb #22e00020
+KEPT_FROM = 10_000  # images: fewer are decoded in a second
+
+
+def decoded(blob: np.ndarray, ends: np.ndarray, path: Path, split: str) -> np.ndarray:
+    "JPEGs of a split as uint8 `(N, 3, 32, 32)`; many are kept, for the next start, as one file."
+    kept = cache_folder() / f"cifar10-{split}-{hashlib.sha256(blob).hexdigest()[:16]}.npy"
+    with suppress(OSError, ValueError, EOFError):  # not there, or damaged
+        pixels = np.load(kept, allow_pickle=False)
+        if pixels.dtype == np.uint8 and pixels.shape == (len(ends) - 1, 3, 32, 32):
+            return pixels
+    images = []
+    for i, (a, b) in enumerate(zip(ends[:-1], ends[1:])):
+        image = io.BytesIO(blob[a:b].tobytes())
+        images.append(np.asarray(open_image(image, "RGB", f"{path}, image {i} of {split}")))
+    pixels = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
+    if len(pixels) >= KEPT_FROM:
+        with suppress(OSError):  # a home that cannot be written to: decoded again each time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as part, part.open("wb") as file:
+                np.save(file, pixels)
+    return pixels
 
 # %% ../../nbs/io/datasets.ipynb #4e8bf608
 def load_cifar10(root: Path | None, split: str) -> Arrays:
@@ -102,11 +132,7 @@ def load_cifar10(root: Path | None, split: str) -> Arrays:
         return load_torchvision("cifar10", root, split)
     names = (f"{split}_jpeg", f"{split}_offsets", f"{split}_labels", "classes")
     blob, ends, labels, classes = read_arrays(path, *names)
-    images = []
-    for i, (a, b) in enumerate(zip(ends[:-1], ends[1:])):
-        image = io.BytesIO(blob[a:b].tobytes())
-        images.append(np.asarray(open_image(image, "RGB", f"{path}, image {i} of {split}")))
-    return np.stack(images).transpose(0, 3, 1, 2), labels, tuple(str(c) for c in classes)
+    return decoded(blob, ends, path, split), labels, tuple(str(c) for c in classes)
 
 # %% ../../nbs/io/datasets.ipynb #6d61e576
 def class_folders(
