@@ -227,14 +227,18 @@ def fast_bf16(
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
+# %% ../nbs/05_training.ipynb #22e00040
+def in_bf16(precision: str, device: str) -> bool:
+    "Whether a precision, `fp32`, `bf16` or `auto`, means products in bfloat16 there."
+    return precision == "bf16" or (precision == "auto" and fast_bf16(device))
 
+# %% ../nbs/05_training.ipynb #22e00041
 def autocast(
     precision: str,  # "fp32", "bf16" or "auto"
     device: str,  # "cpu", "cuda" or "mps"
 ):
     "The context in which a loss is computed: matrix products in bfloat16, or nothing changed."
-    on = precision == "bf16" or (precision == "auto" and fast_bf16(device))
-    return torch.autocast(device, torch.bfloat16, enabled=on)
+    return torch.autocast(device, torch.bfloat16, enabled=in_bf16(precision, device))
 
 # %% ../nbs/05_training.ipynb #b91e4c70
 @contextmanager
@@ -307,21 +311,21 @@ def progress_of(state: TrainState, cfg: TrainConfig) -> float:
 def forward_backward(
     state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig
 ) -> tuple[Tensor, dict]:
-    """Loss and metrics of the step that is due, means over own microbatches; adds up gradients.
-    There are no metrics where none `will_log`."""
+    """Own part of the loss and metrics of the step that is due; adds up gradients. Their means over
+    processes are those over all microbatches. There are no metrics where none `will_log`."""
     device, processes = next(state.model.parameters()).device, state.processes
-    mine, wanted = processes.share(cfg.num_microbatches), will_log(state, cfg)
-    total, means = 0.0, {}
-    for microbatch in mine:
-        with processes.no_sync(microbatch != mine[-1]):  # gradients are shared with the last
+    turns, wanted = own_turns(cfg, processes), will_log(state, cfg)
+    share, total, means = cfg.num_microbatches / processes.size, 0.0, {}
+    for i, (microbatch, counts) in enumerate(turns):
+        with processes.no_sync(i < len(turns) - 1):  # gradients are shared with the last
             with autocast(cfg.precision, device.type), metrics_for(wanted):
                 batch = training_batch(data, cfg, state.step, device, microbatch)
                 loss, found = loss_fn(state.model, *batch)
-                loss = loss / len(mine)
+                loss = loss / share if counts else 0 * loss
             loss.backward()
         total = total + loss.detach()
-        for name, value in found.items() if wanted else ():
-            means[name] = means.get(name, 0.0) + value / len(mine)
+        for name, value in found.items() if wanted and counts else ():
+            means[name] = means.get(name, 0.0) + value / share
     return total, means
 
 # %% ../nbs/05_training.ipynb #257ce8cb
@@ -354,18 +358,27 @@ DEFAULTS = dataclasses.asdict(TrainConfig())  # of what an older run.json does n
 
 
 def check_shares(cfg: TrainConfig, processes: SingleProcess):
-    "Refuse processes that cannot have equally many microbatches."
-    if cfg.num_microbatches % processes.size:
+    "Refuse processes that would have no microbatch at all."
+    if cfg.num_microbatches < processes.size:
         raise BitflowError(
-            f"{cfg.num_microbatches} microbatches cannot be shared equally by {processes.size} "
-            f"processes; set num_microbatches to a multiple of {processes.size}"
+            f"{cfg.num_microbatches} microbatches are too few for {processes.size} processes; "
+            f"set num_microbatches to at least {processes.size}, or start fewer processes"
         )
+
+
+def own_turns(cfg: TrainConfig, processes: SingleProcess) -> list[tuple[int, bool]]:
+    """The microbatches that this process computes, and whether each counts.
+
+    All compute equally many, since they wait for one another; who has too few repeats its last."""
+    own = list(processes.share(cfg.num_microbatches))
+    missing = -(-cfg.num_microbatches // processes.size) - len(own)
+    return [(m, True) for m in own] + [(own[-1], False)] * missing
 
 
 def upcoming(data: Dataset, state: TrainState, cfg: TrainConfig):
     "For each microbatch that this process will draw, in turn: a function that gives its indices."
     for step in itertools.count(state.step):
-        for microbatch in state.processes.share(cfg.num_microbatches):
+        for microbatch, _ in own_turns(cfg, state.processes):
             yield partial(microbatch_indices, data, cfg, step, microbatch)
 
 
@@ -394,7 +407,8 @@ def begin(
     checkpoint = processes.broadcast(opened)
     averaged = averaged_copy(model)
     apply_compile_and_checkpointing(model, cfg)
-    loss_fn = processes.prepare(model, averaged, loss_fn)
+    half = in_bf16(cfg.precision, next(model.parameters()).device.type)
+    loss_fn = processes.prepare(model, averaged, loss_fn, half)
     state = new_state(model, cfg, averaged, processes)
     return (restore(state, checkpoint) if checkpoint else state), loss_fn
 

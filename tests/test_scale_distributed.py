@@ -15,15 +15,22 @@ import pytest
 import torch
 from PIL import Image
 
+from bitflow_edu.inverse_strategies import hidden_alignment, naive_distillation, reverse_loss
 from bitflow_edu.io.checkpoints import LOCK, read_metrics, read_state
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import newest_checkpoint
 from bitflow_edu.io.processes import SINGLE_PROCESS, SingleProcess
-from bitflow_edu.scale.distributed import can_shard, find_processes, lost_contact
+from bitflow_edu.scale.distributed import (
+    LossModule,
+    can_shard,
+    find_processes,
+    leaves_unused,
+    lost_contact,
+)
 from bitflow_edu.tarflow import forward_loss
-from bitflow_edu.training import TrainConfig, check_shares, train
+from bitflow_edu.training import TrainConfig, check_shares, own_turns, train
 from bitflow_edu.transformer import compile_layers
-from conftest import small_flow
+from conftest import small_flow, small_reverse
 
 pytest.importorskip("accelerate")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -37,6 +44,7 @@ NEEDS_SHARDS = pytest.mark.skipif(
     not can_shard("cpu"), reason=f"FSDP2 on a CPU needs PyTorch 2.7, this is {torch.__version__}"
 )
 SHARDINGS = ("none", pytest.param("full", marks=NEEDS_SHARDS))
+FIVE = [word.replace("24", "25") if word != "6" else "5" for word in FORWARD]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -111,6 +119,49 @@ def test_a_lost_process_and_another_number_of_them(alone, tmp_path):
     sharding = "full" if can_shard("cpu") else "none"
     run(3, *FORWARD, "--out", folder, "--resume", "--sharding", sharding)
     assert_same_run(alone, folder)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_pieces_that_do_not_divide(tmp_path, sharding):
+    """Five microbatches on three; one is killed, two go on, then one: the curve of one."""
+    one, folder = tmp_path / "one", tmp_path / "f"
+    run(1, *FIVE, "--out", one)
+    process = start(3, *FIVE, "--out", folder, "--sharding", sharding)
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / "step-00000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(workers_of(process)[2], signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode != 0 and newest_checkpoint(folder).name < "step-00000012"
+    run(2, *FIVE, "--out", folder, "--resume", "--sharding", sharding)
+    assert_same_run(one, folder, within=1e-6)
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    run(1, *FIVE, "--out", folder, "--resume")
+    assert_same_run(one, folder, within=1e-6)
+
+
+@NEEDS_SHARDS
+def test_a_replica_on_each_node(alone, tmp_path, monkeypatch):
+    """Two pretended nodes of two processes: shards within a node, gradients between them."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif 'RANK' in os.environ: os.environ['LOCAL_WORLD_SIZE'] = '2'\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setitem(ENV, "PYTHONPATH", path)
+    run(4, *FORWARD, "--out", tmp_path / "f", "--sharding", "hybrid")
+    assert_same_run(alone, tmp_path / "f")
+
+
+@NEEDS_SHARDS
+def test_shards_are_gathered_in_bf16_where_products_are(tmp_path):
+    """The curve of one process in bf16, within bf16's own rounding."""
+    words = [word if word != "fp32" else "bf16" for word in FORWARD]
+    words += ["--forward.transformer.norm", "rms"]  # LayerNorm's kernel on a CPU takes no bf16
+    run(1, *words, "--out", tmp_path / "one")
+    run(2, *words, "--out", tmp_path / "two", "--sharding", "full")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert (one - two)[:2].abs().max() < 1e-5, "rounded for the product, as in autocast"
+    assert 0 < (one - two).abs().max() < 5e-3, "then gradients in bf16 lead a little apart"
 
 
 def workers_of(process):
@@ -194,10 +245,23 @@ def test_what_processes_tell_each_other(tmp_path):
         assert done.stdout.count(f"process {rank}: the disk is full") == 1
 
 
+def test_weights_without_a_gradient_are_found_once():
+    """Naive distillation leaves the projections of G alone, hidden alignment uses all weights."""
+    F, G = small_flow(), small_reverse(small_flow())
+    x, c = torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, -1])
+    for strategy, unused in ((naive_distillation, True), (hidden_alignment, False)):
+        generator = torch.Generator().manual_seed(1)
+        module = LossModule(G, reverse_loss(F, strategy))
+        assert leaves_unused(module, (x, c, generator)) == unused, strategy
+        assert all(p.grad is None for p in G.parameters())
+        fresh = torch.Generator().manual_seed(1)
+        assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=fresh))
+
+
 def test_mistakes(monkeypatch):
     """An unknown sharding; microbatches that cannot be shared; errors that are no lost contact."""
     lost = RuntimeError("Connection closed by peer [127.0.0.1]")
-    with pytest.raises(BitflowError, match="'half'.*none.*full"):
+    with pytest.raises(BitflowError, match="'half'.*none.*full.*hybrid"):
         find_processes("cpu", "half")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert find_processes("cpu", "full") is SINGLE_PROCESS and lost_contact(lost) is None
@@ -212,8 +276,9 @@ def test_mistakes(monkeypatch):
     class Three(SingleProcess):
         size = 3
 
-    with pytest.raises(BitflowError, match="4 microbatches.* 3 processes; .*num_microbatches"):
-        check_shares(TrainConfig(num_microbatches=4), Three())
+    assert own_turns(TrainConfig(num_microbatches=4), Three()) == [(0, True), (3, True)]
+    with pytest.raises(BitflowError, match="2 microbatches.* 3 processes; .*num_microbatches"):
+        check_shares(TrainConfig(num_microbatches=2), Three())
     with pytest.raises(BitflowError, match="64 .*6 .*microbatches"):
         TrainConfig(num_microbatches=6)
 

@@ -96,7 +96,8 @@ class Training(Budget):
     # Run or checkpoint of a model of the same kind and shape to take the first weights from;
     # the training itself starts anew.
     init_from: Path | None = None
-    # Under torchrun: each process holds a copy of the model (none) or a share of it (full).
+    # Under torchrun: each process holds a copy of the model (none) or a share of it (full), or
+    # the processes of each node share one (hybrid).
     sharding: str = "none"
     # Look for known failures in samples and metrics (alarms.jsonl), and write curves for
     # TensorBoard.

@@ -24,8 +24,8 @@ class SingleProcess:
         "The numbers below n that are this process's to do."
         return range(self.rank, n, self.size)
 
-    def prepare(self, model, averaged, loss_fn):
-        "The loss function that trains `model` together with the other processes."
+    def prepare(self, model, averaged, loss_fn, bf16=False):
+        "The loss function that trains `model` together with the other processes; bf16: products."
         return loss_fn
 
     def no_sync(self, yes):

@@ -32,51 +32,95 @@ class LossModule(nn.Module):
         return self.loss_fn(self.model, x, c, generator)
 
 # %% ../../nbs/scale/distributed.ipynb #2566ad87
-def shard(module: LossModule, averaged: nn.Module, device: str, size: int):
-    "Shard weights over processes in place: layer by layer with hooks, plainly in `averaged`."
-    from torch.distributed.fsdp import fully_shard  # half a second, for one start in many
+def mesh_of(device: str, size: int, sharding: str):
+    "Processes in one row, or for `hybrid` in a row for each node: weights are spread along rows."
+    if sharding != "hybrid":
+        return init_device_mesh(device, (size,))
+    gpus = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size % gpus:
+        uneven = f"{size} processes are not equally many on each node (here {gpus})"
+        raise BitflowError(f"{uneven}; start equally many, or choose sharding full")
+    return init_device_mesh(device, (size // gpus, gpus), mesh_dim_names=("nodes", "gpus"))
 
-    mesh = init_device_mesh(device, (size,))
+
+def shard(module: LossModule, averaged: nn.Module, mesh, bf16: bool = False):
+    "Shard weights over processes in place: layer by layer with hooks, plainly in `averaged`."
+    # half a second, for one start in many
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if mesh.device_type == "cpu":  # LayerNorm there wants weights of its input's type
+        bf16 = bf16 and not any(isinstance(m, nn.LayerNorm) for m in module.modules())
+    half, full = torch.bfloat16 if bf16 else None, torch.float32
+    policy = MixedPrecisionPolicy(half, full, cast_forward_inputs=False)
     for layer in [m for m in module.modules() if isinstance(m, Layer)]:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh)
     distribute_parameters(averaged, mesh)
 
 
 def distribute_parameters(model: nn.Module, mesh):
     "Replace each parameter by this process's rows of it, as a DTensor without gradient."
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
     for part in model.modules():
         for name, p in list(part.named_parameters(recurse=False)):
-            rows = distribute_tensor(p.data, mesh, [Shard(0)])
+            rows = distribute_tensor(p.data, mesh, placements)
             setattr(part, name, nn.Parameter(rows, requires_grad=False))
+
+# %% ../../nbs/scale/distributed.ipynb #22e00031
+def leaves_unused(module: LossModule, batch: tuple) -> bool:
+    "Whether the loss leaves some weight without a gradient; the batch's generator stays as it was."
+    *_, generator = batch
+    before = generator.get_state()
+    weights = [p for p in module.parameters() if p.requires_grad]
+    slopes = torch.autograd.grad(module(*batch)[0], weights, allow_unused=True)
+    generator.set_state(before)
+    return any(slope is None for slope in slopes)
 
 # %% ../../nbs/scale/distributed.ipynb #544fcd47
 class Distributed(SingleProcess):
     "Processes that train one model through accelerate; each holds a replica, or a shard, of it."
 
-    def __init__(self, accelerator, sharded: bool = False):
-        self.accelerator, self.sharded, self.called = accelerator, sharded, None
+    def __init__(self, accelerator, sharding: str = "none"):
+        self.accelerator, self.sharding = accelerator, sharding
+        self.module, self.called = None, None
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.main, self.host = accelerator.is_main_process, None
         if accelerator.device.type != "cpu":  # numbers of the host need not wait for a device
             self.host = torch.distributed.new_group(backend="gloo")
 
-    def prepare(self, model, averaged, loss_fn):
+    def prepare(self, model, averaged, loss_fn, bf16=False):
         "The loss function that trains `model` on all processes; sharded, in place."
-        module = LossModule(model, loss_fn)
-        if self.sharded:
-            shard(module, averaged, self.accelerator.device.type, self.size)
-        self.called = module if self.sharded else self.accelerator.prepare_model(module)
-        return lambda model, *batch: self.called(*batch)
+        self.module, self.called = LossModule(model, loss_fn), None
+        if self.sharding != "none":
+            mesh = mesh_of(self.accelerator.device.type, self.size, self.sharding)
+            shard(self.module, averaged, mesh, bf16)
+            self.called = self.module
+        return self.loss
+
+    def loss(self, model, *batch):
+        "Loss and metrics of a microbatch, through the wrapper; the first batch makes a replica's."
+        if self.called is None:
+            unused = self.all_reduce_mean([leaves_unused(self.module, batch)])[0] > 0
+            device = self.accelerator.device
+            self.called = nn.parallel.DistributedDataParallel(
+                self.module,
+                device_ids=None if device.type == "cpu" else [device],
+                find_unused_parameters=unused,
+                broadcast_buffers=False,  # tables and masks: the same everywhere, and constant
+                gradient_as_bucket_view=True,  # no second copy of the gradients
+            )
+        return self.called(*batch)
 
     def no_sync(self, yes):
-        "The context in which gradients are not yet shared."
-        if self.sharded:
+        "The context in which gradients are not yet shared. (Shared twice does no harm.)"
+        if self.called is None:
+            return nullcontext()
+        if self.sharding != "none":
             self.called.set_requires_gradient_sync(not yes)
             return nullcontext()
-        return self.accelerator.no_sync(self.called) if yes else nullcontext()
+        return self.called.no_sync() if yes else nullcontext()
 
     def on_rank_zero(self, fn):
         "What `fn()` gives on the main process, None elsewhere; all raise its `BitflowError`."
@@ -117,7 +161,7 @@ class Distributed(SingleProcess):
         self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/scale/distributed.ipynb #93efa5aa
-SHARDING = ("none", "full")
+SHARDING = ("none", "full", "hybrid")
 
 # %% ../../nbs/scale/distributed.ipynb #5c7e19b2
 def can_shard(device: str) -> bool:
@@ -127,27 +171,27 @@ def can_shard(device: str) -> bool:
 # %% ../../nbs/scale/distributed.ipynb #407c24ad
 def find_processes(
     device: str = "cpu",  # "cpu" or "cuda"
-    sharding: str = "none",  # "none": each process holds a replica of the model, "full": a shard
+    sharding: str = "none",  # replicas of the model, "full": shards, "hybrid": a replica per node
 ) -> SingleProcess:
     """The processes that `torchrun` started, or `SINGLE_PROCESS`.
     `BitflowError` without accelerate, or where FSDP2 cannot run."""
     if sharding not in SHARDING:
-        raise BitflowError(f"unknown sharding {sharding!r}; choose {' or '.join(SHARDING)}")
+        raise BitflowError(f"unknown sharding {sharding!r}; choose one of {', '.join(SHARDING)}")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return SINGLE_PROCESS
-    if sharding == "full" and not can_shard(device):
-        here = f"full sharding on a CPU needs PyTorch 2.7 or newer, this is {torch.__version__}"
+    if sharding != "none" and not can_shard(device):
+        needs = f"{sharding} sharding on a CPU needs PyTorch 2.7 or newer"
+        here = f"{needs}, this is {torch.__version__}"
         raise BitflowError(f"{here}; update it, or choose sharding none")
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+        from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError as e:
         hint = "pip install accelerate, or start one process"
         raise BitflowError(f"several processes need accelerate; {hint}") from e
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # samples, and slow encoders, may be waited for
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused, patience])
-    return Distributed(accelerator, sharding == "full")
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
+    return Distributed(accelerator, sharding)
 
 # %% ../../nbs/scale/distributed.ipynb #2e43b6f2
 LOST = ("connection closed by peer", "connection reset", "broken pipe", "read timeout", "timed out")
