@@ -28,7 +28,7 @@ from bitflow_edu.io.checkpoints import (
 )
 from .io.checks import readable
 from .io.files import BitflowError
-from .io.loading import fed
+from .io.loading import WriteBehind, fed
 from .io.models import check_seed
 from bitflow_edu.io.processes import (
     SINGLE_PROCESS,
@@ -423,8 +423,10 @@ def training_loop(
 ):
     "From the state's step to the end of the budget, or to a signal, after a checkpoint."
     device = next(state.model.parameters()).device.type
-    start, drawn, finite = time.perf_counter() - state.seconds, None, FiniteCheck(folder)
-    with progress_bar(state, cfg.steps) as bar, StopSignals(state.processes) as signals:
+    start, drawn = time.perf_counter() - state.seconds, None
+    processes, disk = state.processes, WriteBehind()
+    with progress_bar(state, cfg.steps) as bar, StopSignals(processes) as signals, disk:
+        finite = FiniteCheck(folder, disk.wait)
         while progress_of(state, cfg) < 1:
             with tf32_products(device):
                 loss, metrics = forward_backward(state, loss_fn, data, cfg)
@@ -433,7 +435,7 @@ def training_loop(
             update_ema(state.averaged, state.model, cfg.ema, state.step)
             state.step, state.seconds = state.step + 1, time.perf_counter() - start
             if cfg.minutes:  # the schedule follows one clock
-                state.seconds = state.processes.all_reduce_mean([state.seconds])[0]
+                state.seconds = processes.all_reduce_mean([state.seconds])[0]
             bar.update()
             if due(state, cfg, cfg.log_every):
                 finite.settle()
@@ -444,9 +446,11 @@ def training_loop(
             stop = signals.agreed()
             if stop or due(state, cfg, cfg.checkpoint_every):
                 finite.settle()
-                saved = save_checkpoint(state, folder)
+                save_checkpoint(state, folder, writer=disk)
             if stop:
+                saved = processes.on_rank_zero(disk.wait)
                 raise Interrupted(stop, f"step {state.step} is saved in {saved}")
+        processes.on_rank_zero(disk.wait)
     check_samples_drawn(state, drawn)
 
 # %% ../nbs/05_training.ipynb #fd37ff52

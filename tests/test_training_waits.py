@@ -2,8 +2,14 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +19,11 @@ from bitflow_edu import training
 from bitflow_edu.data import Images, load_data
 from bitflow_edu.guidance import guided_run
 from bitflow_edu.inverse_strategies import STRATEGIES, needs_token_states, reverse_loss
-from bitflow_edu.io import checks
+from bitflow_edu.io import checkpoints, checks
+from bitflow_edu.io.checkpoints import LOCK, read_metrics, read_state
 from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.models import checkpoints_of, newest_checkpoint
 from bitflow_edu.io.progress import FiniteCheck, metrics_for, metrics_wanted
 from bitflow_edu.tarflow import forward_loss
 from bitflow_edu.training import TrainConfig, new_state, train, training_loop
@@ -116,7 +124,7 @@ def test_the_loop_runs_where_nothing_can_be_read(case, tmp_path, monkeypatch):
     model, loss = case_of(case, meta)
     data = Images(images.pixels.to(meta), images.labels.to(meta), images.classes)
     for name in DOORS:
-        monkeypatch.setattr(training, name, lambda *args: None)
+        monkeypatch.setattr(training, name, lambda *args, **options: None)
     monkeypatch.setattr(FiniteCheck, "settle", lambda self: self.sent.clear())
     monkeypatch.setattr(training, "step_generator", lambda *args: torch.Generator())
     monkeypatch.setattr(training, "autocast", lambda *args: nullcontext())
@@ -181,3 +189,95 @@ def test_a_nan_is_named_and_never_written(broken, every, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["step"] <= broken for line in lines)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def saves_every_two_steps(monkeypatch, tmp_path, write):
+    """A training of six steps with checkpoints after every two, written by another function."""
+    real = checkpoints.write_checkpoint
+    monkeypatch.setattr(checkpoints, "write_checkpoint", partial(write, real))
+    cfg = replace(CFG, checkpoint_every=2)
+    model = small_flow(side=3, patch=2, num_classes=10).train()
+    train(model, forward_loss, data_of(6), cfg, tmp_path / "run")
+    return read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_a_checkpoint_is_written_while_steps_are_computed(monkeypatch, tmp_path):
+    """The first write waits for a later step: without a thread it would wait forever."""
+    went_on, written = threading.Event(), []
+    real_step = training.forward_backward
+
+    def step(state, *args):
+        if state.step == 3:
+            went_on.set()
+        return real_step(state, *args)
+
+    def write(real, model, saved, folder, keep):
+        assert saved["step"] > 2 or went_on.wait(60), "training stood still"
+        written.append(saved["step"])
+        return real(model, saved, folder, keep)
+
+    monkeypatch.setattr(training, "forward_backward", step)
+    saves_every_two_steps(monkeypatch, tmp_path, write)
+    assert written == [2, 4, 6]
+    steps = [read_state(folder)["step"] for folder in checkpoints_of(tmp_path / "run")]
+    assert steps == [4, 6], "whole, the newest two; training did not change what was copied"
+    straight = small_flow(side=3, patch=2, num_classes=10).train()
+    train(straight, forward_loss, data_of(6), replace(CFG, steps=6), tmp_path / "straight")
+    a, b = (newest_checkpoint(tmp_path / name) for name in ("run", "straight"))
+    for kind in ("averaged", "training"):
+        one, other = read_state(a)[kind], read_state(b)[kind]
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_write_that_failed_is_told_at_the_next_one_or_at_the_end(monkeypatch, tmp_path, at):
+    def write(real, model, saved, folder, keep):
+        if saved["step"] == at:
+            raise BitflowError("the disk is full")
+        return real(model, saved, folder, keep)
+
+    with pytest.raises(BitflowError, match="the disk is full"):
+        saves_every_two_steps(monkeypatch, tmp_path, write)
+    steps = [read_state(folder)["step"] for folder in checkpoints_of(tmp_path / "run")]
+    assert steps == ([] if at == 2 else [2, 4])
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+KILLED = """
+import os, signal, sys, time
+sys.path[:0] = [{tests!r}]
+import torch
+from bitflow_edu.io import checkpoints
+from test_training_waits import CFG, data_of, forward_loss, replace, small_flow, train
+real = checkpoints.write_state
+def write_state(model, saved, folder):
+    if saved["step"] == 4 and "--kill" in sys.argv:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)  # in the thread, while step 5 or 6 is computed
+    real(model, saved, folder)
+checkpoints.write_state = write_state
+model = small_flow(side=3, patch=2, num_classes=10).train()
+cfg = replace(CFG, checkpoint_every=2, steps=6)
+train(model, forward_loss, data_of(6), cfg, sys.argv[1], resume="--resume" in sys.argv)
+"""
+
+
+def test_killed_while_it_writes_it_loses_no_older_checkpoint(tmp_path):
+    """kill -9 inside the write of step 4: step 2 is whole, and goes on to the very same end."""
+    script = tmp_path / "train.py"
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent)))
+
+    def start(folder, *options):
+        command = [sys.executable, str(script), str(folder), *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+    assert start(tmp_path / "run", "--kill").returncode == -signal.SIGKILL
+    assert newest_checkpoint(tmp_path / "run").name == "step-00000002"
+    for done in (start(tmp_path / "run", "--resume"), start(tmp_path / "whole")):
+        assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (read_state(newest_checkpoint(tmp_path / name)) for name in ("run", "whole"))
+    assert a["step"] == b["step"] == 6
+    for kind in ("averaged", "training"):
+        assert all(torch.equal(a[kind][k], b[kind][k]) for k in b[kind])
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "what was half is gone"

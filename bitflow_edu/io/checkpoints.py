@@ -10,6 +10,7 @@ import shutil
 import socket
 import tempfile
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -228,16 +229,19 @@ def save_checkpoint(
     state,  # a `TrainState`
     folder: Path,  # the run
     keep: int = 2,  # newest checkpoints to keep
-) -> Path:
+    writer=None,  # a `WriteBehind`: write while training goes on
+) -> Path | None:  # None: it is being written
     "A checkpoint of a run, put together by all processes; weights that diverged are refused."
+    if writer:  # raises what went wrong with the one before
+        state.processes.on_rank_zero(writer.wait)
     saved = state.state_dict()
 
     def write():
         if sign := sign_of_divergence(saved["averaged"], weights_in(saved["training"])):
-            raise diverged(folder, state.step, sign)
+            raise diverged(folder, saved["step"], sign)
         return write_checkpoint(state.averaged, saved, folder, keep)
 
-    return state.processes.on_rank_zero(write)
+    return state.processes.on_rank_zero(partial(writer.start, write) if writer else write)
 
 # %% ../../nbs/io/checkpoints.ipynb #2d7d3e3a
 def read_state(checkpoint: Path) -> dict:

@@ -74,3 +74,25 @@ def fed(data, device: torch.device, upcoming: Iterable):
                 yield ReadAhead(data, device, upcoming, pool)
             finally:
                 pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/io/loading.ipynb #22e00051
+class WriteBehind:
+    "Does one thing at a time in a thread, such as writing; what fails is raised by `wait`."
+
+    def __init__(self):
+        self.pool, self.future = ThreadPoolExecutor(1, thread_name_prefix="write-behind"), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.pool.shutdown()  # what has begun is finished, also after an error
+
+    def start(self, write: Callable):
+        "Begin; what was begun before must have been waited for."
+        self.future = self.pool.submit(write)
+
+    def wait(self):
+        "What the last thing gave, None where there is none. Raises its error, once."
+        future, self.future = self.future, None
+        return future.result() if future else None

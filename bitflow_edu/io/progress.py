@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack, closing, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -81,8 +82,8 @@ def sent_to_host(t: Tensor):
 class FiniteCheck:
     "Stops a run whose loss or gradient norm is not finite; reads them one step late."
 
-    def __init__(self, folder: Path):
-        self.folder, self.sent = folder, []
+    def __init__(self, folder: Path, before_raising: Callable = lambda: None):
+        self.folder, self.sent, self.before_raising = folder, [], before_raising
 
     def add(self, step: int, loss: Tensor, norm: Tensor):
         "Send the numbers of a step. Raises `BitflowError` for those of the step before it."
@@ -96,6 +97,7 @@ class FiniteCheck:
             step, read = self.sent.pop(0)
             loss, norm = read()
             if not math.isfinite(loss + norm):
+                self.before_raising()
                 raise diverged(self.folder, step, f"loss {loss:.4g}, gradient norm {norm:.4g}")
 
 # %% ../../nbs/io/progress.ipynb #d42e033f
