@@ -228,6 +228,17 @@ class ReverseModel(nn.Module):
         c = forward_labels(c, self.cfg.num_classes, z.shape[0])
         return self.run_blocks(z, with_labels(self.cfg, c, w))
 
+# %% ../nbs/10_reverse_model.ipynb #22e00060
+def through_blocks(model, z, run):
+    "`one_pass` without a check of its arguments."
+    h, cfg = model.embed(z), model.cfg
+    for i in reversed(range(cfg.num_blocks)):
+        if cfg.token_states or not (cfg.denoise or i):
+            h, tokens = model.reverse_block(i, h, run)
+        else:
+            h, tokens = run(model.blocks[i], h, i), None
+    return model.finish(h, tokens, run)
+
 # %% ../nbs/10_reverse_model.ipynb #f8d0452a
 @torch.no_grad()
 def one_pass(
@@ -244,13 +255,7 @@ def one_pass(
     """
     check_model(model, ReverseModel)
     c = check_inputs(model, z, c)
-    h, cfg, run = model.embed(z), model.cfg, with_labels(model.cfg, c, w)
-    for i in reversed(range(cfg.num_blocks)):
-        if cfg.token_states or not (cfg.denoise or i):
-            h, tokens = model.reverse_block(i, h, run)
-        else:
-            h, tokens = run(model.blocks[i], h, i), None
-    return model.finish(h, tokens, run)
+    return through_blocks(model, z, with_labels(model.cfg, c, w))
 
 # %% ../nbs/10_reverse_model.ipynb #a6cd2110
 def sample_noise(

@@ -6,11 +6,18 @@ import pytest
 import torch
 
 from bitflow_edu.exact_inverse import exact_trajectory
-from bitflow_edu.excursions.compiled import PackedLinear, capture_inverse, compile_blocks, pack
+from bitflow_edu.excursions import compiled
+from bitflow_edu.excursions.compiled import (
+    PackedLinear,
+    capture_inverse,
+    capture_pass,
+    compile_blocks,
+    pack,
+)
 from bitflow_edu.guidance import Guidance
 from bitflow_edu.io.files import BitflowError
-from bitflow_edu.reverse_model import sample_noise
-from conftest import small_flow
+from bitflow_edu.reverse_model import one_pass, sample_noise
+from conftest import small_flow, small_reverse
 
 
 def compiled_against_plain(modern, guidance):
@@ -51,6 +58,41 @@ def test_what_cannot_be_packed_or_captured():
         pack(small_flow(dtype=torch.float64), 1)
     with pytest.raises(BitflowError, match="this one is on cpu"):
         capture_inverse(small_flow(), 1)
+    with pytest.raises(BitflowError, match="this one is on cpu"):
+        capture_pass(small_reverse(small_flow()), 1)
+
+
+def recorded_without_a_gpu(call):
+    """As `record`: the same memory each time, filled by the same operations."""
+    out = call()
+    first = out if isinstance(out, torch.Tensor) else out[0]
+
+    def again():
+        new = call()
+        first.copy_(new if isinstance(new, torch.Tensor) else new[0])
+
+    return out, again
+
+
+@pytest.mark.parametrize("of", ["F", "F, guided", "G", "G with w"])
+def test_what_is_recorded_is_replayed_for_other_noise(of, monkeypatch):
+    """On a CPU the recording is pretended; its buffers, copies and checks are the real ones."""
+    monkeypatch.setattr(compiled, "check_on_gpu", lambda like: None)
+    monkeypatch.setattr(compiled, "record", recorded_without_a_gpu)
+    flow, c = small_flow(), torch.tensor([1, 2, -1])
+    if of.startswith("F"):
+        guidance = Guidance(1.0) if "guided" in of else None
+        replay = capture_inverse(flow, 3, guidance)
+        wanted = lambda z, c: exact_trajectory(flow, z, c, guidance=guidance)[0]  # noqa: E731
+    else:
+        w = 1.5 if "w" in of else None
+        G = small_reverse(flow, max_guidance=3.0 if w else 0.0)
+        replay, wanted = capture_pass(G, 3, w), lambda z, c: one_pass(G, z, c, w)
+    for seed, labels in enumerate((c, c.flip(0))):
+        z = sample_noise(flow.cfg, 3, seed)
+        torch.testing.assert_close(replay(z, labels), wanted(z, labels), rtol=1e-5, atol=1e-6)
+    with pytest.raises(BitflowError):
+        replay(z[:2], c[:2])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

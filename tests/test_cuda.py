@@ -15,7 +15,7 @@ from streams import Tiny
 
 from bitflow_edu.data import Images
 from bitflow_edu.exact_inverse import exact_inverse, exact_trajectory
-from bitflow_edu.excursions.compiled import capture_inverse
+from bitflow_edu.excursions.compiled import capture_inverse, capture_pass
 from bitflow_edu.excursions.jacobi import jacobi_trajectory
 from bitflow_edu.guidance import Guidance, guided_run
 from bitflow_edu.inverse_strategies import STRATEGIES, reverse_loss
@@ -131,6 +131,20 @@ def test_captured_decoding_is_eager_decoding(device, guidance):
     for seed, labels in enumerate((c, c.flip(0))):
         z = sample_noise(flow.cfg, 3, seed=seed).to(device)
         wanted = exact_trajectory(flow, z, labels, guidance=guidance)[0]
+        torch.testing.assert_close(replay(z, labels), wanted, rtol=1e-4, atol=1e-5)
+
+
+@on_each
+@pytest.mark.parametrize("w", [None, 1.5])
+def test_a_captured_pass_is_one_pass(device, w):
+    """Replayed for other noise and other labels than it was captured with, twice."""
+    flow, c = small_flow(modern=True), torch.tensor([1, 2, 0], device=device)
+    G = small_reverse(flow, max_guidance=3.0 if w else 0.0).to(device)
+    on_gpu = device == "cuda"
+    replay = capture_pass(G, 3, w) if on_gpu else lambda z, labels: one_pass(G, z, labels, w)
+    for seed, labels in enumerate((c, c.flip(0))):
+        z = sample_noise(G.cfg, 3, seed=seed).to(device)
+        wanted = one_pass(G, z, labels, w)
         torch.testing.assert_close(replay(z, labels), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from bitflow_edu.exact_inverse import (
 from ..guidance import Guidance
 from ..io.checks import check_model, check_tensor, forward_labels
 from ..io.files import BitflowError
+from ..reverse_model import ReverseModel, one_pass, through_blocks, with_labels
 from ..tarflow import FlowBlock, TARFlow
 from ..transformer import KVCache
 
@@ -80,26 +82,59 @@ def compile_blocks(model: TARFlow):
 
     return invert
 
+# %% ../../nbs/excursions/compiled.ipynb #22e00070
+def check_on_gpu(like: torch.Tensor):
+    "Refuse a model that is not on a GPU."
+    if like.device.type != "cuda":
+        what = f"a CUDA graph needs a model on a GPU; this one is on {like.device}"
+        raise BitflowError(f"{what}: `compile_blocks` and `pack` are for processors")
+
+
+def record(call: Callable) -> tuple[object, Callable]:
+    "What `call` gives, and a function that computes it anew, in the same memory, as one graph."
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return out, graph.replay
+
 # %% ../../nbs/excursions/compiled.ipynb #5e6dfa46
 def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, labelled: bool = True):
     """The exact inverse of `batch` images as one CUDA graph: a function (z, c) → x^0 `(N, T, D)`.
     `labelled`: whether any label is not −1. `BitflowError` where the model is not on a GPU."""
     check_model(model, TARFlow)
     like, T, D = model.blocks[0].pos_embed, model.cfg.num_tokens, model.cfg.token_dim
-    if like.device.type != "cuda":
-        what = f"a CUDA graph needs a model on a GPU; this one is on {like.device}"
-        raise BitflowError(f"{what}: `compile_blocks` and `pack` are for processors")
+    check_on_gpu(like)
     z = torch.zeros(batch, T, D, device=like.device, dtype=like.dtype)
     c = torch.full((batch,), 0 if labelled else -1, device=like.device)
     exact_trajectory(model, z, c, guidance=guidance)  # checks, and warms up
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        x = invert_blocks(model, z, c, invert_block, guidance)[0]
+    x, again = record(partial(invert_blocks, model, z, c, invert_block, guidance))
 
     def replay(noise, labels):
         z.copy_(check_tensor(noise, "z", (batch, T, D)))  # a copy would be broadcast
         c.copy_(forward_labels(labels, model.cfg.num_classes, batch))
-        graph.replay()
+        again()
+        return x[0].clone()
+
+    return replay
+
+# %% ../../nbs/excursions/compiled.ipynb #22e00072
+def capture_pass(model: ReverseModel, batch: int, w: float | None = None):
+    """One pass of G for `batch` images as one CUDA graph: a function (z, c) → images.
+    `w`: its guidance scale, recorded too. `BitflowError` where the model is not on a GPU."""
+    check_model(model, ReverseModel)
+    like, T, D = model.pos_embed, model.cfg.num_tokens, model.cfg.token_dim
+    check_on_gpu(like)
+    z = torch.zeros(batch, T, D, device=like.device, dtype=like.dtype)
+    c = torch.zeros(batch, dtype=torch.int64, device=like.device)
+    one_pass(model, z, c, w)  # checks, and warms up
+    run = with_labels(model.cfg, c, w)
+    with torch.no_grad():
+        x, again = record(partial(through_blocks, model, z, run))
+
+    def replay(noise, labels):
+        z.copy_(check_tensor(noise, "z", (batch, T, D)))
+        c.copy_(forward_labels(labels, model.cfg.num_classes, batch))
+        again()
         return x.clone()
 
     return replay

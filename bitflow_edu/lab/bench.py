@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ..data import patchify
 from ..evaluation import timed
 from ..exact_inverse import exact_trajectory, invert_block
-from ..excursions.compiled import capture_inverse, compile_blocks, pack
+from ..excursions.compiled import capture_inverse, capture_pass, compile_blocks, pack
 from ..excursions.jacobi import invert_block_jacobi, jacobi_trajectory, segment_counts
 from ..excursions.native import NativeInverse, NativePass, unsupported_reason
 from ..guidance import Guidance
@@ -361,8 +361,15 @@ def one_pass_calls(G: ReverseModel, z: Tensor, c: Tensor, w=None) -> dict[str, C
     def pass_packed():
         return one_pass(packed(), z, c, w)
 
+    captured = cache(lambda: capture_pass(G, len(z), w))
+
+    def replay_pass():
+        return captured()(z, c)
+
     if z.device.type == "cpu" and z.dtype == torch.float32:
         calls["one-pass, packed"] = pass_packed
+    if z.device.type == "cuda":
+        calls["one-pass, graph"] = replay_pass
     return calls
 
 
