@@ -481,7 +481,7 @@ def load_or_train(
     name: str,  # below `data/chapters/`, e.g. "11-naive"
     kind: type,  # its class
     fit,  # (folder) → the model, trained there by `train`
-    dtype: torch.dtype = torch.float16,  # how it is stored; `torch.int8` takes half the room
+    dtype: torch.dtype = torch.int8,  # how it is stored: matrices in bytes, or `torch.float16`
 ) -> tuple[nn.Module, list[dict]]:  # in evaluation mode; the metrics of its training
     "A lesson's small model: the course's own or, where RETRAIN is set, one trained by `fit`."
     wanted = os.environ.get("RETRAIN", "")
