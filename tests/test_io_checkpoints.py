@@ -465,17 +465,13 @@ def test_small_models_are_trained_where_asked(tmp_path, data, monkeypatch):
     monkeypatch.setenv("RETRAIN", str(tmp_path))
     kept, log = load_or_train("try", TARFlow, fit)
     assert [m["step"] for m in log] == list(range(1, 9)) and (tmp_path / "try").is_dir()
-    large, _ = load_or_train("large", TARFlow, fit, torch.float16)
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("try", "large")]
-    assert sizes[0] < 0.8 * sizes[1], "matrices of bytes"
     with pytest.raises(BitflowError, match="try exists already"):
         load_or_train("try", TARFlow, fit)
     monkeypatch.setenv("RETRAIN", "1")
     trained, again = load_or_train("try", TARFlow, fit)
     assert [m["loss"] for m in again] == [m["loss"] for m in log]
-    for model, off in ((large, 1e-3), (kept, 1e-2)):
-        for p, q in zip(trained.state_dict().values(), model.state_dict().values()):
-            torch.testing.assert_close(p, q, atol=off, rtol=off)
+    for p, q in zip(trained.state_dict().values(), kept.state_dict().values()):
+        torch.testing.assert_close(p, q, atol=1e-2, rtol=1e-2)  # matrices in bytes
     monkeypatch.delenv("RETRAIN")
     with pytest.raises(BitflowError, match="'try'"):
         load_or_train("try", TARFlow, fit)

@@ -465,13 +465,13 @@ class MetricsLog:
         self.file.close()
 
 # %% ../../nbs/io/checkpoints.ipynb #5b1f0c4e
-def fit_into(folder: Path, fit, dtype: torch.dtype) -> Path:
-    "Train a lesson's small model and store it, with its metrics, in a new folder."
+def fit_into(folder: Path, fit) -> Path:
+    "Train a lesson's small model and store it in bytes, with its metrics, in a new folder."
     if folder.exists():
         raise BitflowError(f"{folder} exists already; set RETRAIN to another folder, or remove it")
     with tempfile.TemporaryDirectory() as room:
         run = Path(room) / "run"
-        save_model(fit(run), folder, dtype=dtype)
+        save_model(fit(run), folder, dtype=torch.int8)
         with report_write_errors(folder):
             shutil.copy(run / "metrics.jsonl", folder)
     return folder
@@ -481,7 +481,6 @@ def load_or_train(
     name: str,  # below `data/chapters/`, e.g. "11-naive"
     kind: type,  # its class
     fit,  # (folder) → the model, trained there by `train`
-    dtype: torch.dtype = torch.int8,  # how it is stored: matrices in bytes, or `torch.float16`
 ) -> tuple[nn.Module, list[dict]]:  # in evaluation mode; the metrics of its training
     "A lesson's small model: the course's own or, where RETRAIN is set, one trained by `fit`."
     wanted = os.environ.get("RETRAIN", "")
@@ -496,5 +495,5 @@ def load_or_train(
             hint = "set RETRAIN=1 to train it"
             raise BitflowError(f"no model {name!r} comes with the course; {hint}") from None
     else:
-        folder = fit_into(Path(wanted) / name, fit, dtype)
+        folder = fit_into(Path(wanted) / name, fit)
     return load_model(folder, kind), read_metrics(folder / "metrics.jsonl")
