@@ -97,6 +97,20 @@ def record(call: Callable) -> tuple[object, Callable]:
         out = call()
     return out, graph.replay
 
+
+def replayed(model: nn.Module, z: torch.Tensor, c: torch.Tensor, call: Callable):
+    "A function (z, c) of what `call` makes of the noise and labels in these two buffers, recorded."
+    with torch.no_grad():
+        x, again = record(call)
+
+    def replay(noise, labels):
+        z.copy_(check_tensor(noise, "z", tuple(z.shape)))  # a copy would be broadcast
+        c.copy_(forward_labels(labels, model.cfg.num_classes, len(z)))
+        again()
+        return x.clone()
+
+    return replay
+
 # %% ../../nbs/excursions/compiled.ipynb #5e6dfa46
 def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, labelled: bool = True):
     """The exact inverse of `batch` images as one CUDA graph: a function (z, c) → x^0 `(N, T, D)`.
@@ -107,15 +121,7 @@ def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, label
     z = torch.zeros(batch, T, D, device=like.device, dtype=like.dtype)
     c = torch.full((batch,), 0 if labelled else -1, device=like.device)
     exact_trajectory(model, z, c, guidance=guidance)  # checks, and warms up
-    x, again = record(partial(invert_blocks, model, z, c, invert_block, guidance))
-
-    def replay(noise, labels):
-        z.copy_(check_tensor(noise, "z", (batch, T, D)))  # a copy would be broadcast
-        c.copy_(forward_labels(labels, model.cfg.num_classes, batch))
-        again()
-        return x[0].clone()
-
-    return replay
+    return replayed(model, z, c, lambda: invert_blocks(model, z, c, invert_block, guidance)[0])
 
 # %% ../../nbs/excursions/compiled.ipynb #22e00072
 def capture_pass(model: ReverseModel, batch: int, w: float | None = None):
@@ -128,16 +134,7 @@ def capture_pass(model: ReverseModel, batch: int, w: float | None = None):
     c = torch.zeros(batch, dtype=torch.int64, device=like.device)
     one_pass(model, z, c, w)  # checks, and warms up
     run = with_labels(model.cfg, c, w)
-    with torch.no_grad():
-        x, again = record(partial(through_blocks, model, z, run))
-
-    def replay(noise, labels):
-        z.copy_(check_tensor(noise, "z", (batch, T, D)))
-        c.copy_(forward_labels(labels, model.cfg.num_classes, batch))
-        again()
-        return x.clone()
-
-    return replay
+    return replayed(model, z, c, partial(through_blocks, model, z, run))
 
 # %% ../../nbs/excursions/compiled.ipynb #4432a65f
 class PackedLinear(nn.Module):
