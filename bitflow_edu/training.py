@@ -18,17 +18,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from .data import Dataset
-from bitflow_edu.io.checkpoints import (
-    gathered,
-    open_run,
-    restore,
-    restore_tensors,
-    run_lock,
-    save_checkpoint,
-)
+from .io.checkpoints import gathered, open_run, restore, restore_tensors, save_checkpoint
 from .io.checks import readable
 from .io.files import BitflowError
 from .io.loading import WriteBehind, fed
+from .io.locks import run_lock
 from .io.models import check_seed
 from bitflow_edu.io.processes import (
     SINGLE_PROCESS,

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from bitflow_edu.cli import evaluate as cli
 from bitflow_edu.cli.main import main
 from bitflow_edu.cli.options import parse
-from bitflow_edu.io.checkpoints import run_lock
 from bitflow_edu.io.files import BitflowError, asset
+from bitflow_edu.io.locks import run_lock
 from bitflow_edu.io.models import build, newest_checkpoint
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.sampling import Sampler

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +21,7 @@ from bitflow_edu.cli.main import main
 from bitflow_edu.io import checkpoints, models
 from bitflow_edu.io.checkpoints import MetricsLog, load_or_train, open_run, read_metrics, read_state
 from bitflow_edu.io.files import BitflowError, asset
+from bitflow_edu.io.locks import LOCK
 from bitflow_edu.io.models import checkpoints_of, load_model, newest_checkpoint
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.recipes import train_forward
@@ -305,47 +305,7 @@ def test_a_second_signal_ends_at_once(tmp_path, data, heard):
     with pytest.raises(KeyboardInterrupt) as e:
         train(flow(), loss, data, CFG, tmp_path / "run")
     assert not hasattr(e.value, "code") and checkpoints_of(tmp_path / "run") == []
-    assert not (tmp_path / "run" / checkpoints.LOCK).exists()
-
-
-def test_one_training_a_folder(tmp_path, data):
-    """A lock of a live process refuses; it goes with the training, with errors, and with death."""
-    run = tmp_path / "run"
-    lock = run / checkpoints.LOCK
-
-    def fails(*batch):
-        with pytest.raises(BitflowError, match=f"in use.*process {os.getpid()}"):
-            train(flow(), forward_loss, data, CFG, run, resume=True)
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        train(flow(), fails, data, CFG, run)
-    assert not lock.exists()
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "mark": "of an earlier process"}
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for stale in (holder, {**holder, "pid": dead.pid}):
-        lock.write_text(json.dumps(stale))
-        with checkpoints.run_lock(run):
-            assert json.loads(lock.read_text())["mark"] != holder["mark"]
-        assert not lock.exists()
-    for other in ({**holder, "host": "elsewhere"}, {**holder, "pid": "1/../1"}, {}):
-        lock.write_text(json.dumps(other))
-        with pytest.raises(BitflowError, match=f"delete {lock}"):
-            checkpoints.take_lock(run)
-    lock.write_text("")
-    with pytest.raises(BitflowError, match=f"{lock}.*delete that file"):
-        checkpoints.take_lock(run)
-    assert [p.name for p in run.iterdir() if "lock" in p.name] == [lock.name]
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
-def test_a_killed_process_that_nobody_waited_for_holds_no_lock(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        assert checkpoints.mark_of(child.pid)
-        child.kill()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert checkpoints.mark_of(child.pid) is None
+    assert not (tmp_path / "run" / LOCK).exists()
 
 
 def test_what_a_resumed_run_may_change(tmp_path, data):

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from bitflow_edu.inverse_strategies import hidden_alignment, naive_distillation, reverse_loss
-from bitflow_edu.io.checkpoints import LOCK, read_metrics, read_state
+from bitflow_edu.io.checkpoints import read_metrics, read_state
 from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.locks import LOCK
 from bitflow_edu.io.models import newest_checkpoint
 from bitflow_edu.io.processes import SINGLE_PROCESS, SingleProcess
 from bitflow_edu.scale.distributed import (
@@ -243,6 +244,84 @@ def test_what_processes_tell_each_other(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):  # each, once, though perhaps on one line
         assert done.stdout.count(f"process {rank}: the disk is full") == 1
+
+
+READING = """
+import re, sys, torch
+from bitflow_edu.io.checkpoints import read_state, restore, save_checkpoint
+from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.models import build
+from bitflow_edu.scale.distributed import distribute_parameters, end, find_processes
+from bitflow_edu.training import TrainConfig, new_state
+from torch.distributed.device_mesh import init_device_mesh
+from pathlib import Path
+
+class Wide(torch.nn.Module):
+    Config = None
+    def __init__(self, cfg=None):
+        super().__init__()
+        self.cfg = cfg or TrainConfig()
+        self.big = torch.nn.Parameter(torch.randn(4096, 2048))
+        self.odd = torch.nn.Parameter(torch.randn(1))  # the second process keeps nothing of it
+
+def state_of(processes, seed):
+    torch.manual_seed(seed)
+    model, averaged = Wide(), Wide()
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (model, averaged):
+        distribute_parameters(part, mesh)
+    state = new_state(model.requires_grad_(True), TrainConfig(), averaged, processes)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    state.optimizer.step()
+    return state
+
+def mapped():
+    return int(re.search(r"RssFile:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+processes = find_processes("cpu", "full")
+run = Path(sys.argv[1])
+first = state_of(processes, seed=0)
+folder = processes.broadcast(save_checkpoint(first, run))
+second = state_of(processes, seed=1)
+for _ in range(2):  # the first time code is loaded, too
+    before = mapped()
+    saved = read_state(folder)
+    second.load_state_dict(saved, folder)
+    grown = mapped() - before
+    del saved
+def all_of(state):
+    for part in (state.model, state.averaged):
+        yield from part.parameters()
+    for p in state.model.parameters():
+        yield from (state.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq"))
+
+pairs = zip(all_of(first), all_of(second))
+same = all([torch.equal(a.full_tensor(), b.full_tensor()) for a, b in pairs])
+print(f"process {processes.rank}: {grown:.1f} MB of 128, {same}", flush=True)
+processes.barrier()
+saved = read_state(folder)
+saved["training"]["adam.exp_avg_sq.big"][-1, -1] = -1.0  # in the rows of the second process
+try:
+    second.load_state_dict(saved, folder)
+except BitflowError as e:
+    print(f"process {processes.rank} refuses: {e}", flush=True)
+processes.barrier()
+end(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux does")
+def test_each_process_reads_its_part_of_a_checkpoint(tmp_path):
+    """Of a mapped file only own rows are touched; damage in one part is everybody's."""
+    (tmp_path / "s.py").write_text(READING)
+    command = [*TORCHRUN, "--nproc-per-node=2", tmp_path / "s.py", tmp_path / "run"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    read = re.findall(r"process \d: ([\d.]+) MB of 128, True", done.stdout)
+    assert len(read) == 2 and all(60 < float(mb) < 80 for mb in read), done.stdout
+    assert done.stdout.count("adam.exp_avg_sq.big holds") == 1
+    assert done.stdout.count("another process found damage") == 1
 
 
 def test_weights_without_a_gradient_are_found_once():

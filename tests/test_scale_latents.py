@@ -17,8 +17,8 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="latents need diffusers")
 from latent_toys import CFG, contents, make_cache, shard
 
-from bitflow_edu.io.checkpoints import run_lock
 from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.locks import run_lock
 from bitflow_edu.io.processes import SingleProcess
 from bitflow_edu.io.shards import Latents, sha256_of
 from bitflow_edu.scale import latents

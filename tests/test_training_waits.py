@@ -20,9 +20,10 @@ from bitflow_edu.data import Images, load_data
 from bitflow_edu.guidance import guided_run
 from bitflow_edu.inverse_strategies import STRATEGIES, needs_token_states, reverse_loss
 from bitflow_edu.io import checkpoints, checks
-from bitflow_edu.io.checkpoints import LOCK, read_metrics, read_state
+from bitflow_edu.io.checkpoints import read_metrics, read_state
 from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.locks import LOCK
 from bitflow_edu.io.models import checkpoints_of, newest_checkpoint
 from bitflow_edu.io.progress import FiniteCheck, metrics_for, metrics_wanted
 from bitflow_edu.tarflow import forward_loss

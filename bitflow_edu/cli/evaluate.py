@@ -21,9 +21,9 @@ from bitflow_edu.cli.common import (
 from .options import Evaluate
 from ..data import load_data
 from ..inverse_strategies import check_pair
-from ..io.checkpoints import run_lock
 from ..io.datasets import described
 from ..io.files import BitflowError
+from ..io.locks import run_lock
 from ..io.models import find_device, load_model, newest_checkpoint
 from bitflow_edu.lab.evaluate import (
     MOST_IN_MEMORY,

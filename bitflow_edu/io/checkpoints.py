@@ -7,9 +7,7 @@ import json
 import math
 import os
 import shutil
-import socket
 import tempfile
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +25,9 @@ from bitflow_edu.io.files import (
     report_write_errors,
     write_atomically,
 )
+from .locks import LOCK
 from bitflow_edu.io.models import (
+    check_fit,
     check_same_tensors,
     checkpoints_of,
     load_model,
@@ -41,11 +41,11 @@ from bitflow_edu.io.models import (
     save_tensors,
 )
 from bitflow_edu.io.processes import (
-    SINGLE_PROCESS,
     SingleProcess,
     distribute_like,
     full_tensor,
     is_dtensor,
+    own_part,
 )
 
 # %% auto #0
@@ -95,10 +95,16 @@ def check_moments(model: nn.Module, tensors: dict, bare: list | None, where: str
         if not left_out:
             needed |= moments
     check_same_tensors(needed, found, where)
-    for name in needed:
-        whole = tensors[name].isfinite().all()
-        if not whole or (not name.startswith("adam.exp_avg.") and (tensors[name] < 0).any()):
-            raise BitflowError(f"{where}: {name} holds NaN, infinity or a negative number")
+
+
+def damaged_moment(model: nn.Module, tensors: dict) -> str | None:
+    "What is wrong with the values of AdamW's tensors, in this process's part of them."
+    for name, p in model.named_parameters():
+        for key in MOMENTS if f"adam.step.{name}" in tensors else ():
+            t = tensors[f"adam.{key}.{name}"]
+            part = t if key == "step" else own_part(t, p)
+            if not part.isfinite().all() or (key != "exp_avg" and (part < 0).any()):
+                return f"adam.{key}.{name} holds NaN, infinity or a negative number"
 
 # %% ../../nbs/io/checkpoints.ipynb #cc23c356
 def laid_out_like(t: Tensor, own: Tensor) -> Tensor:
@@ -112,9 +118,10 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors:
     "Put AdamW's tensors, checked before, into the optimiser, laid out as the weights are."
     for name, p in model.named_parameters():
         if f"adam.step.{name}" in tensors:
-            step, *moments = (tensors[f"adam.{key}.{name}"].to(p.device) for key in MOMENTS)
+            step, *moments = (tensors[f"adam.{key}.{name}"] for key in MOMENTS)
+            step = step.reshape(()).to(p.device, copy=True)  # a view would keep the file open
             first, second = (laid_out_like(t, p) for t in moments)
-            optimizer.state[p] = {"step": step.reshape(()), "exp_avg": first, "exp_avg_sq": second}
+            optimizer.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
 # %% ../../nbs/io/checkpoints.ipynb #c4b8e216
 LARGEST_WEIGHT = 1e4  # trained weights stay below a hundred; squares of these overflow soon
@@ -141,14 +148,21 @@ def weights_in(training: dict) -> dict:
 
 # %% ../../nbs/io/checkpoints.ipynb #19263d35
 def restore_tensors(state, saved: dict, where: str | Path):
-    "Weights, averages and AdamW's moments into a `TrainState`: all are checked before one is put."
-    tensors = saved["training"]
-    weights = weights_in(tensors)
-    check_moments(state.model, tensors, saved.get("without_moments"), where)
-    check_weights(where, saved["averaged"], weights)
-    load_tensors(state.averaged, saved["averaged"], where)
-    load_tensors(state.model, weights, where)
-    restore_moments(state.model, state.optimizer, tensors)
+    """Weights, averages and AdamW's moments into a `TrainState`.
+
+    Each process reads and checks its own part of them; none is put unless all are right."""
+    training, parts = saved["training"], []
+    models = (state.averaged, saved["averaged"]), (state.model, weights_in(training))
+    check_moments(state.model, training, saved.get("without_moments"), where)
+    for model, tensors in models:
+        own = check_fit(model, tensors, where)
+        parts.append({name: own_part(t, own[name]) for name, t in tensors.items()})
+    sign = damaged_moment(state.model, training) or sign_of_divergence(*parts)
+    if state.processes.all_reduce_mean([sign is not None])[0]:
+        raise BitflowError(f"{where}: {sign or 'another process found damage in its part'}")
+    for model, tensors in models:
+        load_tensors(model, tensors, where)
+    restore_moments(state.model, state.optimizer, training)
 
 # %% ../../nbs/io/checkpoints.ipynb #a2c60d19
 def recorded_start(run: Path) -> str | None:
@@ -269,94 +283,12 @@ def restore(state, checkpoint: Path):
         raise BitflowError(f"cannot go on from the newest checkpoint: {e}\n{way_out}") from e
     return state
 
-# %% ../../nbs/io/checkpoints.ipynb #b7e5f00d
-LOCK = "in-use.lock"
-
-
+# %% ../../nbs/io/checkpoints.ipynb #4e72e8f8
 def contents(folder: Path) -> list:
     "What a run's folder holds, without the lock and what is unfinished."
     return [p for p in folder.iterdir() if p.name != LOCK and p.suffix != ".part"]
 
 
-def mark_of(pid: int) -> str | None:
-    "What tells a process from a later one with its number; None where it has ended."
-    if not os.path.exists("/proc/self/stat"):
-        return "?" if os.name == "nt" or is_alive(pid) else None
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    state, *rest = text.rpartition(")")[2].split()  # a name may hold anything
-    return None if state in "ZX" else rest[18]  # its start, in ticks since the machine's
-
-# %% ../../nbs/io/checkpoints.ipynb #abf34989
-def is_alive(pid: int) -> bool:
-    "Whether a process of that number runs, on a POSIX system."
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
-
-# %% ../../nbs/io/checkpoints.ipynb #71fa6d7a
-def check_stale(lock: Path):
-    "Refuse a lock whose process may still be at work."
-    holder = read_json(lock, "where no training uses the folder, delete that file")
-    host, pid = holder.get("host"), holder.get("pid")
-    here = host == socket.gethostname() and is_count(pid)
-    mark = mark_of(pid) if here else None
-    if here and (mark is None or mark != holder.get("mark")):
-        return
-    raise BitflowError(
-        f"{lock.parent} is in use by process {pid} on {host!r:.80}; wait for it, or name another "
-        f"folder with --out; if it has ended, delete {lock}"
-    )
-
-# %% ../../nbs/io/checkpoints.ipynb #d607fc40
-def create_whole(path: Path, text: str):
-    "Make a file that must not be there yet, with its text in it from the first moment."
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    finally:
-        part.unlink()
-
-# %% ../../nbs/io/checkpoints.ipynb #6c7be8e7
-def take_lock(folder: Path) -> Path:
-    "Write down who works in a folder. Raises `BitflowError` where another process does."
-    lock, pid = folder / LOCK, os.getpid()
-    text = json.dumps({"host": socket.gethostname(), "pid": pid, "mark": mark_of(pid)})
-    with report_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            create_whole(lock, text)
-        except FileExistsError:
-            check_stale(lock)
-            lock.unlink(missing_ok=True)
-            create_whole(lock, text)
-    return lock
-
-# %% ../../nbs/io/checkpoints.ipynb #4c2fcb47
-@contextmanager
-def run_lock(folder: Path, processes: SingleProcess = SINGLE_PROCESS):
-    "Inside, no other command may write to a folder; the main process holds the lock for all."
-    lock = processes.on_rank_zero(lambda: take_lock(folder))
-    try:
-        yield
-    finally:
-        if lock:
-            with suppress(OSError):
-                lock.unlink()
-
-# %% ../../nbs/io/checkpoints.ipynb #4e72e8f8
 FREE = ("log_every", "sample_every", "checkpoint_every")  # the weights do not depend on them
 GROWING = ("steps", "minutes")
 

@@ -222,11 +222,17 @@ def check_same_tensors(own: dict, found: dict, where: str | Path):
             what = f"{name} should be {needed}, the file has {has}"
             raise BitflowError(f"{where} does not fit its config: {what}")
 
-# %% ../../nbs/io/models.ipynb #b3bd0697
-def load_tensors(model: nn.Module, tensors: dict, where: Path):
-    "Put tensors into a model, naming the first that does not fit."
+
+def check_fit(model: nn.Module, tensors: dict, where: str | Path) -> dict:
+    "Refuse tensors that are not those of a model by name, shape and type. Gives the model's own."
     own = model.state_dict()
     check_same_tensors(*({k: looks(t) for k, t in d.items()} for d in (own, tensors)), where)
+    return own
+
+# %% ../../nbs/io/models.ipynb #b3bd0697
+def load_tensors(model: nn.Module, tensors: dict, where: str | Path):
+    "Put tensors into a model, naming the first that does not fit."
+    own = check_fit(model, tensors, where)
     model.load_state_dict({name: distribute_like(t, own[name]) for name, t in tensors.items()})
 
 # %% ../../nbs/io/models.ipynb #5c348f59

@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['SINGLE_PROCESS', 'SingleProcess', 'is_dtensor', 'to_local', 'full_tensor', 'distribute_like']
+__all__ = ['SINGLE_PROCESS', 'SingleProcess', 'is_dtensor', 'to_local', 'full_tensor']
 
 # %% ../../nbs/io/processes.ipynb #519b8b3b
 class SingleProcess:
@@ -73,14 +73,30 @@ def full_tensor(t: Tensor) -> Tensor:
     "The whole of a tensor that is spread over processes (all must ask at once), or t itself."
     return t.full_tensor() if is_dtensor(t) else t
 
+# %% ../../nbs/io/processes.ipynb #5e0c1a06
+def own_part(t: Tensor, own: Tensor) -> Tensor:
+    "A view of what this process keeps of a whole tensor that is to be spread as `own` is."
+    if not is_dtensor(own):
+        return t
+    mesh = own.device_mesh
+    for dim, placement in enumerate(own.placements):
+        if placement.is_shard():
+            parts = t.chunk(mesh.size(dim), placement.dim)  # perhaps fewer than processes
+            rank = mesh.get_local_rank(dim)
+            nothing = t.narrow(placement.dim, 0, 0)
+            t = parts[rank] if rank < len(parts) else nothing
+    return t
+
 
 def distribute_like(t: Tensor, own: Tensor) -> Tensor:
-    "The opposite: a whole tensor, spread as `own` is."
+    "A whole tensor that every process has (of a file: mapped), spread as `own` is."
     if not is_dtensor(own):
         return t
     # imported by whoever distributed `own`: here it would cost every start half a second
-    spread = torch.distributed.tensor.distribute_tensor
-    return spread(t.to(own.device), own.device_mesh, own.placements)
+    from_local = torch.distributed.tensor.DTensor.from_local
+    part = torch.empty_like(own.to_local(), requires_grad=False).copy_(own_part(t, own))
+    layout = {"shape": own.shape, "stride": own.stride(), "run_check": False}
+    return from_local(part, own.device_mesh, own.placements, **layout)
 
 # %% ../../nbs/io/processes.ipynb #0c9be41f
 class Interrupted(KeyboardInterrupt):

@@ -19,7 +19,6 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from ..io.checkpoints import run_lock
 from bitflow_edu.io.files import (
     BitflowError,
     check_same_settings,
@@ -29,6 +28,7 @@ from bitflow_edu.io.files import (
 )
 from ..io.images import decoded, left_out_line
 from ..io.loading import prefetch
+from ..io.locks import run_lock
 from ..io.models import save_tensors
 from ..io.processes import SINGLE_PROCESS
 from bitflow_edu.io.shards import (
