@@ -91,7 +91,7 @@ def test_mistakes_with_bench(tmp_path, capsys):
 
 UNREAD = {
     "tokens": "--segments 3, --compiled, --geometry 64-tokens, --w 1, --device cuda",
-    "operations": "--segments 3, --compiled, --device cpu, --checkpoint x",
+    "operations": "--segments 3, --device cpu, --checkpoint x",
     "inverse": "--batches 4, --precision bf16, --w 1, --checkpoint x --geometry 64-tokens",
     "training": "--segments 3, --batches 4, --checkpoint x --geometry 64-tokens",
     "pair": "--batches 4, --precision bf16, --w 1",

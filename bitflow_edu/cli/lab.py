@@ -35,7 +35,7 @@ from ..io.files import BitflowError, check_same_settings
 from ..io.models import load_model
 from ..io.results import hardware, load_result, measurement, save_results
 from ..lab import ablations, bench, recipes, reproduce, tables
-from ..lab.bench_operations import bench_operations
+from ..lab.bench_operations import bench_compiled, bench_operations
 from ..lab.bench_speed import bench_geometry
 from ..lab.evaluate import Evaluation, check_drawn, evaluate
 from ..lab.neighbour_table import draw_neighbours, neighbours_table
@@ -65,7 +65,7 @@ MEASURED = {  # what can be measured → the options that it reads
     "inverse": (*OF_A_FLOW, "segments"),
     "training": OF_A_FLOW,
     "tokens": ("device",),
-    "operations": ("geometry",),
+    "operations": ("geometry", "compiled"),
     "pair": (*OF_A_FLOW, "segments"),
     "speed": (*OF_A_FLOW, "segments", "batches", "precision", "w"),
 }
@@ -96,7 +96,8 @@ def run_measurement(args: Bench, model: TARFlow, device: str) -> list:
     if args.what == "tokens":
         return bench.bench_tokens()
     if args.what == "operations":
-        return bench_operations(find_preset(args.geometry))
+        preset = find_preset(args.geometry)
+        return bench_operations(preset) + (bench_compiled(preset) if args.compiled else [])
     if args.what == "pair":
         return measure_pair(args, model)
     if args.what == "speed":

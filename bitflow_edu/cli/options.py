@@ -268,7 +268,7 @@ class Bench:
     # inverse, training, pair (one pass of G against the ways back of F), speed (the same for any
     # shape and batch, with decoders, MFU and roofline; lesson 16), tokens (time and memory
     # against the number of tokens, 49 to 1,024) or operations (how many a training step of a
-    # preset's F and G dispatches; nothing is computed).
+    # preset's F and G dispatches; without --compiled nothing is computed).
     what: str = "inverse"
     # Shape with random weights: mnist, 64-tokens, 256-tokens, or a preset's; for pair a preset's.
     geometry: str = "mnist"
@@ -282,8 +282,8 @@ class Bench:
     checkpoint: Path | None = None
     # Segments of Gauss-Seidel-Jacobi: one number, or one for each block, e.g. 1,1,1,48.
     segments: str = "2"
-    # Measure what a C++ compiler makes, too: the native and the compiled inverse, or for
-    # training both losses compiled.
+    # Measure what a C++ compiler makes, too: the native and the compiled inverse; for training
+    # both losses compiled; for operations what a compiled step still starts.
     compiled: bool = False
     # Where to compute: auto, cpu, cuda or mps.
     device: str = "auto"

@@ -8,19 +8,23 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+import torch._inductor.config as inductor
 import torch.nn as nn
 import torch.nn.functional as nnf
+from torch.autograd.profiler import profile
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..io.models import build
 from ..io.progress import metrics_for
 from ..io.results import measurement
-from .presets import Preset
+from .presets import ObjectiveConfig, Preset
 from .recipes import stage_one_loss, stage_two_loss
 from ..reverse_model import ReverseModel
 from ..scale.costs import meta_batch, on_meta
 from ..tarflow import TARFlow
 from ..training import TrainConfig, clip_and_step, new_state, update_ema
+from ..transformer import compile_layers
 
 # %% auto #0
 __all__ = []
@@ -101,14 +105,87 @@ def update_operations(model: nn.Module) -> int:
         state.step += 1
     return found.count
 
+# %% ../../nbs/lab/bench_operations.ipynb #c8e1f002
+def is_composite(name: str) -> bool:
+    "Whether an operation only calls others."
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
+def is_started(name: str) -> bool:
+    "Whether an event of a profile is an operation or a compiler's kernel; memory alone is neither."
+    if not name.startswith("aten::"):
+        return "cpp_fused" in name
+    packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
+    if packet is None or "empty" in name or name == "aten::_local_scalar_dense":
+        return False
+    variants = [getattr(packet, overload) for overload in packet.overloads()]
+    known = [v for v in variants if torch._C._dispatch_has_kernel(v.name())]
+    return not any(is_view(v) or is_composite(v.name()) for v in known)
+
+
+def count_started(events: list) -> int:
+    "Operations and kernels in a profile, each without what it calls."
+    found = 0
+    for event in events:
+        found += 1 if is_started(event.name) else count_started(event.cpu_children)
+    return found
+
+
+def compiled_operations(loss: Callable, model: nn.Module, batch: tuple) -> int:
+    "Operations and kernels of a loss and its gradient on the CPU, with what is compiled in it."
+
+    def step():
+        value, _ = loss(model, *batch, torch.Generator().manual_seed(0))
+        value.backward()
+        model.zero_grad(set_to_none=True)
+
+    with metrics_for(False), inductor.patch({"cpp.enable_kernel_profile": True}):
+        step()  # compiles
+        with profile() as found:
+            step()
+    return count_started([event for event in found.function_events if event.cpu_parent is None])
+
+# %% ../../nbs/lab/bench_operations.ipynb #c8e1f003
+def without_decoder(objective: ObjectiveConfig) -> ObjectiveConfig:
+    "The objective; without its image end where that lies behind a decoder."
+    if not objective.decoder:
+        return objective
+    return replace(objective, features=(), feature_weights=(), decoder="")
+
+
+def narrow(cfg):
+    "The config of F or G with small images and one head, and as many blocks and layers."
+    transformer = replace(cfg.transformer, width=cfg.transformer.head_dim)
+    small = dict(image_size=4 * cfg.patch_size, num_classes=2)
+    return replace(cfg, transformer=transformer, **small)
+
+
+def bench_compiled(preset: Preset, batch: int = 4) -> list:  # of `measurement`
+    "The same steps with every layer compiled; G's also beside an F that is not."
+    forward, reverse = narrow(preset.forward), narrow(preset.reverse)
+    F, G = build(TARFlow, forward, 0, "cpu"), build(ReverseModel, reverse, 0, "cpu")
+    side = forward.image_size
+    x, c = torch.randn(batch, forward.channels, side, side), torch.arange(batch) % 2
+    found = []
+
+    def count(row, model, loss):
+        value = compiled_operations(loss, model, (x, c))
+        found.append(measurement(row, "gradient_operations_compiled", value, "1"))
+
+    objective = without_decoder(preset.objective)
+    compile_layers(G)
+    count("G, F not compiled", G, stage_two_loss(F, G, objective, "cpu"))
+    compile_layers(F)
+    count("G", G, stage_two_loss(F, G, objective, "cpu"))
+    count("F", F.requires_grad_(True), stage_one_loss(forward))
+    return found
+
 # %% ../../nbs/lab/bench_operations.ipynb #38c0fd6e
 def bench_operations(preset: Preset, batch: int = 4) -> list:  # of `measurement`
     """Operations of a training step of F and of G, from shapes alone.
 
     An image end behind a decoder is left out: its networks are not this project's."""
-    objective = preset.objective
-    if objective.decoder:
-        objective = replace(objective, features=(), feature_weights=(), decoder="")
+    objective = without_decoder(preset.objective)
     F, G = on_meta(TARFlow, preset.forward), on_meta(ReverseModel, preset.reverse)
     x, _, c = meta_batch(preset.forward, batch)
     parts, found = {"F": (F, stage_one_loss(preset.forward))}, []
