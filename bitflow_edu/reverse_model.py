@@ -22,7 +22,7 @@ from bitflow_edu.io.checks import (
     readable,
 )
 from .io.files import BitflowError
-from .tarflow import ClassEmbedding, TokenGeometry, check_geometry
+from .tarflow import ClassEmbedding, ReadIn, TokenGeometry, check_geometry
 from .transformer import NORMS, Transformer, TransformerConfig
 
 # %% auto #0
@@ -184,7 +184,7 @@ class ReverseModel(nn.Module):
     def __init__(self, cfg: ReverseConfig):
         super().__init__()
         width, D, B = cfg.transformer.width, cfg.token_dim, cfg.num_blocks
-        self.cfg, self.proj_in = cfg, nn.Linear(D, width)
+        self.cfg, self.proj_in = cfg, ReadIn(D, width)
         self.pos_embed = nn.Parameter(cfg.embed_std * torch.randn(cfg.num_tokens, width))
         self.blocks = nn.ModuleList([ReverseBlock(cfg) for _ in range(B)])
         self.projections = nn.ModuleList([projection(cfg) for _ in range(B)])

@@ -114,6 +114,14 @@ def shifted(
     "Moved on by one token: the output at token t is for token t + 1, and the first token gets 0."
     return torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
 
+
+class ReadIn(nn.Linear):
+    "From tokens to model width. Tokens may be finer than the weights: float32 beside bfloat16."
+
+    def forward(self, tokens):
+        "Tokens `(N, T, D)` to `(N, T, width)`, in the weights' type."
+        return super().forward(tokens.to(self.weight.dtype))
+
 # %% ../nbs/07_tarflow.ipynb #2d8fb649
 class FlowBlock(nn.Module):
     "f_i, x^i → x^{i+1}: shift and scale each token by what stands before it (arXiv 2412.06329)."
@@ -122,7 +130,7 @@ class FlowBlock(nn.Module):
         super().__init__()
         width, self.flip, self.clip = cfg.transformer.width, flip, cfg.clip
         self.shape = "N", cfg.num_tokens, cfg.token_dim  # of what goes in and comes out
-        self.proj_in = nn.Linear(cfg.token_dim, width)
+        self.proj_in = ReadIn(cfg.token_dim, width)
         self.pos_embed = nn.Parameter(cfg.embed_std * torch.randn(cfg.num_tokens, width))
         self.class_embed = ClassEmbedding(cfg.num_classes, width, cfg.embed_std)
         side = cfg.image_size // cfg.patch_size

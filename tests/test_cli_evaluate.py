@@ -36,6 +36,26 @@ def test_evaluate(runs, tmp_path, capsys):
     assert "one-pass" not in {m["row"] for m in measurements(tmp_path / "f.json")}
 
 
+def test_weights_in_bfloat16(runs, glow, tmp_path, capsys):
+    """The same noise: figures move a little and not much, and the file says what was measured."""
+    words = f"evaluate {SMOKE} --forward {runs}/f --reverse {runs}/g --n 50 --no-timing --out"
+    found = {}
+    for precision in ("fp32", "bf16"):
+        run(f"{words} {tmp_path}/{precision}.json --precision {precision}")
+        result = json.loads((tmp_path / f"{precision}.json").read_text())
+        assert result["config"]["precision"] == precision
+        found[precision] = {(m["row"], m["metric"]): m["value"] for m in result["measurements"]}
+    assert found["fp32"].keys() == found["bf16"].keys()
+    for row in ("exact", "exact+denoise", "one-pass"):
+        fd, rounded = (found[p][row, "fd[mnist-cnn]"] for p in ("fp32", "bf16"))
+        assert fd != rounded == pytest.approx(fd, rel=0.02)
+    trip = ("exact", "round_trip_max_error")
+    assert found["fp32"][trip] < 1e-4 < found["bf16"][trip] < 0.2
+    refused(f"{words} {tmp_path}/x --precision fp8", capsys, "fp8", "fp32, bf16")
+    of_glow = f"evaluate {GLOW} --forward {glow} --n 20 --out {tmp_path}/x.json"
+    refused(f"{of_glow} --precision bf16", capsys, "CouplingFlow", "fp32")
+
+
 def test_one_evaluation_at_a_time_keeps_its_work_in_a_folder(runs, tmp_path, capsys):
     words = f"evaluate {SMOKE} --forward {runs}/f --n 50 --rows exact --features mnist-cnn"
     with run_lock(tmp_path / "w"):

@@ -83,6 +83,10 @@ def test_noise_has_the_type_of_the_weights_except_under_autocast():
         checks.check_inputs(flow, z, c)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(checks.check_inputs(flow, z, c), c)
+    with pytest.raises(BitflowError, match="float64 on cpu"):
+        checks.check_inputs(flow.bfloat16(), z.double(), c)
+    for fits in (z, z.float()):  # states may be finer than weights
+        assert torch.equal(checks.check_inputs(flow, fits, c), c)
 
 
 def test_a_sum_that_overflows_is_no_nan():

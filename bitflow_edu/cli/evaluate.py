@@ -20,11 +20,13 @@ from bitflow_edu.cli.common import (
 )
 from .options import Evaluate
 from ..data import load_data
+from ..excursions.glow import CouplingFlow
 from ..inverse_strategies import check_pair
 from ..io.datasets import described
 from ..io.files import BitflowError
 from ..io.locks import run_lock
 from ..io.models import find_device, load_model, newest_checkpoint
+from ..lab.bench_speed import PRECISIONS
 from bitflow_edu.lab.evaluate import (
     MOST_IN_MEMORY,
     Evaluation,
@@ -56,6 +58,16 @@ from ..tarflow import TARFlow
 __all__ = []
 
 # %% ../../nbs/cli/evaluate.ipynb #3155b043
+def in_precision(args: Evaluate, model):
+    "The model with its weights in the type of --precision."
+    if args.precision not in PRECISIONS:
+        choices = ", ".join(PRECISIONS)
+        raise BitflowError(f"--precision {args.precision!r} is unknown; choose {choices}")
+    if args.precision != "fp32" and isinstance(model, CouplingFlow):
+        raise BitflowError("--precision bf16 is for F and G; a CouplingFlow needs fp32")
+    return model.to(PRECISIONS[args.precision])
+
+
 def load_pair(args: Evaluate, preset: Preset, device: str):
     "The F, and the G or None, that a user wants measured."
     if args.reverse is not None:
@@ -66,7 +78,7 @@ def load_pair(args: Evaluate, preset: Preset, device: str):
     check_fits(forward, preset.data)
     if reverse is not None:
         check_pair(forward, reverse)
-    return forward, reverse
+    return in_precision(args, forward), reverse and in_precision(args, reverse)
 
 # %% ../../nbs/cli/evaluate.ipynb #9773def7
 def check_scale(w: float, preset: Preset, G):
@@ -238,6 +250,7 @@ def evaluation_settings(args: Evaluate, preset: Preset, forward, reverse) -> dic
     return {
         "data": dataclasses.asdict(preset.data),
         "images": described(preset.data, args.data_root),
+        "precision": args.precision,
         "forward": dataclasses.asdict(forward.cfg),
         "reverse": reverse and dataclasses.asdict(reverse.cfg),
         "train_forward": of_f.get("train"),
@@ -270,7 +283,7 @@ def save_picture(rows: dict, path: Path, left_out: set = frozenset()):
 def run_evaluate_neighbour(args: Evaluate):
     "A neighbour of G by itself: a row for each number of steps."
     preset, device, start = preset_of(args), find_device(args.device), time.perf_counter()
-    unread = ("forward", "reverse", "w", "rows", "vae", "features", *STREAM_ONLY)
+    unread = ("forward", "reverse", "w", "rows", "vae", "features", "precision", *STREAM_ONLY)
     refuse_unread(args, unread, "beside --neighbour, which is measured by itself")
     results, picture = evaluation_outputs(args, preset)
     check_evaluate(args, preset, streamed=False)

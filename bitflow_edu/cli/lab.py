@@ -36,6 +36,7 @@ from ..io.models import load_model
 from ..io.results import hardware, load_result, measurement, save_results
 from ..lab import ablations, bench, recipes, reproduce, tables
 from ..lab.bench_operations import bench_compiled, bench_operations
+from ..lab.bench_precision import bench_precision, shipped_pair
 from ..lab.bench_speed import bench_geometry
 from ..lab.evaluate import Evaluation, check_drawn, evaluate
 from ..lab.neighbour_table import draw_neighbours, neighbours_table
@@ -55,6 +56,8 @@ def bench_model(args: Bench, device: str) -> TARFlow:
     "The F that is measured: from a checkpoint, or with random weights."
     if args.what == "operations":
         return on_meta(TARFlow, find_preset(args.geometry).forward)
+    if args.what == "precision":
+        return shipped_pair(args.geometry)[0]
     if args.checkpoint:
         return load_model(args.checkpoint, TARFlow, device)
     return bench.random_flow(bench.geometry(args.geometry), device)
@@ -66,6 +69,7 @@ MEASURED = {  # what can be measured → the options that it reads
     "training": OF_A_FLOW,
     "tokens": ("device",),
     "operations": ("geometry", "compiled"),
+    "precision": ("geometry",),
     "pair": (*OF_A_FLOW, "segments"),
     "speed": (*OF_A_FLOW, "segments", "batches", "precision", "w"),
 }
@@ -98,6 +102,8 @@ def run_measurement(args: Bench, model: TARFlow, device: str) -> list:
     if args.what == "operations":
         preset = find_preset(args.geometry)
         return bench_operations(preset) + (bench_compiled(preset) if args.compiled else [])
+    if args.what == "precision":
+        return bench_precision(*shipped_pair(args.geometry), find_preset(args.geometry))
     if args.what == "pair":
         return measure_pair(args, model)
     if args.what == "speed":

@@ -220,6 +220,9 @@ class Evaluate(Common):
     resume: bool = False
     # Measure speed as well (of a pair, in a stream, or of a flow alone).
     timing: bool = True
+    # Of the weights of F and G: fp32, or bf16, which is faster on a GPU and moves no figure by
+    # more than another seed does (bitflow bench --what precision).
+    precision: str = "fp32"
     # Results file to write, and beside it a picture of the first samples; default
     # results/evaluate-<preset>.json.
     out: Path | None = None
@@ -268,7 +271,8 @@ class Bench:
     # inverse, training, pair (one pass of G against the ways back of F), speed (the same for any
     # shape and batch, with decoders, MFU and roofline; lesson 16), tokens (time and memory
     # against the number of tokens, 49 to 1,024) or operations (how many a training step of a
-    # preset's F and G dispatches; without --compiled nothing is computed).
+    # preset's F and G dispatches; without --compiled nothing is computed),
+    # or precision (the pair of mnist-mini or mnist, with weights in bfloat16 against float32).
     what: str = "inverse"
     # Shape with random weights: mnist, 64-tokens, 256-tokens, or a preset's; for pair a preset's.
     geometry: str = "mnist"

@@ -118,7 +118,7 @@ def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, label
     check_model(model, TARFlow)
     like, T, D = model.blocks[0].pos_embed, model.cfg.num_tokens, model.cfg.token_dim
     check_on_gpu(like)
-    z = torch.zeros(batch, T, D, device=like.device, dtype=like.dtype)
+    z = torch.zeros(batch, T, D, device=like.device)
     c = torch.full((batch,), 0 if labelled else -1, device=like.device)
     exact_trajectory(model, z, c, guidance=guidance)  # checks, and warms up
     return replayed(model, z, c, lambda: invert_blocks(model, z, c, invert_block, guidance)[0])
@@ -130,7 +130,7 @@ def capture_pass(model: ReverseModel, batch: int, w: float | None = None):
     check_model(model, ReverseModel)
     like, T, D = model.pos_embed, model.cfg.num_tokens, model.cfg.token_dim
     check_on_gpu(like)
-    z = torch.zeros(batch, T, D, device=like.device, dtype=like.dtype)
+    z = torch.zeros(batch, T, D, device=like.device)
     c = torch.zeros(batch, dtype=torch.int64, device=like.device)
     one_pass(model, z, c, w)  # checks, and warms up
     run = with_labels(model.cfg, c, w)

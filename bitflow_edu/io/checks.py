@@ -202,10 +202,11 @@ def check_finite(t: Tensor, name: str):
 
 # %% ../../nbs/io/checks.ipynb #fb025490
 def check_like_weights(t: Tensor, model: nn.Module, name: str):
-    "Refuse a tensor of another type or on another device than the model's weights."
+    "Refuse a tensor on another device than the weights, or of another type; float32 fits half."
     weight = next(model.parameters())
-    same_type = t.dtype == weight.dtype or torch.is_autocast_enabled(t.device.type)
-    if not same_type or t.device != weight.device:
+    finer = t.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
+    fits = t.dtype == weight.dtype or finer or torch.is_autocast_enabled(t.device.type)
+    if not fits or t.device != weight.device:
         seen, wanted = f"{t.dtype} on {t.device}", f"{weight.dtype} on {weight.device}"
         way_out = f"use {name}.to(next(model.parameters()))"
         raise BitflowError(f"{name} is {seen}, but the model {wanted}; {way_out}")

@@ -107,11 +107,15 @@ def is_original(cfg: TARFlowConfig) -> bool:
     return not cfg.clip and t == TransformerConfig(t.width, t.num_layers, t.head_dim)
 
 # %% ../../nbs/lab/bench.ipynb #c3209453
+def can_be_packed(model) -> bool:
+    "Whether `pack` takes a model: float32 on a CPU."
+    weight = next(model.parameters())
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
 def packed_once(model, rows) -> Callable:
     "A call that gives the model packed for so many rows, made once; itself where that is no use."
-    weight = next(model.parameters())
-    useful = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return cache(lambda: pack(model, rows) if useful else model)
+    return cache(lambda: pack(model, rows) if can_be_packed(model) else model)
 
 # %% ../../nbs/lab/bench.ipynb #7d21b9c4
 def first_state(trajectory: Callable, *args, **kwargs) -> Tensor:
@@ -135,7 +139,7 @@ def decoding_calls(model: TARFlow, z: Tensor, c: Tensor, w: float = 0.0) -> dict
     if is_original(model.cfg):
         calls["plain"] = partial(plain_inverse, model, z, c, w)
     calls["exact"] = partial(first_state, exact_trajectory, model, z, c, guidance=guidance)
-    if z.device.type == "cpu" and z.dtype == torch.float32:
+    if can_be_packed(model):
         calls["packed"] = decode_packed
     if z.device.type == "cuda":
         calls["graph"] = replay_graph
@@ -366,7 +370,7 @@ def one_pass_calls(G: ReverseModel, z: Tensor, c: Tensor, w=None) -> dict[str, C
     def replay_pass():
         return captured()(z, c)
 
-    if z.device.type == "cpu" and z.dtype == torch.float32:
+    if can_be_packed(G):
         calls["one-pass, packed"] = pass_packed
     if z.device.type == "cuda":
         calls["one-pass, graph"] = replay_pass

@@ -71,7 +71,7 @@ def pair_costs(
     forward: TARFlowConfig,
     reverse: ReverseConfig,
     batch: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,  # of weights
     branches: int = 1,  # 2: F is guided, with label and without
 ) -> dict[str, Cost]:
     "Row → `Cost`: one pass, exact inverse, score step, F's own direction, from shapes alone."
@@ -83,9 +83,8 @@ def pair_costs(
     x, z, c = meta_batch(forward, batch)
     own_x, own_z, own_c = meta_batch(forward, branches * batch)  # of F's inverse
     with torch.no_grad():
-        density = bytes_moved(lambda: F(own_x.to(dtype), own_c))
-    inverse = inverse_bytes(F, own_z.to(dtype), own_c)
-    x, z, T = x.to(dtype), z.to(dtype), forward.num_tokens
+        density = bytes_moved(lambda: F(own_x, own_c))
+    inverse, T = inverse_bytes(F, own_z, own_c), forward.num_tokens
     return {
         "one-pass": Cost(1, 1, flops["one-pass"], bytes_moved(lambda: one_pass(G, z, c))),
         "exact": Cost(T, serial_steps(F), branches * flops["exact"], inverse),
@@ -105,10 +104,9 @@ class BenchCase:
 
 # %% ../../nbs/lab/bench_speed.ipynb #98523bd5
 def inputs_for(F: TARFlow, batch: int) -> tuple[Tensor, Tensor]:
-    "Noise `(N, T, D)` in the type of F's weights, and labels `(N,)`."
-    like = next(F.parameters())
-    z = sample_noise(F.cfg, batch, device=like.device).to(like.dtype)
-    return z, grid_labels(F.cfg, batch).to(like.device)
+    "Noise `(N, T, D)` in float32, as states and log-scales stay, and labels `(N,)`."
+    device = next(F.parameters()).device
+    return sample_noise(F.cfg, batch, device=device), grid_labels(F.cfg, batch).to(device)
 
 
 @dataclass(frozen=True)
@@ -228,8 +226,10 @@ def latent_decoders(device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
 def decoder_cases(decoders: dict, F: TARFlow, batch: int) -> dict[str, BenchCase]:
     "Row → `BenchCase`, of latents of F's shape to images."
     z = unpatchify(inputs_for(F, batch)[0], F.cfg.patch_size, F.cfg.channels)
-    shape, cases = torch.empty_like(z, device="meta"), {}
+    cases = {}
     for row, model in decoders.items():
+        z = z.to(next(model.parameters()).dtype)
+        shape = torch.empty_like(z, device="meta")
         ghost = nn.Module.to(copy.deepcopy(model), "meta")
         flops = count_flops(partial(ghost.decode, shape[:1]))
         cost = Cost(1, 1, flops, bytes_moved(partial(ghost.decode, shape)))
@@ -356,7 +356,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # %% ../../nbs/lab/bench_speed.ipynb #ccf5a37f
 def find_dtype(precision: str, device: str) -> torch.dtype:
-    "The type of weights and tokens: fp32, bf16, or auto (bf16 on a GPU). Raises `BitflowError`."
+    "The type of weights: fp32, bf16, or auto (bf16 on a GPU). Raises `BitflowError`."
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
     if precision not in PRECISIONS:

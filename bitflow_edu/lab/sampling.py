@@ -100,7 +100,8 @@ class Sampler:
     def __call__(self, z: Tensor, c: Tensor) -> Tensor:
         "Images `(N, C, H, W)` from noise and labels `(N,)`; label −1 asks for no class."
         check_floating(z, "z", "noise_for(cfg, n) draws such")
-        return self.sample(z, check_labels(c, self.model.cfg.num_classes, len(z), -1).to(z.device))
+        c = check_labels(c, self.model.cfg.num_classes, len(z), -1).to(z.device)
+        return self.sample(z, c).to(z.dtype)  # of weights in bfloat16, too
 
 # %% ../../nbs/lab/sampling.ipynb #d7ddf8d0
 def exact_sampler(F: TARFlow | CouplingFlow, w: float = 0.0) -> Sampler:
