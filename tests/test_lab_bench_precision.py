@@ -8,7 +8,7 @@ from commands import refused
 
 from bitflow_edu.exact_inverse import exact_trajectory, score_denoise
 from bitflow_edu.io.results import load_result
-from bitflow_edu.lab.bench_precision import bench_precision, rounded, round_trips, shipped_pair
+from bitflow_edu.lab.bench_precision import bench_precision, round_trips, rounded, shipped_pair
 from bitflow_edu.lab.presets import find_preset
 from conftest import small_flow
 

@@ -31,6 +31,13 @@ def test_a_table_of_seeds_shows_intervals_and_their_n():
     assert "earlier version" in earlier_note({"measurements": old})
 
 
+def test_what_has_no_seeds_stands_below():
+    result = made_up()
+    result["measurements"].append(measurement("c", "trip", 0.5, "x"))
+    assert paired_table(result).startswith(paired_table(made_up()))
+    assert paired_table(result).splitlines()[-3:] == ["| | trip |", "|---|---|", "| c | 0.5 x |"]
+
+
 def test_every_row_has_its_command():
     assert commands_text(made_up()) == ""
     text = commands_text(made_up(row_commands={"a": "bitflow ablate x --rows a"}))
