@@ -35,6 +35,7 @@ from ..io.files import BitflowError, check_same_settings
 from ..io.models import load_model
 from ..io.results import hardware, load_result, measurement, save_results
 from ..lab import ablations, bench, recipes, reproduce, tables
+from ..lab.bench_loop import bench_loop
 from ..lab.bench_operations import bench_compiled, bench_operations
 from ..lab.bench_precision import bench_precision, shipped_pair
 from ..lab.bench_speed import bench_geometry
@@ -70,6 +71,7 @@ MEASURED = {  # what can be measured → the options that it reads
     "tokens": ("device",),
     "operations": ("geometry", "compiled"),
     "precision": ("geometry",),
+    "loop": (),
     "pair": (*OF_A_FLOW, "segments"),
     "speed": (*OF_A_FLOW, "segments", "batches", "precision", "w"),
 }
@@ -102,6 +104,8 @@ def run_measurement(args: Bench, model: TARFlow, device: str) -> list:
     if args.what == "operations":
         preset = find_preset(args.geometry)
         return bench_operations(preset) + (bench_compiled(preset) if args.compiled else [])
+    if args.what == "loop":
+        return bench_loop()
     if args.what == "precision":
         return bench_precision(*shipped_pair(args.geometry), find_preset(args.geometry))
     if args.what == "pair":
@@ -135,7 +139,7 @@ def measure_pair(args: Bench, model: TARFlow) -> list:
 def run_bench(args: Bench):
     "`bitflow bench`"
     check_bench(args)
-    of = "" if args.what in ("tokens", "operations") else f"-{args.geometry}"
+    of = "" if args.what in ("tokens", "operations", "loop") else f"-{args.geometry}"
     (out,) = new_outputs(args.out or Path(f"results/bench-{args.what}{of}.json"), ".json")
     start, device = time.perf_counter(), models.find_device(args.device)
     model = bench_model(args, device)

@@ -270,9 +270,10 @@ class Bench:
 
     # inverse, training, pair (one pass of G against the ways back of F), speed (the same for any
     # shape and batch, with decoders, MFU and roofline; lesson 16), tokens (time and memory
-    # against the number of tokens, 49 to 1,024) or operations (how many a training step of a
-    # preset's F and G dispatches; without --compiled nothing is computed),
-    # or precision (the pair of mnist-mini or mnist, with weights in bfloat16 against float32).
+    # against the number of tokens, 49 to 1,024), operations (how many a training step of a
+    # preset's F and G dispatches; without --compiled nothing is computed), precision (the pair
+    # of mnist-mini or mnist, weights in bfloat16 against float32) or loop (what a training
+    # waits for beside its model: batches, checkpoints, logs, files).
     what: str = "inverse"
     # Shape with random weights: mnist, 64-tokens, 256-tokens, or a preset's; for pair a preset's.
     geometry: str = "mnist"

@@ -1,0 +1,25 @@
+"""What a training waits for: both forms are measured, and ours waits less."""
+
+from commands import measurements, refused
+
+from bitflow_edu.cli.main import main
+from bitflow_edu.io.results import load_result
+from bitflow_edu.lab import bench_loop
+
+
+def test_every_wait_is_measured_in_both_forms(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_loop, "GPU_S", 0.001)
+    quick = bench_loop.bench_loop(quick=True)
+    stored = load_result("bench-loop")["measurements"]
+    assert [(m["row"], m["metric"]) for m in quick] == [(m["row"], m["metric"]) for m in stored]
+    plain, ours = stored[::2], stored[1::2]
+    assert all(b["value"] < a["value"] for a, b in zip(plain, ours, strict=True)), stored
+    monkeypatch.setattr("bitflow_edu.cli.lab.bench_loop", lambda: quick)
+    assert main(f"bench --what loop --out {tmp_path}/x.json".split()) in (0, None)
+    assert measurements(tmp_path / "x.json") == quick
+    refused(f"bench --what loop --compiled --out {tmp_path}/y.json", capsys, "--compiled")
+
+
+def test_logging_costs_operations():
+    found = bench_loop.logged_and_not()
+    assert 0 < found["step, not logged"] < found["step, logged"]
