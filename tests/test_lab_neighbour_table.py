@@ -29,7 +29,7 @@ def tiny(steps=2):
 def made(tmp_path_factory):
     "A table of one method with one seed, and its folder."
     root = tmp_path_factory.mktemp("neighbours")
-    names = ("normalizing-flow-matching",)
+    names = ("normalizing-flow-matching", "flow-matching", "aligned-to-flow", "quarter-aligned")
     return neighbours_table(tiny(), range(1), root, names, say=str), root
 
 
@@ -52,9 +52,31 @@ def test_every_row_has_its_numbers(made):
     assert abs(params[0] / params[1]["params"] - 1) < 0.1  # tiny: times weigh more
 
 
+def test_students_follow_another_trajectory(made):
+    """In one pass; a quarter of the parameters where G teaches, whose minutes are told apart."""
+    found, _ = made
+    pair = values(found, "one-pass")
+    whole, quarter = (values(found, name) for name in ("aligned-to-flow", "quarter-aligned"))
+    assert whole["nfe"] == quarter["nfe"] == 1
+    assert whole["params"] == pair["params"] and quarter["params"] < pair["params"] / 2
+    assert quarter["teacher_minutes"] == pytest.approx(
+        pair["teacher_minutes"] + pair["own_minutes"]
+    )
+    assert 0 < whole["teacher_minutes"] != pair["teacher_minutes"]  # a flow's, and not F's
+
+
+def test_the_average_of_weights_is_compared_with_the_weights(made):
+    found, _ = made
+    both = [values(found, f"flow-matching-8{more}") for more in ("", ", no average")]
+    assert both[0]["fd[mnist-cnn]"] != both[1]["fd[mnist-cnn]"]
+    assert both[0]["params"] == both[1]["params"]
+
+
 def test_the_search_is_stored_and_chooses_by_training_images(made):
     found, _ = made
     lines = [m for m in found if m["metric"] == "search fd_train"]
+    assert len(lines) == 3 * 4  # rates and methods
+    lines = [m for m in lines if m["row"] == "flow-matching"]
     assert len(lines) == 3 and sum(m["chosen"] for m in lines) == 1
     best = min(lines, key=lambda m: m["value"])
     assert best["chosen"]

@@ -325,7 +325,8 @@ class CompareNeighbours(Common):
 
     # How many seeds, from --seed on; each has its own F and G, and its own noise.
     seeds: int = 3
-    # Only these methods, e.g. --methods flow-matching reflow; default all.
+    # Only these methods, e.g. --methods flow-matching reflow; default all, and three students that
+    # follow another trajectory than F's (aligned-to-flow, quarter-naive, quarter-aligned).
     methods: tuple[str, ...] = ()
     # Folder of the trainings; those that are there are not repeated.
     work: Path = Path("runs/neighbours")

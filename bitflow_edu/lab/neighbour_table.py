@@ -3,9 +3,11 @@
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00003
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from ..evaluation import timed
+from ..excursions.alignment import alignment_loss, ode_path, states_of
+from ..inverse_strategies import hidden_alignment, naive_distillation
+from ..io.checkpoints import read_state, weights_in
 from ..io.files import report_write_errors, write_atomically
-from ..io.models import build, load_model, num_parameters
+from ..io.models import build, load_model, newest_checkpoint, num_parameters
 from ..io.results import measurement
 from bitflow_edu.lab.ablations import (
     _WORKER,
@@ -43,12 +48,15 @@ from bitflow_edu.lab.sampling import (
     grid_labels,
     neighbour_sampler,
     noise_for,
+    one_pass_sampler,
     sampler_cost,
     sampler_times,
 )
 from .tables import Training, stated
 from ..neighbours import NEIGHBOURS, Neighbour, beside, find_neighbour, train_neighbour
+from ..reverse_model import ReverseConfig, ReverseModel
 from ..tarflow import TARFlow
+from ..training import train
 
 # %% auto #0
 __all__ = []
@@ -77,6 +85,38 @@ SEARCH = 0.1  # share of the budget that each of them gets
 
 
 @dataclass(frozen=True)
+class Student:
+    "A G that learns from a trajectory which is not F's."
+
+    teacher: str  # "flow": the path of a flow; "G": the states of the seed's G
+    strategy: Callable = hidden_alignment
+    share: int = 1  # of G's width: 2 for half of it, so a quarter of the parameters
+
+    def shape(self, cfg: ReverseConfig) -> ReverseConfig:
+        "The student's config, from that of the seed's G."
+        t = cfg.transformer
+        narrow = replace(t, width=t.width // self.share, head_dim=t.head_dim // self.share)
+        return replace(cfg, transformer=narrow)
+
+    def path(self, teacher, num_blocks: int) -> Callable:
+        "Images to the trajectory that is followed."
+        return states_of(teacher) if self.teacher == "G" else ode_path(teacher, num_blocks, steps=1)
+
+
+STUDENTS = {
+    "aligned-to-flow": Student("flow"),
+    "quarter-naive": Student("G", naive_distillation, share=2),
+    "quarter-aligned": Student("G", share=2),
+}
+
+
+def check_method(name: str):
+    "Refuse a name that is neither a neighbour's nor a student's."
+    if name not in STUDENTS:
+        find_neighbour(name)
+
+
+@dataclass(frozen=True)
 class Cell:
     "A method with one seed."
 
@@ -97,18 +137,45 @@ def core_minutes(run: Path) -> float:
     return record["value"] * (record["threads"] or 1) / 60
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00008
-def train_cell(cell: Cell, F: TARFlow | None, folder: Path, minutes: float, lr: float, device: str):
+def train_model(cell: Cell, teacher, data, train_cfg, folder: Path, device: str):
+    "The trained model of a method: a neighbour, or a G that follows a trajectory."
+    resume = folder.exists()
+    if cell.method not in STUDENTS:
+        model = build(Neighbour, beside(cell.preset.reverse, cell.method), cell.seed, device)
+        return train_neighbour(model, data, train_cfg, folder, teacher, resume)
+    student = STUDENTS[cell.method]
+    model = build(ReverseModel, student.shape(cell.preset.reverse), cell.seed, device)
+    path = student.path(teacher, model.cfg.num_blocks)
+    return train(model, alignment_loss(path, student.strategy), data, train_cfg, folder, resume)
+
+
+def train_cell(cell: Cell, teacher, folder: Path, minutes: float, lr: float, device: str):
     "The trained model, and the core-minutes that all of it took."
     note = folder / "minutes.json"
-    train = replace(cell.preset.train_reverse, steps=None, minutes=minutes, lr=lr, seed=cell.seed)
-    model = build(Neighbour, beside(cell.preset.reverse, cell.method), cell.seed, device)
+    budget = replace(cell.preset.train_reverse, steps=None, minutes=minutes, lr=lr, seed=cell.seed)
     start, data = time.perf_counter(), images_of(cell.preset.data, "train")
-    trained = train_neighbour(model, data, train, folder / "run", F, resume=folder.exists())
+    trained = train_model(cell, teacher, data, budget, folder / "run", device)
     if not note.exists():
         took = (time.perf_counter() - start) * torch.get_num_threads() / 60
+        stages = sorted((folder / "run").glob("stage-*")) or [folder / "run"]
+        took = max(took, sum(map(core_minutes, stages)))  # more where it was taken up again
         with report_write_errors(folder):
             write_atomically(note, json.dumps(took) + "\n")
     return trained, json.loads(note.read_text(encoding="utf-8"))
+
+
+def samplers_for(cell: Cell, model) -> list[Sampler]:
+    "A sampler for each number of steps; of a student one pass, by the student's name."
+    if cell.method in STUDENTS:
+        return [replace(one_pass_sampler(model), method=cell.method)]
+    return neighbour_samplers(model)
+
+
+def last_weights(model: Neighbour, run: Path) -> list[Sampler]:
+    "Samplers of the weights themselves, which `model` is the moving average of."
+    raw = copy.deepcopy(model)
+    raw.load_state_dict(weights_in(read_state(newest_checkpoint(run))["training"]))
+    return [replace(s, method=f"{s.method}, no average") for s in neighbour_samplers(raw)]
 
 
 def numbers_of(sampler: Sampler, cell: Cell, timing: bool) -> dict:
@@ -126,17 +193,18 @@ def numbers_of(sampler: Sampler, cell: Cell, timing: bool) -> dict:
     return finite_numbers(found)
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00009
-def search_rate(cell: Cell, F, folder: Path, minutes: float, device: str) -> list[dict]:
+def search_rate(cell: Cell, teacher, folder: Path, minutes: float, device: str) -> list[dict]:
     "For each rate: the smallest distance to training images, and minutes beside the steps."
     found = []
     for lr in RATES:
-        model, took = train_cell(cell, F, folder / f"search-{lr:g}", SEARCH * minutes, lr, device)
-        every = [numbers_of(s, cell, timing=False) for s in neighbour_samplers(model)]
+        where, share = folder / f"search-{lr:g}", SEARCH * minutes
+        model, took = train_cell(cell, teacher, where, share, lr, device)
+        every = [numbers_of(s, cell, timing=False) for s in samplers_for(cell, model)]
         distances = []
         for numbers in every:
             distances += [v for name, v in numbers.items() if name.startswith("fd_train")]
         nearest = min(distances, default=float("inf"))
-        found.append({"lr": lr, "fd_train": nearest, "beside": max(took - SEARCH * minutes, 0.0)})
+        found.append({"lr": lr, "fd_train": nearest, "beside": max(took - share, 0.0)})
     return found
 
 
@@ -145,25 +213,45 @@ def chosen_rate(search: list[dict]) -> float:
     return min(search, key=lambda line: line["fd_train"])["lr"]
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000a
+def find_teacher(cell: Cell, root: Path, device: str) -> tuple:
+    "Whom a method asks, or None; the core-minutes that the teacher took, and those left for it."
+    runs = Training(cell.preset, cell.seed)
+    of_F, of_G = (core_minutes(root / t.key / "run") for t in (runs.forward, runs))
+    threads, student = torch.get_num_threads(), STUDENTS.get(cell.method)
+    if student and student.teacher == "G":
+        return load_model(root / runs.key / "run", ReverseModel, device), of_F + of_G, of_G
+    if student:
+        flow, lr = replace(cell, method="flow-matching"), cell.preset.train_reverse.lr
+        where = root / cell.key / "teacher"
+        where.mkdir(parents=True, exist_ok=True)
+        teacher, took = train_cell(flow, None, where, of_F / threads, lr, device)
+        return teacher.requires_grad_(False), took, of_F + of_G - took
+    if find_neighbour(cell.method).needs_flow:
+        return load_model(root / runs.forward.key / "run", TARFlow, device), of_F, of_G
+    return None, 0.0, of_F + of_G
+
+
 def run_cell(cell: Cell, root: Path, search: list[dict], device: str = "cpu") -> dict:
     "Train and measure a method with one seed, or read what was measured: search, rows, minutes."
-    folder, preset = root / cell.key, cell.preset
-    file, runs = folder / "figures.json", Training(preset, cell.seed)
+    folder = root / cell.key
+    file = folder / "figures.json"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    of_F, of_G = (core_minutes(root / t.key / "run") for t in (runs.forward, runs))
-    asks = find_neighbour(cell.method).needs_flow
-    F = load_model(root / runs.forward.key / "run", TARFlow, device) if asks else None
-    teacher, budget = (of_F if asks else 0.0), of_F + of_G
     folder.mkdir(parents=True, exist_ok=True)
-    search = search or search_rate(cell, F, folder, budget - teacher, device)
+    teacher, of_teacher, own = find_teacher(cell, root, device)
+    search = search or search_rate(cell, teacher, folder, own, device)
     beside_steps = min(line["beside"] for line in search)
-    left = max(budget - teacher - beside_steps, SEARCH * budget)  # seconds: nothing may be left
+    left = max(own - beside_steps, SEARCH * own)  # of seconds nothing may be left
     minutes = left / torch.get_num_threads()
-    model, took = train_cell(cell, F, folder / "final", minutes, chosen_rate(search), device)
-    rows = {s.method: numbers_of(s, cell, timing=True) for s in neighbour_samplers(model)}
-    about = {"own_minutes": took, "teacher_minutes": teacher}
-    about["share_of_budget"] = (took + teacher) / budget
+    model, took = train_cell(cell, teacher, folder / "final", minutes, chosen_rate(search), device)
+    samplers = samplers_for(cell, model)
+    if cell.method == "flow-matching":
+        samplers += last_weights(model, folder / "final" / "run" / "stage-0")
+    rows = {s.method: numbers_of(s, cell, timing=True) for s in samplers}
+    about = {"own_minutes": took, "teacher_minutes": of_teacher}
+    runs = Training(cell.preset, cell.seed)
+    budget = sum(core_minutes(root / t.key / "run") for t in (runs.forward, runs))
+    about["share_of_budget"] = (took + of_teacher) / budget
     found = {"search": search, "rows": rows, "training": about}
     with report_write_errors(folder):
         write_atomically(file, json.dumps(found, indent=1) + "\n")
@@ -197,7 +285,7 @@ def neighbours_table(
     preset: Preset,
     seeds: range,
     root: Path,  # folder of the trainings
-    methods: tuple = (),  # keys of `NEIGHBOURS`; none: all
+    methods: tuple = (),  # keys of `NEIGHBOURS` or `STUDENTS`; none: all
     device: str = "cpu",
     say=print,
     data_root: Path = None,  # folder of the datasets
@@ -205,7 +293,7 @@ def neighbours_table(
     "All rows with all seeds, the search, and the paired differences from one pass of G."
     check_pair_preset(preset)
     for method in methods:
-        find_neighbour(method)
+        check_method(method)
     _WORKER["data_root"] = data_root
     preset = replace(preset, reverse=replace(preset.reverse, max_guidance=0.0))
     rows, real, searches = {}, {}, {}
@@ -214,13 +302,14 @@ def neighbours_table(
         gather(real, REAL, seed, pair["real"])
         for row, numbers in pair["rows"].items():
             gather(rows, row, seed, numbers)
-        for method in methods or NEIGHBOURS:
+        for method in methods or (*NEIGHBOURS, *STUDENTS):
             cell = Cell(preset, method, seed)
             done = run_cell(cell, root, searches.get(method), device)
             searches.setdefault(method, done["search"])
             for row, numbers in done["rows"].items():
                 gather(rows, row, seed, numbers | done["training"])
-            say(f"seed {seed}: {method}")
+            share = done["training"]["share_of_budget"]
+            say(f"seed {seed}: {method}, {share:.2f} of the budget of F and G")
     return table_lines(preset, rows, real, searches)
 
 
@@ -281,8 +370,12 @@ def draw_neighbours(found: list, title: str, metric: str = "fd[mnist-cnn]"):
             left.plot(*zip(*points), "o-", color=color, label=method)
             minutes = mean[own[0], "own_minutes"] + mean[own[0], "teacher_minutes"]
             right.plot(minutes, min(y for _, y in points), "o", color=color)
-    if (best := mean.get(("one-pass", metric))) is not None:
-        left.plot(1, best, "*k", ms=12, label="BiFlow's G")
+    for name, mark in zip(("one-pass", *STUDENTS), "*vxP"):
+        if (one := mean.get((name, metric))) is not None:
+            label = "BiFlow's G" if name == "one-pass" else name
+            left.plot(1, one, mark, color="black", ms=8, label=label)
+            minutes = mean[name, "own_minutes"] + mean[name, "teacher_minutes"]
+            right.plot(minutes, one, mark, color="black", ms=8)
     if (good := mean.get((REAL, metric))) is not None:
         left.axhline(good, color="grey", ls=":", label="real training images")
     left.set(xscale="log", yscale="log", xlabel="NFE", ylabel=metric, title=title)
