@@ -148,3 +148,17 @@ def test_bench_counts_tokens_and_memory():
         torch.zeros(500), b.view(10, 100)
 
     assert bench.peak_bytes(call) == 8000
+
+
+def test_a_table_of_neighbours_grows_seed_by_seed(tmp_path):
+    """What the results file holds is not trained again, in whatever folder."""
+    few = "--train-forward.steps 2 --train-reverse.steps 2 --num-samples 20"
+    words = f"neighbours --preset mnist-mini-smoke {few} --methods flow-matching"
+    out = tmp_path / "n.json"
+    run(f"{words} --seeds 1 --work {tmp_path}/first --out {out}")
+    before = {(m["row"], m["metric"]): m["value"] for m in measurements(out) if m["seed"] == 0}
+    run(f"{words} --seeds 2 --work {tmp_path}/second --out {out} --resume")
+    after = {(m["row"], m["metric"]): m["value"] for m in measurements(out) if m["seed"] == 0}
+    assert before == after and {m["seed"] for m in measurements(out)} == {None, 0, 1}
+    assert not list((tmp_path / "second").glob("forward-0-*"))
+    assert list((tmp_path / "second").glob("forward-1-*"))

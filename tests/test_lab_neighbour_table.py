@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from bitflow_edu.io.files import BitflowError
+from bitflow_edu.lab import neighbour_table
 from bitflow_edu.lab.experiments import EXPERIMENTS
 from bitflow_edu.lab.neighbour_table import (
     Cell,
@@ -13,6 +14,8 @@ from bitflow_edu.lab.neighbour_table import (
     draw_neighbours,
     neighbours_table,
     run_cell,
+    stored_figures,
+    take_over,
 )
 from bitflow_edu.lab.presets import find_preset
 
@@ -93,6 +96,22 @@ def test_what_was_measured_is_read_and_not_repeated(made):
     assert run_cell(cell, root, [])["training"]["own_minutes"] == 123.0
     assert cell.key == file.parent.name != Cell(tiny(3), cell.method, 0).key
     draw_neighbours(found, "title")
+
+
+def test_seeds_of_a_results_file_are_not_measured_again(made, tmp_path, monkeypatch):
+    """A table taken up in another folder trains nothing, and says the same."""
+    found, _ = made
+    kept = json.loads(json.dumps(found))
+    take_over(kept, tiny(), tmp_path)
+    assert {p.name for p in tmp_path.glob("*/*")} == {"figures.json"}
+    monkeypatch.setattr(neighbour_table, "run_training", None)
+    monkeypatch.setattr(neighbour_table, "train_cell", None)
+    names = ("normalizing-flow-matching", "flow-matching", "aligned-to-flow", "quarter-aligned")
+    again = neighbours_table(tiny(), range(1), tmp_path, names, say=str)
+    key = [[(m["row"], m["metric"], m["seed"], m["value"]) for m in t] for t in (found, again)]
+    assert sorted(map(str, key[0])) == sorted(map(str, key[1]))
+    other = Cell(tiny(3), "pair", 0)
+    assert stored_figures(other, tmp_path) is None  # another preset has other figures
 
 
 def test_an_unknown_method_is_refused_before_hours_are_spent(tmp_path):

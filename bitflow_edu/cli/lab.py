@@ -40,7 +40,7 @@ from ..lab.bench_operations import bench_compiled, bench_operations
 from ..lab.bench_precision import bench_precision, shipped_pair
 from ..lab.bench_speed import bench_geometry
 from ..lab.evaluate import Evaluation, check_drawn, evaluate
-from ..lab.neighbour_table import draw_neighbours, neighbours_table
+from ..lab.neighbour_table import draw_neighbours, neighbours_table, take_over
 from ..lab.preset_fields import read_preset
 from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..lab.report import draw_rows, sample_rows, write_report
@@ -238,6 +238,10 @@ def run_neighbours(args: CompareNeighbours):
     preset, start = preset_of(args), time.perf_counter()
     device, seeds = models.find_device(args.device), range(args.seed, args.seed + args.seeds)
     out, picture = new_outputs(args.out, ".json", ".png", anew=args.resume)
+    if out.exists():  # seeds that were measured before, here or elsewhere
+        stored = load_result(out.stem, out.parent)
+        if stored["config"] == json.loads(json.dumps(dataclasses.asdict(preset))):
+            take_over(stored["measurements"], preset, args.work)
     more = args.work, args.methods, device
     found = neighbours_table(preset, seeds, *more, data_root=args.data_root)
     write_figures(out, preset.name, args, dataclasses.asdict(preset), found, start)

@@ -212,6 +212,21 @@ def chosen_rate(search: list[dict]) -> float:
     "The rate that came nearest to training images."
     return min(search, key=lambda line: line["fd_train"])["lr"]
 
+# %% ../../nbs/lab/neighbour_table.ipynb #18d00014
+def stored_figures(cell: Cell, root: Path) -> dict | None:
+    "What was measured of a cell, None where nothing was."
+    file = root / cell.key / "figures.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def store_figures(cell: Cell, root: Path, found: dict) -> dict:
+    "Keep what was measured of a cell."
+    folder = root / cell.key
+    with report_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "figures.json", json.dumps(found, indent=1) + "\n")
+    return found
+
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000a
 def find_teacher(cell: Cell, root: Path, device: str) -> tuple:
     "Whom a method asks, or None; the core-minutes that the teacher took, and those left for it."
@@ -233,10 +248,9 @@ def find_teacher(cell: Cell, root: Path, device: str) -> tuple:
 
 def run_cell(cell: Cell, root: Path, search: list[dict], device: str = "cpu") -> dict:
     "Train and measure a method with one seed, or read what was measured: search, rows, minutes."
+    if (found := stored_figures(cell, root)) is not None:
+        return found
     folder = root / cell.key
-    file = folder / "figures.json"
-    if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     teacher, of_teacher, own = find_teacher(cell, root, device)
     search = search or search_rate(cell, teacher, folder, own, device)
@@ -252,10 +266,7 @@ def run_cell(cell: Cell, root: Path, search: list[dict], device: str = "cpu") ->
     runs = Training(cell.preset, cell.seed)
     budget = sum(core_minutes(root / t.key / "run") for t in (runs.forward, runs))
     about["share_of_budget"] = (took + of_teacher) / budget
-    found = {"search": search, "rows": rows, "training": about}
-    with report_write_errors(folder):
-        write_atomically(file, json.dumps(found, indent=1) + "\n")
-    return found
+    return store_figures(cell, root, {"search": search, "rows": rows, "training": about})
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000c
 OF_THE_PAIR = ("one-pass", "exact+denoise")
@@ -263,22 +274,69 @@ OF_THE_PAIR = ("one-pass", "exact+denoise")
 
 def run_pair(preset: Preset, seed: int, root: Path, device: str) -> dict:
     "F and G of a seed: their rows, their minutes, and the floor."
-    training = Training(preset, seed)
+    cell, training = Cell(preset, "pair", seed), Training(preset, seed)
+    if (found := stored_figures(cell, root)) is not None:
+        return found
     F = run_training(training.forward, root, device)
     G = run_training(training, root, device)
     of_F, of_G = (core_minutes(root / t.key / "run") for t in (training.forward, training))
-    cell, rows = Cell(preset, "pair", seed), {}
+    rows = {}
     for method in OF_THE_PAIR:
         sampler = SAMPLERS[method](F, G, 0.0)
         of_pair = {"own_minutes": of_G if method == "one-pass" else 0.0, "teacher_minutes": of_F}
         rows[method] = numbers_of(sampler, cell, timing=True) | of_pair
-    return {"rows": rows, "real": floor(training.forward)}
+    return store_figures(cell, root, {"rows": rows, "real": floor(training.forward)})
 
 
 def gather(found: dict, row: str, seed: int, numbers: dict):
     "Add a seed's numbers of a row: row → metric → seed → value."
     for metric, value in numbers.items():
         found.setdefault(row, {}).setdefault(metric, {})[seed] = value
+
+# %% ../../nbs/lab/neighbour_table.ipynb #18d00016
+OF_TRAINING = ("own_minutes", "teacher_minutes", "share_of_budget")  # the same in all rows
+
+
+def method_of(row: str) -> str:
+    "Whose row it is: the pair's, a student's, or that of a neighbour in so many steps."
+    if row in (REAL, *OF_THE_PAIR):
+        return "pair"
+    return row if row in STUDENTS else row.partition(",")[0].rpartition("-")[0]
+
+
+def searches_in(found: list) -> dict:
+    "Method → what its search found, from a table's measurements."
+    searches = {}
+    for m in found:
+        if m["metric"] == "search fd_train":
+            line = {"lr": m["lr"], "fd_train": m["value"], "beside": m["beside"]}
+            searches.setdefault(m["row"], []).append(line)
+    return searches
+
+
+def take_over(found: list, preset: Preset, root: Path):
+    "Keep what a table of this preset holds, as if it had been measured in this folder."
+    searches, numbers = searches_in(found), {}
+    for m in found:
+        if m["seed"] is not None:
+            of_method = numbers.setdefault((method_of(m["row"]), m["seed"]), {})
+            of_method.setdefault(m["row"], {})[m["metric"]] = m["value"]
+    for (method, seed), rows in numbers.items():
+        cell = Cell(without_guidance(preset), method, seed)
+        if stored_figures(cell, root) is not None:
+            continue
+        if method == "pair":
+            store_figures(cell, root, {"real": rows.pop(REAL), "rows": rows})
+        else:
+            of_any = next(iter(rows.values()))
+            about = {name: of_any[name] for name in OF_TRAINING}
+            kept = {"search": searches[method], "rows": rows, "training": about}
+            store_figures(cell, root, kept)
+
+
+def without_guidance(preset: Preset) -> Preset:
+    "The preset with a G that takes no guidance scale, as no neighbour does."
+    return replace(preset, reverse=replace(preset.reverse, max_guidance=0.0))
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000d
 def neighbours_table(
@@ -295,8 +353,7 @@ def neighbours_table(
     for method in methods:
         check_method(method)
     _WORKER["data_root"] = data_root
-    preset = replace(preset, reverse=replace(preset.reverse, max_guidance=0.0))
-    rows, real, searches = {}, {}, {}
+    preset, rows, real, searches = without_guidance(preset), {}, {}, {}
     for seed in seeds:
         pair = run_pair(preset, seed, root, device)
         gather(real, REAL, seed, pair["real"])
@@ -320,7 +377,8 @@ def table_lines(preset: Preset, rows: dict, real: dict, searches: dict) -> list:
         found += lines_of(row, values, n)
     for method, search in searches.items():
         for line in search:
-            how = dict(lr=line["lr"], chosen=line["lr"] == chosen_rate(search))
+            chosen = line["lr"] == chosen_rate(search)
+            how = dict(lr=line["lr"], beside=line["beside"], chosen=chosen)
             found.append(measurement(method, "search fd_train", line["fd_train"], n=n, **how))
     for row in rows:
         if row != "one-pass":
