@@ -150,15 +150,19 @@ def test_bench_counts_tokens_and_memory():
     assert bench.peak_bytes(call) == 8000
 
 
-def test_a_table_of_neighbours_grows_seed_by_seed(tmp_path):
+def test_a_table_of_neighbours_grows_seed_by_seed(tmp_path, capsys):
     """What the results file holds is not trained again, in whatever folder."""
     few = "--train-forward.steps 2 --train-reverse.steps 2 --num-samples 20"
     words = f"neighbours --preset mnist-mini-smoke {few} --methods flow-matching"
     out = tmp_path / "n.json"
     run(f"{words} --seeds 1 --work {tmp_path}/first --out {out}")
     before = {(m["row"], m["metric"]): m["value"] for m in measurements(out) if m["seed"] == 0}
-    run(f"{words} --seeds 2 --work {tmp_path}/second --out {out} --resume")
+    other = words.replace("flow-matching", "quarter-naive")
+    run(f"{other} --seeds 1 --seed 1 --work {tmp_path}/second --out {out} --resume")
     after = {(m["row"], m["metric"]): m["value"] for m in measurements(out) if m["seed"] == 0}
     assert before == after and {m["seed"] for m in measurements(out)} == {None, 0, 1}
+    of_seed = [{m["row"] for m in measurements(out) if m["seed"] == seed} for seed in (0, 1)]
+    assert "flow-matching-8" in of_seed[0] - of_seed[1] and "quarter-naive" in of_seed[1]
     assert not list((tmp_path / "second").glob("forward-0-*"))
     assert list((tmp_path / "second").glob("forward-1-*"))
+    refused(f"{words} --out {out} --resume --num-samples 21", capsys, "another preset", "--out")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.results import rows_of
 from bitflow_edu.lab import neighbour_table
 from bitflow_edu.lab.experiments import EXPERIMENTS
 from bitflow_edu.lab.neighbour_table import (
@@ -95,7 +96,11 @@ def test_what_was_measured_is_read_and_not_repeated(made):
     file.write_text(json.dumps(stored))
     assert run_cell(cell, root, [])["training"]["own_minutes"] == 123.0
     assert cell.key == file.parent.name != Cell(tiny(3), cell.method, 0).key
-    draw_neighbours(found, "title")
+    figure = draw_neighbours(found, "title")
+    assert figure.axes[0].get_ylabel() == "fd[mnist-cnn]" and figure.axes[1].lines
+    other = [{**m, "metric": m["metric"].replace("mnist-cnn", "effnet-lite0")} for m in found]
+    assert draw_neighbours(other, "title").axes[0].get_ylabel() == "fd[effnet-lite0]"
+    assert {"one-pass", "aligned-to-flow"} <= rows_of({"measurements": found}).keys()
 
 
 def test_seeds_of_a_results_file_are_not_measured_again(made, tmp_path, monkeypatch):

@@ -238,13 +238,16 @@ def run_neighbours(args: CompareNeighbours):
     preset, start = preset_of(args), time.perf_counter()
     device, seeds = models.find_device(args.device), range(args.seed, args.seed + args.seeds)
     out, picture = new_outputs(args.out, ".json", ".png", anew=args.resume)
-    if out.exists():  # seeds that were measured before, here or elsewhere
+    held = set()
+    if out.exists():  # what was measured before, here or elsewhere
         stored = load_result(out.stem, out.parent)
-        if stored["config"] == json.loads(json.dumps(dataclasses.asdict(preset))):
-            take_over(stored["measurements"], preset, args.work)
+        if stored["config"] != json.loads(json.dumps(dataclasses.asdict(preset))):
+            raise BitflowError(f"{out} is of another preset; move it away, or name another --out")
+        held = take_over(stored["measurements"], preset, args.work)
     more = args.work, args.methods, device
-    found = neighbours_table(preset, seeds, *more, data_root=args.data_root)
+    found = neighbours_table(preset, seeds, *more, data_root=args.data_root, held=held)
     write_figures(out, preset.name, args, dataclasses.asdict(preset), found, start)
+    seeds = {m["seed"] for m in found} - {None}
     draw_neighbours(found, f"{preset.num_samples} images, {len(seeds)} seeds").savefig(picture)
 
 # %% ../../nbs/cli/lab.ipynb #59ec1224

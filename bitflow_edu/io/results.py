@@ -223,7 +223,7 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 # %% ../../nbs/io/results.ipynb #rowsof01
 def rows_of(
-    result: dict,  # a table of `bitflow ablate`, loaded
+    result: dict,  # a table of `bitflow ablate` or `bitflow neighbours`, loaded
     metric: str = "fd[mnist-cnn]",
 ) -> dict:  # row → (every seed's values, their mean, the paper's or None), in the table's order
     "A table's rows for one metric; rows without it, and those of a sweep, are left out."
@@ -231,7 +231,7 @@ def rows_of(
     for name in dict.fromkeys(m["row"] for m in result["measurements"] if not m.get("sweep")):
         if seeds := measured(result, name, metric):
             mean = figure(result, name, f"mean {metric}")
-            rows[name] = [m["value"] for m in seeds], mean, seeds[0]["paper"]
+            rows[name] = [m["value"] for m in seeds], mean, seeds[0].get("paper")
     return rows
 
 # %% ../../nbs/io/results.ipynb #d988f80c

@@ -30,6 +30,7 @@ from bitflow_edu.lab.ablations import (
     images_of,
     judged,
     lines_of,
+    main_metric,
     real_images,
     run_training,
 )
@@ -314,7 +315,7 @@ def searches_in(found: list) -> dict:
     return searches
 
 
-def take_over(found: list, preset: Preset, root: Path):
+def take_over(found: list, preset: Preset, root: Path) -> set:  # of (method, seed)
     "Keep what a table of this preset holds, as if it had been measured in this folder."
     searches, numbers = searches_in(found), {}
     for m in found:
@@ -332,6 +333,7 @@ def take_over(found: list, preset: Preset, root: Path):
             about = {name: of_any[name] for name in OF_TRAINING}
             kept = {"search": searches[method], "rows": rows, "training": about}
             store_figures(cell, root, kept)
+    return set(numbers)
 
 
 def without_guidance(preset: Preset) -> Preset:
@@ -347,6 +349,7 @@ def neighbours_table(
     device: str = "cpu",
     say=print,
     data_root: Path = None,  # folder of the datasets
+    held: set = frozenset(),  # (method, seed) that stand in the table, too; see `take_over`
 ) -> list:  # of `measurement`
     "All rows with all seeds, the search, and the paired differences from one pass of G."
     check_pair_preset(preset)
@@ -354,12 +357,15 @@ def neighbours_table(
         check_method(method)
     _WORKER["data_root"] = data_root
     preset, rows, real, searches = without_guidance(preset), {}, {}, {}
-    for seed in seeds:
+    asked = methods or (*NEIGHBOURS, *STUDENTS)
+    for seed in sorted({*seeds, *(seed for _, seed in held)}):
         pair = run_pair(preset, seed, root, device)
         gather(real, REAL, seed, pair["real"])
         for row, numbers in pair["rows"].items():
             gather(rows, row, seed, numbers)
-        for method in methods or (*NEIGHBOURS, *STUDENTS):
+        for method in (*NEIGHBOURS, *STUDENTS):
+            if not (method in asked and seed in seeds or (method, seed) in held):
+                continue
             cell = Cell(preset, method, seed)
             done = run_cell(cell, root, searches.get(method), device)
             searches.setdefault(method, done["search"])
@@ -411,9 +417,9 @@ COMPARISONS = (  # name, question, results file, budget → commands, budget →
 )
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000e
-def draw_neighbours(found: list, title: str, metric: str = "fd[mnist-cnn]"):
+def draw_neighbours(found: list, title: str):
     "Mean distance against NFE, and the best of each method against its minutes."
-    mean = {}
+    mean, metric = {}, main_metric(found)
     for m in found:
         if m["metric"].startswith("mean "):
             mean[m["row"], m["metric"].removeprefix("mean ")] = m["value"]
