@@ -25,7 +25,7 @@ from bitflow_edu.io.checks import (
     check_inputs,
     check_model,
     forward_labels,
-    readable,
+    free_to_read,
 )
 from .io.files import BitflowError
 from .reverse_model import ReverseBlock, ReverseConfig, Waves, projection
@@ -128,7 +128,7 @@ def check_times(r: Tensor, t: Tensor, n: int):
     "Refuse times of another number, and r > t: the way runs from t back to r."
     if r.shape != (n,) or t.shape != (n,):
         raise BitflowError(f"times of shapes {tuple(r.shape)}, {tuple(t.shape)}; give ({n},) each")
-    if readable(t) and bool((r > t).any()):
+    if free_to_read(t) and bool((r > t).any()):
         i = int((r > t).nonzero()[0])
         seen = f"r = {r[i].item():g} is later than t = {t[i].item():g}"
         raise BitflowError(f"{seen}; the way runs from noise at t back to r ≤ t: swap them")

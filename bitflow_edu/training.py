@@ -343,9 +343,10 @@ def clip_and_step(
 
 # %% ../nbs/05_training.ipynb #d0a6e3f4
 def will_log(state: TrainState, cfg: TrainConfig) -> bool:
-    "Whether the step that is due will be logged; a clock cannot tell, so there it may be."
+    "Whether the step that is due will be logged; the last by a clock is foreseen, two steps wide."
     step = state.step + 1
-    return step % cfg.log_every == 0 or step == cfg.steps or cfg.minutes is not None
+    late = cfg.minutes and state.seconds * (1 + 2 / max(state.step, 1)) >= 60 * cfg.minutes
+    return bool(late) or step % cfg.log_every == 0 or step == cfg.steps
 
 # %% ../nbs/05_training.ipynb #4e34dd36
 DEFAULTS = dataclasses.asdict(TrainConfig())  # of what an older run.json does not say

@@ -221,6 +221,15 @@ def test_a_result_of_another_size_is_not_taken_for_ours(tmp_path):
     assert result_exists(commands_of("mnist-full", "cpu", tmp_path, tmp_path)[-1], "cpu")
 
 
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def test_what_a_laptop_measured_is_not_taken_for_a_gpus():
+    """Among the results that come with the course."""
+    with pytest.raises(BitflowError, match="bench-speed-imagenet256-b2.json was .*without a GPU"):
+        run_experiment("speed-imagenet256", "gpu-short", Path("runs"), RESULTS, pytest.fail)
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -69,6 +69,10 @@ def result_exists(words: list[str], budget: str) -> bool:
     if path is None or not path.exists():
         return False
     there = load_result(path.stem, path.parent)
+    untagged = there.get("budget") is None
+    if untagged and budget.startswith("gpu") and not there["hardware"]["gpu"]:
+        was = f"{path} was measured without a GPU"
+        raise BitflowError(f"{was}; move it away, or name another folder with --results")
     if (size := there.get("budget") or budget) != budget:
         was = f"{path} was made with --budget {size}, not {budget}"
         raise BitflowError(f"{was}; move it away, or name other folders with --results and --out")
