@@ -107,7 +107,7 @@ class ReverseBlock(nn.Module):
         self.transformer = Transformer(cfg.transformer, side, causal=False)
         self.scale_embed, self.num_extra_tokens = scale_embedding(cfg), cfg.num_extra_tokens
         if cfg.num_extra_tokens and cfg.transformer.rotary:  # angle 0 for a token without a place
-            self.transformer.angles = nnf.pad(self.transformer.angles, (0, 0, 1, 0))
+            self.transformer.place(nnf.pad(self.transformer.angles, (0, 0, 1, 0)))
 
     def forward(self, h, c, w=None):
         """Features `(N, T, width)`, labels `(N,)` (−1: none) and, where G takes them,

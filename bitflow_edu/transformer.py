@@ -199,17 +199,21 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg, self.num_tokens = cfg, side * side
         self.layers = nn.ModuleList([Layer(cfg, causal) for _ in range(cfg.num_layers)])
-        angles = rotary_angles(raster_coordinates(side), cfg.head_dim) if cfg.rotary else None
+        self.place(rotary_angles(raster_coordinates(side), cfg.head_dim) if cfg.rotary else None)
+
+    def place(self, angles):
+        "Say where tokens stand, by their angles `(T, head_dim/2)`; None: nothing is rotated."
+        tables = None if angles is None else torch.stack(turns(angles), dim=1)  # once for all
         self.register_buffer("angles", angles, persistent=False)
+        self.register_buffer("tables", tables, persistent=False)
 
     def forward(self, x, flip=False):
         "All tokens `(N, T, width)` to the same shape; `flip`: they come in reversed raster order."
-        angles = self.angles
-        T = "T" if angles is None else len(angles)
+        tables = self.tables
+        T = "T" if tables is None else len(tables)
         check_tensor(x, "tokens", ("N", T, self.cfg.width))
-        if flip and angles is not None:
-            angles = angles.flip(0)
-        tables = None if angles is None else turns(angles)
+        if tables is not None:
+            tables = (tables.flip(0) if flip else tables).unbind(-2)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, tables, use_reentrant=False)
@@ -221,8 +225,8 @@ class Transformer(nn.Module):
         "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
         check_tensor(x, "tokens", (cache.k.shape[1], "S", self.cfg.width))
         tables = None
-        if self.angles is not None:
-            tables = turns(cache.own(self.angles, x.shape[1], flip))
+        if self.tables is not None:
+            tables = cache.own(self.tables, x.shape[1], flip).unbind(-2)
         for i, layer in enumerate(self.layers):
             x = layer.step(x, cache, i, tables, temperature)
         return x, cache.advance(x.shape[1])
