@@ -210,6 +210,8 @@ def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float
     "Write a table's results file and its picture."
     verdict, stem = ablations.verdict(found), table_stem(name, args)
     config = {"verdict": verdict, "seeds": args.seeds, **dataclasses.asdict(preset)}
+    each = list(range(args.seed, args.seed + args.seeds))  # a row's F, its G, and its noise
+    config |= {"seeds_forward": each, "seeds_reverse": each}
     config["row_commands"] = row_commands(name, args, preset)
     command = command_line(replace(args, table=name))
     save_results(args.results, stem, preset.name, command, config, found, took)

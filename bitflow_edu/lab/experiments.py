@@ -49,8 +49,8 @@ def table_commands(preset: str, *tables: str, more: str = "") -> tuple[str, ...]
     return tuple(f"ablate {table} {options}" for table in tables)
 
 # %% ../../nbs/lab/experiments.ipynb #df4261cd
-GUIDED = "--w 0.25 0.5 1"
-GUIDED_PHOTOS = f"{GUIDED} --features effnet-lite0 --resume"
+GUIDED = "--w 0.1 0.25 0.5 1"  # digits choose the smallest, photographs the largest so far
+GUIDED_PHOTOS = "--w 0.5 1 2 3 --features effnet-lite0 --resume"
 
 
 def training(stage: str, budget: str, size: int, lr: str, sample: int, checkpoint: int) -> str:
@@ -80,7 +80,8 @@ def short_commands(preset: str, name: str, features: str, shape: str = "") -> tu
     "F in at most 3 minutes of a GPU, G in 3.5, and the evaluation of both in 1.5."
     F = training("forward", "--minutes 2.5", 256, "1e-3", 1_000_000, 4000)
     G = training("reverse", "--minutes 3", 256, "1e-3", 1_000_000, 4000)
-    few = f"{GUIDED} --features {features} --n 5000 --batch-size 1000"
+    scales = GUIDED if features == "mnist-cnn" else "--w 0.5 1 2"
+    few = f"{scales} --features {features} --n 5000 --batch-size 1000"
     few += f" --work RUNS/{name}/evaluate --resume --no-timing"  # bench measures times
     return pair_commands(preset, name, f"{shape} {F}", f"{shape} {G}", few)
 

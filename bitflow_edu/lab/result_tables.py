@@ -46,24 +46,30 @@ SHOWN = tuple("fd[ fd_train[ label_accuracy inverse_mse precision recall test_nl
 # %% ../../nbs/lab/result_tables.ipynb #b6f96f67
 def paired_table(result: dict) -> str:
     """Rows with several seeds as Markdown: means over seeds with their 95% intervals, and the
-    paired difference in the first metric. Then what was measured once, without a seed."""
+    paired differences in distance, to test and to training images. Then what was measured once,
+    without a seed."""
     metrics = [
         metric
         for metric in dict.fromkeys(m["metric"] for m in result["measurements"])
         if metric.startswith(SHOWN)
     ]
-    table, first = [["", *metrics, f"paired difference in {metrics[0]}", "n, seeds"]], metrics[0]
+    distances = [metric for metric in metrics if metric.startswith(("fd[", "fd_train["))]
+    distances, first = distances or metrics[:1], (distances or metrics)[0]
+    heads = [f"paired difference in {metric}" for metric in distances]
+    table = [["", *metrics, *heads, "n, seeds"]]
     averaged = [m for m in result["measurements"] if m["metric"] == f"mean {first}"]
     for row in dict.fromkeys(m["row"] for m in averaged if not m.get("sweep")):
         line = [row]
         for metric in metrics:
             line.append(with_interval(measured(result, row, f"mean {metric}")))
-        pair = measured(result, row, f"difference {first}")
-        versus = f" from {pair[0]['versus']}" if pair else ""
         mean = measured(result, row, f"mean {first}")[0]
         scale = f" (w = {mean['w']:g})" if mean.get("w") else ""
         line[0] += scale
-        line += [with_interval(pair, "+") + versus, f"{mean['n']}, {mean['seeds']}"]
+        for metric in distances:
+            pair = measured(result, row, f"difference {metric}")
+            versus = f" from {pair[0]['versus']}" if pair else ""
+            line.append(with_interval(pair, "+") + versus)
+        line.append(f"{mean['n']}, {mean['seeds']}")
         table.append(line)
     once = [m for m in result["measurements"] if m["seed"] is None and "seeds" not in m]
     more = f"\n\n{results_table({'measurements': once})}" if once else ""
