@@ -18,6 +18,7 @@ from bitflow_edu.cli.options import parse
 from bitflow_edu.io.files import BitflowError, asset
 from bitflow_edu.io.locks import run_lock
 from bitflow_edu.io.models import build, newest_checkpoint
+from bitflow_edu.io.shards import sha256_of
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.sampling import Sampler
 from bitflow_edu.reverse_model import ReverseModel
@@ -155,6 +156,8 @@ def test_a_scale_is_chosen_beside_a_file_of_statistics(runs, tmp_path, capsys):
     key = "guided, chosen w", "fd[mnist-cnn]"
     assert a.keys() == b.keys() and a[key]["value"] == b[key]["value"]
     assert b[key]["reference"] == "given.npz"
+    of_a, of_b = (json.loads((tmp_path / f"{name}.json").read_text())["config"] for name in "ab")
+    assert of_a["reference_sha256"] is None and of_b["reference_sha256"] == sha256_of(reference)
     choice = "guided, chosen w", "chosen_w"
     assert a[choice] == b[choice] and "train" in b[choice]["reference"]
     run(f"{words}/c.json --work {tmp_path}/c --reference {reference}")

@@ -10,7 +10,7 @@ from bitflow_edu import training
 from bitflow_edu.data import Images, load_data, to_model_range
 from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.files import BitflowError
-from bitflow_edu.io.loading import ReadAhead, fed
+from bitflow_edu.io.loading import ReadAhead, fed, taken_ahead
 from bitflow_edu.io.models import newest_checkpoint
 from bitflow_edu.io.processes import SingleProcess
 from bitflow_edu.io.shards import Latents
@@ -139,3 +139,26 @@ def test_a_run_on_latents_resumes_bit_for_bit(cache, tmp_path):  # noqa: F811
     parts = train(fresh(), forward_loss, data, cfg, run, resume=True)
     for other in (plain, parts):
         assert all(map(torch.equal, whole.parameters(), other.parameters()))
+
+
+def test_a_slow_source_is_asked_early_and_its_errors_come_in_their_place():
+    taken, four = [], threading.Event()
+
+    def source():
+        for i in range(6):
+            taken.append(i)
+            if i == 4:
+                four.set()
+            if i == 5:
+                raise BitflowError("the archive ends")
+            yield i
+
+    items = taken_ahead(source(), depth=4)
+    assert next(items) == 0 and four.wait(10)  # taken while nobody asked for it
+    assert [next(items) for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(BitflowError, match="the archive ends"):
+        next(items)
+    assert list(taken_ahead(range(100), depth=3)) == list(range(100))
+    early = taken_ahead(iter(range(10**9)), depth=3)
+    assert next(early) == 0
+    early.close()  # whoever has had enough waits for nothing

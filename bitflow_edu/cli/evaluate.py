@@ -26,6 +26,7 @@ from ..io.datasets import described
 from ..io.files import BitflowError
 from ..io.locks import run_lock
 from ..io.models import find_device, load_model, newest_checkpoint
+from ..io.shards import sha256_of
 from ..lab.bench_speed import PRECISIONS
 from bitflow_edu.lab.evaluate import (
     MOST_IN_MEMORY,
@@ -251,6 +252,7 @@ def evaluation_settings(args: Evaluate, preset: Preset, forward, reverse) -> dic
         "data": dataclasses.asdict(preset.data),
         "images": described(preset.data, args.data_root),
         "precision": args.precision,
+        "reference_sha256": args.reference and sha256_of(args.reference),
         "forward": dataclasses.asdict(forward.cfg),
         "reverse": reverse and dataclasses.asdict(reverse.cfg),
         "train_forward": of_f.get("train"),

@@ -3,6 +3,7 @@
 # %% ../../nbs/io/loading.ipynb #a95d20c3
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,17 @@ def prefetch(items: Iterable, call: Callable, pool: ThreadPoolExecutor, depth: i
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def taken_ahead(items: Iterable, depth: int = 64):
+    "The items of a slow source, in order, up to `depth` of them taken early by a thread."
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1, thread_name_prefix="taken-ahead") as pool:
+        try:
+            taken = prefetch(itertools.repeat(source), lambda s: next(s, end), pool, depth)
+            yield from itertools.takewhile(lambda item: item is not end, taken)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/io/loading.ipynb #f4962e38
 class ReadAhead:

@@ -27,7 +27,7 @@ from bitflow_edu.io.files import (
     write_atomically,
 )
 from ..io.images import decoded, left_out_line
-from ..io.loading import prefetch
+from ..io.loading import prefetch, taken_ahead
 from ..io.locks import run_lock
 from ..io.models import save_tensors
 from ..io.processes import SINGLE_PROCESS
@@ -198,7 +198,8 @@ def make_shards(pieces: ShardSource, out: Path, vae: nn.Module, cfg: CacheConfig
             note = finished(out, k)
             if note is None:
                 before, left_out = len(corrupt), Counter()
-                tensors = encode_piece(pieces.read(k, left_out), vae, cfg, pool, corrupt)
+                raws = taken_ahead(pieces.read(k, left_out))  # bytes, of a disk or a network
+                tensors = encode_piece(raws, vae, cfg, pool, corrupt)
                 write_shard(out, k, tensors, corrupt[before:], left_out)
             else:
                 corrupt += note["corrupt"]
