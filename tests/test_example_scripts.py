@@ -28,7 +28,9 @@ def scripts_in(text):
             yield script
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+for folder in (".github", "data", "results"):
+    PAGES += sorted((ROOT / folder).rglob("*.md"))
 PAGES += [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 SCRIPTS = [
     (f"{path.relative_to(ROOT)}-{k}", script)

@@ -112,6 +112,20 @@ def test_bench_of_a_latent_preset_has_every_row_and_metric():
     assert at["vae-decoder", "flops_per_image"] > 5 * at["tiny-decoder", "flops_per_image"]
 
 
+def test_without_decoders_the_ways_back_are_measured_all_the_same(monkeypatch):
+    def missing(*args):
+        raise BitflowError("the decoders of latents come from diffusers, which is not installed")
+
+    monkeypatch.setattr(bench_speed, "latent_decoders", missing)
+    name = "imagenet256-b2-smoke"
+    F = random_flow(geometry(name))
+    limits = bench_speed.Limits(repeats=2, row_s=1.0, run_s=0.0)
+    found = bench_speed.bench_geometry(name, F, "fp32", (1, 2), limits=limits)
+    at = [(m["batch"], m["why"]) for m in found if m["row"] == "vae-decoder"]
+    assert [batch for batch, _ in at] == [1, 2] and "diffusers" in at[0][1]
+    assert "one-pass" in {m["row"] for m in found}
+
+
 def test_the_decoder_has_the_published_size():
     """49M parameters; 308 GFLOP an image of 256², a multiplication and an addition taken as one."""
     pytest.importorskip("diffusers")

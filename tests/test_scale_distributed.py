@@ -76,8 +76,8 @@ def weights(folder):
     return {**averaged, **saved["training"]}, saved["step"]
 
 
-def assert_same_run(a, b, within=1e-5):
-    """Loss curves agree to 1e-5, and weights as far as rounding lets Adam's division agree."""
+def assert_same_run(a, b, within=1e-7):
+    """Loss curves agree to 1e-7, and weights as far as rounding lets Adam's division agree."""
     assert losses(a).shape == losses(b).shape and (losses(a) - losses(b)).abs().max() < within
     (one, step), (other, same) = weights(a), weights(b)
     assert step == same and one.keys() == other.keys()
@@ -135,10 +135,10 @@ def test_pieces_that_do_not_divide(tmp_path, sharding):
     process.communicate(timeout=100)
     assert process.returncode != 0 and newest_checkpoint(folder).name < "step-00000012"
     run(2, *FIVE, "--out", folder, "--resume", "--sharding", sharding)
-    assert_same_run(one, folder, within=1e-6)
+    assert_same_run(one, folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000012")
     run(1, *FIVE, "--out", folder, "--resume")
-    assert_same_run(one, folder, within=1e-6)
+    assert_same_run(one, folder)
 
 
 @NEEDS_SHARDS
@@ -210,7 +210,7 @@ def test_the_second_stage_on_two_processes(alone, tmp_path, sharding):
     words += [w.replace("train-forward", "train-reverse") for w in SIX]
     run(1, *words, "--out", tmp_path / "one")
     run(2, *words, "--out", tmp_path / "two", "--sharding", sharding)
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two", within=1e-6)
 
 
 SCRIPT = """
