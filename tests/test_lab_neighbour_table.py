@@ -69,6 +69,13 @@ def test_students_follow_another_trajectory(made):
     assert 0 < whole["teacher_minutes"] != pair["teacher_minutes"]  # a flow's, and not F's
 
 
+def test_heun_takes_two_evaluations_a_step(made):
+    found, _ = made
+    numbers = values(found, "flow-matching-4, Heun")
+    assert numbers["nfe"] == 8 and numbers["fd[mnist-cnn]"] > 0
+    assert numbers["fd[mnist-cnn]"] != values(found, "flow-matching-8")["fd[mnist-cnn]"]
+
+
 def test_the_average_of_weights_is_compared_with_the_weights(made):
     found, _ = made
     both = [values(found, f"flow-matching-8{more}") for more in ("", ", no average")]

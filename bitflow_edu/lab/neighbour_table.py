@@ -54,7 +54,15 @@ from bitflow_edu.lab.sampling import (
     sampler_times,
 )
 from .tables import Training, stated
-from ..neighbours import NEIGHBOURS, Neighbour, beside, find_neighbour, train_neighbour
+from bitflow_edu.neighbours import (
+    NEIGHBOURS,
+    FewSteps,
+    Neighbour,
+    beside,
+    find_neighbour,
+    heun,
+    train_neighbour,
+)
 from ..reverse_model import ReverseConfig, ReverseModel
 from ..tarflow import TARFlow
 from ..training import train
@@ -172,6 +180,26 @@ def samplers_for(cell: Cell, model) -> list[Sampler]:
     return neighbour_samplers(model)
 
 
+class HeunSteps(FewSteps):
+    "The same path by Heun's step, two evaluations each."
+
+    @property
+    def step(self) -> Callable:
+        "Heun's, whatever the method's own is."
+        return heun
+
+    @property
+    def name(self) -> str:
+        "A row of a table, such as `flow-matching-4, Heun`."
+        return f"{super().name}, Heun"
+
+
+def heun_samplers(model: Neighbour) -> list[Sampler]:
+    "Samplers of 2, 4, 8 and 50 evaluations by Heun's step."
+    ways = [HeunSteps(model, steps) for steps in (1, 2, 4, 25)]
+    return [Sampler(w.name, model, w, nfe=w.nfe, serial_steps=w.nfe) for w in ways]
+
+
 def last_weights(model: Neighbour, run: Path) -> list[Sampler]:
     "Samplers of the weights themselves, which `model` is the moving average of."
     raw = copy.deepcopy(model)
@@ -261,6 +289,7 @@ def run_cell(cell: Cell, root: Path, search: list[dict], device: str = "cpu") ->
     model, took = train_cell(cell, teacher, folder / "final", minutes, chosen_rate(search), device)
     samplers = samplers_for(cell, model)
     if cell.method == "flow-matching":
+        samplers += heun_samplers(model)
         samplers += last_weights(model, folder / "final" / "run" / "stage-0")
     rows = {s.method: numbers_of(s, cell, timing=True) for s in samplers}
     about = {"own_minutes": took, "teacher_minutes": of_teacher}
