@@ -269,7 +269,8 @@ def find_teacher(cell: Cell, root: Path, device: str) -> tuple:
         where = root / cell.key / "teacher"
         where.mkdir(parents=True, exist_ok=True)
         teacher, took = train_cell(flow, None, where, of_F / threads, lr, device)
-        return teacher.requires_grad_(False), took, of_F + of_G - took
+        left = max(of_F + of_G - took, SEARCH * of_G)  # of seconds nothing may be left
+        return teacher.requires_grad_(False), took, left
     if find_neighbour(cell.method).needs_flow:
         return load_model(root / runs.forward.key / "run", TARFlow, device), of_F, of_G
     return None, 0.0, of_F + of_G
