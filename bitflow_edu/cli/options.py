@@ -220,8 +220,7 @@ class Evaluate(Common):
     resume: bool = False
     # Measure speed as well (of a pair, in a stream, or of a flow alone).
     timing: bool = True
-    # Of the weights of F and G: fp32, or bf16, which is faster on a GPU and moves no figure by
-    # more than another seed does (bitflow bench --what precision).
+    # Of the weights of F and G: fp32 or bf16; what that costs: bitflow bench --what precision.
     precision: str = "fp32"
     # Results file to write, and beside it a picture of the first samples; default
     # results/evaluate-<preset>.json.
@@ -270,10 +269,8 @@ class Bench:
 
     # inverse, training, pair (one pass of G against the ways back of F), speed (the same for any
     # shape and batch, with decoders, MFU and roofline; lesson 16), tokens (time and memory
-    # against the number of tokens, 49 to 1,024), operations (how many a training step of a
-    # preset's F and G dispatches; without --compiled nothing is computed), precision (the pair
-    # of mnist-mini or mnist, weights in bfloat16 against float32) or loop (what a training
-    # waits for beside its model: batches, checkpoints, logs, files).
+    # against the number of tokens, 49 to 1,024), operations (of a training step, counted),
+    # precision (mnist-mini's or mnist's pair in bfloat16) or loop (what a training waits for).
     what: str = "inverse"
     # Shape with random weights: mnist, 64-tokens, 256-tokens, or a preset's; for pair a preset's.
     geometry: str = "mnist"
@@ -325,8 +322,7 @@ class CompareNeighbours(Common):
 
     # How many seeds, from --seed on; each has its own F and G, and its own noise.
     seeds: int = 3
-    # Only these methods, e.g. --methods flow-matching reflow; default all, and three students that
-    # follow another trajectory than F's (aligned-to-flow, quarter-naive, quarter-aligned).
+    # Only these, e.g. --methods flow-matching quarter-aligned; default all, and three students.
     methods: tuple[str, ...] = ()
     # Folder of the trainings; those that are there are not repeated.
     work: Path = Path("runs/neighbours")
