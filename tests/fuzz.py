@@ -293,9 +293,11 @@ def options(case: Case) -> int:
     words = list(rng.choice(list(commands.items())))
     command, flags = list(words[0]), words[1].split()
     for _ in range(rng.randrange(1, 4)):
-        command.append(rng.choice(flags))
+        flag = rng.choice(flags)
+        command.append(flag)
         if rng.random() < 0.9:
-            command.append(rng.choice(WORDS))
+            word = rng.choice(WORDS)  # a mirror is written wherever it is named, so not outside
+            command.append("a/b" if flag == "--tensorboard" and "/" in word else word)
     if rng.random() < 0.1:
         command.insert(rng.randrange(len(command)), rng.choice(WORDS))
     return case.run(*command)
