@@ -275,3 +275,8 @@ def test_rows_of_zeros_survive_as_bytes():
     """A projection that starts at zero has no largest weight."""
     stored = as_bytes("w", torch.zeros(3, 4))
     assert torch.equal(from_bytes(stored)["w"], torch.zeros(3, 4))
+
+
+def test_numbers_that_no_tensor_has_are_refused():
+    with pytest.raises(BitflowError, match="channels is 10+, more than a size"):
+        to_config(TARFlowConfig, {"channels": 10**30})

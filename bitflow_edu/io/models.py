@@ -115,6 +115,8 @@ def field_value(field, value, where):
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, float) and not math.isfinite(number):
             raise TypeError(f"{field.name} is {value}, and not finite")
+        if isinstance(number, int) and abs(number) > 2**53:
+            raise TypeError(f"{field.name} is {value}, more than a size or a seed can be")
     return tuple(value) if isinstance(value, list) else value
 
 
