@@ -1,8 +1,12 @@
 """Ablation tables: what is trained, what is kept, and what is said about the order."""
 
+import contextlib
 import json
 import math
 import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,7 @@ from bitflow_edu.lab.ablations import (
     verdict,
 )
 from bitflow_edu.lab.evaluate import choose_scale, network_for, sampler_source, stream_config
+from bitflow_edu.lab.experiments import EXPERIMENTS
 from bitflow_edu.lab.hub import load_pretrained
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.sampling import SAMPLERS, draw_all, noise_for
@@ -179,6 +184,77 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     files = {t.key: tmp_path / "runs" / t.key / "figures.json" for t, ways in jobs.items() if ways}
     figures = {key: json.loads(file.read_text()) for key, file in files.items()}
     assert table_measurements("denoising", preset, range(2), figures) == result["measurements"]
+
+
+def checkpoints_under(folder) -> int:
+    """Finished checkpoints of all G's there."""
+    return len(list(folder.glob("reverse-*/run/checkpoints/step-*/config.json")))
+
+
+def children_of(process) -> list[str]:
+    """Process numbers of its workers."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [pid for pid in found.stdout.split() if b"spawn_main" in commands(pid)]
+
+
+def commands(pid: str) -> bytes:
+    """The command line of a process, empty once it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are read in /proc")
+def test_a_killed_table_goes_on_and_says_the_same(tmp_path):
+    """kill -9 while G's train in two workers: they end too, and the numbers are those of one go."""
+    words = "ablate denoising --preset mnist-mini-smoke --seeds 1 --workers 2 --steps 60 --resume"
+    words += " --train-forward.steps 10 --train-reverse.checkpoint-every 5"
+    files = []
+    for name, killed in (("whole", False), ("killed", True)):
+        home = tmp_path / name
+        places = ["--out", home / "runs", "--results", home]
+        command = [sys.executable, "-m", "bitflow_edu.cli", *words.split(), *map(str, places)]
+        if killed:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            while process.poll() is None and not checkpoints_under(home / "runs"):
+                time.sleep(0.05)
+            workers = children_of(process)
+            process.kill()
+            process.wait()
+            assert len(workers) == 2 and not list(home.glob("*.json"))
+            tries = iter(range(1200))
+            while any(map(commands, workers)) and next(tries, None) is not None:
+                time.sleep(0.05)
+            assert not any(map(commands, workers)), "a worker trains on"
+        subprocess.run(command, check=True, capture_output=True)
+        files.append(json.loads(next(home.glob("*.json")).read_text()))
+    whole, killed = (
+        {(m["row"], m["metric"], m["seed"]): m["value"] for m in file["measurements"]}
+        for file in files
+    )
+    assert whole == killed
+
+
+def test_all_tables_are_those_that_are_published():
+    """`ablate all` and `reproduce mnist-mini-tables` name the same tables in the same sizes."""
+    experiment = EXPERIMENTS["mnist-mini-tables"].commands["cpu"]
+    places = "--out RUNS/ablate-mnist-mini --results RESULTS --resume"
+    listed = [options.parse(shlex.split(words.replace(places, ""))) for words in experiment]
+    assert lab.tables_asked(options.parse(["ablate", "all"])) == listed
+    stems = [lab.table_stem(args.table, args) for args in listed]
+    assert len(set(stems)) == len(stems) == len(TABLES) - 1 + 2  # without lpips; two more lengths
+    results = Path(lab.__file__).parents[2] / "results"
+    for args, stem in zip(listed, stems):
+        if not (results / f"{stem}.json").exists():
+            continue
+        command = json.loads((results / f"{stem}.json").read_text())["command"]
+        made = options.parse(shlex.split(command)[1:])
+        assert (made.seeds, made.steps) == (args.seeds, args.steps), stem
+    of_smoke = lab.tables_asked(options.parse("ablate all --preset mnist-mini-smoke".split()))
+    assert {args.table for args in of_smoke} == TABLES.keys() - {"lpips"}
+    assert {(args.seeds, args.steps, args.changes) for args in of_smoke} == {(5, None, ())}
+    own = lab.tables_asked(options.parse("ablate all --train-forward.precision fp32".split()))
+    assert all(lab.ablation_preset(args).train_forward.precision == "fp32" for args in own)
 
 
 def test_one_row_is_repeated_by_the_command_beside_it(tmp_path, monkeypatch, capsys):

@@ -11,10 +11,12 @@ from bitflow_edu.lab import neighbour_table
 from bitflow_edu.lab.experiments import EXPERIMENTS
 from bitflow_edu.lab.neighbour_table import (
     Cell,
+    at_rate,
     chosen_rate,
     draw_neighbours,
     neighbours_table,
     run_cell,
+    searches_in,
     stored_figures,
     take_over,
 )
@@ -49,6 +51,7 @@ def test_every_row_has_its_numbers(made):
     assert set(wanted.split()) <= set(numbers) and numbers["nfe"] == 4
     assert {"ms_per_image[1]", "ms_per_image[64]", "own_minutes"} <= set(numbers)
     assert numbers["teacher_minutes"] > 0  # it asks F
+    assert numbers["steps"] >= 1
     assert values(found, "one-pass")["nfe"] == 1 and "exact+denoise" in {m["row"] for m in found}
     difference = [m for m in found if m["metric"] == "difference fd[mnist-cnn]"]
     assert difference and all(m["versus"] == "one-pass" for m in difference)
@@ -86,7 +89,8 @@ def test_the_average_of_weights_is_compared_with_the_weights(made):
 def test_the_search_is_stored_and_chooses_by_training_images(made):
     found, _ = made
     lines = [m for m in found if m["metric"] == "search fd_train"]
-    assert len(lines) == 3 * 4  # rates and methods
+    assert len(lines) == 3 * (1 + 4)  # rates, of G and of the methods
+    assert sum(m["row"] == "one-pass" for m in lines) == 3
     lines = [m for m in lines if m["row"] == "flow-matching"]
     assert len(lines) == 3 and sum(m["chosen"] for m in lines) == 1
     best = min(lines, key=lambda m: m["value"])
@@ -96,13 +100,18 @@ def test_the_search_is_stored_and_chooses_by_training_images(made):
 
 def test_what_was_measured_is_read_and_not_repeated(made):
     found, root = made
-    cell = Cell(replace(tiny()), "normalizing-flow-matching", 0)
+    preset = at_rate(tiny(), searches_in(found)["one-pass"])
+    cell = Cell(preset, "normalizing-flow-matching", 0)
     (file,) = root.glob("normalizing-flow-matching-0-*/figures.json")
     stored = json.loads(file.read_text())
     stored["training"]["own_minutes"] = 123.0
     file.write_text(json.dumps(stored))
     assert run_cell(cell, root, [])["training"]["own_minutes"] == 123.0
-    assert cell.key == file.parent.name != Cell(tiny(3), cell.method, 0).key
+    assert (
+        cell.key
+        == file.parent.name
+        != Cell(at_rate(tiny(3), searches_in(found)["one-pass"]), cell.method, 0).key
+    )
     figure = draw_neighbours(found, "title")
     assert figure.axes[0].get_ylabel() == "fd[mnist-cnn]" and figure.axes[1].lines
     other = [{**m, "metric": m["metric"].replace("mnist-cnn", "effnet-lite0")} for m in found]
@@ -124,6 +133,29 @@ def test_seeds_of_a_results_file_are_not_measured_again(made, tmp_path, monkeypa
     assert sorted(map(str, key[0])) == sorted(map(str, key[1]))
     other = Cell(tiny(3), "pair", 0)
     assert stored_figures(other, tmp_path) is None  # another preset has other figures
+
+
+def test_a_method_off_the_budget_is_called_so(made, tmp_path):
+    """Seconds of training cannot keep to 5%; an exact share raises no alarm."""
+    found, root = made
+    (file,) = root.glob("flow-matching-0-*/figures.json")
+    stored, names = json.loads(file.read_text()), ("flow-matching",)
+    for share, called in ((1.04, False), (1.06, True), (0.9, True)):
+        stored["training"]["share_of_budget"] = share
+        file.write_text(json.dumps(stored))
+        said = []
+        neighbours_table(tiny(), range(1), root, names, say=said.append)
+        assert ("MORE THAN 5% OFF" in said[0]) == called
+
+
+def test_the_rate_of_G_is_searched_too(made):
+    """By training images alone; the pair and what learns from it take the chosen one."""
+    found, root = made
+    search = searches_in(found)["one-pass"]
+    rates = {line["lr"]: line["fd_train"] for line in search}
+    assert len(rates) == 3 and chosen_rate(search) == min(rates, key=rates.get)
+    assert at_rate(tiny(), search).train_reverse.lr == chosen_rate(search)
+    assert len(list(root.glob("reverse-0-*"))) == 4  # three brief trainings, then the pair's
 
 
 def test_an_unknown_method_is_refused_before_hours_are_spent(tmp_path):

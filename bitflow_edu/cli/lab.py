@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -158,23 +159,39 @@ PLACE = "--results, or write it anew with --resume"  # of `ablate` and `demo`
 AGAIN = Path("runs/again")  # where the commands beside the rows train and write
 
 # %% ../../nbs/cli/lab.ipynb #48756635
-def tables_asked(args: Ablate) -> list:
-    "The tables to make. Refuses an unknown one, and results that would be overwritten."
-    names, known = [args.table], list(tables.TABLES)
-    if args.table == "all":
-        names = known
-    if names[0] not in known:
+def tables_asked(args: Ablate) -> list[Ablate]:
+    "A command for each table; `all` of the digits in the sizes that are published."
+    known, plain = list(tables.TABLES), Ablate()
+    if args.table not in (*known, "all"):
         choices = ", ".join(known)
         raise BitflowError(f"no ablation is named {args.table!r}; choose {choices}, or all")
-    if args.seeds < 1 or (args.workers or 1) < 1:
-        asked = f"--seeds {args.seeds} and --workers {args.workers}"
-        raise BitflowError(f"{asked} must be at least 1")
-    if args.rows and args.table == "all":
+    if args.table != "all":
+        return [args]
+    if args.rows:
         raise BitflowError("--rows names rows of one table; name the table, too")
-    for name in names:
-        table = args.results / f"{table_stem(name, args)}.json"
-        new_outputs(table, ".json", ".png", option=PLACE, anew=args.resume)
-    return names
+    asked = args.preset, args.config, args.steps, args.seeds
+    as_published = asked == (plain.preset, None, None, plain.seeds)
+    sizes = tables.PUBLISHED if as_published else map(tables.Size, known)
+    found = []
+    for size in [size for size in sizes if size.table not in tables.NOT_IN_ALL]:
+        one = replace(args, table=size.table)
+        if as_published:
+            own = [(f"--{name}", value) for name, value in size.fields.items()]
+            changes = (*itertools.chain.from_iterable(own), *args.changes)
+            one = replace(one, seeds=size.seeds, steps=size.steps, changes=changes)
+        found.append(one)
+    return found
+
+
+def check_tables(asked: list[Ablate]):
+    "Refuse sizes of nothing, results that would be overwritten, and rows that are alike."
+    for args in asked:
+        if args.seeds < 1 or (args.workers or 1) < 1:
+            sizes = f"--seeds {args.seeds} and --workers {args.workers}"
+            raise BitflowError(f"{sizes} must be at least 1")
+        file = args.results / f"{table_stem(args.table, args)}.json"
+        new_outputs(file, ".json", ".png", option=PLACE, anew=args.resume)
+        tables.rows_for(args.table, ablation_preset(args), args.rows)
 
 # %% ../../nbs/cli/lab.ipynb #baa34638
 def workers_for(args: Ablate, device: str) -> int:
@@ -220,19 +237,22 @@ def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float
     print(f"{name}: {verdict}; results in {args.results / stem}.json")
 
 # %% ../../nbs/cli/lab.ipynb #7c320045
+def run_table(args: Ablate):
+    "One table."
+    start, name, preset = time.perf_counter(), args.table, ablation_preset(args)
+    device, seeds = models.find_device(args.device), range(args.seed, args.seed + args.seeds)
+    jobs, workers = ablations.jobs_of(name, preset, seeds, args.rows), workers_for(args, device)
+    figures = ablations.run_jobs(jobs, args.out, device, workers, data_root=args.data_root)
+    found = ablations.table_measurements(name, preset, seeds, figures, args.rows)
+    save_table(name, args, preset, found, time.perf_counter() - start)
+
+
 def run_ablate(args: Ablate):
     "`bitflow ablate`"
-    names, preset = tables_asked(args), ablation_preset(args)
-    device, seeds = models.find_device(args.device), range(args.seed, args.seed + args.seeds)
-    for name in names:  # every table is looked through before hours are spent
-        tables.rows_for(name, preset, args.rows)
-    for name in names:
-        start = time.perf_counter()
-        jobs = ablations.jobs_of(name, preset, seeds, args.rows)
-        workers = workers_for(args, device)
-        figures = ablations.run_jobs(jobs, args.out, device, workers, data_root=args.data_root)
-        found = ablations.table_measurements(name, preset, seeds, figures, args.rows)
-        save_table(name, args, preset, found, time.perf_counter() - start)
+    asked = tables_asked(args)
+    check_tables(asked)  # every table is looked through before hours are spent
+    for one in asked:
+        run_table(one)
 
 # %% ../../nbs/cli/lab.ipynb #18c00009
 def run_neighbours(args: CompareNeighbours):

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import statistics
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -214,8 +216,15 @@ def jobs_of(name: str, preset: Preset, seeds: range, only: tuple = ()) -> dict:
     return dict(jobs.values())
 
 # %% ../../nbs/lab/ablations.ipynb #c83f5a60
+def end_with_parent():
+    "A worker whose parent was killed would train on, and keep its runs locked."
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def prepare_worker(threads: int, data_root: Path | None):
     "A worker process: its share of the threads, its data, no progress bar over those of others."
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _WORKER["data_root"] = data_root
     sys.stderr = Path(os.devnull).open("w")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..io.files import BitflowError
 from .neighbour_table import COMPARISONS
 from .presets import nearest_name
-from .tables import TABLES
+from .tables import PUBLISHED, Size
 
 # %% auto #0
 __all__ = ['EXPERIMENTS']
@@ -225,21 +225,18 @@ EXPERIMENTS |= {
 }
 
 # %% ../../nbs/lab/experiments.ipynb #7efe5903
-BF16 = "--train-forward.precision bf16 --train-reverse.precision bf16"
-OWN_SIZE = {  # tables that the preset's own steps, or five seeds, would make too long
-    "parts": "--train-forward.steps 1500 ",
-    "regimes": "--seeds 3 ",
-    "tokens": "--seeds 3 --steps 700 --train-forward.steps 1500 ",
-}
+def options_of(size: Size) -> str:
+    "The options of `bitflow ablate` for a table in its published size."
+    words = [] if size.seeds == 5 else [f"--seeds {size.seeds}"]
+    words += [] if size.steps is None else [f"--steps {size.steps}"]
+    return " ".join([*words, *(f"--{name} {value}" for name, value in size.fields.items())])
 
 
 def digit_tables() -> Experiment:
     "The tables on the embedded digits, five seeds each but where three must do."
     commands = ()
-    for name in [name for name in TABLES if name != "lpips"]:  # whose weights are not here
-        commands += table_commands("mnist-mini", name, more=OWN_SIZE.get(name, "") + BF16)
-    for size in ("--steps 500", "--seeds 3 --steps 3000"):
-        commands += table_commands("mnist-mini", "strategies", more=f"{size} {BF16}")
+    for size in PUBLISHED:
+        commands += table_commands("mnist-mini", size.table, more=options_of(size))
     sizes = {"cpu": commands, "smoke": in_miniature(table_commands("mnist-mini", "denoising"))}
     question = "The paper's tables on 16×16 digits: which orders appear, with paired seeds?"
     return Experiment(question, "ablate-strategies-mnist-mini", sizes, {"cpu": 900, "smoke": 1})

@@ -18,7 +18,7 @@ import torch
 from ..evaluation import timed
 from ..excursions.alignment import alignment_loss, ode_path, states_of
 from ..inverse_strategies import hidden_alignment, naive_distillation
-from ..io.checkpoints import read_state, weights_in
+from ..io.checkpoints import read_metrics, read_state, weights_in
 from ..io.files import report_write_errors, write_atomically
 from ..io.models import build, load_model, newest_checkpoint, num_parameters
 from ..io.results import measurement
@@ -47,20 +47,20 @@ from bitflow_edu.lab.sampling import (
     SAMPLERS,
     Sampler,
     grid_labels,
-    neighbour_sampler,
+    heun_samplers,
+    neighbour_samplers,
     noise_for,
     one_pass_sampler,
     sampler_cost,
     sampler_times,
 )
-from .tables import Training, stated
+from .tables import BF16, Training, stated
 from bitflow_edu.neighbours import (
     NEIGHBOURS,
-    FewSteps,
     Neighbour,
     beside,
     find_neighbour,
-    heun,
+    share_of,
     train_neighbour,
 )
 from ..reverse_model import ReverseConfig, ReverseModel
@@ -71,11 +71,6 @@ from ..training import train
 __all__ = []
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00005
-def neighbour_samplers(model: Neighbour) -> list[Sampler]:
-    "A sampler for each number of steps of its method."
-    return [neighbour_sampler(model, n) for n in find_neighbour(model.cfg.method).steps]
-
-
 def evaluate_neighbour(
     model: Neighbour, train, test, n: int, seed: int, device: str, timing: bool
 ) -> Evaluation:
@@ -91,6 +86,7 @@ def evaluate_neighbour(
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00007
 RATES = (1e-3, 2e-3, 4e-3)  # learning rates that are tried for each method, with the first seed
 SEARCH = 0.1  # share of the budget that each of them gets
+EQUAL = 0.05  # how far from the budget a method may be and still be called equal
 
 
 @dataclass(frozen=True)
@@ -173,31 +169,17 @@ def train_cell(cell: Cell, teacher, folder: Path, minutes: float, lr: float, dev
     return trained, json.loads(note.read_text(encoding="utf-8"))
 
 
+def steps_of(folder: Path) -> int:
+    "Steps of a training, all stages together."
+    logs = [read_metrics(file) for file in (folder / "run").rglob("metrics.jsonl")]
+    return sum(log[-1]["step"] for log in logs if log)
+
+
 def samplers_for(cell: Cell, model) -> list[Sampler]:
     "A sampler for each number of steps; of a student one pass, by the student's name."
     if cell.method in STUDENTS:
         return [replace(one_pass_sampler(model), method=cell.method)]
     return neighbour_samplers(model)
-
-
-class HeunSteps(FewSteps):
-    "The same path by Heun's step, two evaluations each."
-
-    @property
-    def step(self) -> Callable:
-        "Heun's, whatever the method's own is."
-        return heun
-
-    @property
-    def name(self) -> str:
-        "A row of a table, such as `flow-matching-4, Heun`."
-        return f"{super().name}, Heun"
-
-
-def heun_samplers(model: Neighbour) -> list[Sampler]:
-    "Samplers of 2, 4, 8 and 50 evaluations by Heun's step."
-    ways = [HeunSteps(model, steps) for steps in (1, 2, 4, 25)]
-    return [Sampler(w.name, model, w, nfe=w.nfe, serial_steps=w.nfe) for w in ways]
 
 
 def last_weights(model: Neighbour, run: Path) -> list[Sampler]:
@@ -222,18 +204,23 @@ def numbers_of(sampler: Sampler, cell: Cell, timing: bool) -> dict:
     return finite_numbers(found)
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00009
+def nearest(samplers: list[Sampler], cell: Cell) -> float:
+    "The smallest distance to training images."
+    distances = []
+    for sampler in samplers:
+        numbers = numbers_of(sampler, cell, timing=False)
+        distances += [v for name, v in numbers.items() if name.startswith("fd_train")]
+    return min(distances, default=float("inf"))
+
+
 def search_rate(cell: Cell, teacher, folder: Path, minutes: float, device: str) -> list[dict]:
     "For each rate: the smallest distance to training images, and minutes beside the steps."
     found = []
     for lr in RATES:
         where, share = folder / f"search-{lr:g}", SEARCH * minutes
         model, took = train_cell(cell, teacher, where, share, lr, device)
-        every = [numbers_of(s, cell, timing=False) for s in samplers_for(cell, model)]
-        distances = []
-        for numbers in every:
-            distances += [v for name, v in numbers.items() if name.startswith("fd_train")]
-        nearest = min(distances, default=float("inf"))
-        found.append({"lr": lr, "fd_train": nearest, "beside": max(took - share, 0.0)})
+        near = nearest(samplers_for(cell, model), cell)
+        found.append({"lr": lr, "fd_train": near, "beside": max(took - share, 0.0)})
     return found
 
 
@@ -294,6 +281,7 @@ def run_cell(cell: Cell, root: Path, search: list[dict], device: str = "cpu") ->
         samplers += last_weights(model, folder / "final" / "run" / "stage-0")
     rows = {s.method: numbers_of(s, cell, timing=True) for s in samplers}
     about = {"own_minutes": took, "teacher_minutes": of_teacher}
+    about["steps"] = steps_of(folder / "final")
     runs = Training(cell.preset, cell.seed)
     budget = sum(core_minutes(root / t.key / "run") for t in (runs.forward, runs))
     about["share_of_budget"] = (took + of_teacher) / budget
@@ -301,6 +289,26 @@ def run_cell(cell: Cell, root: Path, search: list[dict], device: str = "cpu") ->
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000c
 OF_THE_PAIR = ("one-pass", "exact+denoise")
+
+
+def search_of_G(preset: Preset, seed: int, root: Path, device: str) -> list[dict]:
+    "The same search for G, by hidden alignment from the F of a seed; made once for all seeds."
+    cell, found = Cell(preset, "one-pass", 0), []
+    if (stored := stored_figures(cell, root)) is not None:
+        return stored["search"]
+    for lr in RATES:
+        brief = share_of(replace(preset.train_reverse, lr=lr), round(1 / SEARCH))
+        training = Training(replace(preset, train_reverse=brief), seed)
+        run_training(training.forward, root, device)
+        G = run_training(training, root, device)
+        near = nearest([one_pass_sampler(G)], cell)
+        found.append({"lr": lr, "fd_train": near, "beside": 0.0})
+    return store_figures(cell, root, {"search": found})["search"]
+
+
+def at_rate(preset: Preset, search: list[dict]) -> Preset:
+    "The preset with the learning rate that the search chose for G."
+    return replace(preset, train_reverse=replace(preset.train_reverse, lr=chosen_rate(search)))
 
 
 def run_pair(preset: Preset, seed: int, root: Path, device: str) -> dict:
@@ -325,7 +333,7 @@ def gather(found: dict, row: str, seed: int, numbers: dict):
         found.setdefault(row, {}).setdefault(metric, {})[seed] = value
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00016
-OF_TRAINING = ("own_minutes", "teacher_minutes", "share_of_budget")  # the same in all rows
+OF_TRAINING = ("own_minutes", "teacher_minutes", "steps", "share_of_budget")  # the same in all rows
 
 
 def method_of(row: str) -> str:
@@ -348,12 +356,15 @@ def searches_in(found: list) -> dict:
 def take_over(found: list, preset: Preset, root: Path) -> set:  # of (method, seed)
     "Keep what a table of this preset holds, as if it had been measured in this folder."
     searches, numbers = searches_in(found), {}
+    preset, of_G = without_guidance(preset), searches["one-pass"]
+    store_figures(Cell(preset, "one-pass", 0), root, {"search": of_G})
+    preset = at_rate(preset, of_G)
     for m in found:
         if m["seed"] is not None:
             of_method = numbers.setdefault((method_of(m["row"]), m["seed"]), {})
             of_method.setdefault(m["row"], {})[m["metric"]] = m["value"]
     for (method, seed), rows in numbers.items():
-        cell = Cell(without_guidance(preset), method, seed)
+        cell = Cell(preset, method, seed)
         if stored_figures(cell, root) is not None:
             continue
         if method == "pair":
@@ -386,9 +397,11 @@ def neighbours_table(
     for method in methods:
         check_method(method)
     _WORKER["data_root"] = data_root
-    preset, rows, real, searches = without_guidance(preset), {}, {}, {}
-    asked = methods or (*NEIGHBOURS, *STUDENTS)
-    for seed in sorted({*seeds, *(seed for _, seed in held)}):
+    rows, real, asked = {}, {}, methods or (*NEIGHBOURS, *STUDENTS)
+    every = sorted({*seeds, *(seed for _, seed in held)})
+    of_G = search_of_G(without_guidance(preset), every[0], root, device)
+    preset, searches = at_rate(without_guidance(preset), of_G), {"one-pass": of_G}
+    for seed in every:
         pair = run_pair(preset, seed, root, device)
         gather(real, REAL, seed, pair["real"])
         for row, numbers in pair["rows"].items():
@@ -402,7 +415,8 @@ def neighbours_table(
             for row, numbers in done["rows"].items():
                 gather(rows, row, seed, numbers | done["training"])
             share = done["training"]["share_of_budget"]
-            say(f"seed {seed}: {method}, {share:.2f} of the budget of F and G")
+            mark = "" if abs(share - 1) <= EQUAL else f": MORE THAN {EQUAL:.0%} OFF"
+            say(f"seed {seed}: {method}, {share:.3f} of the budget of F and G{mark}")
     return table_lines(preset, rows, real, searches)
 
 
@@ -422,10 +436,11 @@ def table_lines(preset: Preset, rows: dict, real: dict, searches: dict) -> list:
     return found
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00011
-def table_command(preset: str, seeds: int) -> tuple[str, ...]:
+def table_command(preset: str, seeds: int, **fields) -> tuple[str, ...]:
     "The table of a preset, for `bitflow reproduce`."
+    more = "".join(f" --{name} {value}" for name, value in fields.items())
     out = f"--work RUNS/neighbours-{preset} --out RESULTS/neighbours-{preset}.json --resume"
-    return (f"neighbours --preset {preset} --seeds {seeds} {out}",)
+    return (f"neighbours --preset {preset} --seeds {seeds}{more} {out}",)
 
 
 ASKED = "BiFlow and its neighbours, equal parameters, equal time: quality against NFE."
@@ -434,7 +449,7 @@ COMPARISONS = (  # name, question, results file, budget → commands, budget →
         "neighbours",
         ASKED,
         "neighbours-mnist-mini",
-        {"cpu": table_command("mnist-mini", 3)},
+        {"cpu": table_command("mnist-mini", 3, **BF16)},
         {"cpu": 600, "smoke": 3},
     ),
     (

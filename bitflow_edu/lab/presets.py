@@ -110,8 +110,10 @@ def make_preset(
 
 # %% ../../nbs/lab/presets.ipynb #a58a7381
 DIGITS = ObjectiveConfig(features=("digits",), feature_weights=(3.0,), adaptive_power=1.0)
-PHOTOS = replace(DIGITS, features=("stlpips-vgg",))  # VGG-16 takes a CPU minutes per step
-SMALL_PHOTOS = replace(DIGITS, features=("stlpips-alex",))
+PHOTOS = ObjectiveConfig(  # VGG-16 takes a CPU minutes per step; the weight is that of `FULL`
+    features=("stlpips-vgg",), feature_weights=(0.4,), adaptive_power=1.0
+)
+SMALL_PHOTOS = replace(PHOTOS, features=("stlpips-alex",), feature_weights=(3.0,))
 TINY_SHAPE = TransformerConfig(width=64, head_dim=32, num_layers=1)
 SECONDS = TrainConfig(steps=30, batch_size=32, log_every=5, sample_every=15, checkpoint_every=10)
 

@@ -21,27 +21,41 @@ def format_value(m: dict) -> str:
 def column_of(m: dict) -> str:
     "What a measurement is of: metric, and what else tells it from its neighbours."
     words = [m["metric"]]
-    for key in ("batch", "guidance", "w", "tokens", "block"):
+    for key in ("batch", "guidance", "w", "tokens", "block", "lr"):
         if isinstance(m.get(key), (int, float)) and not isinstance(m[key], bool):
             words.append(f"{key} {m[key]:g}")
     return ", ".join(words)
 
 # %% ../../nbs/lab/result_tables.ipynb #f7a75b50
+def samples_of(result: dict) -> dict[str, str]:
+    "Row → how many samples, images or repetitions its numbers are of, such as `2,000`."
+    found = {m["row"]: {} for m in result["measurements"]}
+    for m in result["measurements"]:
+        if m.get("n"):
+            found[m["row"]][f"{m['n']:,}"] = None
+    return {row: "; ".join(counts) for row, counts in found.items()}
+
+
 def results_table(result: dict) -> str:
     "A results file as a Markdown table: a row for each method, with the values of all seeds."
-    rows, columns = {}, {}
+    rows, columns, counts = {}, {}, samples_of(result)
     for m in result["measurements"]:
         if m["metric"].startswith("mean "):  # every seed's value is shown
             continue
         rows.setdefault(m["row"], {}).setdefault(column_of(m), []).append(format_value(m))
         columns[column_of(m)] = None
-    table = [["", *columns]]
+    table = [["", *columns, "n"]]
     for row, cells in rows.items():
-        table.append([row, *("; ".join(cells.get(c, ["–"])) for c in columns)])
+        table.append([row, *("; ".join(cells.get(c, ["–"])) for c in columns), counts[row]])
+    if not any(counts.values()):  # nothing was counted, as in a benchmark
+        table = [line[:-1] for line in table]
     return markdown_table(table)
 
 # %% ../../nbs/lab/result_tables.ipynb #92863e12
-SHOWN = tuple("fd[ fd_train[ label_accuracy inverse_mse precision recall test_nll params".split())
+SHOWN = (
+    *("fd[", "fd_train[", "label_accuracy", "inverse_mse", "precision", "recall", "test_nll"),
+    *("params", "nfe", "own_minutes", "teacher_minutes", "share_of_budget", "steps", "ms_per_im"),
+)
 
 # %% ../../nbs/lab/result_tables.ipynb #b6f96f67
 def paired_table(result: dict) -> str:

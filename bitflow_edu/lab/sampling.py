@@ -23,7 +23,7 @@ from ..io.files import BitflowError
 from ..io.models import num_parameters
 from ..io.processes import SINGLE_PROCESS
 from ..io.results import measurement, time_per_image
-from ..neighbours import FewSteps, Neighbour
+from ..neighbours import FewSteps, Neighbour, find_neighbour, heun
 from ..reverse_model import ReverseModel, check_count, one_pass, sample_noise
 from ..scale.autoencoder import decode_all, preview
 from ..speed import count_flops
@@ -150,6 +150,31 @@ def neighbour_sampler(model: Neighbour, steps: int) -> Sampler:
     check_model(model, Neighbour)
     few = FewSteps(model, steps)
     return Sampler(few.name, model, few, nfe=few.nfe, serial_steps=few.nfe)
+
+
+def neighbour_samplers(model: Neighbour) -> list[Sampler]:
+    "A sampler for each number of steps of its method."
+    return [neighbour_sampler(model, n) for n in find_neighbour(model.cfg.method).steps]
+
+
+class HeunSteps(FewSteps):
+    "The same path by Heun's step, two evaluations each."
+
+    @property
+    def step(self) -> Callable:
+        "Heun's, whatever the method's own is."
+        return heun
+
+    @property
+    def name(self) -> str:
+        "A row of a table, such as `flow-matching-4, Heun`."
+        return f"{super().name}, Heun"
+
+
+def heun_samplers(model: Neighbour) -> list[Sampler]:
+    "Samplers of 2, 4, 8 and 50 evaluations by Heun's step."
+    ways = [HeunSteps(model, steps) for steps in (1, 2, 4, 25)]
+    return [Sampler(w.name, model, w, nfe=w.nfe, serial_steps=w.nfe) for w in ways]
 
 # %% ../../nbs/lab/sampling.ipynb #a90c3e55
 def make_exact(F: nn.Module, G: ReverseModel | None, w: float) -> Sampler:

@@ -12,7 +12,7 @@ from ..improved_tarflow import variants, with_parts
 from ..inverse_strategies import STRATEGIES
 from ..io.checkpoints import FREE
 from ..io.files import BitflowError
-from .presets import Preset, find_preset, with_strategy
+from .presets import FULL, Preset, find_preset, with_strategy
 from .sampling import WITHOUT_REVERSE
 from ..transformer import MODERN, TransformerConfig
 
@@ -236,11 +236,16 @@ def distances(preset: Preset) -> list:
 
 # %% ../../nbs/lab/tables.ipynb #25c23128
 def lpips(preset: Preset) -> list:
-    "LPIPS of photographs as the distance at the image end, for images of any kind."
+    """LPIPS of photographs as the distance at the image end, for images of any kind; for colour
+    also with ConvNeXt-V2, as in the recipe for ImageNet. Weights are downloaded."""
     rows = [Row("MSE", (MSE,), paper=31.88)]
     for weight in (0.3, 1.0, 3.0):
         end = dict(features=("stlpips-alex",), feature_weights=(weight,), adaptive_power=1.0)
         rows.append(Row(f"MSE + {weight:g} LPIPS", (objective(**end),)))
+    if preset.data.channels == 3:
+        names = "features", "feature_weights", "adaptive_power"
+        end = {name: getattr(FULL, name) for name in names}
+        rows.append(Row("MSE + LPIPS + ConvNeXt-V2", (objective(**end),), paper=2.46))
     return rows
 
 # %% ../../nbs/lab/tables.ipynb #02baca24
@@ -357,6 +362,33 @@ TABLES = {
     "lpips": lpips,
     "parts": parts,
 }
+
+# %% ../../nbs/lab/tables.ipynb #7ab1e5a2
+BF16 = {"train-forward.precision": "bf16", "train-reverse.precision": "bf16"}  # of all of them
+
+
+@dataclass(frozen=True)
+class Size:
+    "A table in the size in which it is published."
+
+    table: str  # a key of `TABLES`
+    seeds: int = 5
+    steps: int = None  # of every G; default the preset's
+    forward_steps: int = None  # of every F; default the preset's
+
+    @property
+    def fields(self) -> dict[str, str]:
+        "Fields of the preset that are changed for it, as words."
+        if self.forward_steps is None:
+            return BF16
+        return {"train-forward.steps": str(self.forward_steps)} | BF16
+
+
+SHORTENED = {"regimes": {"seeds": 3}, "parts": {"forward_steps": 1500}}
+SHORTENED["tokens"] = {"seeds": 3, "steps": 700, "forward_steps": 1500}
+NOT_IN_ALL = ("lpips",)  # it needs weights that have to be downloaded
+PUBLISHED = [Size(name, **SHORTENED.get(name, {})) for name in TABLES if name not in NOT_IN_ALL]
+PUBLISHED += [Size("strategies", steps=500), Size("strategies", seeds=3, steps=3000)]
 
 # %% ../../nbs/lab/tables.ipynb #c410110a
 def check_rows(rows: list, preset: Preset):
