@@ -49,6 +49,7 @@ from bitflow_edu.lab.tables import EXACT, TABLES, Row, Training, training_of
 from bitflow_edu.scale.fid import reference_in_memory
 from bitflow_edu.scale.fingerprints import note_images
 from bitflow_edu.scale.streaming import dataset_source
+from bitflow_edu.training import fast_bf16
 
 SMOKE = find_preset("mnist-mini-smoke")
 
@@ -266,7 +267,11 @@ def test_one_row_is_repeated_by_the_command_beside_it(tmp_path, monkeypatch, cap
     (file,) = Path("results").glob("*.json")
     table = json.loads(file.read_text())
     command = table["config"]["row_commands"]["hidden-alignment, MSE"]
-    assert main(shlex.split(command)[1:]) == 0
+    threads, program, *words = shlex.split(command)
+    assert (threads, program) == (f"OMP_NUM_THREADS={torch.get_num_threads()}", "bitflow")
+    precision = words[words.index("--train-forward.precision") + 1]
+    assert precision == ("bf16" if fast_bf16("cpu") else "fp32")  # what `auto` was here
+    assert main(words) == 0
     again = json.loads((Path("runs/again") / f"{file.stem}-some-rows.json").read_text())
 
     def numbers(result):

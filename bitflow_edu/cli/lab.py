@@ -47,6 +47,7 @@ from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..lab.report import draw_rows, sample_rows, write_report
 from ..scale.costs import on_meta
 from ..tarflow import TARFlow
+from ..training import in_bf16
 
 try:
     import resource
@@ -214,12 +215,24 @@ def ablation_preset(args: Ablate) -> Preset:
 
 # %% ../../nbs/cli/lab.ipynb #0d7da617
 def row_commands(name: str, args: Ablate, preset: Preset) -> dict:
-    "Row → the command that trains and measures it again, beside the row that it is compared with."
-    rows, found = tables.rows_for(name, preset, args.rows), {}
+    """Row → the command that trains and measures it again, beside the row that it is compared with:
+    with as many threads, since sums differ with them, and in the precision that `auto` meant."""
+    rows, found, device = (
+        tables.rows_for(name, preset, args.rows),
+        {},
+        models.find_device(args.device),
+    )
+    threads = ablations.threads_each(workers_for(args, device))
+    for part in ("train_forward", "train_reverse"):
+        if (precision := getattr(preset, part).precision) == "auto":
+            meant = "bf16" if in_bf16(precision, device) else "fp32"
+            field = f"--{part.replace('_', '-')}.precision"
+            args = replace(args, changes=(*args.changes, field, meant))
     for row in rows:
-        pair = dict.fromkeys((row.versus or rows[0].name, row.name))
-        again = replace(args, table=name, rows=tuple(pair), out=AGAIN, results=AGAIN, resume=False)
-        found[row.name] = command_line(again)
+        pair = tuple(dict.fromkeys((row.versus or rows[0].name, row.name)))
+        more = dict(rows=pair, out=AGAIN, results=AGAIN, resume=False, workers=1)
+        again = command_line(replace(args, table=name, **more))
+        found[row.name] = f"OMP_NUM_THREADS={threads} {again}"
     return found
 
 

@@ -216,6 +216,11 @@ def jobs_of(name: str, preset: Preset, seeds: range, only: tuple = ()) -> dict:
     return dict(jobs.values())
 
 # %% ../../nbs/lab/ablations.ipynb #c83f5a60
+def threads_each(workers: int) -> int:
+    "Threads of each worker: this process's, shared out."
+    return max(torch.get_num_threads() // workers, 1)
+
+
 def end_with_parent():
     "A worker whose parent was killed would train on, and keep its runs locked."
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
@@ -239,7 +244,7 @@ def run_jobs(
     data_root: Path = None,  # folder of the datasets
 ) -> dict:
     "Train and measure: key → numbers. Forward models first."
-    threads, found = max(torch.get_num_threads() // workers, 1), {}
+    threads, found = threads_each(workers), {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, prepare_worker, (threads, data_root)) as pool:
         images = pool.submit(fingerprint_of, next(iter(jobs)).preset.data, "train").result()
