@@ -217,11 +217,8 @@ def ablation_preset(args: Ablate) -> Preset:
 def row_commands(name: str, args: Ablate, preset: Preset) -> dict:
     """Row → the command that trains and measures it again, beside the row that it is compared with:
     with as many threads, since sums differ with them, and in the precision that `auto` meant."""
-    rows, found, device = (
-        tables.rows_for(name, preset, args.rows),
-        {},
-        models.find_device(args.device),
-    )
+    rows, found = tables.rows_for(name, preset, args.rows), {}
+    device = models.find_device(args.device)
     threads = ablations.threads_each(workers_for(args, device))
     for part in ("train_forward", "train_reverse"):
         if (precision := getattr(preset, part).precision) == "auto":
