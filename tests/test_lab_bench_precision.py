@@ -8,7 +8,8 @@ from commands import refused
 
 from bitflow_edu.exact_inverse import exact_trajectory, score_denoise
 from bitflow_edu.io.results import load_result
-from bitflow_edu.lab.bench_precision import bench_precision, round_trips, rounded, shipped_pair
+from bitflow_edu.lab.bench_precision import bench_precision, round_trips, rounded
+from bitflow_edu.lab.hub import load_pretrained
 from bitflow_edu.lab.presets import find_preset
 from conftest import small_flow
 
@@ -30,7 +31,7 @@ def test_states_in_float32_come_back_nearer():
 
 
 def test_both_forms_are_measured_from_the_same_noise(capsys, tmp_path):
-    found = bench_precision(*shipped_pair("mnist-mini"), find_preset("mnist-mini"), range(2), 40)
+    found = bench_precision(*load_pretrained("mnist-mini"), find_preset("mnist-mini"), range(2), 40)
     value = {(m["row"], m["metric"], m["seed"]): m["value"] for m in found}
     for row in ("exact", "exact+denoise", "one-pass"):
         of_row = [[value[r, "fd[mnist-cnn]", s] for s in (0, 1)] for r in (row, f"{row}, bf16")]
@@ -38,7 +39,7 @@ def test_both_forms_are_measured_from_the_same_noise(capsys, tmp_path):
         difference = value[f"{row}, bf16", "difference fd[mnist-cnn]", None]
         assert difference == pytest.approx(mean(of_row[1]) - mean(of_row[0]))
     words = f"bench --what precision --geometry cifar10 --out {tmp_path}/x.json"
-    refused(words, capsys, "'cifar10'", "mnist-mini or mnist")
+    refused(words, capsys, "'cifar10'", "choose cifar10-mini, mnist, mnist-mini")
 
 
 def test_no_stored_figure_moves_as_much_as_another_seed_moves_it():

@@ -38,9 +38,10 @@ from ..io.results import hardware, load_result, measurement, save_results
 from ..lab import ablations, bench, recipes, reproduce, tables
 from ..lab.bench_loop import bench_loop
 from ..lab.bench_operations import bench_compiled, bench_operations
-from ..lab.bench_precision import bench_precision, shipped_pair
+from ..lab.bench_precision import bench_precision
 from ..lab.bench_speed import bench_geometry
 from ..lab.evaluate import Evaluation, check_drawn, evaluate
+from ..lab.hub import load_pretrained
 from ..lab.neighbour_table import draw_neighbours, neighbours_table, take_over
 from ..lab.preset_fields import read_preset
 from ..lab.presets import Preset, check_pair_preset, find_preset
@@ -56,11 +57,11 @@ except ImportError:  # on Windows
 
 # %% ../../nbs/cli/lab.ipynb #2ff50d37
 def bench_model(args: Bench, device: str) -> TARFlow:
-    "The F that is measured: from a checkpoint, or with random weights."
-    if args.what == "operations":
+    "The F that is measured: from a checkpoint, or with random weights; elsewhere its shape alone."
+    if args.what in ("operations", "loop"):
         return on_meta(TARFlow, find_preset(args.geometry).forward)
     if args.what == "precision":
-        return shipped_pair(args.geometry)[0]
+        return load_pretrained(args.geometry)[0]
     if args.checkpoint:
         return load_model(args.checkpoint, TARFlow, device)
     return bench.random_flow(bench.geometry(args.geometry), device)
@@ -109,7 +110,7 @@ def run_measurement(args: Bench, model: TARFlow, device: str) -> list:
     if args.what == "loop":
         return bench_loop()
     if args.what == "precision":
-        return bench_precision(*shipped_pair(args.geometry), find_preset(args.geometry))
+        return bench_precision(*load_pretrained(args.geometry), find_preset(args.geometry))
     if args.what == "pair":
         return measure_pair(args, model)
     if args.what == "speed":

@@ -52,6 +52,11 @@ __all__ = ['LARGER_IS_BETTER', 'difference', 'verdict', 'ahead', 'inverse_gap', 
 _WORKER = {"data_root": None}  # of this process; None: BITFLOW_DATA, or what comes with the package
 
 
+def read_images_from(data_root: Path | None):
+    "The folder of the datasets, for all that this process reads from now on."
+    _WORKER["data_root"] = data_root
+
+
 @lru_cache(maxsize=2)
 def images_of(cfg: DataConfig, split: str) -> Images:
     "The images of a split, read once a process, from the folder that `prepare_worker` was told."
@@ -231,7 +236,7 @@ def prepare_worker(threads: int, data_root: Path | None):
     "A worker process: its share of the threads, its data, no progress bar over those of others."
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _WORKER["data_root"] = data_root
+    read_images_from(data_root)
     sys.stderr = Path(os.devnull).open("w")
 
 # %% ../../nbs/lab/ablations.ipynb #425f02f6

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..data import load_data
 from ..exact_inverse import exact_inverse
 from ..inverse_strategies import check_pair
-from ..io.files import BitflowError, asset
-from ..io.models import load_model
+from ..io.files import BitflowError
 from ..io.results import measurement
 from .ablations import difference_lines, judged, lines_of, real_images
 from .evaluate import sampler_source
@@ -58,15 +57,6 @@ def figures_by_seed(samplers: list, preset: Preset, n: int, seeds: range) -> dic
             for metric, value in judged(source, n, seed, real).items():
                 found.setdefault(sampler.name, {}).setdefault(metric, {})[seed] = value
     return found
-
-
-def shipped_pair(name: str) -> tuple[TARFlow, ReverseModel]:
-    "F and G that come with the course for a preset."
-    try:
-        folders = asset(f"{name}/forward"), asset(f"{name}/reverse")
-    except BitflowError:
-        raise BitflowError(f"no pair comes with {name!r}; choose mnist-mini or mnist") from None
-    return load_model(folders[0], TARFlow), load_model(folders[1], ReverseModel)
 
 
 def bench_precision(

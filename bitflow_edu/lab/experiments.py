@@ -127,10 +127,11 @@ def tables_of(question: str, *tables: str, short: str = "") -> Experiment:
     commands = {size: table_commands(preset, *tables) for size, preset in found.items()}
     commands["smoke"] = in_miniature(commands["gpu"])
     result = f"ablate-{tables[0]}-cifar10"
+    plan = ()
     if short:
-        commands["gpu-short"] = table_commands("cifar10", *tables, more=short)
-        return Experiment(question, result, commands, {**LONG, "gpu-short": 8}, (8,))
-    return Experiment(question, result, commands, LONG)
+        commands["gpu-short"], plan = table_commands("cifar10", *tables, more=short), (8,)
+    minutes = LONG | ({"gpu-short": sum(plan)} if plan else {})
+    return Experiment(question, result, commands, minutes, plan)
 
 
 def pair_experiment(question: str, name: str, commands: dict, minutes: dict) -> Experiment:

@@ -23,7 +23,6 @@ from ..io.files import report_write_errors, write_atomically
 from ..io.models import build, load_model, newest_checkpoint, num_parameters
 from ..io.results import measurement
 from bitflow_edu.lab.ablations import (
-    _WORKER,
     REAL,
     difference_lines,
     floor,
@@ -31,6 +30,7 @@ from bitflow_edu.lab.ablations import (
     judged,
     lines_of,
     main_metric,
+    read_images_from,
     real_images,
     run_training,
 )
@@ -396,7 +396,7 @@ def neighbours_table(
     check_pair_preset(preset)
     for method in methods:
         check_method(method)
-    _WORKER["data_root"] = data_root
+    read_images_from(data_root)
     rows, real, asked = {}, {}, methods or (*NEIGHBOURS, *STUDENTS)
     every = sorted({*seeds, *(seed for _, seed in held)})
     of_G = search_of_G(without_guidance(preset), every[0], root, device)
