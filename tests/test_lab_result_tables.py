@@ -2,13 +2,7 @@
 
 from bitflow_edu.io.results import measurement
 from bitflow_edu.lab.ablations import difference_lines, lines_of
-from bitflow_edu.lab.result_tables import (
-    commands_text,
-    earlier_note,
-    is_paired,
-    paired_table,
-    results_table,
-)
+from bitflow_edu.lab.result_tables import commands_text, is_paired, paired_table, results_table
 
 
 def made_up(**config):
@@ -26,9 +20,6 @@ def test_a_table_of_seeds_shows_intervals_and_their_n():
     assert a == "| a (w = 0.5) | 3 [-9.706, 15.71] | – | 100, 2 |"
     assert b == "| b | 4 [-8.706, 16.71] | +1 from a | 100, 2 |"
     assert is_paired(made_up())
-    assert earlier_note(made_up()) == ""
-    old = [m for m in made_up()["measurements"] if "difference" not in m["metric"]]
-    assert "earlier version" in earlier_note({"measurements": old})
 
 
 def test_what_has_no_seeds_stands_below():

@@ -19,7 +19,7 @@ from .files import BitflowError, asset, read_json, write_atomically
 
 # %% auto #0
 __all__ = ['hardware', 'versions', 'commit', 'measurement', 'time_per_image', 'now', 'save_results', 'results_text',
-           'load_result', 'measured', 'figure', 'rows_of', 'differences_of', 'table_text']
+           'load_result', 'measured', 'figure', 'rows_of', 'differences_of', 'table_text', 'means_text']
 
 # %% ../../nbs/io/results.ipynb #03f3ef57
 def processor() -> str:
@@ -272,3 +272,16 @@ def table_text(
             line.append(with_interval(measured(result, name, f"difference {metric}"), "+"))
         lines.append(line)
     return text_table(lines)
+
+# %% ../../nbs/io/results.ipynb #meantxt1
+def means_text(
+    result: dict,  # a table of `bitflow ablate` or `bitflow neighbours`, loaded
+    columns: dict,  # heading → metric; rows without the first one are left out
+) -> str:  # a line for each row
+    "A table in letters: means over the seeds, side by side; a dash where a row has none."
+    first, *_ = columns.values()
+    lines = [["", *columns]]
+    for row in rows_of(result, first):
+        means = [measured(result, row, f"mean {metric}") for metric in columns.values()]
+        lines.append([row, *(f"{m[0]['value']:,.4g}" if m else "–" for m in means)])
+    return text_table(lines, "l" + "r" * len(columns))

@@ -424,15 +424,16 @@ def inverse_gap(
     result: dict,  # a table of `bitflow ablate`, loaded
     row: str,
     exact: dict | None = None,  # the table with the exact row, of the same F; default `result`
+    exact_row: str = EXACT,  # its name there
 ) -> Interval:
     """A row's error of the inverse as a multiple of the exact inverse's, with its score step.
 
     A ratio: hold it against 1, not against 0."""
     mine = by_seed(result["measurements"], row, "inverse_mse")
-    theirs = by_seed((exact or result)["measurements"], EXACT, "inverse_mse")
+    theirs = by_seed((exact or result)["measurements"], exact_row, "inverse_mse")
     both = [math.log(mine[seed] / theirs[seed]) for seed in mine if seed in theirs]
     if not both:
-        raise BitflowError(f"{result['name']}: {row!r} shares no seed with {EXACT!r}")
+        raise BitflowError(f"{result['name']}: {row!r} shares no seed with {exact_row!r}")
     mean, low, high, n = mean_interval(both)
     return Interval(*(None if v is None else math.exp(v) for v in (mean, low, high)), n)
 

@@ -23,13 +23,7 @@ from .evaluate import evaluate
 from .experiments import BUDGETS, EXPERIMENTS, find_experiment
 from .presets import find_preset
 from .recipes import train_forward, train_reverse
-from bitflow_edu.lab.result_tables import (
-    commands_text,
-    earlier_note,
-    is_paired,
-    paired_table,
-    results_table,
-)
+from .result_tables import commands_text, is_paired, paired_table, results_table
 
 # %% auto #0
 __all__ = ['GUARD', 'GUARD_STEPS', 'GUARD_SAMPLES', 'commands_of', 'run_experiment', 'write_results_index', 'brief_figures',
@@ -167,7 +161,7 @@ def section_of(result: dict, line: dict) -> str:
     )
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
     if is_paired(result):
-        body = earlier_note(result) + paired_table(result) + commands_text(result)
+        body = paired_table(result) + commands_text(result)
     else:
         body, count = results_table(result), len(result["measurements"])
         if body.count("|") >= 1500:

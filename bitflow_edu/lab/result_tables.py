@@ -103,13 +103,3 @@ def commands_text(result: dict) -> str:
 def is_paired(result: dict) -> bool:
     "Whether a file holds a table with several seeds."
     return any(m["metric"].startswith("mean ") and m.get("seeds") for m in result["measurements"])
-
-# %% ../../nbs/lab/result_tables.ipynb #450e6684
-def earlier_note(result: dict) -> str:
-    "What is said of a table of an earlier version, which has no paired differences."
-    if any(m["metric"].startswith("difference ") for m in result["measurements"]):
-        return ""
-    return (
-        "*Of an earlier version: the seeds share one F, intervals are missing, and rows named MSE "
-        "keep the adaptive weights. To be measured anew.*\n\n"
-    )
