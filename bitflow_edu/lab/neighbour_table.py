@@ -468,7 +468,7 @@ def draw_neighbours(found: list, title: str):
     for m in found:
         if m["metric"].startswith("mean "):
             mean[m["row"], m["metric"].removeprefix("mean ")] = m["value"]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     methods = dict.fromkeys(row.rpartition("-")[0] for row, name in mean if name == "own_minutes")
     names = [name for name in methods if name in NEIGHBOURS]
     for i, method in enumerate(names):
@@ -489,5 +489,7 @@ def draw_neighbours(found: list, title: str):
         left.axhline(good, color="grey", ls=":", label="real training images")
     left.set(xscale="log", yscale="log", xlabel="NFE", ylabel=metric, title=title)
     right.set(yscale="log", xlabel="core-minutes, teacher included", title="Best of each method")
-    left.legend(frameon=False, fontsize=7)
+    left.set_xticks([1, 2, 4, 8, 50], ["1", "2", "4", "8", "50"])
+    left.minorticks_off()
+    left.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
