@@ -23,7 +23,7 @@ from bitflow_edu.lab.neighbour_table import (
 from bitflow_edu.lab.presets import find_preset
 
 
-def tiny(steps=2):
+def tiny(steps=8):
     "The smoke preset, of a few steps and samples."
     preset = find_preset("mnist-mini-smoke")
     stages = ("train_forward", "train_reverse")

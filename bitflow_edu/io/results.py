@@ -126,7 +126,7 @@ def results_text(
     measurements: list,  # of `measurement`
 ) -> str:  # JSON
     "A results file's text: one measurement a line, so that a changed number is a changed line."
-    lines = ",\n".join("  " + json.dumps(m) for m in measurements)
+    lines = ",\n".join("  " + json.dumps(m, separators=(",", ":")) for m in measurements)
     return f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n{lines}\n ]\n}}\n'
 
 # %% ../../nbs/io/results.ipynb #5d0a9e3c
