@@ -228,7 +228,7 @@ EXPERIMENTS |= {
 # %% ../../nbs/lab/experiments.ipynb #7efe5903
 def options_of(size: Size) -> str:
     "The options of `bitflow ablate` for a table in its published size."
-    words = [] if size.seeds == 5 else [f"--seeds {size.seeds}"]
+    words = [] if size.seeds == Size.seeds else [f"--seeds {size.seeds}"]
     words += [] if size.steps is None else [f"--steps {size.steps}"]
     return " ".join([*words, *(f"--{name} {value}" for name, value in size.fields.items())])
 

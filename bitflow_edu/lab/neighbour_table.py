@@ -296,10 +296,10 @@ def search_of_G(preset: Preset, seed: int, root: Path, device: str) -> list[dict
     cell, found = Cell(preset, "one-pass", 0), []
     if (stored := stored_figures(cell, root)) is not None:
         return stored["search"]
+    run_training(Training(preset, seed).forward, root, device)  # the F of every rate
     for lr in RATES:
         brief = share_of(replace(preset.train_reverse, lr=lr), round(1 / SEARCH))
         training = Training(replace(preset, train_reverse=brief), seed)
-        run_training(training.forward, root, device)
         G = run_training(training, root, device)
         near = nearest([one_pass_sampler(G)], cell)
         found.append({"lr": lr, "fd_train": near, "beside": 0.0})

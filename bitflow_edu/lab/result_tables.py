@@ -47,7 +47,7 @@ def results_table(result: dict) -> str:
     table = [["", *columns, "n"]]
     for row, cells in rows.items():
         table.append([row, *("; ".join(cells.get(c, ["–"])) for c in columns), counts[row]])
-    if not any(counts.values()):  # nothing was counted, as in a benchmark
+    if not any(counts.values()):  # no row says how many
         table = [line[:-1] for line in table]
     return markdown_table(table)
 
