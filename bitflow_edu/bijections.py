@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .io.checks import check_floating, check_not_empty, check_tensor
+from .io.checks import check_floating, check_not_empty, check_tensor, may_read
 from .io.files import BitflowError
 
 # %% auto #0
@@ -36,7 +36,8 @@ def safe_exp(
     limit: float = 30.0,  # largest |log-scale|: e^30 ≈ 1e13, float32 has 7 digits
 ) -> Tensor:  # exp(log_scale)
     "exp. Raises `BitflowError` where the layer could not be inverted in floating point."
-    worst = log_scale.detach().abs().max().item() if log_scale.numel() else 0.0
+    looked_at = log_scale.numel() and may_read(log_scale)  # not in training on a GPU
+    worst = log_scale.detach().abs().max().item() if looked_at else 0.0
     if not worst <= limit:  # NaN as well
         raise BitflowError(
             f"a layer's log-scale reached {worst:.4g} (limit {limit:g}): one of its directions "

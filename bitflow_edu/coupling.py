@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .bijections import Bijection, Compose, safe_exp
 from .data import Images, dequantize
-from .io.checks import check_floating, check_not_empty, check_tensor
+from .io.checks import check_floating, check_not_empty, check_tensor, may_read
 from .io.files import BitflowError
 
 # %% auto #0
@@ -237,15 +237,18 @@ class ActNorm(ChannelAffine):
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.register_buffer("ready", torch.tensor(False))
+        self.register_buffer("ready", torch.tensor(False))  # saved with the weights
+        self.trained = False  # spares a look at `ready` in each step, which a GPU would wait for
 
     def forward(self, x):
         "x `(N, C, …)` to z and log|det| `(N,)`. In training mode the first batch initialises."
-        if not self.ready and self.training:
-            self.shaped(self.shift, x)  # refuses other channels
-            check_not_empty(x, "the first images of an ActNorm")
-            standardise(self, x)
-            self.ready.fill_(True)
+        if self.training and not self.trained:
+            if not self.ready:
+                self.shaped(self.shift, x)  # refuses other channels
+                check_not_empty(x, "the first images of an ActNorm")
+                standardise(self, x)
+                self.ready.fill_(True)
+            self.trained = True
         return super().forward(x)
 
     def inverse(self, z):
@@ -269,9 +272,9 @@ def to_bits(
 def check_range(
     x: Tensor,  # pixels, any shape
 ):
-    "Refuse pixel values outside [-1, 1], and NaN."
+    "Refuse pixel values outside [-1, 1], and NaN; not in a step on a GPU, which would wait."
     check_floating(x, "images", "to_model_range makes such of pixels")
-    if not x.numel():
+    if not x.numel() or not may_read(x):
         return
     low, high = x.min().item(), x.max().item()
     if not (low >= -1 and high <= 1):

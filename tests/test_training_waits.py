@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitflow_edu import neighbours, training
+from bitflow_edu import bijections, coupling, neighbours, training
 from bitflow_edu.data import Images, load_data
 from bitflow_edu.guidance import guided_run
 from bitflow_edu.inverse_strategies import STRATEGIES, needs_token_states, reverse_loss
@@ -24,7 +24,7 @@ from bitflow_edu.io.checkpoints import read_metrics, read_state
 from bitflow_edu.io.datasets import DataConfig
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.locks import LOCK
-from bitflow_edu.io.models import checkpoints_of, newest_checkpoint
+from bitflow_edu.io.models import build, checkpoints_of, newest_checkpoint
 from bitflow_edu.io.progress import FiniteCheck, metrics_for, metrics_wanted
 from bitflow_edu.neighbours import (
     Neighbour,
@@ -33,7 +33,7 @@ from bitflow_edu.neighbours import (
     flow_matching_loss,
     mean_flow_loss,
 )
-from bitflow_edu.tarflow import forward_loss
+from bitflow_edu.tarflow import TARFlow, forward_loss
 from bitflow_edu.training import TrainConfig, new_state, train, training_loop
 from conftest import small_flow, small_reverse
 
@@ -42,6 +42,8 @@ CFG = TrainConfig(
 )
 READS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select")
 READS += ("unique_dim", "_unique2")
+CHEAP_LOOKS = [(module, "free_to_read") for module in (checks, neighbours)]
+CHEAP_LOOKS += [(module, "may_read") for module in (bijections, coupling)]
 DOORS = ("log_step", "save_checkpoint")  # where values may be read
 
 
@@ -80,8 +82,8 @@ def open_doors(monkeypatch, refuse):
     for name in DOORS:
         monkeypatch.setattr(training, name, through(name, getattr(training, name)))
     # labels and times are looked at on a CPU alone, where that is free
-    for module in (checks, neighbours):
-        monkeypatch.setattr(module, "free_to_read", lambda t: False)
+    for module, look in CHEAP_LOOKS:
+        monkeypatch.setattr(module, look, lambda t: False)
     return passed
 
 
@@ -95,7 +97,13 @@ OTHERS = {
     "mean flow": mean_flow_loss(),
     "consistency": consistency_loss(0.5),
 }
-CASES = ["F", *STRATEGY, "guided", "guided, detached", *OTHERS]
+CASES = ["F", "F on logits", *STRATEGY, "guided", "guided, detached", *OTHERS]
+
+
+def started(cfg):
+    """Images and labels of a first batch."""
+    images = data_of(cfg.image_size)[:8]
+    return images.x, images.labels
 
 
 def case_of(name, device="cpu"):
@@ -103,6 +111,10 @@ def case_of(name, device="cpu"):
     flow = small_flow(side=3, patch=2, num_classes=10).to(device)
     if name == "F":
         return flow.train(), forward_loss
+    if name == "F on logits":
+        flow = build(TARFlow, replace(flow.cfg, logit_alpha=0.05, noise_std=0.0), 0).train()
+        forward_loss(flow, *started(flow.cfg), torch.Generator())  # its ActNorm sees a batch
+        return flow.to(device), forward_loss
     if name in OTHERS:
         return Neighbour(beside(small_reverse(flow).cfg)).to(device), OTHERS[name]
     if name in STRATEGY:

@@ -281,7 +281,7 @@ def run_neighbours(args: CompareNeighbours):
     found = neighbours_table(preset, seeds, *more, data_root=args.data_root, held=held)
     write_figures(out, preset.name, args, dataclasses.asdict(preset), found, start)
     seeds = {m["seed"] for m in found} - {None}
-    draw_neighbours(found, f"{preset.num_samples} images, {len(seeds)} seeds").savefig(picture)
+    draw_neighbours(found, f"{preset.num_samples} images, seeds: {len(seeds)}").savefig(picture)
 
 # %% ../../nbs/cli/lab.ipynb #59ec1224
 def run_guard(args: Reproduce):

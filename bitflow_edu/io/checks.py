@@ -117,6 +117,11 @@ def free_to_read(t: Tensor) -> bool:
     "Whether looking at values makes nobody wait: on a CPU."
     return t.device.type == "cpu" and readable(t)
 
+
+def may_read(t: Tensor) -> bool:
+    "Whether values may be looked at: not in a step of training on a GPU, which would wait."
+    return free_to_read(t) or (readable(t) and not torch.is_grad_enabled())
+
 # %% ../../nbs/io/checks.ipynb #e9e4cee5
 def as_labels(
     labels: Tensor,  # integers `(n,)`

@@ -463,12 +463,15 @@ COMPARISONS = (  # name, question, results file, budget → commands, budget →
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000e
 def draw_neighbours(found: list, title: str):
-    "Mean distance against NFE, and the best of each method against its minutes."
-    mean, metric = {}, main_metric(found)
+    "Mean distance against NFE, a dot for each seed; the best of each method against its minutes."
+    mean, each, metric = {}, {}, main_metric(found)
     for m in found:
         if m["metric"].startswith("mean "):
             mean[m["row"], m["metric"].removeprefix("mean ")] = m["value"]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+        elif m["metric"] == metric:
+            each.setdefault(m["row"], []).append(m["value"])
+    size = dict(figsize=(11, 3.8), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, sharey=True, **size)
     methods = dict.fromkeys(row.rpartition("-")[0] for row, name in mean if name == "own_minutes")
     names = [name for name in methods if name in NEIGHBOURS]
     for i, method in enumerate(names):
@@ -477,6 +480,8 @@ def draw_neighbours(found: list, title: str):
         if points:
             color = PALETTE[i % len(PALETTE)]
             left.plot(*zip(*points), "o-", color=color, label=method)
+            dots = [(mean[r, "nfe"], y) for r in own for y in each.get(r, ())]
+            left.plot(*zip(*dots), ".", color=color, alpha=0.5, ms=4)
             minutes = mean[own[0], "own_minutes"] + mean[own[0], "teacher_minutes"]
             right.plot(minutes, min(y for _, y in points), "o", color=color)
     for name, mark in zip(("one-pass", *STUDENTS), "*vxP"):
@@ -488,7 +493,7 @@ def draw_neighbours(found: list, title: str):
     if (good := mean.get((REAL, metric))) is not None:
         left.axhline(good, color="grey", ls=":", label="real training images")
     left.set(xscale="log", yscale="log", xlabel="NFE", ylabel=metric, title=title)
-    right.set(yscale="log", xlabel="core-minutes, teacher included", title="Best of each method")
+    right.set(xlabel="core-minutes, teacher included", title="Best of each method")
     left.set_xticks([1, 2, 4, 8, 50], ["1", "2", "4", "8", "50"])
     left.minorticks_off()
     left.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
