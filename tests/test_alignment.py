@@ -36,11 +36,22 @@ def test_with_the_trajectory_of_f_it_is_stage_two(strategy):
 def test_the_path_of_a_flow_has_a_state_for_every_block_and_can_be_gone_back():
     flow, (x, c) = shake(build(Neighbour, CFG, 0)).double(), batch(dtype=torch.float64)
     with torch.no_grad():
-        trajectory, image = ode_path(flow, 3, steps=20)(x, c, None)
+        trajectory, image = ode_path(flow, 3, steps=20, noise_std=0.0)(x, c, None)
     assert len(trajectory.states) == 4 and torch.equal(image, x)
     assert torch.equal(trajectory.states[0], patchify(x, 2))
     back = few_steps(flow, unpatchify(trajectory.z, 2, 1), c, 60, heun)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-3)
+
+
+def test_the_path_begins_at_the_noise_of_f():
+    flow, (x, c) = shake(build(Neighbour, CFG, 0)).double(), batch(dtype=torch.float64)
+    trajectory, image = ode_path(flow, 3, noise_std=0.25)(x, c, torch.Generator().manual_seed(4))
+    noisy = add_noise(x, 0.25, torch.Generator().manual_seed(4))
+    assert torch.equal(image, x)
+    torch.testing.assert_close(trajectory.states[0], 0.8 * patchify(noisy, 2))  # t = 0.25 / 1.25
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(BitflowError, match="noise_std is"):
+            ode_path(flow, 3, noise_std=wrong)
 
 
 def test_a_student_sees_what_its_teacher_reads():

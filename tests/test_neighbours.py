@@ -121,11 +121,17 @@ def test_the_end_of_the_path_is_the_posterior_mean_for_a_flow():
     given = path_end(Exact(), x_t, t, None)
     weight = 0.4 * STD**2 / (0.4**2 * STD**2 + 0.6**2)
     torch.testing.assert_close(given, MEAN + weight * (x_t - 0.4 * MEAN))
-    value, _ = consistency_loss(1.0)(Exact(), x, None, torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(1)
-    eps, t = gaussian(x, None, generator), neighbours.draw_times(x, generator)
-    end = path_end(Exact(), neighbours.between(x, eps, t), t, None)
-    torch.testing.assert_close(value, (end - x).square().mean())  # gap 1: the image itself
+    for gap in (1.0, 0.25):  # with gap 1 the other end is the image itself
+        value, logged = consistency_loss(gap)(Exact(), x, None, torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(1)
+        eps, t = gaussian(x, None, generator), neighbours.draw_times(x, generator)
+        r = (1 - gap) * t
+        far, near = (path_end(Exact(), neighbours.between(x, eps, a), a, None) for a in (t, r))
+        if gap == 1:
+            torch.testing.assert_close(near, x)
+        error = (far - near).square().mean(dim=1)
+        torch.testing.assert_close(logged["end_error"], error.mean())
+        torch.testing.assert_close(value, (error / (t - r).clamp(min=1e-3)).mean())
 
 
 def test_average_velocity_and_its_derivative_fit_together():
@@ -220,7 +226,9 @@ def test_pairs_stay_together():
         pairs = make_pairs(model, 7, steps=2, seed=4, batch_size=3)
     index = torch.tensor([5, 0])
     x, eps = pairs.draw(index).chunk(2, dim=1)
-    torch.testing.assert_close(x, few_steps(model, eps, pairs.labels[index], 2, heun))
+    torch.testing.assert_close(x, few_steps(model, eps, pairs.labels[index], 2))
+    with pytest.warns(UserWarning):
+        assert not torch.equal(make_pairs(model, 7, seed=5).noise, pairs.noise)
     assert len(pairs) == 7 and not torch.equal(pairs.noise[0], pairs.noise[1])
 
 
@@ -265,6 +273,51 @@ def test_a_gan_moves_each_player_by_its_own_loss():
     for name, p in model.generator.named_parameters():
         torch.testing.assert_close(got[f"generator.{name}"], p.grad)
     assert any(name.startswith("critic.") for name in got)
+
+
+def test_penalties_of_a_linear_critic_are_known():
+    """d(x) = w·x has the slope w everywhere, on real images and on fakes: γ/2 (‖w‖² + ‖w‖²)."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self, dims):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.linspace(-1, 2, dims, dtype=torch.float64))
+
+        def forward(self, x, c):
+            return x.flatten(1) @ self.w
+
+    x, _, _, c = batch()
+    game = Game(small_neighbour("gan").double(), Linear(x[0].numel()))
+    bare, full = (
+        gan_loss(gamma)(game, x.double(), c, torch.Generator().manual_seed(0))[0]
+        for gamma in (0.0, 3.0)
+    )
+    torch.testing.assert_close(full - bare, 3.0 * game.critic.w.square().sum())
+
+
+def test_two_times_are_apart_in_a_share_of_the_samples():
+    x = torch.zeros(20_000, 1, dtype=torch.float64)
+    for share in (0.0, 0.3, 1.0):
+        r, t = neighbours.two_times(x, share, torch.Generator().manual_seed(0))
+        assert (r <= t).all() and abs((r < t).double().mean() - share) < 0.01
+        # of two uniform draws the larger has mean 2/3, the smaller 1/3
+        assert abs(t.mean() - 2 / 3) < 0.01 and abs(r.mean() - (2 - share) / 3) < 0.01
+
+
+def test_fresh_noise_on_the_way_is_a_batchs_own():
+    model, (x, r, t, c) = small_neighbour("consistency"), batch()
+    ends = [neighbours.renoise(model, images, r, t, c) for images in (x, x, x + 1e-3)]
+    assert torch.equal(ends[0], ends[1])
+    assert (ends[0] - ends[2]).abs().mean() > 0.1  # of nearly the same images
+
+
+def test_a_derivative_in_bfloat16_is_a_few_per_cent_off():
+    model, (x, r, t, c) = small_neighbour("mean-flow"), batch()
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    exact = total_derivative(model, x, r, t, c, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        short = total_derivative(model, x, r, t, c, v)
+    assert 0 < (short - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("name", [name for name in PAIRS if not name.startswith("imagenet")])

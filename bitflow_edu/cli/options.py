@@ -322,7 +322,7 @@ class CompareNeighbours(Common):
 
     # How many seeds, from --seed on; each has its own F and G, and its own noise.
     seeds: int = 3
-    # Only these, e.g. --methods flow-matching quarter-aligned; default all, and three students.
+    # Only these, e.g. --methods flow-matching quarter-aligned; default all, and four students.
     methods: tuple[str, ...] = ()
     # Folder of the trainings; those that are there are not repeated.
     work: Path = Path("runs/neighbours")

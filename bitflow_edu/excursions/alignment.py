@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..data import patchify
+from ..data import add_noise, patchify
 from ..inverse_strategies import hidden_alignment
 from ..io.checks import check_model
 from ..io.files import BitflowError
@@ -40,14 +40,20 @@ def ode_path(
     flow: Neighbour,  # trained by flow matching, or the like
     num_blocks: int,  # B: the path is cut into as many pieces
     steps: int = 2,  # of Heun for each piece
+    noise_std: float = 0.1,  # σ of the images where the way begins, as F's have it
 ) -> Callable:  # (x, c, generator) → `Trajectory` of B + 1 states, x
     "The way from an image to its noise along a flow, as F's blocks would go it."
     check_model(flow, Neighbour, "the flow")
     if min(steps, num_blocks) < 1:
         raise BitflowError(f"{steps} steps for each of {num_blocks} pieces; both must be 1 or more")
+    if not 0 <= noise_std < float("inf"):
+        raise BitflowError(f"noise_std is {noise_std}; give 0 or more, such as F's")
+    first = noise_std / (1 + noise_std)  # there x_t is x + σε, but for a factor 1 − t
 
     def path(x: Tensor, c: Tensor, generator: torch.Generator = None):
-        times, states, x_t = torch.linspace(0, 1, num_blocks * steps + 1).to(x), [x], x
+        times = torch.linspace(first, 1, num_blocks * steps + 1).to(x)
+        x_t = (1 - first) * add_noise(x, noise_std, generator)
+        states = [x_t]
         for i, (t, r) in enumerate(zip(times[:-1], times[1:]), start=1):
             x_t = heun(flow, x_t, r.expand(len(x)), t.expand(len(x)), c)
             if i % steps == 0:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..io.files import BitflowError
-from .neighbour_table import COMPARISONS
 from .presets import nearest_name
-from .tables import PUBLISHED, Size
+from .tables import BF16, PUBLISHED, Size
 
 # %% auto #0
 __all__ = ['EXPERIMENTS']
@@ -224,6 +223,32 @@ EXPERIMENTS |= {
         "Does quality saturate with the size of G when the loss is perceptual?", "scaling"
     ),
 }
+
+# %% ../../nbs/lab/experiments.ipynb #18d00011
+def table_command(preset: str, seeds: int, **fields) -> tuple[str, ...]:
+    "The table of a preset, for `bitflow reproduce`."
+    more = "".join(f" --{name} {value}" for name, value in fields.items())
+    out = f"--work RUNS/neighbours-{preset} --out RESULTS/neighbours-{preset}.json --resume"
+    return (f"neighbours --preset {preset} --seeds {seeds}{more} {out}",)
+
+
+ASKED = "BiFlow and its neighbours, equal parameters, equal time: quality against NFE."
+COMPARISONS = (  # name, question, results file, budget → commands, budget → minutes
+    (
+        "neighbours",
+        ASKED,
+        "neighbours-mnist-mini",
+        {"cpu": table_command("mnist-mini", 3, **BF16)},
+        {"cpu": 600, "smoke": 3},
+    ),
+    (
+        "cifar10-neighbours",
+        f"{ASKED} In colour.",
+        "neighbours-cifar10",
+        {"gpu": table_command("cifar10", 1)},
+        {"gpu": 400, "smoke": 5},
+    ),
+)
 
 # %% ../../nbs/lab/experiments.ipynb #7efe5903
 def options_of(size: Size) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from ..evaluation import timed
 from ..excursions.alignment import alignment_loss, ode_path, states_of
-from ..inverse_strategies import hidden_alignment, naive_distillation
+from ..inverse_strategies import hidden_alignment, naive_distillation, reverse_loss
 from ..io.checkpoints import read_metrics, read_state, weights_in
 from ..io.files import report_write_errors, write_atomically
 from ..io.models import build, load_model, newest_checkpoint, num_parameters
@@ -54,7 +54,7 @@ from bitflow_edu.lab.sampling import (
     sampler_cost,
     sampler_times,
 )
-from .tables import BF16, Training, stated
+from .tables import Training, stated
 from bitflow_edu.neighbours import (
     NEIGHBOURS,
     Neighbour,
@@ -91,9 +91,9 @@ EQUAL = 0.05  # how far from the budget a method may be and still be called equa
 
 @dataclass(frozen=True)
 class Student:
-    "A G that learns from a trajectory which is not F's."
+    "A G that learns by squared error alone, from F, or from a trajectory which is not F's."
 
-    teacher: str  # "flow": the path of a flow; "G": the states of the seed's G
+    teacher: str  # "F": the seed's F; "flow": the path of a flow; "G": the states of the seed's G
     strategy: Callable = hidden_alignment
     share: int = 1  # of G's width: 2 for half of it, so a quarter of the parameters
 
@@ -103,12 +103,18 @@ class Student:
         narrow = replace(t, width=t.width // self.share, head_dim=t.head_dim // self.share)
         return replace(cfg, transformer=narrow)
 
-    def path(self, teacher, num_blocks: int) -> Callable:
-        "Images to the trajectory that is followed."
-        return states_of(teacher) if self.teacher == "G" else ode_path(teacher, num_blocks, steps=1)
+    def loss(self, teacher, preset: Preset) -> Callable:
+        "For `train`: G compared with the trajectory that is followed."
+        if self.teacher == "F":
+            return reverse_loss(teacher, self.strategy)
+        if self.teacher == "G":
+            return alignment_loss(states_of(teacher), self.strategy)
+        F = preset.forward
+        return alignment_loss(ode_path(teacher, F.num_blocks, 1, F.noise_std), self.strategy)
 
 
 STUDENTS = {
+    "one-pass-mse": Student("F"),
     "aligned-to-flow": Student("flow"),
     "quarter-naive": Student("G", naive_distillation, share=2),
     "quarter-aligned": Student("G", share=2),
@@ -150,8 +156,7 @@ def train_model(cell: Cell, teacher, data, train_cfg, folder: Path, device: str)
         return train_neighbour(model, data, train_cfg, folder, teacher, resume)
     student = STUDENTS[cell.method]
     model = build(ReverseModel, student.shape(cell.preset.reverse), cell.seed, device)
-    path = student.path(teacher, model.cfg.num_blocks)
-    return train(model, alignment_loss(path, student.strategy), data, train_cfg, folder, resume)
+    return train(model, student.loss(teacher, cell.preset), data, train_cfg, folder, resume)
 
 
 def train_cell(cell: Cell, teacher, folder: Path, minutes: float, lr: float, device: str):
@@ -244,33 +249,34 @@ def store_figures(cell: Cell, root: Path, found: dict) -> dict:
     return found
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000a
-def find_teacher(cell: Cell, root: Path, device: str) -> tuple:
-    "Whom a method asks, or None; the core-minutes that the teacher took, and those left for it."
+def find_teacher(cell: Cell, root: Path, rate: float, device: str) -> tuple:
+    """Whom a method asks, or None; the core-minutes that the teacher took, and those left for it.
+    `rate` is that of flow matching, if a flow is the teacher."""
     runs = Training(cell.preset, cell.seed)
     of_F, of_G = (core_minutes(root / t.key / "run") for t in (runs.forward, runs))
     threads, student = torch.get_num_threads(), STUDENTS.get(cell.method)
     if student and student.teacher == "G":
         return load_model(root / runs.key / "run", ReverseModel, device), of_F + of_G, of_G
-    if student:
-        flow, lr = replace(cell, method="flow-matching"), cell.preset.train_reverse.lr
-        where = root / cell.key / "teacher"
+    if student and student.teacher == "flow":
+        flow, where = replace(cell, method="flow-matching"), root / cell.key / "teacher"
         where.mkdir(parents=True, exist_ok=True)
-        teacher, took = train_cell(flow, None, where, of_F / threads, lr, device)
+        teacher, took = train_cell(flow, None, where, of_F / threads, rate, device)
         left = max(of_F + of_G - took, SEARCH * of_G)  # of seconds nothing may be left
         return teacher.requires_grad_(False), took, left
-    if find_neighbour(cell.method).needs_flow:
+    if student or find_neighbour(cell.method).needs_flow:
         return load_model(root / runs.forward.key / "run", TARFlow, device), of_F, of_G
     return None, 0.0, of_F + of_G
 
 
-def run_cell(cell: Cell, root: Path, search: list[dict], device: str = "cpu") -> dict:
+def run_cell(cell: Cell, root: Path, searches: dict, device: str = "cpu") -> dict:
     "Train and measure a method with one seed, or read what was measured: search, rows, minutes."
     if (found := stored_figures(cell, root)) is not None:
         return found
     folder = root / cell.key
     folder.mkdir(parents=True, exist_ok=True)
-    teacher, of_teacher, own = find_teacher(cell, root, device)
-    search = search or search_rate(cell, teacher, folder, own, device)
+    rate = chosen_rate(searches.get("flow-matching", searches["one-pass"]))
+    teacher, of_teacher, own = find_teacher(cell, root, rate, device)
+    search = searches.get(cell.method) or search_rate(cell, teacher, folder, own, device)
     beside_steps = min(line["beside"] for line in search)
     left = max(own - beside_steps, SEARCH * own)  # of seconds nothing may be left
     minutes = left / torch.get_num_threads()
@@ -410,7 +416,7 @@ def neighbours_table(
             if not (method in asked and seed in seeds or (method, seed) in held):
                 continue
             cell = Cell(preset, method, seed)
-            done = run_cell(cell, root, searches.get(method), device)
+            done = run_cell(cell, root, searches, device)
             searches.setdefault(method, done["search"])
             for row, numbers in done["rows"].items():
                 gather(rows, row, seed, numbers | done["training"])
@@ -435,43 +441,26 @@ def table_lines(preset: Preset, rows: dict, real: dict, searches: dict) -> list:
             found += difference_lines(found, row, "one-pass", n)
     return found
 
-# %% ../../nbs/lab/neighbour_table.ipynb #18d00011
-def table_command(preset: str, seeds: int, **fields) -> tuple[str, ...]:
-    "The table of a preset, for `bitflow reproduce`."
-    more = "".join(f" --{name} {value}" for name, value in fields.items())
-    out = f"--work RUNS/neighbours-{preset} --out RESULTS/neighbours-{preset}.json --resume"
-    return (f"neighbours --preset {preset} --seeds {seeds}{more} {out}",)
-
-
-ASKED = "BiFlow and its neighbours, equal parameters, equal time: quality against NFE."
-COMPARISONS = (  # name, question, results file, budget → commands, budget → minutes
-    (
-        "neighbours",
-        ASKED,
-        "neighbours-mnist-mini",
-        {"cpu": table_command("mnist-mini", 3, **BF16)},
-        {"cpu": 600, "smoke": 3},
-    ),
-    (
-        "cifar10-neighbours",
-        f"{ASKED} In colour.",
-        "neighbours-cifar10",
-        {"gpu": table_command("cifar10", 1)},
-        {"gpu": 400, "smoke": 5},
-    ),
-)
-
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000e
+def plot_training(ax, method: str, rows: list, mean: dict, brief: dict, mark: str, color):
+    "The distance to training images of a method's best sampler after the search, and at the end."
+    of_teacher, metric = mean[rows[0], "teacher_minutes"], "fd_train"
+    ends = [mean[row, name] for row, name in mean if row in rows and name.startswith(metric)]
+    minutes = [of_teacher + share * mean[rows[0], "own_minutes"] for share in (SEARCH, 1)]
+    if ends and method in brief:
+        ax.plot(minutes, [brief[method], min(ends)], "-", marker=mark, color=color, ms=6, lw=0.8)
+
+
 def draw_neighbours(found: list, title: str):
-    "Mean distance against NFE, a dot for each seed; the best of each method against its minutes."
+    "Mean distance against NFE, a dot for each seed; and what the minutes of training brought."
     mean, each, metric = {}, {}, main_metric(found)
     for m in found:
         if m["metric"].startswith("mean "):
             mean[m["row"], m["metric"].removeprefix("mean ")] = m["value"]
         elif m["metric"] == metric:
             each.setdefault(m["row"], []).append(m["value"])
-    size = dict(figsize=(11, 3.8), layout="constrained")
-    fig, (left, right) = plt.subplots(1, 2, sharey=True, **size)
+    brief = {name: min(line["fd_train"] for line in s) for name, s in searches_in(found).items()}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     methods = dict.fromkeys(row.rpartition("-")[0] for row, name in mean if name == "own_minutes")
     names = [name for name in methods if name in NEIGHBOURS]
     for i, method in enumerate(names):
@@ -482,18 +471,17 @@ def draw_neighbours(found: list, title: str):
             left.plot(*zip(*points), "o-", color=color, label=method)
             dots = [(mean[r, "nfe"], y) for r in own for y in each.get(r, ())]
             left.plot(*zip(*dots), ".", color=color, alpha=0.5, ms=4)
-            minutes = mean[own[0], "own_minutes"] + mean[own[0], "teacher_minutes"]
-            right.plot(minutes, min(y for _, y in points), "o", color=color)
-    for name, mark in zip(("one-pass", *STUDENTS), "*vxP"):
+            plot_training(right, method, own, mean, brief, "o", color)
+    for name, mark in zip(("one-pass", *STUDENTS), "*pvxP"):
         if (one := mean.get((name, metric))) is not None:
             label = "BiFlow's G" if name == "one-pass" else name
             left.plot(1, one, mark, color="black", ms=8, label=label)
-            minutes = mean[name, "own_minutes"] + mean[name, "teacher_minutes"]
-            right.plot(minutes, one, mark, color="black", ms=8)
+            plot_training(right, name, [name], mean, brief, mark, "black")
     if (good := mean.get((REAL, metric))) is not None:
         left.axhline(good, color="grey", ls=":", label="real training images")
     left.set(xscale="log", yscale="log", xlabel="NFE", ylabel=metric, title=title)
-    right.set(xlabel="core-minutes, teacher included", title="Best of each method")
+    right.set(yscale="log", xlabel="core-minutes, teacher included")
+    right.set(ylabel=metric.replace("fd", "fd_train", 1), title="After a tenth, and after all")
     left.set_xticks([1, 2, 4, 8, 50], ["1", "2", "4", "8", "50"])
     left.minorticks_off()
     left.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
