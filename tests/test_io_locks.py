@@ -59,3 +59,27 @@ def test_a_killed_process_that_nobody_waited_for_holds_no_lock(tmp_path):
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert mark_of(child.pid) is None
+
+
+def test_a_job_that_slurm_starts_again_takes_the_lock_of_its_earlier_start(tmp_path, monkeypatch):
+    """On another machine, too: the job's number stays, and its starts are counted."""
+    lock = tmp_path / LOCK
+    earlier = {"host": "elsewhere", "pid": 7, "mark": "1", "job": "88", "starts": "0"}
+    monkeypatch.setenv("SLURM_JOB_ID", "88")
+    for starts, fine in (("0", False), ("1", True), ("2", True), ("", False)):
+        lock.write_text(json.dumps({**earlier, "starts": "1"} if starts == "2" else earlier))
+        monkeypatch.setenv("SLURM_RESTART_COUNT", starts)
+        if not fine:  # another process of the same start may be at work
+            with pytest.raises(BitflowError, match="in use"):
+                take_lock(tmp_path)
+            continue
+        assert json.loads(take_lock(tmp_path).read_text())["starts"] == starts
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    for other in ({**earlier, "job": "89"}, {**earlier, "starts": "x"}, {**earlier, "job": "0"}):
+        lock.write_text(json.dumps(other))
+        with pytest.raises(BitflowError, match="in use"):
+            take_lock(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID")  # by hand: nothing says that it is over
+    lock.write_text(json.dumps({**earlier, "job": "0"}))
+    with pytest.raises(BitflowError, match="in use"):
+        take_lock(tmp_path)

@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
+from bitflow_edu.io.models import build
+from bitflow_edu.lab import bench
 from bitflow_edu.lab.bench import geometry, inverse_calls, is_original, one_pass_calls, random_flow
 from bitflow_edu.lab.bench_speed import inputs_for
+from bitflow_edu.tarflow import TARFlow
 from conftest import small_flow, small_reverse
 
 
@@ -40,3 +44,21 @@ def test_one_pass_is_called_in_several_ways_and_gives_the_same():
     z, c = inputs_for(flow, 3)
     images = [call() for call in one_pass_calls(G, z, c, 1.0).values()]
     assert all(torch.allclose(x, images[0], atol=1e-5) for x in images)
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("clip", [0.0, 0.02])
+def test_a_training_step_of_both_versions_has_the_same_loss_and_gradient(modern, clip):
+    """All parts that a preset may have: else the two would be timed at different work."""
+    flow = small_flow(side=4, patch=2, num_classes=10, modern=modern)
+    model = build(TARFlow, replace(flow.cfg, clip=clip), 0)
+    model.load_state_dict(flow.state_dict())
+    found = {}
+    for row, loss in bench.training_losses(model, 3, "cpu").items():
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        found[row] = value.detach(), [p.grad.clone() for p in model.parameters()]
+    (plain, slopes), (own, known) = found["plain"], found["exact"]
+    torch.testing.assert_close(plain, own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slopes, known, rtol=1e-3, atol=1e-5)

@@ -90,7 +90,10 @@ def test_the_objective_sees_decoded_images(tmp_path):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(recipes, "find_distance", lambda name, device: pixel)
         image_distance(coloured)(a, b).mean().backward()
-    assert set(seen) == {(3, 3, 16, 16)}
+        assert set(seen) == {(3, 3, 16, 16)}
+        seen.clear()
+        image_distance(coloured, pieces=2)(a, b)  # a piece of two decodes its share
+        assert set(seen) == {(2, 3, 16, 16)}
     assert a.grad.isfinite().all() and a.grad.abs().sum() > 0
 
 

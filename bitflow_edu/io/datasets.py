@@ -9,6 +9,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,15 @@ def load_image_folder(root: Path | None, split: str, image_size: int, channels: 
     "Any images laid out as `root/{train,test}/<class>/<file>`, centre-cropped to squares."
     classes = folder_classes(root, split)
     paths, labels = image_files(root, split, classes)
-    return np.stack([read_square(path, image_size, channels) for path in paths]), labels, classes
+    pixels = np.empty((len(paths), channels, image_size, image_size), dtype=np.uint8)
+
+    def read_into(i: int):
+        pixels[i] = read_square(paths[i], image_size, channels)
+
+    with ThreadPoolExecutor() as pool:  # decoders work outside of Python's lock
+        for _ in pool.map(read_into, range(len(paths))):  # raises what a reading raised
+            pass
+    return pixels, labels, classes
 
 # %% ../../nbs/io/datasets.ipynb #a7ceb97b
 def resize(

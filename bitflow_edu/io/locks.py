@@ -42,13 +42,27 @@ def is_alive(pid: int) -> bool:
     return True
 
 # %% ../../nbs/io/locks.ipynb #71fa6d7a
+def start_of_job() -> dict:
+    "The job of SLURM that this process belongs to, and how often SLURM has started it again."
+    names = {"job": "SLURM_JOB_ID", "starts": "SLURM_RESTART_COUNT"}
+    return {key: os.environ.get(name, "0") for key, name in names.items()}
+
+
+def of_earlier_start(holder: dict) -> bool:
+    "Whether a lock was made by an earlier start of this very job: SLURM ends one before the next."
+    own = start_of_job()
+    starts = [str(given.get("starts")) for given in (holder, own)]
+    same = own["job"] != "0" and holder.get("job") == own["job"]
+    return same and all(s.isdecimal() for s in starts) and int(starts[0]) < int(starts[1])
+
+
 def check_stale(lock: Path):
     "Refuse a lock whose process may still be at work."
     holder = read_json(lock, "where no training uses the folder, delete that file")
     host, pid = holder.get("host"), holder.get("pid")
     here = host == socket.gethostname() and is_count(pid)
     mark = mark_of(pid) if here else None
-    if here and (mark is None or mark != holder.get("mark")):
+    if here and (mark is None or mark != holder.get("mark")) or of_earlier_start(holder):
         return
     raise BitflowError(
         f"{lock.parent} is in use by process {pid} on {host!r:.80}; wait for it, or name another "
@@ -74,7 +88,8 @@ def create_whole(path: Path, text: str):
 def take_lock(folder: Path) -> Path:
     "Write down who works in a folder. Raises `BitflowError` where another process does."
     lock, pid = folder / LOCK, os.getpid()
-    text = json.dumps({"host": socket.gethostname(), "pid": pid, "mark": mark_of(pid)})
+    own = {"host": socket.gethostname(), "pid": pid, "mark": mark_of(pid)}
+    text = json.dumps(own | start_of_job())
     with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -79,30 +79,43 @@ def plain_states(model: TARFlow, x: Tensor, c: Tensor):
     T, logdet = x.shape[1], x.new_zeros(len(x))
     mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
     for block in model.blocks:
-        positions = block.pos_embed
+        positions, angles = block.pos_embed, block.transformer.angles
         if block.flip:
             x, positions = x.flip(1), positions.flip(0)
+            angles = None if angles is None else angles.flip(0)
         h = block.proj_in(x) + positions + block.class_embed(c)
         for layer in block.transformer.layers:
-            h = h + plain_attention(layer.attention, h, mask)
+            h = h + plain_attention(layer.attention, h, mask, angles)
             h = h + layer.mlp(h)
         out = block.proj_out(h).to(x.dtype)
+        if block.clip:
+            out = out.clamp(-block.clip, block.clip)
         alpha, mu = torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1).chunk(2, dim=-1)
         x, logdet = (x - mu) * torch.exp(-alpha), logdet - alpha.sum(dim=(1, 2))
         x = x.flip(1) if block.flip else x
     return x, logdet
 
 # %% ../../nbs/lab/bench.ipynb #e8966881
-def plain_attention(a, h: Tensor, mask: Tensor) -> Tensor:
+def plain_turn(x: Tensor, angles: Tensor) -> Tensor:
+    "Pairs of features turned by each token's angles, whose cos and sin are worked out each time."
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def plain_attention(a, h: Tensor, mask: Tensor, angles: Tensor | None) -> Tensor:
     "Masked attention over all tokens `(N, T, width)`."
     N, T, _ = h.shape
     q, k, v = a.qkv(a.norm(h)).reshape(N, T, 3, -1, a.head_dim).permute(2, 0, 3, 1, 4)
+    q, k = a.q_norm(q), a.k_norm(k)
+    if angles is not None:
+        q, k = plain_turn(q, angles), plain_turn(k, angles)
     y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return a.proj(y.transpose(1, 2).reshape(N, T, -1))
 
 # %% ../../nbs/lab/bench.ipynb #da02124e
 def is_original(cfg: TARFlowConfig) -> bool:
-    "Whether a flow has the published parts alone, which are all that the plain versions know."
+    "Whether a flow has the published parts alone, which are all that plain decoding knows."
     t = cfg.transformer
     return not cfg.clip and t == TransformerConfig(t.width, t.num_layers, t.head_dim)
 

@@ -41,7 +41,7 @@ class ObjectiveConfig:
     denoiser_scale: bool = False  # draw one w for the denoising block, one for all others
     detach_unconditional: bool = False  # no gradient through G's answers without label; w = 0 there
     decoder: str = ""  # autoencoder of latents for the perceptual distances: hub name or folder
-    decoded_images: int = 4  # of each piece of a batch: decoding one costs more than G
+    decoded_images: int = 32  # of a batch, however it is cut: decoding one costs more than G
 
     def __post_init__(self):
         find_strategy(self.strategy)
@@ -49,7 +49,7 @@ class ObjectiveConfig:
             check_distance(name)
         if self.decoder and self.decoded_images < 1:
             given = f"decoded_images {self.decoded_images} compares nothing"
-            raise BitflowError(f"{given}; decode at least 1 of each piece of a batch")
+            raise BitflowError(f"{given}; decode at least 1 of a batch")
         if len(self.features) != len(self.feature_weights):
             given = f"features {list(self.features)}, feature_weights {list(self.feature_weights)}"
             raise BitflowError(f"{given}: give one weight for each distance, or leave both empty")

@@ -126,17 +126,18 @@ def train_forward(
     return train(model, loss, data, cfg, folder, resume, grid, about, start, processes, watcher)
 
 # %% ../../nbs/lab/recipes.ipynb #d34a116c
-def image_distance(objective: ObjectiveConfig, device: str = "cpu"):
+def image_distance(objective: ObjectiveConfig, device: str = "cpu", pieces: int = 1):
     """The distance at the image end: MSE, and perceptual distances where it names any.
 
-    Behind a decoder all of them look at the same images, which are decoded once."""
+    Behind a decoder all of them look at the same images, which are decoded once; of a batch in
+    `pieces` each decodes its share, at least one."""
     weigh = partial(adaptive, p=objective.adaptive_power)
     if not objective.features:
         return weigh(mse)
     found = [weigh(find_distance(name, device)) for name in objective.features]
     parts = list(zip(objective.feature_weights, found))
     if objective.decoder:
-        k, vae = objective.decoded_images, load_decoder(objective.decoder, device)
+        k, vae = -(-objective.decoded_images // pieces), load_decoder(objective.decoder, device)
         at_once = 1 if torch.device(device).type == "cpu" else k  # a GPU wants many
         parts = [(1.0, decoded(mixture(*parts), vae, k, at_once=at_once))]
     return mixture((1.0, weigh(mse)), *parts)
@@ -147,7 +148,13 @@ def state_distance(objective: ObjectiveConfig):
     return adaptive(normalised(mse) if objective.normalise else mse, objective.adaptive_power)
 
 # %% ../../nbs/lab/recipes.ipynb #933c6de4
-def stage_two_loss(forward: TARFlow, model: ReverseModel, objective: ObjectiveConfig, device: str):
+def stage_two_loss(
+    forward: TARFlow,  # F, which is frozen
+    model: ReverseModel,
+    objective: ObjectiveConfig,
+    device: str,
+    pieces: int = 1,  # that a batch is cut into
+):
     "What G minimises, given the trajectories of a frozen F."
     check_guided_training(objective, model.cfg)
     run = None
@@ -155,7 +162,7 @@ def stage_two_loss(forward: TARFlow, model: ReverseModel, objective: ObjectiveCo
         detach, apart = objective.detach_unconditional, objective.denoiser_scale
         run = guided_run(objective.w_per_block, detach, apart)
     strategy = find_strategy(objective.strategy)
-    states, images = state_distance(objective), image_distance(objective, device)
+    states, images = state_distance(objective), image_distance(objective, device, pieces)
     return reverse_loss(forward, strategy, states, images, objective.depth_weights, run)
 
 # %% ../../nbs/lab/recipes.ipynb #db32a298
@@ -176,7 +183,7 @@ def train_reverse(
     model = build(ReverseModel, preset.reverse, cfg.seed, device)
     check_pair(forward, model)
     check_strategy(model, objective.strategy)
-    loss = stage_two_loss(forward, model, objective, device)
+    loss = stage_two_loss(forward, model, objective, device, cfg.num_microbatches)
     if cfg.compile:  # F, too, in place: half of a step is its pass
         compile_layers(forward)
     if watch:

@@ -248,12 +248,17 @@ def caching_stage(preset, plan: Plan) -> Stage:
     return Stage("cache latents", flops, flops / speed_of(plan), disk_gb=disk_gb)
 
 # %% ../../nbs/scale/costs.ipynb #88121e20
+def decoded_of_a_piece(preset) -> int:
+    "Images that a piece of a batch decodes: its share, at least one."
+    return -(-preset.objective.decoded_images // preset.train_reverse.num_microbatches)
+
+
 def perceptual_flops(preset, plan: Plan) -> float:
     "Operations of the image end in a step of stage 2, whole batch; 0 where it has no decoder."
     objective, train = preset.objective, preset.train_reverse
     if not (objective.features and objective.decoder):
         return 0.0
-    decoded = min(objective.decoded_images * train.num_microbatches, train.batch_size)
+    decoded = min(decoded_of_a_piece(preset) * train.num_microbatches, train.batch_size)
     return decoded * (4 * plan.around.decoder_flops + 3 * plan.around.feature_flops)
 
 
@@ -262,7 +267,7 @@ def perceptual_gb(preset, plan: Plan) -> float:
     if not perceptual_flops(preset, plan):
         return 0.0
     kept = plan.around.decoder_kept + plan.around.feature_kept
-    return (preset.objective.decoded_images * kept + 4 * 152e6) / 1e9
+    return (decoded_of_a_piece(preset) * kept + 4 * 152e6) / 1e9
 
 # %% ../../nbs/scale/costs.ipynb #17ca8a99
 def step_hours(model: ModelCost, train, plan: Plan, extra_flops: float, passes: int) -> float:
