@@ -330,7 +330,8 @@ def clip_and_step(
 ) -> Tensor:  # the gradient's norm before clipping, a scalar
     "Clipping and AdamW's update; where loss or norm are not finite, the weights stay as they are."
     norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip))
-    finite = torch.isfinite(norm + loss.detach())
+    known = norm + loss.detach() if state.processes.size == 1 else norm  # the same in all processes
+    finite = torch.isfinite(known)
     if state.optimizer.defaults["fused"]:  # read on the device: nobody waits for it
         state.optimizer.found_inf = 1.0 - finite.float()
     elif readable(finite) and not finite:

@@ -145,10 +145,10 @@ def test_a_scale_is_chosen_beside_a_file_of_statistics(runs, tmp_path, capsys):
     """The file is what is reported against; without training images --w says what it needs."""
     words = f"evaluate {SMOKE} --forward {runs}/f --reverse {runs}/g --features mnist-cnn --n 20"
     words += f" --no-timing --rows one-pass --out {tmp_path}"
-    run(f"{words}/a.json --work {tmp_path}/a --w 0.5")
+    run(f"{words}/a.json --work {tmp_path}/a --w 0.25 0.5")
     (statistics,) = (tmp_path / "a").glob("*-test-*.npz")
     reference = shutil.copy(statistics, tmp_path / "given.npz")
-    run(f"{words}/b.json --work {tmp_path}/b --w 0.5 --reference {reference}")
+    run(f"{words}/b.json --work {tmp_path}/b --w 0.25 0.5 --reference {reference}")
     a, b = (
         {(m["row"], m["metric"]): m for m in measurements(tmp_path / f"{name}.json")}
         for name in "ab"
@@ -160,13 +160,16 @@ def test_a_scale_is_chosen_beside_a_file_of_statistics(runs, tmp_path, capsys):
     assert of_a["reference_sha256"] is None and of_b["reference_sha256"] == sha256_of(reference)
     choice = "guided, chosen w", "chosen_w"
     assert a[choice] == b[choice] and "train" in b[choice]["reference"]
-    run(f"{words}/c.json --work {tmp_path}/c --reference {reference}")
-    assert not any("train[" in m["metric"] for m in measurements(tmp_path / "c.json"))
+    run(f"{words}/c.json --work {tmp_path}/c --w 0.5 --reference {reference}")  # one: no choice
+    found = measurements(tmp_path / "c.json")
+    assert not any("train[" in m["metric"] or m["metric"] == "chosen_w" for m in found)
+    assert {m["row"] for m in found if m["metric"] == key[1]} == {"one-pass", "guided, w = 0.5"}
     assert not list((tmp_path / "c").glob("*-train-*.npz"))
     (tmp_path / "nothing").mkdir()
     nothing = f"--data-root {tmp_path}/nothing --reference {reference} --work {tmp_path}/d"
     other = words.replace(SMOKE, f"{SMOKE} --data.name mnist")
-    refused(f"{other}/d.json {nothing} --w 0.5", capsys, "--w", "training images", "leave --w out")
+    needs = "--w", "training images", "one scale"
+    refused(f"{other}/d.json {nothing} --w 0.25 0.5", capsys, *needs)
 
 
 def with_weights(run_folder, folder, change):

@@ -261,9 +261,9 @@ def test_the_image_end_is_counted_where_a_decoder_is_named_and_nowhere_else():
     assert perceptual_flops(SMOKE, PLAN) == 0
     assert perceptual_flops(replace(p, objective=replace(p.objective, decoder="")), PLAN) == 0
     one = 4 * 622e9 + 3 * 61e9
-    for asked, decoded in ((1, 4), (6, 8), (16, 16), (1000, 32)):  # in 4 pieces of 8 images
+    for asked, seen in ((1, 4), (6, 8), (16, 16), (1000, 32)):  # in 4 pieces of 8 images
         some = replace(p, objective=replace(p.objective, decoded_images=asked))
-        assert perceptual_flops(some, PLAN) == decoded * one
+        assert perceptual_flops(some, PLAN) == seen * one
     with_end, without = bill(p, PLAN)[2], bill(SMOKE, PLAN)[2]
     assert perceptual_gb(SMOKE, PLAN) == 0
     assert with_end.memory_gb - without.memory_gb == pytest.approx(perceptual_gb(p, PLAN))

@@ -104,6 +104,18 @@ def test_the_same_run_on_more_processes(alone, tmp_path, sharding):
     assert (tmp_path / "f" / "samples").exists()
 
 
+@NEEDS_SHARDS
+def test_one_process_alone_can_be_sharded(alone, tmp_path, monkeypatch):
+    """On a single GPU the whole path of FSDP2 can be tried, and the run stays the same."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert find_processes() is SINGLE_PROCESS, "nothing to share, nothing to shard"
+    words = ["-m", "bitflow_edu.cli", *FORWARD, "--out", tmp_path / "f", "--sharding", "full"]
+    command = [*TORCHRUN, "--nproc-per-node=1", *map(str, words)]
+    found = subprocess.run(command, env=ENV, text=True, capture_output=True, timeout=240)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert_same_run(alone, tmp_path / "f")
+
+
 def test_a_lost_process_and_another_number_of_them(alone, tmp_path):
     """One of two is killed: a clear end, a whole checkpoint; three go on from it as one would."""
     folder = tmp_path / "f"

@@ -165,12 +165,12 @@ def load_both(args: Evaluate, preset: Preset, processes) -> tuple:
     """The splits that samples are compared with, each None where it is not needed.
 
     Latents have to be decoded, and of a file's images we have the statistics: there the training
-    images are read only where scales are chosen by them."""
+    images are read only where a scale is chosen by them, out of several."""
     train = test = None
     if not args.reference:
         test = load_together(preset.data, "test", args.data_root, processes)
     plain = not (args.reference or args.vae)
-    if not (plain or args.w):
+    if not plain and len(args.w) < 2:
         return train, test
     try:
         train = load_together(preset.data, "train", args.data_root, processes)
@@ -178,7 +178,7 @@ def load_both(args: Evaluate, preset: Preset, processes) -> tuple:
         if plain:
             raise
         why = "--w chooses each method's scale on training images, and they cannot be read"
-        raise BitflowError(f"{why}: {e}; or leave --w out") from None
+        raise BitflowError(f"{why}: {e}; or give --w one scale, which is not chosen") from None
     return train, test
 
 # %% ../../nbs/cli/evaluate.ipynb #090d0e01

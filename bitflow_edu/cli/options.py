@@ -205,7 +205,7 @@ class Evaluate(Common):
     weights: Path | None = None
     # Statistics of real images (.npz with mu and sigma), for a stream; default: computed from the
     # test images. Those of the training images are computed, too; beside a file, or with --vae,
-    # only where --w has to choose.
+    # only where --w gives several scales to choose from.
     reference: Path | None = None
     # Methods to measure: exact, exact+denoise, one-pass; default all, and in a stream real training
     # images for the floor.

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import torch.distributed
 from torch import Tensor
@@ -43,6 +44,10 @@ class SingleProcess:
     def all_reduce_mean(self, values):
         "The mean over processes of a list of scalars, as floats."
         return [float(v) for v in values]
+
+    def mean_later(self, values):
+        "A call that gives that mean. The numbers are sent now; only the call may wait."
+        return partial(self.all_reduce_mean, values)
 
     def all_reduce_sum(self, t):
         "The sum of a tensor over processes."
@@ -115,6 +120,7 @@ class StopSignals:
 
     def __init__(self, processes: SingleProcess = SINGLE_PROCESS):
         self.processes, self.number, self.before = processes, 0, {}
+        self.asked = None  # gives what all said when they asked last
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # no other may
@@ -136,7 +142,12 @@ class StopSignals:
                 os.write(2, b"\nbitflow: stopping after this step; once more stops at once\n")
 
     def agreed(self) -> int:
-        "The signal that some process has been sent, 0 where none has. All must ask at once."
-        if not self.processes.all_reduce_mean([float(self.number > 0)])[0]:
+        """The signal that some process has been sent, 0 where none has. All must ask at once, and
+        several hear of it one step later: so nobody waits for the others' answers."""
+        if self.processes.size == 1:
+            return self.number
+        before, self.asked = self.asked, self.processes.mean_later([float(self.number > 0)])
+        if before is None or not before()[0]:
             return 0
+        self.asked()  # nothing is left on its way
         return self.number or signal.SIGTERM

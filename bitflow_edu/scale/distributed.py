@@ -79,6 +79,9 @@ def leaves_unused(module: LossModule, batch: tuple) -> bool:
     return any(slope is None for slope in slopes)
 
 # %% ../../nbs/scale/distributed.ipynb #544fcd47
+PATIENCE = timedelta(hours=2)  # samples, and slow encoders, may be waited for
+
+
 class Distributed(SingleProcess):
     "Processes that train one model through accelerate; each holds a replica, or a shard, of it."
 
@@ -88,7 +91,7 @@ class Distributed(SingleProcess):
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.main, self.host = accelerator.is_main_process, None
         if accelerator.device.type != "cpu":  # numbers of the host need not wait for a device
-            self.host = torch.distributed.new_group(backend="gloo")
+            self.host = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def prepare(self, model, averaged, loss_fn, bf16=False):
         "The loss function that trains `model` on all processes; sharded, in place."
@@ -141,9 +144,18 @@ class Distributed(SingleProcess):
 
     def all_reduce_mean(self, values):
         "The mean over processes of a list of scalars, as floats."
+        return self.mean_later(values)()
+
+    def mean_later(self, values):
+        "A call that gives that mean. The numbers are sent now; only the call may wait."
         numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        torch.distributed.all_reduce(numbers, group=self.host)
-        return (numbers / self.size).tolist()
+        sent = torch.distributed.all_reduce(numbers, group=self.host, async_op=True)
+
+        def read():
+            sent.wait()
+            return (numbers / self.size).tolist()
+
+        return read
 
     def all_reduce_sum(self, t):
         "The sum of a tensor over processes."
@@ -173,11 +185,12 @@ def find_processes(
     device: str = "cpu",  # "cpu" or "cuda"
     sharding: str = "none",  # replicas of the model, "full": shards, "hybrid": a replica per node
 ) -> SingleProcess:
-    """The processes that `torchrun` started, or `SINGLE_PROCESS`.
-    `BitflowError` without accelerate, or where FSDP2 cannot run."""
+    """The processes that `torchrun` started, or `SINGLE_PROCESS`; one alone can be sharded, too,
+    to try it. `BitflowError` without accelerate, or where FSDP2 cannot run."""
     if sharding not in SHARDING:
         raise BitflowError(f"unknown sharding {sharding!r}; choose one of {', '.join(SHARDING)}")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    world = os.environ.get("WORLD_SIZE")
+    if world is None or (int(world) == 1 and sharding == "none"):
         return SINGLE_PROCESS
     if sharding != "none" and not can_shard(device):
         needs = f"{sharding} sharding on a CPU needs PyTorch 2.7 or newer"
@@ -188,8 +201,7 @@ def find_processes(
     except ImportError as e:
         hint = "pip install accelerate, or start one process"
         raise BitflowError(f"several processes need accelerate; {hint}") from e
-    # samples, and slow encoders, may be waited for
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
     return Distributed(accelerator, sharding)
 
