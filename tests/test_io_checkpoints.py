@@ -28,7 +28,7 @@ from bitflow_edu.lab.recipes import train_forward
 from bitflow_edu.neighbours import Neighbour
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow, forward_loss
-from bitflow_edu.training import TrainConfig, new_state, train
+from bitflow_edu.training import TrainConfig, microbatch_indices, new_state, train
 from conftest import small_flow
 
 CFG = TrainConfig(steps=8, batch_size=16, log_every=1, checkpoint_every=3, precision="fp32")
@@ -157,10 +157,24 @@ def test_a_run_of_an_older_version_goes_on(tmp_path, data):
     checkpoints.discard(newest)
     train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
     assert newest_checkpoint(tmp_path / "run") == newest
-    run["train"]["num_microbatches"] = 4
+    run["train"]["num_microbatches"] = 4  # fewer pieces
     path.write_text(json.dumps(run))
     with pytest.raises(BitflowError, match="made with train.num_microbatches = 4, not 1"):
         train(flow(), forward_loss, data, CFG, tmp_path / "run", resume=True)
+
+
+def test_a_resumed_run_may_have_more_pieces_and_says_so(tmp_path, data):
+    """For more processes than there were pieces; the images of a batch stay the same."""
+    run, more = tmp_path / "run", replace(CFG, num_microbatches=2)
+    train(flow(), forward_loss, data, CFG, run)
+    checkpoints.discard(newest_checkpoint(run))
+    train(flow(), forward_loss, data, more, run, resume=True)
+    (change,) = json.loads((run / "run.json").read_text())["changes"]
+    assert "num_microbatches" in json.dumps(change)
+    pieces = [microbatch_indices(data, more, 3, m) for m in range(2)]
+    assert torch.equal(torch.cat(pieces), microbatch_indices(data, CFG, 3, 0))
+    with pytest.raises(BitflowError, match="num_microbatches = 2, not 1"):
+        train(flow(), forward_loss, data, CFG, run, resume=True)
 
 
 def test_a_checkpoint_of_another_version(tmp_path, data):

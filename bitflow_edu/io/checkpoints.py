@@ -290,11 +290,12 @@ def contents(folder: Path) -> list:
 
 
 FREE = ("log_every", "sample_every", "checkpoint_every")  # the weights do not depend on them
-GROWING = ("steps", "minutes")
+GROWING = ("steps", "minutes", "num_microbatches")
 
 
 def allowed_changes(old: dict, new: dict) -> dict:
-    "The settings of a training that a resumed run may change: intervals, and a longer budget."
+    """The settings of a training that a resumed run may change: intervals, a longer budget, and
+    more pieces of a batch, for more processes."""
     changed = {k: new[k] for k in FREE if k in old and k in new and old[k] != new[k]}
     for name in GROWING:
         was, now = old.get(name), new.get(name)
@@ -329,7 +330,7 @@ def check_same_run(folder: Path, describe: dict, defaults: dict) -> list:
         if name in old:
             off = {field: v for field, v in describe.get(name, {}).items() if not v}
             old[name] = off | section(old, name, path)  # a later field that is off changes nothing
-    hint = "use the old setting (the budget may grow, and intervals may change)"
+    hint = "use the old setting (budget and pieces may grow, intervals may change)"
     check_same_settings(old, {**describe, "train": new}, folder, f"{hint}, or {other}")
     if changed:
         changes = [*changes, {"after": newest_step(folder), **{k: train[k] for k in changed}}]
