@@ -130,11 +130,31 @@ def test_a_neighbour_is_trained_resumed_and_drawn_from(runs, tmp_path, capsys, m
     again = load_file(out / "model.safetensors")
     assert all(torch.equal(kept[name], again[name]) for name in kept)
     assert load_model(out, Neighbour).cfg.method == method
-    steps = "" if method == "gan" else "--steps 2"
-    run(f"sample --checkpoint {out} --n 10 {steps} --out {tmp_path}/s.png")
-    assert (tmp_path / "s.png").exists() and f"{method}-" in capsys.readouterr().out
+    most = 1 if method == "gan" else 8
+    for steps, taken in (("", most), ("--steps 1", 1)):
+        run(f"sample --checkpoint {out} --n 10 {steps} --out {tmp_path}/s{taken}{steps[:1]}.png")
+        assert f"{method}-{taken}" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("s*.png"))) == 2
+    refused(f"sample --checkpoint {out} --steps 0 --out {tmp_path}/t.png", capsys, "--steps 0")
     refused(f"sample --checkpoint {out} --w 1 --out {tmp_path}/t.png", capsys, "--w 1")
     refused(f"sample --checkpoint {runs}/g --steps 2 --out {tmp_path}/t.png", capsys, "--steps 2")
+
+
+def test_a_neighbour_is_measured_at_all_its_steps(runs, tmp_path, capsys):
+    out, table = tmp_path / "n", tmp_path / "e.json"
+    run(f"train neighbour {SMOKE} --method consistency --steps 4 --out {out}")
+    run(f"evaluate {SMOKE} --neighbour {out} --n 20 --out {table}")
+    found = json.loads(table.read_text())["measurements"]
+    rows = {m["row"] for m in found if m["metric"] == "fd[mnist-cnn]"}
+    assert {"consistency-1", "consistency-2", "consistency-4"} <= rows
+    times = {m["row"]: m["value"] for m in found if m["metric"] == "nfe"}
+    assert times["consistency-1"] == 1 and times["consistency-4"] == 4
+    assert table.with_suffix(".png").exists()
+    refused(f"evaluate {SMOKE} --neighbour {out} --w 1 --out {tmp_path}/f.json", capsys, "--w 1")
+    stream = f"--features mnist-cnn --work {tmp_path}/work --no-timing --out {tmp_path}/s.json"
+    run(f"evaluate {SMOKE} --neighbour {out} --n 20 {stream}")  # as photographs are measured
+    again = json.loads((tmp_path / "s.json").read_text())["measurements"]
+    assert rows <= {m["row"] for m in again if m["metric"] == "fd[mnist-cnn]"}
 
 
 def test_mistakes_with_neighbours(capsys, tmp_path):

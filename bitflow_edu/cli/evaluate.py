@@ -44,7 +44,7 @@ from bitflow_edu.lab.evaluate import (
 from ..lab.neighbour_table import evaluate_neighbour
 from ..lab.presets import Preset, check_pair_preset
 from ..lab.report import draw_rows, sample_rows
-from ..lab.sampling import FLOWS, METHODS, choose_samplers, guided_too
+from ..lab.sampling import FLOWS, METHODS, choose_samplers, guided_too, neighbour_samplers
 from ..neighbours import Neighbour
 from ..reverse_model import ReverseModel
 from ..scale.autoencoder import Decoded, decode_all, load_decoder
@@ -147,10 +147,12 @@ def find_judge(args: Evaluate, preset: Preset, train, test, vae, device, process
     else:
         reference = statistics_of(test, "test")
     of_train = None if train is None else statistics_of(train, "train")
-    about = {
-        "forward": str(newest_checkpoint(run_folder(args.forward, preset, "forward"))),
-        "reverse": args.reverse and str(newest_checkpoint(args.reverse)),
-    }
+    if args.neighbour:
+        about = {"neighbour": str(args.neighbour)}
+    else:
+        forward = newest_checkpoint(run_folder(args.forward, preset, "forward"))
+        reverse = args.reverse and str(newest_checkpoint(args.reverse))
+        about = {"forward": str(forward), "reverse": reverse}
     if vae:
         about["autoencoder"] = autoencoder_fingerprint(vae)
     return Judge(network, reference, cfg, work, processes, args.resume, about, of_train)
@@ -285,18 +287,30 @@ def save_picture(rows: dict, path: Path, left_out: set = frozenset()):
 def run_evaluate_neighbour(args: Evaluate):
     "A neighbour of G by itself: a row for each number of steps."
     preset, device, start = preset_of(args), find_device(args.device), time.perf_counter()
-    unread = ("forward", "reverse", "w", "rows", "vae", "features", "precision", *STREAM_ONLY)
+    unread = ("forward", "reverse", "w", "rows", "precision")
     refuse_unread(args, unread, "beside --neighbour, which is measured by itself")
-    results, picture = evaluation_outputs(args, preset)
-    check_evaluate(args, preset, streamed=False)
+    processes = find_processes(device)
+    outputs = processes.on_rank_zero(lambda: evaluation_outputs(args, preset))
+    streamed = is_streamed(args, preset, processes)
+    check_evaluate(args, preset, streamed)
     model = load_model(args.neighbour, Neighbour, device)
     check_fits(model, preset.data)
-    train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
-    n = number_of_samples(args, preset)
-    done = evaluate_neighbour(model, train, test, n, args.seed, device, args.timing)
+    if streamed:
+        samplers = neighbour_samplers(model)
+        done = evaluate_streamed(args, preset, None, None, samplers, device, processes)
+    else:
+        train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
+        n = number_of_samples(args, preset)
+        done = evaluate_neighbour(model, train, test, n, args.seed, device, args.timing)
+        done = Evaluation(sample_rows(done.samples, test, min(n, 10)), done.measurements)
     config = {"data": dataclasses.asdict(preset.data), "neighbour": dataclasses.asdict(model.cfg)}
-    write_figures(results, preset.name, args, config, done.measurements, start)
-    save_picture(sample_rows(done.samples, test, min(n, 10)), picture)
+
+    def write():
+        results, picture = outputs
+        write_figures(results, preset.name, args, config, done.measurements, start)
+        save_picture(done.samples, picture)
+
+    processes.on_rank_zero(write)
     check_drawn(done.measurements)
 
 # %% ../../nbs/cli/evaluate.ipynb #7b7d1326

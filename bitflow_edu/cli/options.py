@@ -167,8 +167,8 @@ class Sample(Picture):
     # Guidance scale: towards the label, at the price of variety; a G without w as an input takes
     # two passes.
     w: float = 0.0
-    # Steps of a neighbour.
-    steps: int = 1
+    # Steps of a neighbour; default 8, or as many as its method is compared with at most.
+    steps: int | None = None
     # Images per row.
     columns: int = 10
     # Autoencoder that turns latents into images: a name on the Hugging Face hub, or a folder;

@@ -28,7 +28,7 @@ from bitflow_edu.lab.sampling import (
     one_pass_sampler,
     to_picture,
 )
-from ..neighbours import Neighbour
+from ..neighbours import Neighbour, find_neighbour
 from ..reverse_model import ReverseModel
 from ..scale.autoencoder import load_decoder
 from ..scale.distributed import find_processes
@@ -59,7 +59,8 @@ def sampler_for(model, args: Sample) -> Sampler:
     if isinstance(model, Neighbour):
         what = f"by the {model.cfg.method} in {where}, which is told its steps alone"
         refuse_unread(args, ["w", "denoise"], what)
-        return neighbour_sampler(model, args.steps)
+        most = max(n for n in find_neighbour(model.cfg.method).steps if n <= 8)
+        return neighbour_sampler(model, most if args.steps is None else args.steps)
     refuse_unread(args, ["steps"], f"by the model in {where}, which is no neighbour of lesson 18")
     if args.w and isinstance(model, CouplingFlow):
         raise BitflowError(
