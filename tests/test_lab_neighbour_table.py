@@ -9,11 +9,11 @@ from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.results import rows_of
 from bitflow_edu.lab import neighbour_table
 from bitflow_edu.lab.experiments import EXPERIMENTS
+from bitflow_edu.lab.neighbour_report import draw_neighbours, neighbour_pairs, neighbour_words
 from bitflow_edu.lab.neighbour_table import (
     Cell,
     at_rate,
     chosen_rate,
-    draw_neighbours,
     neighbours_table,
     run_cell,
     searches_in,
@@ -21,6 +21,9 @@ from bitflow_edu.lab.neighbour_table import (
     take_over,
 )
 from bitflow_edu.lab.presets import find_preset
+
+NAMES = ("normalizing-flow-matching", "flow-matching", "one-pass-mse", "aligned-to-flow")
+NAMES += ("quarter-aligned",)
 
 
 def tiny(steps=8):
@@ -35,8 +38,7 @@ def tiny(steps=8):
 def made(tmp_path_factory):
     "A table of one method with one seed, and its folder."
     root = tmp_path_factory.mktemp("neighbours")
-    names = ("normalizing-flow-matching", "flow-matching", "aligned-to-flow", "quarter-aligned")
-    return neighbours_table(tiny(), range(1), root, names, say=str), root
+    return neighbours_table(tiny(), range(1), root, NAMES, say=str), root
 
 
 def values(found, row):
@@ -69,6 +71,9 @@ def test_students_follow_another_trajectory(made):
     assert quarter["teacher_minutes"] == pytest.approx(
         pair["teacher_minutes"] + pair["own_minutes"]
     )
+    plain = values(found, "one-pass-mse")  # F's own trajectory, squared error alone
+    assert plain["teacher_minutes"] == pair["teacher_minutes"]
+    assert plain["params"] == pair["params"] and plain["fd[mnist-cnn]"] != pair["fd[mnist-cnn]"]
     assert 0 < whole["teacher_minutes"] != pair["teacher_minutes"]  # a flow's, and not F's
 
 
@@ -89,7 +94,7 @@ def test_the_average_of_weights_is_compared_with_the_weights(made):
 def test_the_search_is_stored_and_chooses_by_training_images(made):
     found, _ = made
     lines = [m for m in found if m["metric"] == "search fd_train"]
-    assert len(lines) == 3 * (1 + 4)  # rates, of G and of the methods
+    assert len(lines) == 3 * (1 + 5)  # rates, of G and of the methods
     assert sum(m["row"] == "one-pass" for m in lines) == 3
     lines = [m for m in lines if m["row"] == "flow-matching"]
     assert len(lines) == 3 and sum(m["chosen"] for m in lines) == 1
@@ -119,6 +124,27 @@ def test_what_was_measured_is_read_and_not_repeated(made):
     assert {"one-pass", "aligned-to-flow"} <= rows_of({"measurements": found}).keys()
 
 
+def test_what_is_said_names_the_best_and_what_is_missing(made):
+    found = {"name": "tiny", "measurements": made[0]}
+    said = " ".join(neighbour_words(found))
+    assert "One seed so far" in said and "Not measured yet: reflow, mean-flow" in said
+    fd = {m["row"]: m["value"] for m in made[0] if m["metric"] == "mean fd[mnist-cnn]"}
+    floor = fd["real training images"]
+    assert f"one-pass {fd['one-pass']:.1f}" in said and f"floor {floor:.1f}" in said
+    to_train = {m["row"]: m["value"] for m in made[0] if m["metric"] == "mean fd_train[mnist-cnn]"}
+    several = [
+        f"{name}-{k}"
+        for name in ("flow-matching", "normalizing-flow-matching")
+        for k in (2, 4, 8, 50)
+    ]
+    best = min(several, key=to_train.get)  # chosen by training images, told by test images
+    assert f"training images choose {best}: {fd[best]:.1f}" in said
+    lines = list(neighbour_pairs(found))
+    assert any("“flow-matching-8” and “flow-matching-8, no average”" in line for line in lines)
+    assert sum("normalizing-flow-matching-2" in line for line in lines) >= 1
+    assert lines[-1].startswith("learning rates") and "one-pass" in lines[-1]
+
+
 def test_seeds_of_a_results_file_are_not_measured_again(made, tmp_path, monkeypatch):
     """A table taken up in another folder trains nothing, and says the same."""
     found, _ = made
@@ -127,8 +153,7 @@ def test_seeds_of_a_results_file_are_not_measured_again(made, tmp_path, monkeypa
     assert {p.name for p in tmp_path.glob("*/*")} == {"figures.json"}
     monkeypatch.setattr(neighbour_table, "run_training", None)
     monkeypatch.setattr(neighbour_table, "train_cell", None)
-    names = ("normalizing-flow-matching", "flow-matching", "aligned-to-flow", "quarter-aligned")
-    again = neighbours_table(tiny(), range(1), tmp_path, names, say=str)
+    again = neighbours_table(tiny(), range(1), tmp_path, NAMES, say=str)
     key = [[(m["row"], m["metric"], m["seed"], m["value"]) for m in t] for t in (found, again)]
     assert sorted(map(str, key[0])) == sorted(map(str, key[1]))
     other = Cell(tiny(3), "pair", 0)

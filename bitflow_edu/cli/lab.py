@@ -42,7 +42,8 @@ from ..lab.bench_precision import bench_precision
 from ..lab.bench_speed import bench_geometry
 from ..lab.evaluate import Evaluation, check_drawn, evaluate
 from ..lab.hub import load_pretrained
-from ..lab.neighbour_table import draw_neighbours, neighbours_table, take_over
+from ..lab.neighbour_report import draw_neighbours
+from ..lab.neighbour_table import neighbours_table, take_over
 from ..lab.preset_fields import read_preset
 from ..lab.presets import Preset, check_pair_preset, find_preset
 from ..lab.report import draw_rows, sample_rows, write_report

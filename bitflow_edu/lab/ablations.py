@@ -149,7 +149,7 @@ def measure(sampler: Sampler, F: TARFlow, training: Training, device: str) -> di
     "Numbers of one sampler."
     data, n, seed = training.preset.data, training.preset.num_samples, training.seed
     part = images_of(data, "test")[:1000]
-    (inverse,) = inverse_errors(F, [sampler], part, 0, device, len(part))
+    (inverse,) = inverse_errors(F, [sampler], part, seed, device, len(part))
     found = {"inverse_mse": inverse["value"], "params": num_parameters(sampler.model)}
     real = real_images(data, F.cfg.channels, 5 * n)
     if real is None:
@@ -160,23 +160,31 @@ def measure(sampler: Sampler, F: TARFlow, training: Training, device: str) -> di
 
 # %% ../../nbs/lab/ablations.ipynb #eff368a5
 def floor(training: Training) -> dict:
-    "The same numbers of real training images, a random choice by the seed."
+    """The same numbers of real training images, a random choice by the seed; the distance to
+    training images is that of test images, since those would be compared with themselves."""
     data, n, seed = training.preset.data, training.preset.num_samples, training.seed
     real = real_images(data, data.channels, 5 * n)
     if real is None:
         return {}
-    train = images_of(data, "train")
-    pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    source = dataset_source(train, pick, real.network.name == "mnist-cnn")
-    return judged(source, min(n, len(train)), seed, real)
+    labelled, to_train = real.network.name == "mnist-cnn", real.network.metric("fd_train")
+
+    def numbers_of(split):
+        images = images_of(data, split)
+        pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        return judged(dataset_source(images, pick, labelled), min(n, len(images)), seed, real)
+
+    return numbers_of("train") | {to_train: numbers_of("test")[to_train]}
 
 # %% ../../nbs/lab/ablations.ipynb #b25f055a
+MEASURED = 2  # raised where the same weights are measured in another way
+
+
 def made_from(training: Training, root: Path) -> dict:
     "What the numbers of a training depend on besides its key: images, samples, weights."
     data, runs = training.preset.data, {"weights": training, "forward": training.forward}
     weights = {name: fingerprints.run_fingerprint(root / t.key / "run") for name, t in runs.items()}
     images = {split: fingerprint_of(data, split) for split in ("train", "test")}
-    return {"num_samples": training.preset.num_samples, **images, **weights}
+    return {"num_samples": training.preset.num_samples, "measured": MEASURED, **images, **weights}
 
 # %% ../../nbs/lab/ablations.ipynb #3d436b6f
 def measure_training(training: Training, ways: list, root: Path, device: str) -> dict:

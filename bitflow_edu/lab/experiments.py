@@ -48,7 +48,7 @@ def table_commands(preset: str, *tables: str, more: str = "") -> tuple[str, ...]
     return tuple(f"ablate {table} {options}" for table in tables)
 
 # %% ../../nbs/lab/experiments.ipynb #df4261cd
-GUIDED = "--w 0.1 0.25 0.5 1"  # digits choose the smallest, photographs the largest so far
+GUIDED = "--w 0.1 0.25 0.5 1"  # scales that training images choose from
 GUIDED_PHOTOS = "--w 0.5 1 2 3 --features effnet-lite0 --resume"
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
 from ..evaluation import timed
@@ -29,7 +28,6 @@ from bitflow_edu.lab.ablations import (
     images_of,
     judged,
     lines_of,
-    main_metric,
     read_images_from,
     real_images,
     run_training,
@@ -41,7 +39,6 @@ from bitflow_edu.lab.evaluate import (
     sampler_source,
     training_record,
 )
-from .plotting import PALETTE
 from .presets import Preset, check_pair_preset
 from bitflow_edu.lab.sampling import (
     SAMPLERS,
@@ -440,49 +437,3 @@ def table_lines(preset: Preset, rows: dict, real: dict, searches: dict) -> list:
         if row != "one-pass":
             found += difference_lines(found, row, "one-pass", n)
     return found
-
-# %% ../../nbs/lab/neighbour_table.ipynb #18d0000e
-def plot_training(ax, method: str, rows: list, mean: dict, brief: dict, mark: str, color):
-    "The distance to training images of a method's best sampler after the search, and at the end."
-    of_teacher, metric = mean[rows[0], "teacher_minutes"], "fd_train"
-    ends = [mean[row, name] for row, name in mean if row in rows and name.startswith(metric)]
-    minutes = [of_teacher + share * mean[rows[0], "own_minutes"] for share in (SEARCH, 1)]
-    if ends and method in brief:
-        ax.plot(minutes, [brief[method], min(ends)], "-", marker=mark, color=color, ms=6, lw=0.8)
-
-
-def draw_neighbours(found: list, title: str):
-    "Mean distance against NFE, a dot for each seed; and what the minutes of training brought."
-    mean, each, metric = {}, {}, main_metric(found)
-    for m in found:
-        if m["metric"].startswith("mean "):
-            mean[m["row"], m["metric"].removeprefix("mean ")] = m["value"]
-        elif m["metric"] == metric:
-            each.setdefault(m["row"], []).append(m["value"])
-    brief = {name: min(line["fd_train"] for line in s) for name, s in searches_in(found).items()}
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    methods = dict.fromkeys(row.rpartition("-")[0] for row, name in mean if name == "own_minutes")
-    names = [name for name in methods if name in NEIGHBOURS]
-    for i, method in enumerate(names):
-        own = [f"{method}-{n}" for n in find_neighbour(method).steps]
-        points = [(mean[r, "nfe"], mean[r, metric]) for r in own if (r, metric) in mean]
-        if points:
-            color = PALETTE[i % len(PALETTE)]
-            left.plot(*zip(*points), "o-", color=color, label=method)
-            dots = [(mean[r, "nfe"], y) for r in own for y in each.get(r, ())]
-            left.plot(*zip(*dots), ".", color=color, alpha=0.5, ms=4)
-            plot_training(right, method, own, mean, brief, "o", color)
-    for name, mark in zip(("one-pass", *STUDENTS), "*pvxP"):
-        if (one := mean.get((name, metric))) is not None:
-            label = "BiFlow's G" if name == "one-pass" else name
-            left.plot(1, one, mark, color="black", ms=8, label=label)
-            plot_training(right, name, [name], mean, brief, mark, "black")
-    if (good := mean.get((REAL, metric))) is not None:
-        left.axhline(good, color="grey", ls=":", label="real training images")
-    left.set(xscale="log", yscale="log", xlabel="NFE", ylabel=metric, title=title)
-    right.set(yscale="log", xlabel="core-minutes, teacher included")
-    right.set(ylabel=metric.replace("fd", "fd_train", 1), title="After a tenth, and after all")
-    left.set_xticks([1, 2, 4, 8, 50], ["1", "2", "4", "8", "50"])
-    left.minorticks_off()
-    left.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
