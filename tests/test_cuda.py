@@ -13,6 +13,7 @@ import torch
 from streams import CFG as STREAM
 from streams import Tiny
 
+from bitflow_edu import training
 from bitflow_edu.data import Images
 from bitflow_edu.exact_inverse import exact_inverse, exact_trajectory
 from bitflow_edu.excursions.compiled import capture_inverse, capture_pass
@@ -83,6 +84,39 @@ def test_a_training_in_bf16(device, of, compiled, tmp_path):
     trained(device, tmp_path / "full", of, replace(CFG, precision="fp32"))
     found, wanted = losses(tmp_path / "half"), losses(tmp_path / "full")
     assert len(found) == CFG.steps and found == pytest.approx(wanted, rel=0.05, abs=0.05)
+
+
+@on_each
+@pytest.mark.parametrize("of", ["F", "G"])
+def test_a_step_waits_for_nothing(device, of, tmp_path, monkeypatch):
+    """CUDA itself raises where a step reads its device; only logging and saving may."""
+    passed = []
+
+    def mode(name):
+        passed.append(name)
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode(name)
+
+    def calls(fn, before, after):
+        def through(*args, **kwargs):
+            mode(before)
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                mode(after)
+
+        return through
+
+    for name in ("log_step", "save_checkpoint"):
+        monkeypatch.setattr(training, name, calls(getattr(training, name), "default", "error"))
+    step = calls(training.forward_backward, "error", "error")
+    monkeypatch.setattr(training, "forward_backward", step)
+    try:
+        trained(device, tmp_path / "run", of, replace(CFG, log_every=4, checkpoint_every=4))
+    finally:
+        mode("default")
+    assert passed.count("default") == 3 and passed.count("error") == 2 * 4 + 2
+    assert len(losses(tmp_path / "run")) == 1
 
 
 @on_each

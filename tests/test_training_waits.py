@@ -26,6 +26,8 @@ from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.locks import LOCK
 from bitflow_edu.io.models import build, checkpoints_of, newest_checkpoint
 from bitflow_edu.io.progress import FiniteCheck, metrics_for, metrics_wanted
+from bitflow_edu.lab.presets import ObjectiveConfig
+from bitflow_edu.lab.recipes import stage_two_loss
 from bitflow_edu.neighbours import (
     Neighbour,
     beside,
@@ -97,7 +99,10 @@ OTHERS = {
     "mean flow": mean_flow_loss(),
     "consistency": consistency_loss(0.5),
 }
-CASES = ["F", "F on logits", *STRATEGY, "guided", "guided, detached", *OTHERS]
+CASES = ["F", "F on logits", *STRATEGY, "guided", "guided, detached", "whole loss", *OTHERS]
+
+
+LOSS = dict(features=("digits",), feature_weights=(3.0,), adaptive_power=1.0, normalise=True)
 
 
 def started(cfg):
@@ -120,6 +125,9 @@ def case_of(name, device="cpu"):
     if name in STRATEGY:
         G = small_reverse(flow, **STRATEGY[name])
         return G.to(device), reverse_loss(flow, STRATEGIES[name])
+    if name == "whole loss":  # features, adaptive weights, states of one size
+        G = small_reverse(flow).to(device)
+        return G, stage_two_loss(flow, G, ObjectiveConfig(**LOSS), str(device))
     detach = name != "guided"
     G = small_reverse(flow, max_guidance=2.0, scale_token=detach)
     return G.to(device), reverse_loss(flow, run=guided_run(detach_unconditional=detach))

@@ -243,7 +243,7 @@ class Limits:
 
     repeats: int = 15  # timed calls of a row
     row_s: float = 8.0  # seconds for a row's timed calls; a row that cannot make 3 is left out
-    run_s: float = 180.0  # seconds after which no further row is started
+    run_s: float = 270.0  # seconds after which no further row is started
 
 # %% ../../nbs/lab/bench_speed.ipynb #eefcd4ac
 CPU_LIMITS = Limits(row_s=120.0, run_s=1200.0)
