@@ -157,7 +157,8 @@ def section_of(result: dict, line: dict) -> str:
     how += f", budget `{line['budget']}`" if line["budget"] else ""
     how += f"; images: {images}" if images else ""
     how += (
-        f"; {line['hardware']}; commit {line['commit']}, {date}, {line['wall_s'] / 60:.1f} minutes."
+        f"; {line['hardware']}; commit {line['commit']}, {date}, "
+        f"{line['wall_s'] / 60:.1f} minutes since its last start."
     )
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
     if is_paired(result):
@@ -173,8 +174,8 @@ PAGE = """# All results
 
 Written from the files in this folder by `bitflow reproduce`. Pictures show the first samples of \
 their seed, not chosen ones. A number can be made again with the command that stands above it.
-Where a table has several seeds, each seed has its own models and its own noise, shared by all \
-rows; numbers are means with their 95% intervals, and differences are taken in pairs, seed by \
+Where a table has several seeds, each seed has its own models (in benchmarks one pair serves \
+all) and its own noise, shared by all rows; numbers are means with their 95% intervals, and differences are taken in pairs, seed by \
 seed. n counts samples or images; in benchmarks, repetitions.
 
 ## The experiments
