@@ -176,7 +176,8 @@ Written from the files in this folder by `bitflow reproduce`. Pictures show the 
 their seed, not chosen ones. A number can be made again with the command that stands above it.
 Where a table has several seeds, each seed has its own models (in benchmarks one pair serves \
 all) and its own noise, shared by all rows; numbers are means with their 95% intervals, and \
-differences are taken in pairs, seed by seed. n counts samples or images; in benchmarks, repetitions.
+differences are taken in pairs, seed by seed. n counts samples or images; in benchmarks, \
+repetitions.
 
 ## The experiments
 
