@@ -157,6 +157,10 @@ def test_a_table_of_neighbours_grows_seed_by_seed(tmp_path, capsys):
     out = tmp_path / "n.json"
     run(f"{words} --seeds 1 --work {tmp_path}/first --out {out}")
     before = {(m["row"], m["metric"]): m["value"] for m in measurements(out) if m["seed"] == 0}
+    text = out.read_text()
+    asked = find_preset("mnist-mini-smoke").objective.decoded_images
+    assert f'"decoded_images": {asked}' in text, "without a decoder this field has no effect"
+    out.write_text(text.replace(f'"decoded_images": {asked}', '"decoded_images": 4'))
     other = words.replace("flow-matching", "quarter-naive")
     run(f"{other} --seeds 1 --seed 1 --work {tmp_path}/second --out {out} --resume")
     after = {(m["row"], m["metric"]): m["value"] for m in measurements(out) if m["seed"] == 0}

@@ -267,6 +267,14 @@ def run_ablate(args: Ablate):
         run_table(one)
 
 # %% ../../nbs/cli/lab.ipynb #18c00009
+def comparable(config: dict) -> dict:
+    "A preset as JSON, without what has no effect in it."
+    objective = {**config["objective"]}
+    if not objective["decoder"]:  # nothing is decoded
+        objective.pop("decoded_images", None)
+    return json.loads(json.dumps({**config, "objective": objective}))
+
+
 def run_neighbours(args: CompareNeighbours):
     "`bitflow neighbours`"
     preset, start = preset_of(args), time.perf_counter()
@@ -275,7 +283,7 @@ def run_neighbours(args: CompareNeighbours):
     held = set()
     if out.exists():  # what was measured before, here or elsewhere
         stored = load_result(out.stem, out.parent)
-        if stored["config"] != json.loads(json.dumps(dataclasses.asdict(preset))):
+        if comparable(stored["config"]) != comparable(dataclasses.asdict(preset)):
             raise BitflowError(f"{out} is of another preset; move it away, or name another --out")
         held = take_over(stored["measurements"], preset, args.work)
     more = args.work, args.methods, device
