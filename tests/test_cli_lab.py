@@ -37,7 +37,7 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert resumed.returncode == 0 and "report.html" in resumed.stdout
     same = (tmp_path / "runs/demo/report.html").read_text(encoding="utf-8") == report
     assert same, "nothing is overwritten"
-    rows = {(m["row"], m["metric"], m["batch"]) for m in result["measurements"]}
+    rows = {(m["row"], m["metric"], m.get("batch")) for m in result["measurements"]}
     metrics = ("fd[mnist-cnn]", "label_accuracy", "params", "serial_steps", "flops_per_image")
     for row in ("exact", "exact+denoise", "one-pass"):
         assert {(row, metric, None) for metric in metrics} <= rows

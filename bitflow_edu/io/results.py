@@ -125,8 +125,10 @@ def results_text(
     head: dict,  # everything but the measurements
     measurements: list,  # of `measurement`
 ) -> str:  # JSON
-    "A results file's text: one measurement a line, so that a changed number is a changed line."
-    lines = ",\n".join("  " + json.dumps(m, separators=(",", ":")) for m in measurements)
+    """A results file's text: one measurement a line, so that a changed number is a changed line;
+    `batch` only where there is one."""
+    found = [{k: v for k, v in m.items() if (k, v) != ("batch", None)} for m in measurements]
+    lines = ",\n".join("  " + json.dumps(m, separators=(",", ":")) for m in found)
     return f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n{lines}\n ]\n}}\n'
 
 # %% ../../nbs/io/results.ipynb #5d0a9e3c
@@ -134,7 +136,7 @@ EARLIER_ROWS = {"one pass": "one-pass", "score step": "score-step"}
 
 
 def with_row_names(result: dict) -> dict:
-    "A results file with today's names of rows, whichever version of this package wrote it."
+    "A results file with today's names and keys, whichever version of this package wrote it."
 
     def renamed(row):
         for old, new in EARLIER_ROWS.items():
@@ -145,6 +147,7 @@ def with_row_names(result: dict) -> dict:
     if isinstance(result, dict):
         for m in result.get("measurements", ()):
             m["row"] = renamed(m["row"])
+            m.setdefault("batch", None)
             if "fastest" in m:
                 m["fastest"] = [renamed(row) for row in m["fastest"]]
     return result
