@@ -125,7 +125,7 @@ def test_a_demo_measures_what_the_stored_one_measured(pair, digits, monkeypatch)
     monkeypatch.setattr(sampling, "timed", once)
 
     def name(m):
-        return m["row"], m["metric"], m["batch"]
+        return m["row"], m["metric"], m.get("batch")
 
     stored = json.loads((RESULTS / "demo-mnist-mini.json").read_text())["measurements"]
     expected = [name(m) for m in stored if m["row"] != "demo"]

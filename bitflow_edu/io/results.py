@@ -174,7 +174,7 @@ def measured(
 ) -> list:  # of measurements, empty where there are none
     "The lines of a results file for one method and metric."
     found = [m for m in result["measurements"] if (m["row"], m["metric"]) == (row, metric)]
-    return [m for m in found if batch in (None, m["batch"])]
+    return [m for m in found if batch in (None, m.get("batch"))]
 
 # %% ../../nbs/io/results.ipynb #6ad23bf7
 def figure(
