@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
+from commands import measurements
 
 from bitflow_edu.cli import lab, options
 from bitflow_edu.cli.main import main
@@ -184,7 +185,7 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     assert all((tmp_path / "runs" / t.key / "images.json").exists() for t in jobs)
     files = {t.key: tmp_path / "runs" / t.key / "figures.json" for t, ways in jobs.items() if ways}
     figures = {key: json.loads(file.read_text()) for key, file in files.items()}
-    assert table_measurements("denoising", preset, range(2), figures) == result["measurements"]
+    assert table_measurements("denoising", preset, range(2), figures) == measurements(file)
 
 
 def checkpoints_under(folder) -> int:
