@@ -1,9 +1,9 @@
 """What the tests of the command line share: a command that succeeds, and one that is refused."""
 
-import json
 import shlex
 
 from bitflow_edu.cli.main import main
+from bitflow_edu.io.results import load_result
 
 SMOKE, GLOW = "--preset mnist-mini-smoke", "--preset mnist-glow-smoke"
 
@@ -28,5 +28,4 @@ def refused(line, capsys, *words):
 
 def measurements(path):
     """The lines of a results file."""
-    found = json.loads(path.read_text())["measurements"]
-    return [{"batch": None, **m} for m in found]
+    return load_result(path.stem, path.parent)["measurements"]

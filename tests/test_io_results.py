@@ -43,6 +43,21 @@ def test_results_file_has_the_shape_everything_reads(tmp_path):
         figure(result, "one-pass", "ms_per_image")
 
 
+def test_a_line_is_stored_short_and_read_whole(tmp_path):
+    """Seven digits; what most lines have alike is left out and comes back."""
+    found = [
+        measurement("a", "fd", 2 / 3, n=20, seed=1, low=1 / 3),
+        measurement("b", "count", 12345678),
+    ]
+    path = save_results(tmp_path, "short", "p", "bitflow", {}, found, 1.0)
+    text = path.read_text()
+    assert '"value":0.6666667,' in text and '"low":0.3333333}' in text and "12345678" in text
+    assert '"unit"' not in text and '"batch"' not in text
+    read = load_result("short", tmp_path)["measurements"]
+    assert [set(m) for m in read] == [set(m) for m in found]
+    assert [(m["unit"], m["batch"]) for m in read] == [("1", None)] * 2
+
+
 def test_a_results_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "half.json").write_text('{"name": ')
     for name in ("half", "none"):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
-from commands import measurements
 
 from bitflow_edu.cli import lab, options
 from bitflow_edu.cli.main import main
@@ -26,6 +25,7 @@ from bitflow_edu.evaluation import (
     precision_recall,
 )
 from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.results import results_text
 from bitflow_edu.lab import ablations
 from bitflow_edu.lab.ablations import (
     REAL,
@@ -185,7 +185,8 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     assert all((tmp_path / "runs" / t.key / "images.json").exists() for t in jobs)
     files = {t.key: tmp_path / "runs" / t.key / "figures.json" for t, ways in jobs.items() if ways}
     figures = {key: json.loads(file.read_text()) for key, file in files.items()}
-    assert table_measurements("denoising", preset, range(2), figures) == measurements(file)
+    again = table_measurements("denoising", preset, range(2), figures)
+    assert json.loads(results_text({"name": ""}, again))["measurements"] == result["measurements"]
 
 
 def checkpoints_under(folder) -> int:

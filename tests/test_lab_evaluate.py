@@ -22,6 +22,7 @@ from bitflow_edu.excursions.glow import CouplingConfig, CouplingFlow
 from bitflow_edu.inverse_strategies import check_pair
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import build
+from bitflow_edu.io.results import load_result
 from bitflow_edu.lab import sampling
 from bitflow_edu.lab.evaluate import (
     Judge,
@@ -307,7 +308,7 @@ def test_a_coupling_flow_alone(digits):
     assert found["exact", "fd[mnist-cnn]"] == distance
     assert not any(metric == "label_accuracy" for _, metric in found)
     assert found["exact", "broken_samples"] == 0 and found["exact", "serial_steps"] == 1
-    stored = json.loads((RESULTS / "evaluate-mnist-glow.json").read_text())["measurements"]
+    stored = load_result("evaluate-mnist-glow", RESULTS)["measurements"]
     expected = [m["metric"] for m in stored if m["row"] == "exact" and m["unit"] not in ("ms", "s")]
     names = [m["metric"] for m in done.measurements if m["row"] == "exact"]
     assert [n for n in expected if n not in ("train_steps", "broken_samples")] == [

@@ -120,15 +120,22 @@ def save_results(
     write_atomically(path, results_text(head, measurements))
     return path
 
+# %% ../../nbs/io/results.ipynb #5f1c70ad
+ABSENT = {"batch": None, "unit": "1"}  # what a line of a file without these keys has
+
 # %% ../../nbs/io/results.ipynb #2447badb
 def results_text(
     head: dict,  # everything but the measurements
     measurements: list,  # of `measurement`
 ) -> str:  # JSON
     """A results file's text: one measurement a line, so that a changed number is a changed line;
-    `batch` only where there is one."""
-    found = [{k: v for k, v in m.items() if (k, v) != ("batch", None)} for m in measurements]
-    lines = ",\n".join("  " + json.dumps(m, separators=(",", ":")) for m in found)
+    seven digits; `batch` and `unit` only where there is one."""
+
+    def short(m):
+        kept = ((k, v) for k, v in m.items() if k not in ABSENT or v != ABSENT[k])
+        return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in kept}
+
+    lines = ",\n".join("  " + json.dumps(short(m), separators=(",", ":")) for m in measurements)
     return f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n{lines}\n ]\n}}\n'
 
 # %% ../../nbs/io/results.ipynb #5d0a9e3c
@@ -147,7 +154,7 @@ def with_row_names(result: dict) -> dict:
     if isinstance(result, dict):
         for m in result.get("measurements", ()):
             m["row"] = renamed(m["row"])
-            m.setdefault("batch", None)
+            m.update({k: v for k, v in ABSENT.items() if k not in m})
             if "fastest" in m:
                 m["fastest"] = [renamed(row) for row in m["fastest"]]
     return result
