@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from bitflow_edu.exact_inverse import exact_trajectory
+from bitflow_edu.exact_inverse import exact_trajectory, invert_block
 from bitflow_edu.excursions import compiled
 from bitflow_edu.excursions.compiled import (
     PackedLinear,
@@ -74,7 +74,7 @@ def recorded_without_a_gpu(call):
     return out, again
 
 
-@pytest.mark.parametrize("of", ["F", "F, guided", "G", "G with w"])
+@pytest.mark.parametrize("of", ["F", "F, guided", "F, compiled", "G", "G with w"])
 def test_what_is_recorded_is_replayed_for_other_noise(of, monkeypatch):
     """On a CPU the recording is pretended; its buffers, copies and checks are the real ones."""
     monkeypatch.setattr(compiled, "check_on_gpu", lambda like: None)
@@ -82,7 +82,8 @@ def test_what_is_recorded_is_replayed_for_other_noise(of, monkeypatch):
     flow, c = small_flow(), torch.tensor([1, 2, -1])
     if of.startswith("F"):
         guidance = Guidance(1.0) if "guided" in of else None
-        replay = capture_inverse(flow, 3, guidance)
+        invert = compile_blocks(flow) if "compiled" in of else invert_block
+        replay = capture_inverse(flow, 3, guidance, invert=invert)
         wanted = lambda z, c: exact_trajectory(flow, z, c, guidance=guidance)[0]  # noqa: E731
     else:
         w = 1.5 if "w" in of else None

@@ -15,13 +15,14 @@ from streams import Tiny
 
 from bitflow_edu import training
 from bitflow_edu.data import Images
-from bitflow_edu.exact_inverse import exact_inverse, exact_trajectory
-from bitflow_edu.excursions.compiled import capture_inverse, capture_pass
+from bitflow_edu.exact_inverse import exact_inverse, exact_trajectory, invert_block
+from bitflow_edu.excursions.compiled import capture_inverse, capture_pass, compile_blocks
 from bitflow_edu.excursions.jacobi import jacobi_trajectory
 from bitflow_edu.guidance import Guidance, guided_run
 from bitflow_edu.inverse_strategies import STRATEGIES, reverse_loss
 from bitflow_edu.io.checkpoints import read_metrics
 from bitflow_edu.io.models import build, newest_checkpoint
+from bitflow_edu.lab.bench_speed import compiled_copy
 from bitflow_edu.lab.evaluate import sampler_source
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.recipes import train_reverse
@@ -149,11 +150,17 @@ def test_the_exact_inverse_inverts(device, guidance):
         torch.testing.assert_close(flow(x, c).z, z, rtol=1e-3, atol=1e-3)
 
 
-def captured(flow, c, guidance):
-    """Captured decoding on a GPU; on a CPU, where there are no graphs, the plain one."""
+def captured(flow, c, guidance, invert):
+    """Captured decoding on a GPU; on a CPU, without graphs, the same steps as they are."""
     if c.device.type == "cuda":
-        return capture_inverse(flow, len(c), guidance)
-    return lambda noise, labels: exact_trajectory(flow, noise, labels, guidance=guidance)[0]
+        return capture_inverse(flow, len(c), guidance, invert=invert)
+    return lambda noise, labels: exact_trajectory(flow, noise, labels, invert, guidance)[0]
+
+
+def skip_slow_compiler(device, compiled):
+    """A CPU's compiler takes seconds for each case; test_compiled.py has these on a CPU."""
+    if compiled and device == "cpu":
+        pytest.skip("compiled on a GPU only")
 
 
 FORMS = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]  # of weights, and how near
@@ -161,11 +168,13 @@ FORMS = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]  # of weights, and how n
 
 @on_each
 @pytest.mark.parametrize("dtype, near", FORMS)
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("guidance", [None, Guidance(1.0)])
-def test_captured_decoding_is_eager_decoding(device, guidance, dtype, near):
+def test_captured_decoding_is_eager_decoding(device, guidance, compiled, dtype, near):
     """Replayed for other noise and other labels than it was captured with, twice."""
+    skip_slow_compiler(device, compiled)
     flow, c = small_flow(modern=True).to(device, dtype), torch.tensor([1, 2, 0], device=device)
-    replay = captured(flow, c, guidance)
+    replay = captured(flow, c, guidance, compile_blocks(flow) if compiled else invert_block)
     for seed, labels in enumerate((c, c.flip(0))):
         z = sample_noise(flow.cfg, 3, seed=seed).to(device)
         wanted = exact_trajectory(flow, z, labels, guidance=guidance)[0]
@@ -175,13 +184,15 @@ def test_captured_decoding_is_eager_decoding(device, guidance, dtype, near):
 
 @on_each
 @pytest.mark.parametrize("dtype, near", FORMS)
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("w", [None, 1.5])
-def test_a_captured_pass_is_one_pass(device, w, dtype, near):
+def test_a_captured_pass_is_one_pass(device, w, compiled, dtype, near):
     """Replayed for other noise and other labels than it was captured with, twice."""
+    skip_slow_compiler(device, compiled)
     flow, c = small_flow(modern=True), torch.tensor([1, 2, 0], device=device)
     G = small_reverse(flow, max_guidance=3.0 if w else 0.0).to(device, dtype)
-    on_gpu = device == "cuda"
-    replay = capture_pass(G, 3, w) if on_gpu else lambda z, labels: one_pass(G, z, labels, w)
+    program, on_gpu = compiled_copy(G) if compiled else G, device == "cuda"
+    replay = capture_pass(program, 3, w) if on_gpu else lambda z, c: one_pass(program, z, c, w)
     for seed, labels in enumerate((c, c.flip(0))):
         z = sample_noise(G.cfg, 3, seed=seed).to(device)
         wanted = one_pass(G, z, labels, w)

@@ -112,16 +112,21 @@ def replayed(model: nn.Module, z: torch.Tensor, c: torch.Tensor, call: Callable)
     return replay
 
 # %% ../../nbs/excursions/compiled.ipynb #5e6dfa46
-def capture_inverse(model: TARFlow, batch: int, guidance: Guidance = None, labelled: bool = True):
-    """The exact inverse of `batch` images as one CUDA graph: a function (z, c) → x^0 `(N, T, D)`.
-    `labelled`: whether any label is not −1. `BitflowError` where the model is not on a GPU."""
+def capture_inverse(
+    model: TARFlow,  # on a GPU; `BitflowError` where it is not
+    batch: int,  # images of a call
+    guidance: Guidance = None,  # recorded, too
+    labelled: bool = True,  # whether any label is not −1
+    invert: Callable = invert_block,  # of a block: plain, or what `compile_blocks` gives
+) -> Callable:  # (z, c) → x^0 `(N, T, D)`
+    "The exact inverse of `batch` images as one CUDA graph."
     check_model(model, TARFlow)
     like, T, D = model.blocks[0].pos_embed, model.cfg.num_tokens, model.cfg.token_dim
     check_on_gpu(like)
     z = torch.zeros(batch, T, D, device=like.device)
     c = torch.full((batch,), 0 if labelled else -1, device=like.device)
-    exact_trajectory(model, z, c, guidance=guidance)  # checks, and warms up
-    return replayed(model, z, c, lambda: invert_blocks(model, z, c, invert_block, guidance)[0])
+    exact_trajectory(model, z, c, invert, guidance)  # checks, and warms up
+    return replayed(model, z, c, lambda: invert_blocks(model, z, c, invert, guidance)[0])
 
 # %% ../../nbs/excursions/compiled.ipynb #22e00072
 def capture_pass(model: ReverseModel, batch: int, w: float | None = None):

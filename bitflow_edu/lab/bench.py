@@ -165,6 +165,7 @@ def compiled_decoding_calls(model: TARFlow, z: Tensor, c: Tensor, w: float = 0.0
     packed = packed_once(model, rows)
     native = cache(lambda: NativeInverse(model))
     inverter = cache(lambda: compile_blocks(packed()))
+    captured = cache(lambda: capture_inverse(model, len(z), guidance, invert=inverter()))
 
     def decode_natively():
         return native()(z, c, guidance)[0]
@@ -172,11 +173,16 @@ def compiled_decoding_calls(model: TARFlow, z: Tensor, c: Tensor, w: float = 0.0
     def decode_compiled():
         return exact_trajectory(packed(), z, c, inverter(), guidance)[0]
 
+    def replay_compiled():
+        return captured()(z, c)
+
     calls = {}
     if not unsupported_reason(model):
         calls["native"] = decode_natively
     if rows < 32 or z.device.type != "cpu":  # no compiler sees into weights packed for more
         calls["compiled"] = decode_compiled
+    if z.device.type == "cuda":
+        calls["compiled graph"] = replay_compiled
     return calls
 
 # %% ../../nbs/lab/bench.ipynb #77a8bdf7

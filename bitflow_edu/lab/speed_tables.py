@@ -18,7 +18,8 @@ from ..speed import Machine
 __all__ = ['times_of', 'cases_of', 'plot_roofline', 'methods', 'with_decoders', 'speed_table', 'plot_speed']
 
 # %% ../../nbs/lab/speed_tables.ipynb #d363d9f2
-EXACT_INVERSES = ("exact", "packed", "native", "graph", "compiled", "jacobi", "gs-jacobi")
+EXACT_INVERSES = ("exact", "packed", "native", "graph", "compiled", "compiled graph")
+EXACT_INVERSES += ("jacobi", "gs-jacobi")
 
 
 def case_key(batch: int, w: float | None = None) -> dict:
