@@ -8,6 +8,7 @@ import pytest
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.results import rows_of
 from bitflow_edu.lab import neighbour_table
+from bitflow_edu.lab.ablations import REAL, lines_of
 from bitflow_edu.lab.experiments import EXPERIMENTS
 from bitflow_edu.lab.neighbour_report import draw_neighbours, neighbour_pairs, neighbour_words
 from bitflow_edu.lab.neighbour_table import (
@@ -51,7 +52,7 @@ def test_every_row_has_its_numbers(made):
     numbers = values(found, "normalizing-flow-matching-4")
     wanted = "nfe params fd[mnist-cnn] fd_train[mnist-cnn] label_accuracy precision recall"
     assert set(wanted.split()) <= set(numbers) and numbers["nfe"] == 4
-    assert {"ms_per_image[1]", "ms_per_image[64]", "own_minutes"} <= set(numbers)
+    assert numbers["own_minutes"] > 0
     assert numbers["teacher_minutes"] > 0  # it asks F
     assert numbers["steps"] >= 1
     assert values(found, "one-pass")["nfe"] == 1 and "exact+denoise" in {m["row"] for m in found}
@@ -59,6 +60,20 @@ def test_every_row_has_its_numbers(made):
     assert difference and all(m["versus"] == "one-pass" for m in difference)
     params = values(found, "normalizing-flow-matching-1")["params"], values(found, "one-pass")
     assert abs(params[0] / params[1]["params"] - 1) < 0.1  # tiny: times weigh more
+
+
+def test_every_row_has_a_time_and_equal_work_has_equal_ones(made):
+    """Measured when the table is written; a table that is taken over is timed anew."""
+    found, _ = made
+    rows = {m["row"] for m in found if m["metric"] == "nfe"}
+    for batch in (1, 64):
+        metric = f"mean ms_per_image[{batch}]"
+        times = {m["row"]: m["value"] for m in found if m["metric"] == metric}
+        assert set(times) == rows and all(ms > 0 for ms in times.values())
+        assert times["flow-matching-8"] == times["normalizing-flow-matching-8"]
+        assert times["flow-matching-8"] == times["flow-matching-8, no average"]
+        assert times["flow-matching-50"] > times["flow-matching-1"]
+    assert not any(m["metric"].startswith("ms_per_image") for m in found)
 
 
 def test_students_follow_another_trajectory(made):
@@ -142,7 +157,48 @@ def test_what_is_said_names_the_best_and_what_is_missing(made):
     lines = list(neighbour_pairs(found))
     assert any("“flow-matching-8” and “flow-matching-8, no average”" in line for line in lines)
     assert sum("normalizing-flow-matching-2" in line for line in lines) >= 1
-    assert lines[-1].startswith("learning rates") and "one-pass" in lines[-1]
+    (rates,) = (line for line in lines if line.startswith("learning rates"))
+    assert "one-pass" in rates
+    largest = [m["row"] for m in made[0] if m.get("chosen") and m["lr"] == 0.004]
+    assert lines[-1].endswith(f"not tried: {', '.join(largest)}") or not largest
+
+
+def pretended(steps=(100, 120), **rows):
+    "A table's measurements: row → FD of each seed."
+    found = []
+    for row, seeds in rows.items():
+        row, real = row.replace("_", "-"), row == REAL
+        one = {"fd[mnist-cnn]": seeds, "fd_train[mnist-cnn]": seeds, "nfe": [1] * len(seeds)}
+        one |= {"steps": steps[: len(seeds)], "share_of_budget": [1] * len(seeds)}
+        one = {name: one[name] for name in list(one)[: 2 if real else None]}
+        found += lines_of(row, {name: dict(enumerate(v)) for name, v in one.items()}, 20)
+    return {"name": "pretended", "measurements": found}
+
+
+def test_what_is_said_in_short_follows_the_intervals():
+    """A clear lead, a clear lag and an open case; and who made unequal numbers of steps."""
+    table = {"one_pass": [5.0, 6.0], "gan_1": [9.0, 10.01], "one_pass_mse": [3.0, 4.01]}
+    result = pretended(**table, reflow_1=[4.0, 8.0], **{REAL: [3.0, 3.0]})
+    (short, *_) = (line for line in neighbour_pairs(result) if "in short" in line)
+    assert short.endswith("ahead: gan-1; undecided: reflow-1; behind: one-pass-mse")
+    said = " ".join(neighbour_words(result))
+    assert "made 100 steps in them, another one 120" in said
+
+
+def test_the_first_point_of_a_line_counts_what_the_search_did_beside_its_steps(made):
+    """A tenth of the method's minutes, and the pairs of reflow; no two methods share a colour."""
+    found = [dict(m) for m in made[0]]
+    method = "flow-matching"
+    own = next(
+        m["value"] for m in found if (m["row"], m["metric"]) == (f"{method}-1", "mean own_minutes")
+    )
+    for m in found:
+        if (m["row"], m["metric"]) == (method, "search fd_train"):
+            m["beside"] = 7.0
+    first = [line.get_xdata()[0] for line in draw_neighbours(found, "title").axes[1].lines]
+    assert any(x == pytest.approx(7.0 + 0.1 * own) for x in first)
+    colours = [line.get_color() for line in draw_neighbours(found, "title").axes[1].lines]
+    assert len({c for c in colours if c != "black"}) == sum(c != "black" for c in colours) == 2
 
 
 def test_seeds_of_a_results_file_are_not_measured_again(made, tmp_path, monkeypatch):
@@ -154,7 +210,8 @@ def test_seeds_of_a_results_file_are_not_measured_again(made, tmp_path, monkeypa
     monkeypatch.setattr(neighbour_table, "run_training", None)
     monkeypatch.setattr(neighbour_table, "train_cell", None)
     again = neighbours_table(tiny(), range(1), tmp_path, NAMES, say=str)
-    key = [[(m["row"], m["metric"], m["seed"], m["value"]) for m in t] for t in (found, again)]
+    said = [[m for m in t if "ms_per_image" not in m["metric"]] for t in (found, again)]
+    key = [[(m["row"], m["metric"], m["seed"], m["value"]) for m in t] for t in said]
     assert sorted(map(str, key[0])) == sorted(map(str, key[1]))
     other = Cell(tiny(3), "pair", 0)
     assert stored_figures(other, tmp_path) is None  # another preset has other figures

@@ -6,8 +6,16 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 
 from ..io.results import measured, rows_of
-from .ablations import REAL, ahead, by_seed, main_metric
-from .neighbour_table import OF_THE_PAIR, RATES, SEARCH, STUDENTS, searches_in
+from .ablations import REAL, ahead, by_seed, difference, main_metric
+from bitflow_edu.lab.neighbour_table import (
+    OF_THE_PAIR,
+    RATES,
+    SEARCH,
+    STUDENTS,
+    chosen_line,
+    method_of,
+    searches_in,
+)
 from .plotting import PALETTE
 from ..neighbours import NEIGHBOURS, find_neighbour
 
@@ -15,13 +23,18 @@ from ..neighbours import NEIGHBOURS, find_neighbour
 __all__ = []
 
 # %% ../../nbs/lab/neighbour_report.ipynb #18d0000e
+COLORS = (*PALETTE[:-1], "#882255")  # of methods; black is for G
+
+
 def plot_training(ax, method: str, rows: list, mean: dict, brief: dict, mark: str, color):
     "The distance to training images of a method's best sampler after the search, and at the end."
-    of_teacher, metric = mean[rows[0], "teacher_minutes"], "fd_train"
-    ends = [mean[row, name] for row, name in mean if row in rows and name.startswith(metric)]
-    minutes = [of_teacher + share * mean[rows[0], "own_minutes"] for share in (SEARCH, 1)]
+    of_teacher, own = (mean[rows[0], name] for name in ("teacher_minutes", "own_minutes"))
+    ends = [mean[row, name] for row, name in mean if row in rows and name.startswith("fd_train")]
     if ends and method in brief:
-        ax.plot(minutes, [brief[method], min(ends)], "-", marker=mark, color=color, ms=6, lw=0.8)
+        first = brief[method]  # what a method does outside its steps, it did in the search, too
+        minutes = of_teacher + first["beside"] + SEARCH * own, of_teacher + own
+        points = first["fd_train"], min(ends)
+        ax.plot(minutes, points, "-", marker=mark, color=color, ms=6, lw=0.8)
 
 
 def draw_neighbours(found: list, title: str):
@@ -32,7 +45,7 @@ def draw_neighbours(found: list, title: str):
             mean[m["row"], m["metric"].removeprefix("mean ")] = m["value"]
         elif m["metric"] == metric:
             each.setdefault(m["row"], []).append(m["value"])
-    brief = {name: min(line["fd_train"] for line in s) for name, s in searches_in(found).items()}
+    brief = {name: chosen_line(search) for name, search in searches_in(found).items()}
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     methods = dict.fromkeys(row.rpartition("-")[0] for row, name in mean if name == "own_minutes")
     names = [name for name in methods if name in NEIGHBOURS]
@@ -40,7 +53,7 @@ def draw_neighbours(found: list, title: str):
         own = [f"{method}-{n}" for n in find_neighbour(method).steps]
         points = [(mean[r, "nfe"], mean[r, metric]) for r in own if (r, metric) in mean]
         if points:
-            color = PALETTE[i % len(PALETTE)]
+            color = COLORS[i % len(COLORS)]
             left.plot(*zip(*points), "o-", color=color, label=method)
             dots = [(mean[r, "nfe"], y) for r in own for y in each.get(r, ())]
             left.plot(*zip(*dots), ".", color=color, alpha=0.5, ms=4)
@@ -66,11 +79,13 @@ def means_by_row(result: dict, metric: str) -> dict[str, float]:
     return {row: mean for row, (_, mean, _) in rows_of(result, metric).items()}
 
 
-def steps_a_minute(result: dict, row: str) -> list[str]:
-    "What each seed of a row did in its minutes: equal work, unless the machine had other to do."
-    found = result["measurements"]
-    steps, minutes = (by_seed(found, row, name) for name in ("steps", "own_minutes"))
-    return [f"{steps[seed] / minutes[seed]:.0f}" for seed in steps]
+def steps_spread(result: dict) -> dict[str, tuple]:
+    """Method → the fewest and the most steps that a seed made in its budget: equal, where the
+    machine had nothing else to do."""
+    found, rows = result["measurements"], means_by_row(result, "steps")
+    firsts = {method_of(row): row for row in reversed(rows)}
+    steps = {name: by_seed(found, row, "steps").values() for name, row in firsts.items()}
+    return {name: (min(made), max(made)) for name, made in steps.items() if len(made) > 1}
 
 
 def neighbour_words(result: dict, metric: str = "fd[mnist-cnn]"):
@@ -88,8 +103,11 @@ def neighbour_words(result: dict, metric: str = "fd[mnist-cnn]"):
     shares = means_by_row(result, "share_of_budget").items()
     shares = [share for row, share in shares if not row.startswith("quarter")]
     yield f"Methods took {min(shares):.2f} to {max(shares):.2f} of the budget of F and G."
-    if speeds := steps_a_minute(result, "flow-matching-1"):
-        yield f"(Minutes of a clock: flow matching made {', '.join(speeds)} steps in one.)"
+    if spread := steps_spread(result):
+        widest = max(spread, key=lambda name: spread[name][1] / spread[name][0])
+        few, most = spread[widest]
+        yield f"(They are minutes of a clock: a seed of {widest} made {few:,} steps in them,"
+        yield f"another one {most:,}; no other method differs by more.)"
     missing = [name for name in (*NEIGHBOURS, *STUDENTS) if not {name, f"{name}-1"} & nfe.keys()]
     if missing:
         yield f"Not measured yet: {', '.join(missing)}."
@@ -97,6 +115,16 @@ def neighbour_words(result: dict, metric: str = "fd[mnist-cnn]"):
         yield "**One seed so far**: there are no intervals, so this is an order, and no verdict."
 
 # %% ../../nbs/lab/neighbour_report.ipynb #18e00008
+def in_short(result: dict, pairs: dict, metric: str) -> str:
+    "Of pairs of rows, by name: where the first is ahead, where nothing is decided, where behind."
+    sides = {"ahead": [], "undecided": [], "behind": []}
+    for name, pair in pairs.items():
+        d = difference(result["measurements"], *pair, metric)
+        side = "undecided" if not d.decided else "ahead" if d.mean < 0 else "behind"
+        sides[side].append(name)
+    return "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+
+
 def neighbour_pairs(result: dict, metric: str = "fd[mnist-cnn]"):
     "Lines of paired comparisons, and the learning rates that were chosen."
     to_train = means_by_row(result, metric.replace("fd", "fd_train", 1))
@@ -106,18 +134,22 @@ def neighbour_pairs(result: dict, metric: str = "fd[mnist-cnn]"):
             best.setdefault(row if nfe[row] == 1 else row.rpartition("-")[0], row)
     plain, coded = "flow-matching-{}", "normalizing-flow-matching-{}"
     steps = [k for k in find_neighbour("flow-matching").steps if plain.format(k) in nfe]
+    in_both = [k for k in steps if coded.format(k) in nfe]
     asked = {
-        "one pass of G, and the others": [("one-pass", row) for row in best.values()],
-        "noise that knows its image, and noise that does not": [
-            (coded.format(k), plain.format(k)) for k in steps if coded.format(k) in nfe
-        ],
-        "averaged weights, and the last ones": [
-            (plain.format(k), f"{plain.format(k)}, no average") for k in steps
-        ],
+        "one pass of G, and the others": {row: ("one-pass", row) for row in best.values()},
+        "noise that knows its image, and noise that does not": {
+            str(k): (coded.format(k), plain.format(k)) for k in in_both
+        },
+        "averaged weights, and the last ones": {
+            str(k): (plain.format(k), f"{plain.format(k)}, no average") for k in steps
+        },
     }
     for what, pairs in asked.items():
         yield f"{metric}, {what}:"
-        yield from (f"  {ahead(result, *pair, metric)}" for pair in pairs)
+        yield from (f"  {ahead(result, *pair, metric)}" for pair in pairs.values())
+        yield f"  in short, the first: {in_short(result, pairs, metric)}"
     found = [m for m in result["measurements"] if m["metric"] == "search fd_train" and m["chosen"]]
     rates = ", ".join(f"{m['row']} {m['lr']:g}" for m in found)
     yield f"learning rates, of {', '.join(f'{lr:g}' for lr in RATES)}: {rates}"
+    if largest := [m["row"] for m in found if m["lr"] == max(RATES)]:
+        yield f"the largest was chosen, and a larger one was not tried: {', '.join(largest)}"

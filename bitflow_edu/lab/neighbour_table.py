@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation import timed
+from ..evaluation import call_times
 from ..excursions.alignment import alignment_loss, ode_path, states_of
 from ..inverse_strategies import hidden_alignment, naive_distillation, reverse_loss
 from ..io.checkpoints import read_metrics, read_state, weights_in
@@ -191,18 +192,14 @@ def last_weights(model: Neighbour, run: Path) -> list[Sampler]:
     return [replace(s, method=f"{s.method}, no average") for s in neighbour_samplers(raw)]
 
 
-def numbers_of(sampler: Sampler, cell: Cell, timing: bool) -> dict:
-    "Distances, precision, recall, accuracy and times of one sampler."
+def numbers_of(sampler: Sampler, cell: Cell) -> dict:
+    "Distances, precision, recall, accuracy and cost of one sampler."
     data, n = cell.preset.data, cell.preset.num_samples
     cfg, found = sampler.model.cfg, {"nfe": sampler.nfe, "params": num_parameters(sampler.model)}
     if (real := real_images(data, cfg.channels, 5 * n)) is not None:
         labelled, noise = real.network.name == "mnist-cnn", noise_for(cfg, n, cell.seed)
         source = sampler_source(sampler, noise=noise, labelled=labelled)
         found |= judged(source, n, cell.seed, real)
-    for batch in (1, 64) if timing else ():
-        device = next(sampler.model.parameters()).device
-        z, c = noise_for(cfg, batch, device=device), grid_labels(cfg, batch).to(device)
-        found[f"ms_per_image[{batch}]"] = timed(partial(sampler, z, c), 5)["median_ms"] / batch
     return finite_numbers(found)
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00009
@@ -210,7 +207,7 @@ def nearest(samplers: list[Sampler], cell: Cell) -> float:
     "The smallest distance to training images."
     distances = []
     for sampler in samplers:
-        numbers = numbers_of(sampler, cell, timing=False)
+        numbers = numbers_of(sampler, cell)
         distances += [v for name, v in numbers.items() if name.startswith("fd_train")]
     return min(distances, default=float("inf"))
 
@@ -226,9 +223,14 @@ def search_rate(cell: Cell, teacher, folder: Path, minutes: float, device: str) 
     return found
 
 
+def chosen_line(search: list[dict]) -> dict:
+    "What came nearest to training images."
+    return min(search, key=lambda line: line["fd_train"])
+
+
 def chosen_rate(search: list[dict]) -> float:
     "The rate that came nearest to training images."
-    return min(search, key=lambda line: line["fd_train"])["lr"]
+    return chosen_line(search)["lr"]
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00014
 def stored_figures(cell: Cell, root: Path) -> dict | None:
@@ -282,7 +284,7 @@ def run_cell(cell: Cell, root: Path, searches: dict, device: str = "cpu") -> dic
     if cell.method == "flow-matching":
         samplers += heun_samplers(model)
         samplers += last_weights(model, folder / "final" / "run" / "stage-0")
-    rows = {s.method: numbers_of(s, cell, timing=True) for s in samplers}
+    rows = {s.method: numbers_of(s, cell) for s in samplers}
     about = {"own_minutes": took, "teacher_minutes": of_teacher}
     about["steps"] = steps_of(folder / "final")
     runs = Training(cell.preset, cell.seed)
@@ -326,7 +328,7 @@ def run_pair(preset: Preset, seed: int, root: Path, device: str) -> dict:
     for method in OF_THE_PAIR:
         sampler = SAMPLERS[method](F, G, 0.0)
         of_pair = {"own_minutes": of_G if method == "one-pass" else 0.0, "teacher_minutes": of_F}
-        rows[method] = numbers_of(sampler, cell, timing=True) | of_pair
+        rows[method] = numbers_of(sampler, cell) | of_pair
     return store_figures(cell, root, {"rows": rows, "real": floor(training.forward)})
 
 
@@ -363,7 +365,7 @@ def take_over(found: list, preset: Preset, root: Path) -> set:  # of (method, se
     store_figures(Cell(preset, "one-pass", 0), root, {"search": of_G})
     preset = at_rate(preset, of_G)
     for m in found:
-        if m["seed"] is not None:
+        if m["seed"] is not None and not m["metric"].startswith("ms_per_image"):
             of_method = numbers.setdefault((method_of(m["row"]), m["seed"]), {})
             of_method.setdefault(m["row"], {})[m["metric"]] = m["value"]
     for (method, seed), rows in numbers.items():
@@ -383,6 +385,44 @@ def take_over(found: list, preset: Preset, root: Path) -> set:  # of (method, se
 def without_guidance(preset: Preset) -> Preset:
     "The preset with a G that takes no guidance scale, as no neighbour does."
     return replace(preset, reverse=replace(preset.reverse, max_guidance=0.0))
+
+# %% ../../nbs/lab/neighbour_table.ipynb #18d00021
+def samplers_of_shape(preset: Preset, device: str) -> list[Sampler]:
+    "The samplers of every row of the table, from networks with random weights."
+    F, G = build(TARFlow, preset.forward, 0, device), build(ReverseModel, preset.reverse, 0, device)
+    found = [replace(SAMPLERS[method](F, G, 0.0), method=method) for method in OF_THE_PAIR]
+    for method in (*NEIGHBOURS, *STUDENTS):
+        cell = Cell(preset, method, 0)
+        if student := STUDENTS.get(method):
+            model = build(ReverseModel, student.shape(preset.reverse), 0, device)
+        else:
+            model = build(Neighbour, beside(preset.reverse, method), 0, device)
+        found += samplers_for(cell, model)
+        found += heun_samplers(model) if method == "flow-matching" else []
+    return found
+
+
+def times_of_rows(preset: Preset, rows: dict, device: str, rounds: int = 5) -> list:
+    "Milliseconds per image of each row, at batch 1 and 64: the median of calls that take turns."
+    alike = {}  # (parameters, passes) → a sampler, and the rows that it stands for
+    for sampler in samplers_of_shape(preset, device):
+        kind = num_parameters(sampler.model), sampler.nfe
+        same = [row for row in rows if row.partition(", no average")[0] == sampler.method]
+        alike.setdefault(kind, (sampler, []))[1].extend(same)
+    found, asked = [], [(sampler, same) for sampler, same in alike.values() if same]
+    for batch in (1, 64):
+        calls = []
+        for sampler, _ in asked:
+            cfg = sampler.model.cfg
+            z, c = noise_for(cfg, batch, device=device), grid_labels(cfg, batch).to(device)
+            calls.append(partial(sampler, z, c))
+        turns = [[call_times(call, 1)[0] for call in calls] for _ in range(rounds + 1)][1:]
+        for (_, same), ms in zip(asked, zip(*turns), strict=True):
+            low, median, high = (value / batch for value in statistics.quantiles(ms, n=4))
+            about = dict(unit="ms", n=rounds, low=low, high=high, seeds=1)
+            metric = f"mean ms_per_image[{batch}]"
+            found += [measurement(row, metric, median, **about) for row in same]
+    return found
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d0000d
 def neighbours_table(
@@ -420,7 +460,8 @@ def neighbours_table(
             share = done["training"]["share_of_budget"]
             mark = "" if abs(share - 1) <= EQUAL else f": MORE THAN {EQUAL:.0%} OFF"
             say(f"seed {seed}: {method}, {share:.3f} of the budget of F and G{mark}")
-    return table_lines(preset, rows, real, searches)
+    times = times_of_rows(preset, rows, device)
+    return table_lines(preset, rows, real, searches) + times
 
 
 def table_lines(preset: Preset, rows: dict, real: dict, searches: dict) -> list:
