@@ -1,16 +1,19 @@
 """Compiled, packed and captured decoding against the plain one."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
-from bitflow_edu.exact_inverse import exact_trajectory, invert_block
+from bitflow_edu.data import unpatchify
+from bitflow_edu.exact_inverse import exact_trajectory, invert_block, score_denoise
 from bitflow_edu.excursions import compiled
 from bitflow_edu.excursions.compiled import (
     PackedLinear,
     capture_inverse,
     capture_pass,
+    capture_score_step,
     compile_blocks,
     pack,
 )
@@ -74,13 +77,17 @@ def recorded_without_a_gpu(call):
     return out, again
 
 
-@pytest.mark.parametrize("of", ["F", "F, guided", "F, compiled", "G", "G with w"])
+@pytest.mark.parametrize("of", ["F", "F, guided", "F, compiled", "score step", "G", "G with w"])
 def test_what_is_recorded_is_replayed_for_other_noise(of, monkeypatch):
     """On a CPU the recording is pretended; its buffers, copies and checks are the real ones."""
     monkeypatch.setattr(compiled, "check_on_gpu", lambda like: None)
     monkeypatch.setattr(compiled, "record", recorded_without_a_gpu)
     flow, c = small_flow(), torch.tensor([1, 2, -1])
-    if of.startswith("F"):
+    draw = partial(sample_noise, flow.cfg, 3)
+    if of == "score step":
+        replay, wanted = capture_score_step(flow, 3), partial(score_denoise, flow)
+        draw = lambda seed: unpatchify(sample_noise(flow.cfg, 3, seed), 2, 1)  # noqa: E731
+    elif of.startswith("F"):
         guidance = Guidance(1.0) if "guided" in of else None
         invert = compile_blocks(flow) if "compiled" in of else invert_block
         replay = capture_inverse(flow, 3, guidance, invert=invert)
@@ -90,7 +97,7 @@ def test_what_is_recorded_is_replayed_for_other_noise(of, monkeypatch):
         G = small_reverse(flow, max_guidance=3.0 if w else 0.0)
         replay, wanted = capture_pass(G, 3, w), lambda z, c: one_pass(G, z, c, w)
     for seed, labels in enumerate((c, c.flip(0))):
-        z = sample_noise(flow.cfg, 3, seed)
+        z = draw(seed)
         torch.testing.assert_close(replay(z, labels), wanted(z, labels), rtol=1e-5, atol=1e-6)
     with pytest.raises(BitflowError):
         replay(z[:2], c[:2])

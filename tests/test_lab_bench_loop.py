@@ -1,6 +1,10 @@
 """What a training waits for: both forms are measured, and ours waits less."""
 
+import math
+
 import pytest
+import same_bits
+import torch
 from commands import measurements, refused
 
 from bitflow_edu.cli.main import main
@@ -27,3 +31,19 @@ def test_every_wait_is_measured_in_both_forms(monkeypatch, tmp_path, capsys):
 def test_logging_costs_operations():
     found = bench_loop.logged_and_not()
     assert 0 < found["step, not logged"] < found["step, logged"]
+
+
+def test_trainings_kept_their_bits():
+    """The stored comparison of the code before and after, and what it counts."""
+    found = load_result("same-bits-mnist-mini")["measurements"]
+    counts = {(m["row"], m["metric"]): m["value"] for m in found}
+    for part in ("F", "G"):
+        assert counts[part, "values"] > 1e6 and counts[part, "differing_values"] == 0
+    a, nan = torch.tensor([0.0, 1.0, math.nan]), torch.tensor([math.nan])
+    assert same_bits.differing(a, torch.tensor([-0.0, 1.0, math.nan])) == 1
+    assert same_bits.differing(a.bfloat16(), a.bfloat16() * 2) == 1
+    assert same_bits.differing(nan, nan.clone()) == 0
+    lines = same_bits.compared("F", {"w": a}, {"w": a + 1})
+    assert [m["value"] for m in lines] == [3, 2]
+    with pytest.raises(SystemExit, match="only one of both has"):
+        same_bits.compared("F", {"w": a}, {"v": a})

@@ -22,8 +22,10 @@ from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.tarflow import TARFlow, forward_loss
 from bitflow_edu.transformer import (
     MODERN,
+    Layer,
     Transformer,
     TransformerConfig,
+    allow_variants,
     compile_layers,
     find_compiler,
 )
@@ -104,3 +106,15 @@ def test_a_compiled_layer_starts_less():
     plain = compiled_operations(loss, layer, (x, None))
     compile_layers(layer)
     assert 0 < compiled_operations(loss, layer, (x, None)) < plain / 2
+
+
+def test_more_than_eight_forms_of_a_layer_are_compiled():
+    """As in a table whose rows have other widths: torch.compile alone gives up after eight."""
+    allow_variants()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for width in range(8, 88, 8):
+        layer = Layer(TransformerConfig(width, 1, head_dim=8), causal=True)
+        layer.compile(backend="eager")
+        layer(torch.zeros(2, 4, width))
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 10

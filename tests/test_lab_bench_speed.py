@@ -83,6 +83,47 @@ def test_slow_broken_and_hopeless_rows_are_named_not_dropped():
     assert of["ms_per_image"]["n"] == 4 and of["serial_steps"]["value"] == 2
 
 
+@pytest.mark.parametrize("cold, warm, kept", [(1.5, 0.8, True), (1.5, 1.2, False), (4, 0.1, False)])
+def test_a_row_is_not_judged_by_a_cold_call(cold, warm, kept, monkeypatch):
+    """The first call loads what the others find; it decides only where it fills a row's time."""
+    clock, calls = [0.0], []
+
+    def call():
+        calls.append(clock[0])
+        clock[0] += cold if len(calls) == 1 else warm
+
+    def call_times(fn, repeats):
+        begun = clock[0]
+        for _ in range(repeats):
+            fn()
+        return [1000 * (clock[0] - begun) / repeats] * repeats
+
+    monkeypatch.setattr(bench_speed, "call_times", call_times)
+    monkeypatch.setattr(
+        bench_speed, "timed", lambda fn, *a, **k: {"median_ms": call_times(fn, 1)[0]}
+    )
+    case = BenchCase(call, Cost(1, 1, 1, 1))
+    if kept:
+        assert bench_speed.timed_within(case, Limits(row_s=3.0))[1]["median_ms"] == pytest.approx(
+            800
+        )
+    else:
+        with pytest.raises(BitflowError, match="a call takes"):
+            bench_speed.timed_within(case, Limits(row_s=3.0))
+
+
+def test_a_batch_is_complete_before_the_next_begins(monkeypatch):
+    """So that the time of a run cuts the largest batch, and not what is compiled."""
+    seen = []
+    monkeypatch.setattr(
+        bench_speed, "time_case", lambda row, case, at, *a: seen.append((at["batch"], row)) or []
+    )
+    F = random_flow(geometry("mnist-mini-smoke"))
+    bench_speed.bench_geometry("mnist-mini-smoke", F, batches=(1, 2), compiled=True)
+    assert [n for n, _ in seen] == sorted(n for n, _ in seen)
+    assert (1, "one-pass, compiled") in seen and (2, "one-pass, compiled") in seen
+
+
 def test_a_run_that_is_over_starts_nothing():
     F = random_flow(geometry("mnist-mini-smoke"))
     found = bench_speed.bench_geometry(

@@ -23,6 +23,7 @@ from bitflow_edu.inverse_strategies import check_pair
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import build
 from bitflow_edu.io.results import load_result
+from bitflow_edu.lab import evaluate as lab_evaluate
 from bitflow_edu.lab import sampling
 from bitflow_edu.lab.evaluate import (
     Judge,
@@ -450,6 +451,19 @@ def test_noise_by_number_is_normal_and_differs_with_the_seed():
     assert z.shape == (300, 64) and len(z.unique(dim=0)) == 300
     assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
     assert not torch.equal(z, indexed_noise(cfg, torch.arange(300), 1))
+
+
+def test_times_leave_out_the_noise(monkeypatch):
+    """It comes from NumPy, number by number; a GPU would wait for it longer than for the model."""
+
+    def refuse(*args):
+        raise AssertionError("noise was drawn")
+
+    monkeypatch.setattr(lab_evaluate, "indexed_noise", refuse)
+    cfg, doubled = StreamConfig(n=4, batch_size=2, splits=1), []
+    (line,) = lab_evaluate.stream_times(exact_sampler(small_flow()), doubled.append, cfg)
+    assert line["metric"] == "ms_per_image" and line["batch"] == 2 and line["value"] > 0
+    assert len(doubled) > 1 and doubled[0].shape[0] == 2  # what decodes is on the clock
 
 
 def test_a_decoder_turns_latents_into_images():

@@ -77,8 +77,11 @@ def weights(folder):
 
 
 def assert_same_run(a, b, within=1e-7):
-    """Loss curves agree to 1e-7, and weights as far as rounding lets Adam's division agree."""
-    assert losses(a).shape == losses(b).shape and (losses(a) - losses(b)).abs().max() < within
+    """Loss curves agree to 1e-7 (of losses above 1, relatively: float32 has no more digits), and
+    weights as far as rounding lets Adam's division agree."""
+    assert losses(a).shape == losses(b).shape
+    off = (losses(a) - losses(b)).abs() / losses(a).abs().clamp(min=1)
+    assert off.max() < within, off
     (one, step), (other, same) = weights(a), weights(b)
     assert step == same and one.keys() == other.keys()
     for name in one:
@@ -215,14 +218,39 @@ def test_sharded_weights_go_on_alone(alone, tmp_path):
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_the_second_stage_on_two_processes(alone, tmp_path, sharding):
-    """Guidance runs G through `run_blocks`, twice a step, not `forward`: all weights are seen."""
+def test_the_second_stage_on_three_processes(alone, tmp_path, sharding):
+    """Guidance runs G through `run_blocks`, twice a step, not `forward`: all weights are seen.
+    Five microbatches, so that one process takes fewer."""
     words = "train reverse --preset mnist-mini-smoke --device cpu --steps 4".split()
     words += ["--forward", alone, "--reverse.max-guidance", "3"]
-    words += [w.replace("train-forward", "train-reverse") for w in SIX]
+    five = FIVE[FIVE.index("--train-forward.batch-size") :]
+    words += [w.replace("train-forward", "train-reverse") for w in five]
     run(1, *words, "--out", tmp_path / "one")
-    run(2, *words, "--out", tmp_path / "two", "--sharding", sharding)
-    assert_same_run(tmp_path / "one", tmp_path / "two", within=1e-6)
+    run(3, *words, "--out", tmp_path / "three", "--sharding", sharding)
+    assert_same_run(tmp_path / "one", tmp_path / "three")
+
+
+COMPILED = """
+import sys
+import torch.nn as nn
+from bitflow_edu.cli.main import main
+from bitflow_edu.transformer import Layer
+Layer.compile = lambda layer: nn.Module.compile(layer, backend="eager")  # traced, and not built
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_compiled_layers_on_two_processes(alone, tmp_path, sharding):
+    """As on a node of GPUs, with the layers' insides computed again in the backward pass."""
+    (tmp_path / "s.py").write_text(COMPILED)
+    switches = [f"--train-forward.{name}" for name in ("compile", "activation-checkpointing")]
+    words = [*FORWARD, switches[0], "True", switches[1], "True"]
+    words = [tmp_path / "s.py", *words, "--out", tmp_path / "f", "--sharding", sharding]
+    command = [*TORCHRUN, "--nproc-per-node=2", *map(str, words)]
+    found = subprocess.run(command, env=ENV, text=True, capture_output=True, timeout=240)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert_same_run(alone, tmp_path / "f")
 
 
 SCRIPT = """

@@ -131,7 +131,8 @@ def test_overflow_in_the_gradient_never_reaches_the_weights(tmp_path, data):
 
 
 def test_minutes_are_a_budget(tmp_path, data, monkeypatch):
-    """On a clock where every step takes 1/8 s, 3.75 s are 30 steps, and the schedule ends there."""
+    """On a clock where every step takes 1/8 s, 3.75 s are 30 steps and the first one, and the
+    schedule ends there."""
     clock = [100.0]
     monkeypatch.setattr("bitflow_edu.training.time.perf_counter", lambda: clock[0])
 
@@ -141,7 +142,30 @@ def test_minutes_are_a_budget(tmp_path, data, monkeypatch):
 
     train(new_flow(), slow, data, replace(CFG, steps=None, minutes=0.0625), tmp_path)
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert last["step"] == 30 and last["seconds"] == 3.75 and last["lr"] < CFG.lr / 10
+    assert last["step"] == 31 and last["seconds"] == 3.75 and last["lr"] < CFG.lr / 10
+
+
+def test_the_first_step_is_not_on_the_clock(tmp_path, data, monkeypatch):
+    """It compiles and loads: a schedule that counted it would skip the warm-up. Nor is that of a
+    resumed run."""
+    clock, calls = [100.0], []
+    monkeypatch.setattr("bitflow_edu.training.time.perf_counter", lambda: clock[0])
+
+    def cold_first(*batch):
+        calls.append(1)
+        clock[0] += 30.0 if len(calls) in (1, 11) else 0.125
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return forward_loss(*batch)
+
+    cfg = replace(CFG, steps=None, minutes=0.0625, log_every=1, checkpoint_every=1, warmup=0.2)
+    with pytest.raises(KeyboardInterrupt):
+        train(new_flow(), cold_first, data, cfg, tmp_path)
+    train(new_flow(), cold_first, data, cfg, tmp_path, resume=True)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[0]["seconds"] == 0 and lines[0]["lr"] == lines[1]["lr"] == 0
+    assert lines[2]["lr"] == pytest.approx(CFG.lr * 0.125 / 0.75) and lines[-1]["lr"] < CFG.lr / 10
+    assert lines[-1]["step"] == 32 and lines[-1]["seconds"] == 3.75
 
 
 def test_schedule():

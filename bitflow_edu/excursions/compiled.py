@@ -15,6 +15,7 @@ from bitflow_edu.exact_inverse import (
     exact_trajectory,
     invert_block,
     invert_blocks,
+    score_denoise,
     start_decoding,
 )
 from ..guidance import Guidance
@@ -22,7 +23,7 @@ from ..io.checks import check_model, check_tensor, forward_labels
 from ..io.files import BitflowError
 from ..reverse_model import ReverseModel, one_pass, through_blocks, with_labels
 from ..tarflow import FlowBlock, TARFlow
-from ..transformer import KVCache
+from ..transformer import KVCache, allow_variants
 
 # %% auto #0
 __all__ = ['compile_blocks', 'capture_inverse', 'PackedLinear', 'pack']
@@ -63,6 +64,7 @@ def compile_blocks(model: TARFlow):
     """A compiled `invert` for `exact_trajectory`, best for few images. Needs a C++ compiler;
     the first call, and each new batch size or guidance, takes seconds."""
     check_model(model, TARFlow)
+    allow_variants()  # a batch size or guidance is one
     compiled = partial(torch.compile, dynamic=False)
     steps = {block: compiled(partial(next_token, block)) for block in model.blocks}
 
@@ -140,6 +142,18 @@ def capture_pass(model: ReverseModel, batch: int, w: float | None = None):
     one_pass(model, z, c, w)  # checks, and warms up
     run = with_labels(model.cfg, c, w)
     return replayed(model, z, c, partial(through_blocks, model, z, run))
+
+
+def capture_score_step(model: TARFlow, batch: int):
+    """The score step for `batch` images as one CUDA graph: a function (x̃, c) → images.
+    `BitflowError` where the model is not on a GPU."""
+    check_model(model, TARFlow)
+    cfg, like = model.cfg, model.blocks[0].pos_embed
+    check_on_gpu(like)
+    x = torch.zeros(batch, cfg.channels, cfg.image_size, cfg.image_size, device=like.device)
+    c = torch.zeros(batch, dtype=torch.int64, device=like.device)
+    score_denoise(model, x, c)  # checks, and warms up
+    return replayed(model, x, c, partial(score_denoise, model, x, c))
 
 # %% ../../nbs/excursions/compiled.ipynb #4432a65f
 class PackedLinear(nn.Module):

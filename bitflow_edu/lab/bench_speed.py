@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data import unpatchify
 from ..evaluation import call_times, timed
 from ..exact_inverse import score_denoise, serial_steps, start_decoding
-from ..excursions.compiled import capture_pass
+from ..excursions.compiled import capture_pass, capture_score_step
 from ..inverse_strategies import check_pair
 from ..io.files import BitflowError
 from ..io.models import build
@@ -155,6 +155,11 @@ def eager_cases(work: Workload) -> dict[str, BenchCase]:
         cases[row] = BenchCase(call, costs["one-pass"], prepares=row != "one-pass")
     x = unpatchify(z, F.cfg.patch_size, F.cfg.channels)
     cases["score-step"] = BenchCase(partial(score_denoise, F, x, c), costs["score-step"])
+    if z.device.type == "cuda":
+        step = cache(lambda: capture_score_step(F, work.batch))
+        cases["score-step, graph"] = BenchCase(
+            lambda: step()(x, c), costs["score-step"], prepares=True
+        )
     for row, call in decoding_calls(F, z, c, w or 0.0).items():
         cases[row] = BenchCase(call, costs["exact"], prepares=row == "graph")
     if w is None:
@@ -263,7 +268,7 @@ def timed_within(case: BenchCase, limits: Limits) -> tuple:
     "What a case returns, and `timed` within the limits. `BitflowError` where a call is too slow."
     found = []
     seconds = call_times(lambda: found.append(case.call()), 1)[0] / 1000
-    if case.prepares or seconds < 1:
+    if case.prepares or seconds < 1 or seconds <= limits.row_s < 3 * seconds:  # it was a cold one
         seconds = call_times(case.call, 1)[0] / 1000
     if 3 * seconds > limits.row_s:
         raise BitflowError(
@@ -350,8 +355,8 @@ def bench_speed(
         return eager_cases(work) | decoder_cases(decoders or {}, F, work.batch)
 
     works = [Workload(F, G, n, w, segments) for n in batches for w in scales or (None,)]
-    for cases_of_work in (eager, compiled_cases) if compiled else (eager,):
-        for work in works:
+    for work in works:  # the smallest batch is complete before the time is up
+        for cases_of_work in (eager, compiled_cases) if compiled else (eager,):
             for row, case in cases_of_work(work).items():
                 found += time_case(row, case, work.at, machine, limits, until, like.is_cuda)
     return found + speedups(found)

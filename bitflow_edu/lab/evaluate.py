@@ -263,15 +263,16 @@ def judge_real(judge: Judge, train, n: int, labelled: bool = False) -> Streamed:
     return judge.row("real", source, cfg, "real", about)
 
 
-def stream_costs(sampler: Sampler, source: Callable, cfg: StreamConfig, timing: bool) -> list:
+def stream_costs(sampler: Sampler, decoder: Callable, cfg: StreamConfig, timing: bool) -> list:
     "Passes through a network, and milliseconds per image in batches as they are drawn."
     found = [measurement(sampler.name, "nfe", sampler.nfe)]
-    return found + (stream_times(sampler, source, cfg) if timing else [])
+    return found + (stream_times(sampler, decoder, cfg) if timing else [])
 
 
-def stream_times(sampler: Sampler, source: Callable, cfg: StreamConfig) -> list:
-    "Milliseconds per image, in batches as they are drawn."
-    size = min(cfg.batch_size, cfg.n)
+def stream_times(sampler: Sampler, decoder: Callable, cfg: StreamConfig) -> list:
+    "Milliseconds per image, from noise that is there, in batches as they are drawn."
+    size, device = min(cfg.batch_size, cfg.n), next(sampler.model.parameters()).device
+    source = sampler_source(sampler, 0, decoder, noise_for(sampler.model.cfg, size, 0, device))
     times = timed(partial(source, torch.arange(size)), 5, warmup=1)
     return [time_per_image(sampler.name, times, size)]
 
@@ -356,12 +357,12 @@ def judge_samplers(
             noise = noise_for(sampler.model.cfg, cfg.n, cfg.seed)
         source = sampler_source(sampler, cfg.seed, decoder, noise, labelled)
         if judge.folder is not None:
-            more = partial(stream_costs, sampler, source, cfg, timing)
+            more = partial(stream_costs, sampler, decoder, cfg, timing)
             about["weights"] = weights[sampler.model]
         done = judge.row(sampler.name, source, cfg, sampler.folder, about, more)
         found, shown[sampler.name] = found + done.measurements, done.first
         if timing and "ms_per_image" not in (m["metric"] for m in done.measurements):
-            times = partial(stream_times, sampler, source, cfg)  # finished without
+            times = partial(stream_times, sampler, decoder, cfg)  # finished without
             found += judge.processes.on_rank_zero(times) or []
         finite.append(num_finite(done.measurements, cfg.n))
     if judge.train is not None:

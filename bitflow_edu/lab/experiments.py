@@ -65,10 +65,10 @@ HOURS = (  # about an hour of one core each
 )
 
 
-def speed_commands(geometries: tuple, more: str = "") -> tuple[str, ...]:
-    "One pass against the ways back, random weights."
-    command = "bench --what speed --geometry {0} {1} --out RESULTS/bench-speed-{0}.json"
-    return tuple(command.format(geometry, more) for geometry in geometries)
+def speed_commands(geometries: tuple, more: str = "", name: str = "") -> tuple[str, ...]:
+    "One pass against the ways back, random weights; `name`: the end of the file's name."
+    command = "bench --what speed --geometry {0} {1} --out RESULTS/bench-speed-{0}{2}.json"
+    return tuple(command.format(geometry, more, name) for geometry in geometries)
 
 # %% ../../nbs/lab/experiments.ipynb #bcf2bf63
 NARROW = "--forward.transformer.width 256 --reverse.transformer.width 256 "
@@ -148,13 +148,14 @@ EXPERIMENTS["speed-imagenet256"] = Experiment(
         "gpu": speed_commands(("imagenet256-b2", "imagenet256-xl2")),
         "gpu-short": (
             *speed_commands(("imagenet256-b2",), "--compiled --batches 1,16,256"),
-            *speed_commands(("imagenet256-xl2",), "--batches 1"),
+            *speed_commands(("imagenet256-b2",), "--compiled --batches 1 --w 1", "-guided"),
+            *speed_commands(("imagenet256-xl2",), "--compiled --batches 1"),
         ),
         "cpu": speed_commands(("imagenet256-b2",), "--batches 1"),
         "smoke": speed_commands(("imagenet256-b2-smoke",)),
     },
     {"gpu": 8, "gpu-short": 8, "cpu": 15, "smoke": 1},
-    (5, 3),
+    (4, 2, 2),
 )
 
 
