@@ -20,6 +20,7 @@ from bitflow_edu.excursions.compiled import capture_inverse, capture_pass, compi
 from bitflow_edu.excursions.jacobi import jacobi_trajectory
 from bitflow_edu.guidance import Guidance, guided_run
 from bitflow_edu.inverse_strategies import STRATEGIES, reverse_loss
+from bitflow_edu.io import loading
 from bitflow_edu.io.checkpoints import read_metrics
 from bitflow_edu.io.models import build, newest_checkpoint
 from bitflow_edu.lab.bench_speed import compiled_copy
@@ -88,9 +89,15 @@ def test_a_training_in_bf16(device, of, compiled, tmp_path):
 
 
 @on_each
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("of", ["F", "G"])
-def test_a_step_waits_for_nothing(device, of, tmp_path, monkeypatch):
-    """CUDA itself raises where a step reads its device; only logging and saving may."""
+def test_a_step_waits_for_nothing(device, of, resident, tmp_path, monkeypatch):
+    """CUDA itself raises where a step reads its device; only logging and saving may. Images that
+    lie on the device, and those that a thread reads ahead into pinned memory."""
+    if not resident:
+        if device == "cpu":
+            pytest.skip("on a CPU all images are where they are needed")
+        monkeypatch.setattr(loading, "RESIDENT", 0)
     passed = []
 
     def mode(name):
