@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -200,3 +201,26 @@ def test_what_was_left_out_is_said(tmp_path):
         path.unlink()
     with pytest.raises(BitflowError, match="cat holds no images.*1 ending in .txt"):
         load_data(DataConfig("image-folder", 8, 3, num_classes=2), "train", tmp_path)
+
+
+def test_many_images_of_a_folder_are_decoded_once(tmp_path, monkeypatch):
+    """What a second process finds is the first one's file, mapped; changed images are read anew."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for i in range(4):
+        path = tmp_path / "train" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 8, 3), 20 * i, np.uint8)).save(path)
+    cfg = DataConfig("image-folder", 8, 3, num_classes=2)
+    few = load_data(cfg, "train", tmp_path)
+    assert not (tmp_path / "home").exists(), "four images are not worth a file"
+    monkeypatch.setattr(datasets, "KEPT_FROM", 4)
+    read, real = [], datasets.read_square
+    monkeypatch.setattr(datasets, "read_square", lambda *a: read.append(a) or real(*a))
+    first, second = (load_data(cfg, "train", tmp_path) for _ in range(2))
+    assert len(read) == 4 and torch.equal(first.pixels, few.pixels)
+    assert torch.equal(second.pixels, few.pixels) and torch.equal(second.labels, few.labels)
+    second.pixels[0] = 99  # what a program writes stays in its own memory
+    assert torch.equal(load_data(cfg, "train", tmp_path).pixels, few.pixels)
+    Image.fromarray(np.full((9, 8, 3), 200, np.uint8)).save(path)
+    assert load_data(cfg, "train", tmp_path).pixels.max() == 200 and len(read) == 8
+    assert load_data(replace(cfg, image_size=4), "train", tmp_path).pixels.shape[-1] == 4

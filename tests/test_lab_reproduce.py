@@ -18,7 +18,7 @@ from bitflow_edu.cli import common, options
 from bitflow_edu.cli.main import main
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import num_parameters
-from bitflow_edu.io.results import measurement, save_results
+from bitflow_edu.io.results import load_result, measurement, save_results
 from bitflow_edu.lab.experiments import BUDGETS, EXPERIMENTS, in_miniature
 from bitflow_edu.lab.reproduce import (
     commands_of,
@@ -128,6 +128,15 @@ def test_every_size_runs_on_its_own_preset_in_miniature(name, budget, tmp_path, 
     assert result["preset"] == f"{preset.removesuffix('-smoke')}-smoke"
     chosen = {m["row"] for m in result["measurements"] if m["metric"] == "chosen_w"}
     assert chosen == {f"{method}, chosen w" for method in METHODS}, "this G takes w"
+
+
+def test_the_neighbours_in_colour_run_in_miniature(tmp_path, small_data):
+    """The command for a GPU, on its own preset; one method stands for all of them."""
+    (words,) = commands_of("cifar10-neighbours", "smoke", tmp_path / "runs", tmp_path)
+    run(f"{' '.join(words)} --methods flow-matching --data-root {small_data} --device cpu")
+    result = load_result("neighbours-cifar10", tmp_path)
+    rows = {m["row"] for m in result["measurements"] if m["metric"] == "nfe"}
+    assert result["preset"] == "cifar10-smoke" and {"one-pass", "flow-matching-50"} <= rows
 
 
 def test_a_miniature_keeps_the_options():

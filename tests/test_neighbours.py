@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitflow_edu import neighbours
 from bitflow_edu.data import Images
-from bitflow_edu.io.files import BitflowError
+from bitflow_edu.io.files import BitflowError, asset
 from bitflow_edu.io.models import build, load_model, num_parameters, save_model
 from bitflow_edu.lab.presets import PAIRS
 from bitflow_edu.neighbours import (
@@ -385,3 +385,9 @@ def test_an_f_of_another_shape_is_refused(tmp_path):
             train_neighbour(model, None, cfg, tmp_path, F)
     with pytest.raises(BitflowError, match="a TARFlow belongs here"):
         codes_of(model)
+
+
+def test_the_models_of_the_lesson_are_small():
+    """Those that lesson 18 loads, all together: 6 MB at most."""
+    files = [asset(f"chapters/18-{name}") for name in (*NEIGHBOURS, "biflow")]
+    assert sum(f.stat().st_size for folder in files for f in folder.iterdir()) < 6e6

@@ -106,24 +106,42 @@ def load_torchvision(name: str, root: Path | None, split: str) -> Arrays:
 KEPT_FROM = 10_000  # images: fewer are decoded in a second
 
 
+def kept_pixels(name: str, shape: tuple, decode: Callable) -> np.ndarray:
+    """Pixels of a split, uint8 of that shape. Many are decoded once and kept as one file, which is
+    mapped: it takes the memory of one process, however many share it."""
+
+    def read():
+        with suppress(OSError, ValueError, EOFError):  # not there, or damaged
+            pixels = np.load(kept, mmap_mode="c", allow_pickle=False)
+            if pixels.dtype == np.uint8 and pixels.shape == shape:
+                return pixels
+
+    kept = cache_folder() / f"{name}.npy"
+    if (pixels := read()) is not None:
+        return pixels
+    pixels = decode()
+    if len(pixels) < KEPT_FROM:
+        return pixels
+    with suppress(OSError):  # a home that cannot be written to: decoded again each time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as part, part.open("wb") as file:
+            np.save(file, pixels)
+    mapped = read()
+    return pixels if mapped is None else mapped
+
+
 def decoded(blob: np.ndarray, ends: np.ndarray, path: Path, split: str) -> np.ndarray:
-    "JPEGs of a split as uint8 `(N, 3, 32, 32)`; many are kept, for the next start, as one file."
-    kept = cache_folder() / f"cifar10-{split}-{hashlib.sha256(blob).hexdigest()[:16]}.npy"
-    with suppress(OSError, ValueError, EOFError):  # not there, or damaged
-        pixels = np.load(kept, allow_pickle=False)
-        if pixels.dtype == np.uint8 and pixels.shape == (len(ends) - 1, 3, 32, 32):
-            return pixels
-    images = []
-    for i, (a, b) in enumerate(zip(ends[:-1], ends[1:])):
-        image = io.BytesIO(blob[a:b].tobytes())
-        images.append(np.asarray(open_image(image, "RGB", f"{path}, image {i} of {split}")))
-    pixels = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
-    if len(pixels) >= KEPT_FROM:
-        with suppress(OSError):  # a home that cannot be written to: decoded again each time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(kept) as part, part.open("wb") as file:
-                np.save(file, pixels)
-    return pixels
+    "JPEGs of a split as uint8 `(N, 3, 32, 32)`."
+
+    def decode():
+        images = []
+        for i, (a, b) in enumerate(zip(ends[:-1], ends[1:])):
+            image = io.BytesIO(blob[a:b].tobytes())
+            images.append(np.asarray(open_image(image, "RGB", f"{path}, image {i} of {split}")))
+        return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
+
+    name = f"cifar10-{split}-{hashlib.sha256(blob).hexdigest()[:16]}"
+    return kept_pixels(name, (len(ends) - 1, 3, 32, 32), decode)
 
 # %% ../../nbs/io/datasets.ipynb #4e8bf608
 def load_cifar10(root: Path | None, split: str) -> Arrays:
@@ -207,15 +225,28 @@ def load_image_folder(root: Path | None, split: str, image_size: int, channels: 
     "Any images laid out as `root/{train,test}/<class>/<file>`, centre-cropped to squares."
     classes = folder_classes(root, split)
     paths, labels = image_files(root, split, classes)
-    pixels = np.empty((len(paths), channels, image_size, image_size), dtype=np.uint8)
+    shape = (len(paths), channels, image_size, image_size)
 
-    def read_into(i: int):
-        pixels[i] = read_square(paths[i], image_size, channels)
+    def decode():
+        pixels = np.empty(shape, dtype=np.uint8)
 
-    with ThreadPoolExecutor() as pool:  # decoders work outside of Python's lock
-        for _ in pool.map(read_into, range(len(paths))):  # raises what a reading raised
-            pass
-    return pixels, labels, classes
+        def read_into(i: int):
+            pixels[i] = read_square(paths[i], image_size, channels)
+
+        with ThreadPoolExecutor() as pool:  # decoders work outside of Python's lock
+            for _ in pool.map(read_into, range(len(paths))):  # raises what a reading raised
+                pass
+        return pixels
+
+    if len(paths) < KEPT_FROM:
+        return decode(), labels, classes
+    seen = hashlib.sha256()  # names, sizes and times: another file is another name
+    for path in paths:
+        with suppress(OSError):  # `decode` says what is wrong with it
+            about = path.stat()
+            seen.update(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}\n".encode())
+    name = f"folder-{split}-{channels}x{image_size}-{seen.hexdigest()[:16]}"
+    return kept_pixels(name, shape, decode), labels, classes
 
 # %% ../../nbs/io/datasets.ipynb #a7ceb97b
 def resize(
