@@ -18,7 +18,7 @@ from .io.files import BitflowError
 
 # %% auto #0
 __all__ = ['NORMS', 'MLPS', 'MODERN', 'RMSNorm', 'SwiGLU', 'TransformerConfig', 'rotary_angles', 'rotate', 'Layer', 'Transformer',
-           'KVCache', 'attend', 'checkpoint_layers', 'find_compiler', 'allow_variants', 'compile_layers']
+           'KVCache', 'attend', 'checkpoint_layers', 'find_compiler', 'compile_layers']
 
 # %% ../nbs/04_transformer.ipynb #30dd9a88
 class RMSNorm(nn.Module):
@@ -316,7 +316,7 @@ def find_compiler() -> str | None:
             return path
     return None
 
-# %% ../nbs/04_transformer.ipynb #5c1e7a90
+# %% ../nbs/04_transformer.ipynb #5c1e7a8f
 def allow_variants(number: int = 64):
     """Let torch.compile keep so many forms of one function, for other widths, masks and batches.
     After eight it would go on uncompiled, and not say so."""
@@ -324,7 +324,7 @@ def allow_variants(number: int = 64):
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(number, getattr(config, name)))
 
-
+# %% ../nbs/04_transformer.ipynb #5c1e7a90
 def compile_layers(model: nn.Module):
     """Have torch.compile fuse the operations inside every layer, in place; weights keep their
     names, and the first step takes seconds longer. On a CPU this needs a C++ compiler."""

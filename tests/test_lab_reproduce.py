@@ -132,6 +132,7 @@ def test_every_size_runs_on_its_own_preset_in_miniature(name, budget, tmp_path, 
 
 def test_the_neighbours_in_colour_run_in_miniature(tmp_path, small_data):
     """The command for a GPU, on its own preset; one method stands for all of them."""
+    pytest.importorskip("stlpips_pytorch")
     (words,) = commands_of("cifar10-neighbours", "smoke", tmp_path / "runs", tmp_path)
     run(f"{' '.join(words)} --methods flow-matching --data-root {small_data} --device cpu")
     result = load_result("neighbours-cifar10", tmp_path)
