@@ -106,9 +106,12 @@ def load_torchvision(name: str, root: Path | None, split: str) -> Arrays:
 KEPT_FROM = 10_000  # images: fewer are decoded in a second
 
 
-def kept_pixels(name: str, shape: tuple, decode: Callable) -> np.ndarray:
+def kept_pixels(name: Callable, shape: tuple, decode: Callable) -> np.ndarray:
     """Pixels of a split, uint8 of that shape. Many are decoded once and kept as one file, which is
-    mapped: it takes the memory of one process, however many share it."""
+    mapped: it takes the memory of one process, however many share it. `name()`: the file's."""
+    if shape[0] < KEPT_FROM:
+        return decode()
+    kept = cache_folder() / f"{name()}.npy"
 
     def read():
         with suppress(OSError, ValueError, EOFError):  # not there, or damaged
@@ -116,12 +119,9 @@ def kept_pixels(name: str, shape: tuple, decode: Callable) -> np.ndarray:
             if pixels.dtype == np.uint8 and pixels.shape == shape:
                 return pixels
 
-    kept = cache_folder() / f"{name}.npy"
     if (pixels := read()) is not None:
         return pixels
     pixels = decode()
-    if len(pixels) < KEPT_FROM:
-        return pixels
     with suppress(OSError):  # a home that cannot be written to: decoded again each time
         kept.parent.mkdir(parents=True, exist_ok=True)
         with replacing(kept) as part, part.open("wb") as file:
@@ -140,7 +140,9 @@ def decoded(blob: np.ndarray, ends: np.ndarray, path: Path, split: str) -> np.nd
             images.append(np.asarray(open_image(image, "RGB", f"{path}, image {i} of {split}")))
         return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
 
-    name = f"cifar10-{split}-{hashlib.sha256(blob).hexdigest()[:16]}"
+    def name():
+        return f"cifar10-{split}-{hashlib.sha256(blob).hexdigest()[:16]}"
+
     return kept_pixels(name, (len(ends) - 1, 3, 32, 32), decode)
 
 # %% ../../nbs/io/datasets.ipynb #4e8bf608
@@ -238,14 +240,14 @@ def load_image_folder(root: Path | None, split: str, image_size: int, channels: 
                 pass
         return pixels
 
-    if len(paths) < KEPT_FROM:
-        return decode(), labels, classes
-    seen = hashlib.sha256()  # names, sizes and times: another file is another name
-    for path in paths:
-        with suppress(OSError):  # `decode` says what is wrong with it
-            about = path.stat()
-            seen.update(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}\n".encode())
-    name = f"folder-{split}-{channels}x{image_size}-{seen.hexdigest()[:16]}"
+    def name():
+        seen = hashlib.sha256(f"{root.resolve()}\n".encode())
+        for path in paths:  # names, sizes and times: another file is another name
+            with suppress(OSError):  # `decode` says what is wrong with it
+                about = path.stat()
+                seen.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+        return f"folder-{split}-{channels}x{image_size}-{seen.hexdigest()[:16]}"
+
     return kept_pixels(name, shape, decode), labels, classes
 
 # %% ../../nbs/io/datasets.ipynb #a7ceb97b

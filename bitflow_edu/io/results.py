@@ -131,11 +131,15 @@ def results_text(
     """A results file's text: one measurement a line, so that a changed number is a changed line;
     seven digits; `batch` and `unit` only where there is one."""
 
-    def short(m):
-        kept = ((k, v) for k, v in m.items() if k not in ABSENT or v != ABSENT[k])
-        return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in kept}
+    def short(value):
+        if isinstance(value, dict):
+            return {k: short(v) for k, v in value.items()}
+        return float(f"{value:.7g}") if isinstance(value, float) else value
 
-    lines = ",\n".join("  " + json.dumps(short(m), separators=(",", ":")) for m in measurements)
+    found = [
+        {k: v for k, v in m.items() if k not in ABSENT or v != ABSENT[k]} for m in measurements
+    ]
+    lines = ",\n".join("  " + json.dumps(short(m), separators=(",", ":")) for m in found)
     return f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n{lines}\n ]\n}}\n'
 
 # %% ../../nbs/io/results.ipynb #5d0a9e3c
@@ -154,7 +158,7 @@ def with_row_names(result: dict) -> dict:
     if isinstance(result, dict):
         for m in result.get("measurements", ()):
             m["row"] = renamed(m["row"])
-            m.update({k: v for k, v in ABSENT.items() if k not in m})
+            m.update(ABSENT | m)
             if "fastest" in m:
                 m["fastest"] = [renamed(row) for row in m["fastest"]]
     return result

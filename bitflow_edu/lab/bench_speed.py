@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data import unpatchify
 from ..evaluation import call_times, timed
 from ..exact_inverse import score_denoise, serial_steps, start_decoding
-from ..excursions.compiled import capture_pass, capture_score_step
+from ..excursions.compiled import capture_score_step
 from ..inverse_strategies import check_pair
 from ..io.files import BitflowError
 from ..io.models import build
@@ -196,18 +196,16 @@ def compiled_cases(work: Workload) -> dict[str, BenchCase]:
     z, c = inputs_for(F, work.batch)
     x = unpatchify(z, F.cfg.patch_size, F.cfg.channels)
     case = partial(BenchCase, prepares=True)
-    program = compiled_copy(G)
-    ours = partial(one_pass, program, z, c, w)
+    ours = one_pass_calls(compiled_copy(G), z, c, w)
     step = partial(score_denoise, compiled_copy(F), x, c)
-    cases = {"one-pass, compiled": case(ours, costs["one-pass"])}
+    cases = {"one-pass, compiled": case(ours["one-pass"], costs["one-pass"])}
     cases["score-step, compiled"] = case(step, costs["score-step"])
     for row, call in compiled_decoding_calls(F, z, c, w or 0.0).items():
         cases[row] = case(call, costs["exact"])
     for row, call in compiled_one_pass_calls(G, z, c, w).items():
         cases[row] = case(call, costs["one-pass"])
-    if z.device.type == "cuda":
-        captured = cache(lambda: capture_pass(program, work.batch, w))
-        cases["one-pass, compiled graph"] = case(lambda: captured()(z, c), costs["one-pass"])
+    if graph := ours.get("one-pass, graph"):
+        cases["one-pass, compiled graph"] = case(graph, costs["one-pass"])
     return cases
 
 # %% ../../nbs/lab/bench_speed.ipynb #9114ac21
