@@ -1,6 +1,7 @@
 """Ablation tables: what is trained, what is kept, and what is said about the order."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import shlex
@@ -25,7 +26,7 @@ from bitflow_edu.evaluation import (
     precision_recall,
 )
 from bitflow_edu.io.files import BitflowError
-from bitflow_edu.io.results import results_text
+from bitflow_edu.io.results import measurement, results_text, save_results
 from bitflow_edu.lab import ablations
 from bitflow_edu.lab.ablations import (
     REAL,
@@ -45,6 +46,7 @@ from bitflow_edu.lab.evaluate import choose_scale, network_for, sampler_source, 
 from bitflow_edu.lab.experiments import EXPERIMENTS
 from bitflow_edu.lab.hub import load_pretrained
 from bitflow_edu.lab.presets import find_preset
+from bitflow_edu.lab.reproduce import index_entry, section_of
 from bitflow_edu.lab.sampling import SAMPLERS, draw_all, noise_for
 from bitflow_edu.lab.tables import EXACT, TABLES, Row, Training, training_of
 from bitflow_edu.scale.fid import reference_in_memory
@@ -187,6 +189,57 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     figures = {key: json.loads(file.read_text()) for key, file in files.items()}
     again = table_measurements("denoising", preset, range(2), figures)
     assert json.loads(results_text({"name": ""}, again))["measurements"] == result["measurements"]
+
+
+def test_seeds_are_taken_over_from_a_results_file(tmp_path, monkeypatch, capsys):
+    """Their trainings are elsewhere: nothing is trained for them, and each number stays."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    base = "ablate denoising --preset mnist-mini-smoke --steps 4 --workers 1 --results".split()
+    base += [str(tmp_path), "--resume", "--out"]
+    file = tmp_path / "ablate-denoising-mnist-mini-smoke-4-steps.json"
+    assert main([*base, str(tmp_path / "there"), "--seeds", "1"]) == 0
+    first = json.loads(file.read_text())
+    first["commit"], first["hardware"]["cpu"] = "abc", "another"
+    file.write_text(json.dumps(first))
+    capsys.readouterr()
+    assert main([*base, str(tmp_path / "here"), "--seeds", "2"]) == 0
+    assert "seeds 0 are taken over" in capsys.readouterr().out
+    assert {f.name.split("-")[1] for f in (tmp_path / "here").iterdir()} == {"1"}
+    both = json.loads(file.read_text())
+
+    def of_seed(result, seed):
+        lines = [m for m in result["measurements"] if m["seed"] == seed]
+        return {(m["row"], m["metric"]): m["value"] for m in lines}
+
+    assert of_seed(both, 0) == of_seed(first, 0) and of_seed(both, 1)
+    (earlier,) = both["config"]["taken_over"]
+    assert (earlier["seeds"], earlier["commit"]) == ([0], "abc")
+    how = section_of(both, index_entry(both, tmp_path))
+    assert f"Seeds 0: {earlier['hardware']['cores']} cores, another; commit abc" in how
+    # where seed 0 is measured, seed 1 is not
+    assert main([*base, str(tmp_path / "there"), "--seeds", "2"]) == 0
+    third = json.loads(file.read_text())
+    assert [one["seeds"] for one in third["config"]["taken_over"]] == [[1]]
+    assert [of_seed(third, seed) for seed in (0, 1)] == [of_seed(both, seed) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "more,say",
+    [
+        (["--seeds", "1"], "holds seeds 1, which would be lost; ask for them with --seeds"),
+        (["--seeds", "2", "--train-forward.steps", "3"], "was made with train_forward.steps"),
+    ],
+)
+def test_a_results_file_is_not_lost_to_fewer_seeds_or_another_preset(tmp_path, capsys, more, say):
+    words = "ablate denoising --preset mnist-mini-smoke --steps 4 --resume".split()
+    words += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    preset = lab.ablation_preset(options.parse(words))
+    found = [measurement("no denoising", "fd", 1.0, seed=seed) for seed in (0, 1)]
+    stem = "ablate-denoising-mnist-mini-smoke-4-steps"
+    save_results(tmp_path, stem, preset.name, "", dataclasses.asdict(preset), found, 1.0)
+    before = (tmp_path / f"{stem}.json").read_bytes()
+    assert main([*words, *more]) == 2 and say in capsys.readouterr().err
+    assert (tmp_path / f"{stem}.json").read_bytes() == before
 
 
 def checkpoints_under(folder) -> int:

@@ -235,10 +235,12 @@ def row_commands(name: str, args: Ablate, preset: Preset) -> dict:
     return found
 
 
-def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float):
+def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float, earlier: list):
     "Write a table's results file and its picture."
     verdict, stem = ablations.verdict(found), table_stem(name, args)
     config = {"verdict": verdict, "seeds": args.seeds, **dataclasses.asdict(preset)}
+    if earlier:
+        config["taken_over"] = earlier
     each = list(range(args.seed, args.seed + args.seeds))  # a row's F, its G, and its noise
     config |= {"seeds_forward": each, "seeds_reverse": each}
     config["row_commands"] = row_commands(name, args, preset)
@@ -248,15 +250,76 @@ def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float
     picture.savefig(args.results / f"{stem}.png", dpi=110)
     print(f"{name}: {verdict}; results in {args.results / stem}.json")
 
+# %% ../../nbs/cli/lab.ipynb #held0004
+def some(seeds: list) -> str:
+    "Numbers as words."
+    return ", ".join(map(str, seeds))
+
+
+def stated_in(tree: dict, config) -> dict:
+    "Of a (nested) dataclass that was written as JSON: the fields that differ from their defaults."
+    found = {}
+    for f in dataclasses.fields(config):
+        default = None if f.default is dataclasses.MISSING else json.loads(json.dumps(f.default))
+        value, own = tree.get(f.name, default), getattr(config, f.name)
+        if dataclasses.is_dataclass(own) and isinstance(value, dict):
+            found[f.name] = stated_in(value, own)
+        elif value != default:
+            found[f.name] = value
+    return found
+
+
+def check_same_preset(stored: dict, preset: Preset, file: Path, option: str):
+    "Refuse to add to a file of another preset. A field unknown there has its default."
+    trees = stored, json.loads(json.dumps(dataclasses.asdict(preset)))
+    old, new = (stated_in(tree, preset) for tree in trees)
+    for settings in (old, new):
+        if not settings["objective"].get("decoder"):  # nothing is decoded
+            settings["objective"].pop("decoded_images", None)
+    check_same_settings(old, new, file, f"move it away, or name another place with {option}")
+
+# %% ../../nbs/cli/lab.ipynb #held0005
+def seeds_held(args: Ablate, preset: Preset, seeds: range) -> tuple[dict, list]:
+    """Seed → key → numbers of the seeds that the table's file holds and `--out` does not; and
+    where those were measured."""
+    stem = table_stem(args.table, args)
+    file = args.results / f"{stem}.json"
+    if not (args.resume and file.exists()):
+        return {}, []
+    stored = load_result(stem, args.results)
+    check_same_preset(stored["config"], preset, file, "--results")
+    in_file = {m["seed"] for m in stored["measurements"]} - {None}
+    if lost := sorted(in_file - set(seeds)):
+        what = f"{file} holds seeds {some(lost)}, which would be lost"
+        raise BitflowError(f"{what}; ask for them with --seeds, or name another --results")
+    asked = args.table, preset
+    away = [s for s in seeds if not ablations.is_measured(*asked, s, args.rows, args.out)]
+    held = ablations.held_figures(stored["measurements"], *asked, away, args.rows)
+    left, earlier = set(held), []
+    for one in stored["config"].get("taken_over", ()):
+        here = [seed for seed in one["seeds"] if seed in left]
+        earlier += [one | {"seeds": here}] if here else []
+        left -= set(here)
+    if left:
+        about = {name: stored[name] for name in ("commit", "date", "hardware")}
+        earlier.append({"seeds": sorted(left), **about})
+    if held:
+        print(f"seeds {some(sorted(held))} are taken over from {file}")
+    return held, earlier
+
 # %% ../../nbs/cli/lab.ipynb #7c320045
 def run_table(args: Ablate):
     "One table."
     start, name, preset = time.perf_counter(), args.table, ablation_preset(args)
     device, seeds = models.find_device(args.device), range(args.seed, args.seed + args.seeds)
-    jobs, workers = ablations.jobs_of(name, preset, seeds, args.rows), workers_for(args, device)
+    held, earlier = seeds_held(args, preset, seeds)
+    todo = [seed for seed in seeds if seed not in held]
+    jobs, workers = ablations.jobs_of(name, preset, todo, args.rows), workers_for(args, device)
     figures = ablations.run_jobs(jobs, args.out, device, workers, data_root=args.data_root)
+    for numbers in held.values():
+        figures |= numbers
     found = ablations.table_measurements(name, preset, seeds, figures, args.rows)
-    save_table(name, args, preset, found, time.perf_counter() - start)
+    save_table(name, args, preset, found, time.perf_counter() - start, earlier)
 
 
 def run_ablate(args: Ablate):
@@ -267,14 +330,6 @@ def run_ablate(args: Ablate):
         run_table(one)
 
 # %% ../../nbs/cli/lab.ipynb #18c00009
-def comparable(config: dict) -> dict:
-    "A preset as JSON, without what has no effect in it."
-    objective = {**config["objective"]}
-    if not objective["decoder"]:  # nothing is decoded
-        objective.pop("decoded_images", None)
-    return json.loads(json.dumps({**config, "objective": objective}))
-
-
 def run_neighbours(args: CompareNeighbours):
     "`bitflow neighbours`"
     preset, start = preset_of(args), time.perf_counter()
@@ -283,8 +338,7 @@ def run_neighbours(args: CompareNeighbours):
     held = set()
     if out.exists():  # what was measured before, here or elsewhere
         stored = load_result(out.stem, out.parent)
-        if comparable(stored["config"]) != comparable(dataclasses.asdict(preset)):
-            raise BitflowError(f"{out} is of another preset; move it away, or name another --out")
+        check_same_preset(stored["config"], preset, out, "--out")
         held = take_over(stored["measurements"], preset, args.work)
     more = args.work, args.methods, device
     found = neighbours_table(preset, seeds, *more, data_root=args.data_root, held=held)

@@ -312,7 +312,7 @@ class Ablate(Common):
     out: Path = Path("runs/ablate")
     # Folder for ablate-<table>-<preset>.json and .png.
     results: Path = Path("results")
-    # Go on where it stopped, and write tables anew.
+    # Go on where it stopped, and write tables anew; seeds measured elsewhere stay in them.
     resume: bool = False
 
 # %% ../../nbs/cli/options.ipynb #18c00007

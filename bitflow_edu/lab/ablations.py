@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -214,7 +214,7 @@ def measure_training(training: Training, ways: list, root: Path, device: str) ->
 REAL = "real training images"  # the row that says what distance would be good
 
 
-def jobs_of(name: str, preset: Preset, seeds: range, only: tuple = ()) -> dict:
+def jobs_of(name: str, preset: Preset, seeds: Iterable, only: tuple = ()) -> dict:
     "Training → the (method, w) that its rows are drawn by. Every F that a G needs is among them."
     jobs, rows = {}, rows_for(name, preset, only)
     for seed in seeds:
@@ -257,6 +257,8 @@ def run_jobs(
     data_root: Path = None,  # folder of the datasets
 ) -> dict:
     "Train and measure: key → numbers. Forward models first."
+    if not jobs:
+        return {}
     threads, found = threads_each(workers), {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, prepare_worker, (threads, data_root)) as pool:
@@ -364,6 +366,36 @@ def table_measurements(
         if versus != row.name:
             found += difference_lines(found, row.name, versus, n)
     return found
+
+# %% ../../nbs/lab/ablations.ipynb #held0002
+def held_figures(
+    found: list,  # a table's measurements
+    name: str,
+    preset: Preset,
+    seeds: Iterable,
+    only: tuple = (),
+) -> dict:
+    "Seed → key → numbers, as `run_jobs` gives them, of each seed that a table holds whole."
+    lines, held = {}, {}
+    for m in found:
+        lines.setdefault((m["row"], m["seed"]), {})[m["metric"]] = m["value"]
+    for seed in seeds:
+        of = {(Training(preset, seed, "forward").key, "real@0"): REAL}
+        for row in rows_for(name, preset, only):
+            key, swept = training_of(row, preset, seed).key, len(row.scales) > 1
+            for w in row.scales:
+                of[key, f"{row.method}@{w:g}"] = f"{row.name}, w = {w:g}" if swept else row.name
+        if all((line, seed) in lines for line in of.values()):
+            held[seed] = {}
+            for (key, way), line in of.items():
+                held[seed].setdefault(key, {"training": {}})[way] = lines[line, seed]
+    return held
+
+
+def is_measured(name: str, preset: Preset, seed: int, only: tuple, root: Path) -> bool:
+    "Whether a seed's trainings are in a folder, and have been measured."
+    jobs = jobs_of(name, preset, [seed], only)
+    return all((root / t.key / "figures.json").exists() for t, ways in jobs.items() if ways)
 
 # %% ../../nbs/lab/ablations.ipynb #85fa8ec1
 def main_metric(found: list) -> str:

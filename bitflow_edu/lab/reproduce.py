@@ -132,13 +132,17 @@ def run_experiment(
             tag_result(path, name, budget)
 
 # %% ../../nbs/lab/reproduce.ipynb #a0958c2f
+def machine_of(hardware: dict) -> str:
+    "A machine in a few words."
+    return hardware["gpu"] or f"{hardware['cores']} cores, {hardware['cpu']}"
+
+
 def index_entry(result: dict, folder: Path) -> dict:
     "A results file's line in the index."
     picture = folder / f"{result['name']}.png"
     keys = ("name", "preset", "experiment", "budget", "command", "commit", "date", "wall_s")
     line = {k: result.get(k) for k in keys}
-    machine = result["hardware"]
-    line["hardware"] = machine["gpu"] or f"{machine['cores']} cores, {machine['cpu']}"
+    line["hardware"] = machine_of(result["hardware"])
     line["picture"] = picture.name if picture.exists() else None
     return line
 
@@ -160,6 +164,12 @@ def section_of(result: dict, line: dict) -> str:
         f"; {line['hardware']}; commit {line['commit']}, {date}, "
         f"{line['wall_s'] / 60:.1f} minutes since its last start."
     )
+    for one in result["config"].get("taken_over", ()):
+        seeds, made = (
+            ", ".join(map(str, one["seeds"])),
+            f"commit {one['commit']}, {one['date'][:10]}",
+        )
+        how += f" Seeds {seeds}: {machine_of(one['hardware'])}; {made}."
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
     if is_paired(result):
         body = paired_table(result) + commands_text(result)
