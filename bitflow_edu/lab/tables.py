@@ -337,6 +337,48 @@ def tokens(preset: Preset) -> list:
     few, many = order_of_strategies(f"{T} tokens"), order_of_strategies(f"{4 * T} tokens", finer)
     return few + many
 
+# %% ../../nbs/lab/tables.ipynb #rec00001
+def layers(factor: float):
+    "Scale the number of layers in each block of G."
+
+    def change(preset):
+        t = preset.reverse.transformer
+        number = max(round(factor * t.num_layers), 1)
+        return reverse(transformer=replace(t, num_layers=number))(preset)
+
+    return change
+
+
+def train_reverse(**factors):
+    "Scale numbers of G's training."
+
+    def change(preset):
+        t = preset.train_reverse
+        scaled = {name: type(getattr(t, name))(f * getattr(t, name)) for name, f in factors.items()}
+        return replace(preset, train_reverse=replace(t, **scaled))
+
+    return change
+
+
+def recipes(preset: Preset) -> list:
+    """What brings G nearer to the inverse, in so many steps or (`--train-reverse.minutes`) so many
+    minutes: guidance, the loss, rate, batch, width against depth. By MSE where no loss is named."""
+    wide, changes = (
+        "half the layers, 1.5 times the width",
+        {
+            "twice the rate": (train_reverse(lr=2),),
+            "half the rate": (train_reverse(lr=0.5),),
+            "half the batch": (train_reverse(batch_size=0.5),),
+            "twice the layers": (layers(2),),
+        },
+    )
+    if preset.reverse.transformer.num_layers > 1:
+        changes |= {"half the layers": (layers(0.5),), wide: (layers(0.5), width(1.5))}
+    rows = [Row("MSE", (MSE,)), Row(EXACT, method="exact+denoise")]
+    rows += [Row(name, (MSE, *change)) for name, change in changes.items()]
+    guided = reverse(max_guidance=W_MAX)
+    return [*rows, Row("whole loss"), Row("whole loss, guided", (guided,))]
+
 # %% ../../nbs/lab/tables.ipynb #ee833bb0
 def parts(preset: Preset) -> list:
     "F's modern parts one at a time, and together (lesson 09); no G."
@@ -359,6 +401,7 @@ TABLES = {
     "guidance": guidance,
     "regimes": regimes,
     "tokens": tokens,
+    "recipes": recipes,
     "lpips": lpips,
     "parts": parts,
 }
@@ -384,7 +427,7 @@ class Size:
         return {"train-forward.steps": str(self.forward_steps)} | BF16
 
 
-SHORTENED = {"regimes": {"seeds": 3}, "parts": {"forward_steps": 1500}}
+SHORTENED = {"regimes": {"seeds": 3}, "recipes": {"seeds": 3}, "parts": {"forward_steps": 1500}}
 SHORTENED["tokens"] = {"seeds": 3, "steps": 700, "forward_steps": 1500}
 NOT_IN_ALL = ("lpips",)  # it needs weights that have to be downloaded
 PUBLISHED = [Size(name, **SHORTENED.get(name, {})) for name in TABLES if name not in NOT_IN_ALL]
