@@ -5,7 +5,7 @@ import torch
 
 from bitflow_edu.exact_inverse import exact_inverse, score_denoise, serial_steps
 from bitflow_edu.excursions.glow import CouplingConfig, CouplingFlow
-from bitflow_edu.guidance import guided_pass
+from bitflow_edu.guidance import Guidance, guided_pass
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import build, num_parameters
 from bitflow_edu.io.processes import SingleProcess
@@ -56,9 +56,13 @@ def test_samplers_draw_what_the_functions_behind_them_draw(pair):
         "one-pass+denoise": score_denoise(F, one_pass(G, z, c), c),
         "guided": guided_pass(G, z, c, 0.5),
     }
+    for kind in ("annealed", "variance-aware"):
+        guided = exact_inverse(F, z, c, Guidance(0.5, kind))
+        expected[f"exact+denoise, {kind}"] = score_denoise(F, guided, c)
+    assert not torch.equal(*list(expected.values())[-2:])
     assert list(expected) == list(SAMPLERS)
     for name, make in SAMPLERS.items():
-        sampler = make(F, G, 0.5 if name == "guided" else 0.0)
+        sampler = make(F, G, 0.5 if name == "guided" or "," in name else 0.0)
         assert sampler.method == name and torch.equal(sampler(z, c), expected[name])
         assert sampler.model is (F if name in WITHOUT_REVERSE else G)
 
@@ -73,8 +77,11 @@ def test_passes_and_serial_steps():
         "one-pass": 1,
         "one-pass+denoise": 3,
         "guided": 2,
+        "exact+denoise, annealed": 11,
+        "exact+denoise, variance-aware": 11,
     }
-    assert [s.serial_steps for s in made.values()] == [steps, steps + 2, 1, 3, 1]
+    exact = steps + 2
+    assert [s.serial_steps for s in made.values()] == [steps, exact, 1, 3, 1, exact, exact]
     assert exact_sampler(flow, 1.0).nfe == 18 and exact_sampler(flow, 1.0).serial_steps == steps
     assert exact_sampler(coupling()).nfe == exact_sampler(coupling()).serial_steps == 1
 

@@ -297,8 +297,8 @@ class Bench:
 class Ablate(Common):
     "Train and measure the rows of a table, beside the paper's figures: bitflow ablate NAME."
 
-    # strategies, depth, denoising, distances, scaling, budget, guidance, regimes, tokens, recipes,
-    # lpips, parts, norm-control, or all: without lpips, of mnist-mini in the published sizes.
+    # strategies, depth, denoising, distances, scaling, budget, guidance, forward-guidance, regimes,
+    # tokens, recipes, lpips, parts, norm-control, or all: without lpips, in the published sizes.
     table: Positional[str] = "all"
     # How many seeds, from --seed on; each has its own F, its own G's and its own noise.
     seeds: int = 5

@@ -104,12 +104,12 @@ class Sampler:
         return self.sample(z, c).to(z.dtype)  # of weights in bfloat16, too
 
 # %% ../../nbs/lab/sampling.ipynb #d7ddf8d0
-def exact_sampler(F: TARFlow | CouplingFlow, w: float = 0.0) -> Sampler:
-    "The exact inverse of F, token by token; guided where w is not 0."
+def exact_sampler(F: TARFlow | CouplingFlow, w: float = 0.0, kind: str = "linear") -> Sampler:
+    "The exact inverse of F, token by token; guided by one of `GUIDANCE` where w is not 0."
     if isinstance(F, CouplingFlow):
         return Sampler("exact", F, partial(invert_flow, F), nfe=1, serial_steps=1)
     check_model(F, TARFlow, "F")
-    sample = partial(invert_flow, F, guidance=Guidance(w) if w else None)
+    sample = partial(invert_flow, F, guidance=Guidance(w, kind) if w else None)
     branches = 2 if w else 1
     return Sampler("exact", F, sample, branches * F.cfg.num_tokens, serial_steps(F), w)
 
@@ -187,6 +187,15 @@ def make_exact_denoised(F: nn.Module, G: ReverseModel | None, w: float) -> Sampl
     return denoised(exact_sampler(F, w), F)
 
 
+def guided_by(kind: str) -> Callable:
+    "How the sampler of a method is made: the exact inverse by a rule of `GUIDANCE`, denoised."
+
+    def make(F: nn.Module, G: ReverseModel | None, w: float) -> Sampler:
+        return replace(denoised(exact_sampler(F, w, kind), F), method=f"exact+denoise, {kind}")
+
+    return make
+
+
 def make_one_pass(F: nn.Module, G: ReverseModel, w: float) -> Sampler:
     "One pass of G."
     return one_pass_sampler(G, w)
@@ -209,7 +218,8 @@ SAMPLERS = {  # method → (F, G, w) → Sampler
     "one-pass+denoise": make_one_pass_denoised,
     "guided": make_guided,
 }
-WITHOUT_REVERSE = ("exact", "exact+denoise")  # the methods that need no G
+SAMPLERS |= {f"exact+denoise, {kind}": guided_by(kind) for kind in ("annealed", "variance-aware")}
+WITHOUT_REVERSE = tuple(method for method in SAMPLERS if method.startswith("exact"))  # need no G
 
 # %% ../../nbs/lab/sampling.ipynb #07520a37
 def pair_samplers(F: nn.Module, G: ReverseModel | None) -> list[Sampler]:

@@ -268,6 +268,15 @@ def guidance(preset: Preset) -> list:
         rows.append(Row(f"in training, {name}", (trained, change), scales=SWEEP))
     return rows
 
+# %% ../../nbs/lab/tables.ipynb #fgd00001
+def forward_guidance(preset: Preset) -> list:
+    "By which rule the exact inverse is guided best (lesson 14), so that G meets it at its best."
+    rows = [Row("linear", (), "exact+denoise", SWEEP)]
+    for kind in ("annealed", "variance-aware"):
+        scales = SWEEP[1:]  # at 0 all are the same
+        rows.append(Row(kind, (), f"exact+denoise, {kind}", scales, shares="linear"))
+    return rows
+
 # %% ../../nbs/lab/tables.ipynb #71a0fcbb
 def longer_forward(preset: Preset) -> Preset:
     "F trained for the time of F and G: a step of G costs a pass of F, and a step of G's own."
@@ -399,6 +408,7 @@ TABLES = {
     "scaling": scaling,
     "budget": budget,
     "guidance": guidance,
+    "forward-guidance": forward_guidance,
     "regimes": regimes,
     "tokens": tokens,
     "recipes": recipes,
