@@ -9,8 +9,10 @@ from commands import SMOKE, refused, run
 from safetensors.torch import load_file
 
 from bitflow_edu.io.models import load_model, newest_checkpoint
+from bitflow_edu.lab.sampling import noise_for
 from bitflow_edu.neighbours import Neighbour
-from bitflow_edu.reverse_model import ReverseModel
+from bitflow_edu.reverse_model import ReverseModel, one_pass
+from bitflow_edu.tarflow import TARFlow
 
 
 @pytest.mark.parametrize("strategy", ["naive", "hidden-distillation"])
@@ -117,6 +119,19 @@ def test_weights_to_start_from_are_read_again_where_there_is_no_checkpoint(runs,
     run(f"{train}/b --resume")
     a, b = (load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("scale_token", [False, True])
+def test_a_guided_g_starts_from_one_that_takes_no_w(runs, tmp_path, scale_token):
+    """At first w has no effect; as a further input it changes nothing at all."""
+    guided = f"--reverse.max-guidance 2 --reverse.scale-token {scale_token} --init-from {runs}/g"
+    run(f"train reverse {SMOKE} {guided} --forward {runs}/f --steps 1 --out {tmp_path}/g")
+    F, old = load_model(runs / "f", TARFlow), load_model(runs / "g", ReverseModel)
+    new = load_model(tmp_path / "g", ReverseModel)  # the first step has rate 0
+    z, c = noise_for(F.cfg, 3), torch.tensor([0, 1, -1])
+    assert torch.equal(one_pass(new, z, c, w=0.0), one_pass(new, z, c, w=2.0))
+    same = torch.allclose(one_pass(new, z, c, w=2.0), one_pass(old, z, c), atol=1e-5)
+    assert same != scale_token, "a further token is looked at"
 
 
 @pytest.mark.parametrize("method", ["improved-mean-flow", "normalizing-flow-matching", "gan"])

@@ -93,8 +93,8 @@ class Training(Budget):
     batch_size: int | None = None
     # Peak learning rate.
     lr: float | None = None
-    # Run or checkpoint of a model of the same kind and shape to take the first weights from;
-    # the training itself starts anew.
+    # Run or checkpoint of a model of the same kind and shape to take the first weights from (a G
+    # that takes w may start from one that takes none); the training itself starts anew.
     init_from: Path | None = None
     # Under torchrun: each process holds a copy of the model (none) or a share of it (full), or
     # the processes of each node share one (hybrid).

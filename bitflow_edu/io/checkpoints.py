@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -171,13 +172,15 @@ def recorded_start(run: Path) -> str | None:
     return read_json(path, "name another folder").get("init") if path.exists() else None
 
 
-def start_from(model: nn.Module, weights: str | Path):
-    "Put a checkpoint's weights into a fresh model of the same kind and shape."
+def start_from(model: nn.Module, weights: str | Path, complete: Callable | None = None):
+    """Put a checkpoint's weights into a fresh model of the same kind and shape; `complete`, called
+    with the model's tensors and the checkpoint's, may add what these lack."""
     try:
         folder = newest_checkpoint(Path(weights))
         read_config(folder, type(model))
         own, found = model.state_dict(), read_tensors(folder / "model.safetensors")
         check_weights(folder, found)
+        found = complete(own, found) if complete else found
         load_tensors(model, {k: as_wide_as(t, own.get(k, t)) for k, t in found.items()}, folder)
     except BitflowError as e:
         raise BitflowError(f"training cannot start from {weights}: {e}") from e

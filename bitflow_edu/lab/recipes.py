@@ -89,6 +89,19 @@ def stage_one_loss(cfg: TARFlowConfig | CouplingConfig):
     return forward_loss if getattr(cfg, "noise_std", 0) else uniform_noise_loss
 
 # %% ../../nbs/lab/recipes.ipynb #d5b1f7e8
+def with_scale_input(own: dict, found: dict) -> dict:
+    """The tensors of a G that takes no guidance scale, completed for a model that does: its own,
+    and zeros in the last layer that w goes through, so that at first w has no effect."""
+    new = {name: t for name, t in own.items() if ".scale_embed." in name}
+    if any(name in found for name in new):
+        return found
+    layer = {name: name.rsplit(".", 1)[0] for name in new}  # "….scale_embed.2"
+    last = max(layer.values(), default="").rpartition(".")[2]
+    for name, t in new.items():
+        new[name] = torch.zeros_like(t) if layer[name].endswith(f".{last}") else t
+    return found | new
+
+
 def starting_weights(model: nn.Module, init: str | Path | None, folder: Path, resume: bool) -> dict:
     """Weights of another run into a fresh model, where `init` names them; what run.json says of it.
 
@@ -97,7 +110,7 @@ def starting_weights(model: nn.Module, init: str | Path | None, folder: Path, re
     if resume and not init:
         weights = recorded_start(folder)
     if weights and not checkpoints_of(folder):
-        start_from(model, weights)
+        start_from(model, weights, with_scale_input)
     return {"init": weights} if weights else {}
 
 # %% ../../nbs/lab/recipes.ipynb #fd027eca
