@@ -70,8 +70,11 @@ def test_the_command_and_what_is_stored(tmp_path, monkeypatch):
     then = {(m["row"], m["metric"]): m["value"] for m in before["measurements"]}
     now = {(m["row"], m["metric"]): m["value"] for m in stored["measurements"]}
     assert all(now[key] < then[key] for key in then)
-    found = bench_operations(find_preset("imagenet256-b2-mse"))
-    assert {(m["row"], m["metric"]): m["value"] for m in found}.items() <= now.items()
+    guided = load_result("bench-operations-guided", RESULTS)
+    for preset, lines in (("-mse", stored), ("", guided)):
+        found = bench_operations(find_preset(f"imagenet256-b2{preset}"))
+        kept = {(m["row"], m["metric"]): m["value"] for m in lines["measurements"]}
+        assert {(m["row"], m["metric"]): m["value"] for m in found}.items() <= kept.items()
     for row in ("F", "G"):
         left = now[row, "gradient_operations_compiled"]
         assert left < then[row, "gradient_operations"] / 2
