@@ -70,7 +70,7 @@ class TrainConfig:
     seed: int = 0  # of data order, dropped labels and noise; callers seed the weights with it
     log_every: int = 20  # steps between lines of metrics.jsonl
     sample_every: int = 500  # steps between sample grids
-    checkpoint_every: int = 500  # steps between checkpoints
+    checkpoint_every: int = 500  # steps between checkpoints; a kill costs these, and one write
 
     def __post_init__(self):
         check_budget(self)
