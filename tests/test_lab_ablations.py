@@ -221,6 +221,17 @@ def test_seeds_are_taken_over_from_a_results_file(tmp_path, monkeypatch, capsys)
     third = json.loads(file.read_text())
     assert [one["seeds"] for one in third["config"]["taken_over"]] == [[1]]
     assert [of_seed(third, seed) for seed in (0, 1)] == [of_seed(both, seed) for seed in (0, 1)]
+    # where nothing is trained, the file is only written anew
+    third["commit"] = "def"
+    third["config"].pop("seeds_forward")
+    third["config"]["train_forward"]["precision"] = "bf16"  # what `auto` meant
+    file.write_text(json.dumps(third))
+    assert main([*base, str(tmp_path / "nowhere"), "--seeds", "2"]) == 0
+    last = json.loads(file.read_text())
+    assert not (tmp_path / "nowhere").exists() and last["config"]["seeds_forward"] == [0, 1]
+    assert all(last[k] == third[k] for k in ("commit", "date", "wall_s", "hardware", "versions"))
+    assert last["config"]["taken_over"] == third["config"]["taken_over"]
+    assert of_seed(last, 0) == of_seed(third, 0)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +308,8 @@ def test_all_tables_are_those_that_are_published():
     places = "--out RUNS/ablate-mnist-mini --results RESULTS --resume"
     listed = [options.parse(shlex.split(words.replace(places, ""))) for words in experiment]
     assert lab.tables_asked(options.parse(["ablate", "all"])) == listed
+    goes_on = dict(resume=True, results=Path(lab.__file__).parents[2] / "results")
+    lab.check_tables([dataclasses.replace(args, **goes_on) for args in listed])  # refuses none
     stems = [lab.table_stem(args.table, args) for args in listed]
     assert len(set(stems)) == len(stems) == len(TABLES) - 1 + 2  # without lpips; two more lengths
     results = Path(lab.__file__).parents[2] / "results"
@@ -314,29 +327,29 @@ def test_all_tables_are_those_that_are_published():
 
 
 def test_one_row_is_repeated_by_the_command_beside_it(tmp_path, monkeypatch, capsys):
-    """Trained and measured alone, it has the numbers that it has in the table."""
+    """Trained and measured alone, it has the numbers that it has in the table; so has the next."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
     words = "ablate strategies --preset mnist-mini-smoke --seeds 1 --seed 1 --steps 4 --workers 1"
     assert main(shlex.split(words)) == 0
     (file,) = Path("results").glob("*.json")
     table = json.loads(file.read_text())
-    command = table["config"]["row_commands"]["hidden-alignment, MSE"]
-    threads, program, *words = shlex.split(command)
-    assert (threads, program) == (f"OMP_NUM_THREADS={torch.get_num_threads()}", "bitflow")
-    precision = words[words.index("--train-forward.precision") + 1]
-    assert precision == ("bf16" if fast_bf16("cpu") else "fp32")  # what `auto` was here
-    assert main(words) == 0
-    again = json.loads((Path("runs/again") / f"{file.stem}-some-rows.json").read_text())
 
     def numbers(result):
         lines = [m for m in result["measurements"] if m["seed"] == 1]
         return {(m["row"], m["metric"]): m["value"] for m in lines}
 
-    all_rows, one_row = numbers(table), numbers(again)
-    names = {"hidden-alignment, MSE", "naive, MSE", REAL}
-    assert {row for row, _ in one_row} == names
-    assert one_row == {key: v for key, v in all_rows.items() if key[0] in names}
+    all_rows = numbers(table)
+    for row in ("hidden-alignment, MSE", EXACT):
+        threads, program, *words = shlex.split(table["config"]["row_commands"][row])
+        assert (threads, program) == (f"OMP_NUM_THREADS={torch.get_num_threads()}", "bitflow")
+        precision = words[words.index("--train-forward.precision") + 1]
+        assert precision == ("bf16" if fast_bf16("cpu") else "fp32")  # what `auto` was here
+        assert main(words) == 0
+        again = json.loads((Path("runs/again") / f"{file.stem}-some-rows.json").read_text())
+        one_row, names = numbers(again), {row, "naive, MSE", REAL}
+        assert {name for name, _ in one_row} == names
+        assert one_row == {key: v for key, v in all_rows.items() if key[0] in names}
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,9 @@ def check_tables(asked: list[Ablate]):
             raise BitflowError(f"{sizes} must be at least 1")
         file = args.results / f"{table_stem(args.table, args)}.json"
         new_outputs(file, ".json", ".png", option=PLACE, anew=args.resume)
-        tables.rows_for(args.table, ablation_preset(args), args.rows)
+        preset = ablation_preset(args)
+        tables.rows_for(args.table, preset, args.rows)
+        stored_table(args, preset)
 
 # %% ../../nbs/cli/lab.ipynb #baa34638
 def workers_for(args: Ablate, device: str) -> int:
@@ -229,13 +231,15 @@ def row_commands(name: str, args: Ablate, preset: Preset) -> dict:
             args = replace(args, changes=(*args.changes, field, meant))
     for row in rows:
         pair = tuple(dict.fromkeys((row.versus or rows[0].name, row.name)))
-        more = dict(rows=pair, out=AGAIN, results=AGAIN, resume=False, workers=1)
+        more = dict(rows=pair, out=AGAIN, results=AGAIN, resume=True, workers=1)
         again = command_line(replace(args, table=name, **more))
         found[row.name] = f"OMP_NUM_THREADS={threads} {again}"
     return found
 
 
-def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float, earlier: list):
+def save_table(
+    name: str, args: Ablate, preset: Preset, found: list, took: float, earlier: list, made: dict
+):
     "Write a table's results file and its picture."
     verdict, stem = ablations.verdict(found), table_stem(name, args)
     config = {"verdict": verdict, "seeds": args.seeds, **dataclasses.asdict(preset)}
@@ -245,7 +249,7 @@ def save_table(name: str, args: Ablate, preset: Preset, found: list, took: float
     config |= {"seeds_forward": each, "seeds_reverse": each}
     config["row_commands"] = row_commands(name, args, preset)
     command = command_line(replace(args, table=name))
-    save_results(args.results, stem, preset.name, command, config, found, took)
+    save_results(args.results, stem, preset.name, command, config, found, took, made)
     picture = ablations.draw_table(found, f"{name}, {preset.name}")
     picture.savefig(args.results / f"{stem}.png", dpi=110)
     print(f"{name}: {verdict}; results in {args.results / stem}.json")
@@ -273,53 +277,74 @@ def check_same_preset(stored: dict, preset: Preset, file: Path, option: str):
     "Refuse to add to a file of another preset. A field unknown there has its default."
     trees = stored, json.loads(json.dumps(dataclasses.asdict(preset)))
     old, new = (stated_in(tree, preset) for tree in trees)
+    for part in ("train_forward", "train_reverse"):  # auto: what was fast on that machine
+        if "precision" not in old[part] or "precision" not in new[part]:
+            old[part].pop("precision", None)
+            new[part].pop("precision", None)
     for settings in (old, new):
         if not settings["objective"].get("decoder"):  # nothing is decoded
             settings["objective"].pop("decoded_images", None)
     check_same_settings(old, new, file, f"move it away, or name another place with {option}")
 
 # %% ../../nbs/cli/lab.ipynb #held0005
-def seeds_held(args: Ablate, preset: Preset, seeds: range) -> tuple[dict, list]:
-    """Seed → key → numbers of the seeds that the table's file holds and `--out` does not; and
-    where those were measured."""
+def stored_table(args: Ablate, preset: Preset) -> dict | None:
+    "The table's results file, where `--resume` goes on with one. Refuses to lose what it holds."
     stem = table_stem(args.table, args)
     file = args.results / f"{stem}.json"
     if not (args.resume and file.exists()):
-        return {}, []
+        return None
     stored = load_result(stem, args.results)
     check_same_preset(stored["config"], preset, file, "--results")
     in_file = {m["seed"] for m in stored["measurements"]} - {None}
-    if lost := sorted(in_file - set(seeds)):
+    if lost := sorted(in_file - set(range(args.seed, args.seed + args.seeds))):
         what = f"{file} holds seeds {some(lost)}, which would be lost"
         raise BitflowError(f"{what}; ask for them with --seeds, or name another --results")
+    return stored
+
+
+def held_in(stored: dict | None, args: Ablate, preset: Preset, seeds: range) -> dict:
+    "Seed → key → numbers, of the seeds that a results file holds and `--out` does not."
+    if stored is None:
+        return {}
     asked = args.table, preset
     away = [s for s in seeds if not ablations.is_measured(*asked, s, args.rows, args.out)]
     held = ablations.held_figures(stored["measurements"], *asked, away, args.rows)
-    left, earlier = set(held), []
+    if held:
+        print(f"seeds {some(sorted(held))} are taken over from the results file")
+    return held
+
+
+MADE = ("commit", "date", "wall_s", "hardware", "versions")  # of a results file
+
+
+def taken_over(stored: dict, held: dict) -> list[dict]:
+    "Which seeds are older than a table, and how they were measured."
+    left, found = set(held), []
     for one in stored["config"].get("taken_over", ()):
         here = [seed for seed in one["seeds"] if seed in left]
-        earlier += [one | {"seeds": here}] if here else []
+        found += [one | {"seeds": here}] if here else []
         left -= set(here)
     if left:
-        about = {name: stored[name] for name in ("commit", "date", "hardware")}
-        earlier.append({"seeds": sorted(left), **about})
-    if held:
-        print(f"seeds {some(sorted(held))} are taken over from {file}")
-    return held, earlier
+        found.append({"seeds": sorted(left), **{name: stored[name] for name in MADE}})
+    return found
 
 # %% ../../nbs/cli/lab.ipynb #7c320045
 def run_table(args: Ablate):
     "One table."
     start, name, preset = time.perf_counter(), args.table, ablation_preset(args)
     device, seeds = models.find_device(args.device), range(args.seed, args.seed + args.seeds)
-    held, earlier = seeds_held(args, preset, seeds)
+    stored = stored_table(args, preset)
+    held = held_in(stored, args, preset, seeds)
     todo = [seed for seed in seeds if seed not in held]
     jobs, workers = ablations.jobs_of(name, preset, todo, args.rows), workers_for(args, device)
     figures = ablations.run_jobs(jobs, args.out, device, workers, data_root=args.data_root)
     for numbers in held.values():
         figures |= numbers
     found = ablations.table_measurements(name, preset, seeds, figures, args.rows)
-    save_table(name, args, preset, found, time.perf_counter() - start, earlier)
+    earlier, made = taken_over(stored, held) if held else [], {}
+    if not todo:  # nothing is new but the form
+        earlier, made = stored["config"].get("taken_over", []), {k: stored[k] for k in MADE}
+    save_table(name, args, preset, found, time.perf_counter() - start, earlier, made)
 
 
 def run_ablate(args: Ablate):

@@ -109,10 +109,12 @@ def save_results(
     config: dict,  # the whole configuration
     measurements: list,  # of `measurement`
     wall_s: float,  # seconds it all took
+    made: dict | None = None,  # commit, date, machine …, where the numbers were measured before
 ) -> Path:  # the file
     "Write a results file: every number that the project shows comes from one."
     head = {"name": name, "preset": preset, "command": command, "commit": commit(), "date": now()}
     head.update(wall_s=round(wall_s, 1), hardware=hardware(), versions=versions(), config=config)
+    head.update(made or {})
     if Path(name).name != name:
         raise BitflowError(f"results cannot be named {name!r}, which is a path; give a plain name")
     path = folder / f"{name}.json"

@@ -123,13 +123,16 @@ def judged(source: Callable, n: int, seed: int, real: RealImages) -> dict:
     return found
 
 # %% ../../nbs/lab/ablations.ipynb #b6135dca
+FEW = 1000  # test images for errors of the inverse, F's loss, and its states
+
+
 @torch.no_grad()
 def anatomy(F, training: Training, root: Path, device: str) -> dict:
     "F's states and loss on 1,000 noisy test images, and each term's share of G's late loss."
     test = images_of(training.preset.data, "test")
     log = read_metrics(root / training.key / "run" / "metrics.jsonl")
-    noisy = add_noise(test.x[:1000], F.cfg.noise_std, torch.Generator().manual_seed(0))
-    trajectory = F(noisy.to(device), test.labels[:1000].to(device))
+    noisy = add_noise(test.x[:FEW], F.cfg.noise_std, torch.Generator().manual_seed(0))
+    trajectory = F(noisy.to(device), test.labels[:FEW].to(device))
     states = trajectory.states
     found = {f"state_rms_{i}": s.square().mean().sqrt().item() for i, s in enumerate(states)}
     if training.stage == "forward":
@@ -148,7 +151,7 @@ PRECISION_FROM = 2000  # samples and real images that precision and recall compa
 def measure(sampler: Sampler, F: TARFlow, training: Training, device: str) -> dict:
     "Numbers of one sampler."
     data, n, seed = training.preset.data, training.preset.num_samples, training.seed
-    part = images_of(data, "test")[:1000]
+    part = images_of(data, "test")[:FEW]
     (inverse,) = inverse_errors(F, [sampler], part, seed, device, len(part))
     found = {"inverse_mse": inverse["value"], "params": num_parameters(sampler.model)}
     real = real_images(data, F.cfg.channels, 5 * n)
@@ -299,10 +302,20 @@ def reported_scale(row: Row, preset: Preset, seeds: range, figures: dict) -> flo
     return choose_scale(fd_train) if len(row.scales) > 1 and fd_train else row.scales[0]
 
 # %% ../../nbs/lab/ablations.ipynb #5fa6ca1d
-def lines_of(name: str, values: dict, n: int, **more) -> list:
+def count_for(metric: str, samples: int) -> int | None:
+    "How many samples or test images a metric comes from, with so many samples drawn."
+    if metric == "params" or metric.startswith("share_"):
+        return None
+    if metric.startswith(("inverse_mse", "test_nll", "state_rms_")):
+        return FEW
+    return min(samples, PRECISION_FROM) if metric in ("precision", "recall") else samples
+
+
+def lines_of(name: str, values: dict, samples: int, **more) -> list:
     "A row's measurements: every seed's, then the mean with its 95% interval."
     found = []
     for metric, by_seed in values.items():
+        n = count_for(metric, samples)
         for seed, value in by_seed.items():
             found.append(measurement(name, metric, value, n=n, seed=seed, **more))
         mean, low, high, count = mean_interval(list(by_seed.values()))
@@ -332,11 +345,12 @@ def difference(
 COMPARED = "fd[ fd_train[ label_accuracy inverse_mse precision recall test_nll".split()
 
 
-def difference_lines(found: list, row: str, versus: str, n: int) -> list:
+def difference_lines(found: list, row: str, versus: str, samples: int) -> list:
     "How a row differs from another, for every metric that is compared."
     lines = []
     for metric in dict.fromkeys(m["metric"] for m in found if m["row"] == row):
         if metric.startswith(tuple(COMPARED)) and (d := difference(found, row, versus, metric)):
+            n = count_for(metric, samples)
             about = dict(n=n, low=d.low, high=d.high, seeds=d.n, versus=versus)
             lines.append(measurement(row, f"difference {metric}", d.mean, **about))
     return lines

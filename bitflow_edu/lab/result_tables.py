@@ -10,11 +10,13 @@ __all__ = []
 
 # %% ../../nbs/lab/result_tables.ipynb #f4ef1d76
 def format_value(m: dict) -> str:
-    "A measurement's value in four digits, with its unit."
+    "A measurement's value in four digits, with its unit, and from where to where it reaches."
     if m["value"] is None:
         value = "–"
     else:
         value = f"{m['value']:,.4g}" if abs(m["value"]) < 1e5 else f"{m['value']:.3e}"
+    if m.get("low") is not None:
+        value += f" [{m['low']:,.4g}, {m['high']:,.4g}]"
     return value if m["unit"] in ("1", None) else f"{value} {m['unit']}"
 
 # %% ../../nbs/lab/result_tables.ipynb #0c4768a4
