@@ -183,11 +183,13 @@ def section_of(result: dict, line: dict) -> str:
 PAGE = """# All results
 
 Written from the files in this folder by `bitflow reproduce`. Pictures show the first samples of \
-their seed, not chosen ones. A number can be made again with the command that stands above it.
+their seed, not chosen ones. A number can be made again with the command that stands above it, on \
+the same processor with as many threads: others round in another way, and training amplifies it.
 Where a table has several seeds, each seed has its own models (in benchmarks one pair serves \
 all) and its own noise, shared by all rows; numbers are means with their 95% intervals, and \
-differences are taken in pairs, seed by seed. n counts samples or images; in benchmarks, \
-repetitions.
+differences are taken in pairs, seed by seed. n counts samples or images (of errors of the \
+inverse and likelihoods: 1,000 test images); in benchmarks, repetitions, and their numbers are \
+medians with quartiles.
 
 ## The experiments
 
