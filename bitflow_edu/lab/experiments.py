@@ -93,6 +93,8 @@ for stage, minutes in (("forward", 1.8), ("reverse", 0.5)):
 
 # %% ../../nbs/lab/experiments.ipynb #58829a51
 SIZES = ("--steps", "--minutes", "--n", "--images", "--seeds")  # of a command
+for part in ("forward", "reverse"):
+    SIZES += (f"--train-{part}.steps", f"--train-{part}.minutes")
 TINY = {
     "neighbours": "--seeds 1 --train-forward.steps 2 --train-reverse.steps 2 --num-samples 20",
     "train": "--steps 2 --batch-size 4",
@@ -108,6 +110,7 @@ def in_miniature(commands: tuple[str, ...]) -> tuple[str, ...]:
     for command in commands:
         words, rest = command.split(), []
         sizes = (*SIZES, "--batch-size") if words[0] == "train" else SIZES
+        sizes += tuple(word for word in TINY[words[0]].split() if word.startswith("--"))
         for option, word in zip(["", *words], words):
             if option in sizes or word in sizes:
                 continue
@@ -124,11 +127,11 @@ def tables_of(question: str, *tables: str, short: str = "") -> Experiment:
     "An experiment that is made of tables on CIFAR-10; `short`: options of `gpu-short`."
     found = {"gpu": "cifar10", "cpu": "cifar10-mini"}
     commands = {size: table_commands(preset, *tables) for size, preset in found.items()}
-    commands["smoke"] = in_miniature(commands["gpu"])
     result = f"ablate-{tables[0]}-cifar10"
     plan = ()
     if short:
         commands["gpu-short"], plan = table_commands("cifar10", *tables, more=short), (8,)
+    commands["smoke"] = in_miniature(commands["gpu-short" if short else "gpu"])
     minutes = LONG | ({"gpu-short": sum(plan)} if plan else {})
     return Experiment(question, result, commands, minutes, plan)
 

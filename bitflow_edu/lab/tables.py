@@ -236,11 +236,14 @@ def distances(preset: Preset) -> list:
 
 # %% ../../nbs/lab/tables.ipynb #25c23128
 def lpips(preset: Preset) -> list:
-    """LPIPS of photographs as the distance at the image end, for images of any kind; for colour
-    also with ConvNeXt-V2, as in the recipe for ImageNet. Weights are downloaded."""
+    """LPIPS of photographs as the distance at the image end, for images of any kind, by the
+    preset's own network if it has one; for colour also with ConvNeXt-V2, as in the recipe for
+    ImageNet. Weights are downloaded."""
     rows = [Row("MSE", (MSE,), paper=31.88)]
+    own = (name for name in preset.objective.features if name.startswith("stlpips"))
+    features = (next(own, "stlpips-alex"),)
     for weight in (0.3, 1.0, 3.0):
-        end = dict(features=("stlpips-alex",), feature_weights=(weight,), adaptive_power=1.0)
+        end = dict(features=features, feature_weights=(weight,), adaptive_power=1.0)
         rows.append(Row(f"MSE + {weight:g} LPIPS", (objective(**end),)))
     if preset.data.channels == 3:
         names = "features", "feature_weights", "adaptive_power"
