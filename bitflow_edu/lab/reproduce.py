@@ -165,11 +165,8 @@ def section_of(result: dict, line: dict) -> str:
         f"{line['wall_s'] / 60:.1f} minutes since its last start."
     )
     for one in result["config"].get("taken_over", ()):
-        seeds, made = (
-            ", ".join(map(str, one["seeds"])),
-            f"commit {one['commit']}, {one['date'][:10]}",
-        )
-        how += f" Seeds {seeds}: {machine_of(one['hardware'])}; {made}."
+        made = f"{machine_of(one['hardware'])}; commit {one['commit']}, {one['date'][:10]}"
+        how += f" Seeds {', '.join(map(str, one['seeds']))}: {made}."
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
     if is_paired(result):
         body = paired_table(result) + commands_text(result)

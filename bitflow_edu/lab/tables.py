@@ -375,17 +375,15 @@ def train_reverse(**factors):
 def recipes(preset: Preset) -> list:
     """What brings G nearer to the inverse, in so many steps or (`--train-reverse.minutes`) so many
     minutes: guidance, the loss, rate, batch, width against depth. By MSE where no loss is named."""
-    wide, changes = (
-        "half the layers, 1.5 times the width",
-        {
-            "twice the rate": (train_reverse(lr=2),),
-            "half the rate": (train_reverse(lr=0.5),),
-            "half the batch": (train_reverse(batch_size=0.5),),
-            "twice the layers": (layers(2),),
-        },
-    )
+    changes = {
+        "twice the rate": (train_reverse(lr=2),),
+        "half the rate": (train_reverse(lr=0.5),),
+        "half the batch": (train_reverse(batch_size=0.5),),
+        "twice the layers": (layers(2),),
+    }
     if preset.reverse.transformer.num_layers > 1:
-        changes |= {"half the layers": (layers(0.5),), wide: (layers(0.5), width(1.5))}
+        half = "half the layers"
+        changes |= {half: (layers(0.5),), f"{half}, 1.5 times the width": (layers(0.5), width(1.5))}
     rows = [Row("MSE", (MSE,)), Row(EXACT, method="exact+denoise")]
     rows += [Row(name, (MSE, *change)) for name, change in changes.items()]
     guided = reverse(max_guidance=W_MAX)
@@ -441,7 +439,7 @@ class Size:
 
 
 SHORTENED = {"regimes": {"seeds": 3}, "recipes": {"seeds": 3}, "parts": {"forward_steps": 1500}}
-SHORTENED["tokens"] = {"seeds": 3, "steps": 700, "forward_steps": 1500}
+SHORTENED["tokens"] = {"steps": 700, "forward_steps": 1500}
 NOT_IN_ALL = ("lpips",)  # it needs weights that have to be downloaded
 PUBLISHED = [Size(name, **SHORTENED.get(name, {})) for name in TABLES if name not in NOT_IN_ALL]
 PUBLISHED += [Size("strategies", steps=500), Size("strategies", seeds=3, steps=3000)]
