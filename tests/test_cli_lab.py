@@ -169,4 +169,4 @@ def test_a_table_of_neighbours_grows_seed_by_seed(tmp_path, capsys):
     assert "flow-matching-8" in of_seed[0] - of_seed[1] and "quarter-naive" in of_seed[1]
     assert not list((tmp_path / "second").glob("forward-0-*"))
     assert list((tmp_path / "second").glob("forward-1-*"))
-    refused(f"{words} --out {out} --resume --num-samples 21", capsys, "another preset", "--out")
+    refused(f"{words} --out {out} --resume --num-samples 21", capsys, "num_samples = 20", "--out")
