@@ -260,23 +260,9 @@ def some(seeds: list) -> str:
     return ", ".join(map(str, seeds))
 
 
-def stated_in(tree: dict, config) -> dict:
-    "Of a (nested) dataclass that was written as JSON: the fields that differ from their defaults."
-    found = {}
-    for f in dataclasses.fields(config):
-        default = None if f.default is dataclasses.MISSING else json.loads(json.dumps(f.default))
-        value, own = tree.get(f.name, default), getattr(config, f.name)
-        if dataclasses.is_dataclass(own) and isinstance(value, dict):
-            found[f.name] = stated_in(value, own)
-        elif value != default:
-            found[f.name] = value
-    return found
-
-
 def check_same_preset(stored: dict, preset: Preset, file: Path, option: str):
     "Refuse to add to a file of another preset. A field unknown there has its default."
-    trees = stored, json.loads(json.dumps(dataclasses.asdict(preset)))
-    old, new = (stated_in(tree, preset) for tree in trees)
+    old, new = tables.stated(preset, stored), tables.stated(preset)
     for part in ("train_forward", "train_reverse"):  # auto: what was fast on that machine
         if "precision" not in old[part] or "precision" not in new[part]:
             old[part].pop("precision", None)

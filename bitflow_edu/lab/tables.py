@@ -81,15 +81,29 @@ SWEEP = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0)  # guidance scales that are measure
 EXACT = "exact + score denoising"  # the opponent of a G that denoises
 
 # %% ../../nbs/lab/tables.ipynb #eb19e82d
-def stated(config) -> dict:
-    "The fields of a (nested) dataclass that differ from their defaults, as JSON."
+def as_json(value):
+    "A value, or a dataclass, as it comes back from a JSON file."
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
+
+
+def stated(config, tree: dict | None = None) -> dict:
+    """The fields of a (nested) dataclass that differ from their defaults, as JSON; of `tree`, where
+    such a config was written as one: a field unknown there has its default."""
     found = {}
     for f in dataclasses.fields(config):
-        value, default = getattr(config, f.name), f.default
+        own, default = getattr(config, f.name), None
         if f.default_factory is not dataclasses.MISSING:
-            default = f.default_factory()
-        if value != default:
-            found[f.name] = stated(value) if dataclasses.is_dataclass(value) else value
+            default = as_json(f.default_factory())
+        elif f.default is not dataclasses.MISSING:
+            default = as_json(f.default)
+        value = own if tree is None else tree.get(f.name, default)
+        if as_json(value) == default:
+            continue
+        if dataclasses.is_dataclass(own) and tree is None:
+            value = stated(own)
+        elif dataclasses.is_dataclass(own) and isinstance(value, dict):
+            value = stated(own, value)
+        found[f.name] = value
     return found
 
 # %% ../../nbs/lab/tables.ipynb #e1673fc3
