@@ -9,6 +9,7 @@ from commands import SMOKE, refused, run
 from safetensors.torch import load_file
 
 from bitflow_edu.io.models import load_model, newest_checkpoint
+from bitflow_edu.lab.recipes import run_settings, training_record
 from bitflow_edu.lab.sampling import noise_for
 from bitflow_edu.neighbours import Neighbour
 from bitflow_edu.reverse_model import ReverseModel, one_pass
@@ -132,6 +133,25 @@ def test_a_guided_g_starts_from_one_that_takes_no_w(runs, tmp_path, scale_token)
     assert torch.equal(one_pass(new, z, c, w=0.0), one_pass(new, z, c, w=2.0))
     same = torch.allclose(one_pass(new, z, c, w=2.0), one_pass(old, z, c), atol=1e-5)
     assert same != scale_token, "a further token is looked at"
+
+
+def test_a_run_is_charged_with_the_training_that_it_began_with(runs, tmp_path):
+    """Steps, seconds and settings of both; where the other is gone, of its own alone."""
+    shutil.copytree(runs / "g", tmp_path / "first")
+    begin = f"train reverse {SMOKE} --forward {runs}/f --out {tmp_path}/g --steps 1"
+    run(f"{begin} --init-from {tmp_path}/first")
+    run(f"{begin.replace('/g ', '/h ')} --init-from {tmp_path}/g")
+    (earlier, seconds), (steps, all_seconds) = map(
+        training_record, (tmp_path / "first", tmp_path / "h")
+    )
+    assert steps["value"] == earlier["value"] + 2 and steps["own"] == 1
+    assert all_seconds["value"] > seconds["value"] + all_seconds["own"]
+    chain = run_settings(tmp_path / "h")["started_from"]
+    assert chain["started_from"] == run_settings(tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    steps, _ = training_record(tmp_path / "g")
+    assert steps["value"] == steps["own"] == 1 and str(tmp_path / "first") in steps["started_from"]
+    assert "started_from" not in run_settings(tmp_path / "g")
 
 
 @pytest.mark.parametrize("method", ["improved-mean-flow", "normalizing-flow-matching", "gan"])

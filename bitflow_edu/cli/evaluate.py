@@ -38,11 +38,10 @@ from bitflow_edu.lab.evaluate import (
     evaluate_flow,
     fidelity,
     judge_samplers,
-    run_settings,
-    training_record,
 )
 from ..lab.neighbour_table import evaluate_neighbour
 from ..lab.presets import Preset, check_pair_preset
+from ..lab.recipes import run_settings, training_record
 from ..lab.report import draw_rows, sample_rows
 from ..lab.sampling import FLOWS, METHODS, choose_samplers, guided_too, neighbour_samplers
 from ..neighbours import Neighbour
@@ -260,6 +259,7 @@ def evaluation_settings(args: Evaluate, preset: Preset, forward, reverse) -> dic
         "train_forward": of_f.get("train"),
         "train_reverse": of_g.get("train"),
         "objective": of_g.get("objective"),
+        "started_from": {"forward": of_f.get("started_from"), "reverse": of_g.get("started_from")},
     }
 
 # %% ../../nbs/cli/evaluate.ipynb #2a76f56e

@@ -22,8 +22,8 @@ from ..exact_inverse import round_trip_error
 from ..excursions.glow import CouplingConfig, CouplingFlow
 from ..excursions.rounding import check_invertible
 from ..inverse_strategies import check_pair, mse
-from ..io.files import BitflowError, read_json
-from ..io.models import newest_checkpoint, num_parameters
+from ..io.files import BitflowError
+from ..io.models import num_parameters
 from ..io.processes import SINGLE_PROCESS, SingleProcess
 from ..io.results import measured, measurement, time_per_image
 from bitflow_edu.lab.sampling import (
@@ -57,7 +57,7 @@ from ..tarflow import TARFlow
 
 # %% auto #0
 __all__ = ['sampler_source', 'are_digits', 'fidelity', 'Evaluation', 'Judge', 'judge_samplers', 'evaluate', 'flow_cost',
-           'evaluate_flow', 'training_record', 'run_settings']
+           'evaluate_flow']
 
 # %% ../../nbs/lab/evaluate.ipynb #8e4a2f91
 def indexed_noise(cfg, index: Tensor, seed: int) -> Tensor:
@@ -474,27 +474,3 @@ def evaluate_flow(
     trip = measurement("exact", "round_trip_max_error", trip, "x", checked, seed)
     found += finite_values([trip])
     return Evaluation(done.samples, found + judged + flow_cost(model, seed, timing))
-
-# %% ../../nbs/lab/evaluate.ipynb #4d60c8af
-def training_record(folder: Path) -> list:
-    "Optimiser steps and seconds that a checkpoint took; nothing without a training state."
-    state = newest_checkpoint(Path(folder)) / "training_state.json"
-    if not state.exists():
-        return []
-    counters = read_json(state, "use another checkpoint")
-    step, seconds = (counters.get(name) for name in ("step", "seconds"))
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in (step, seconds)):
-        raise BitflowError(
-            f"{state} is damaged: step {step!r}, seconds {seconds!r}; use another checkpoint"
-        )
-    threads = counters.get("threads")
-    return [
-        measurement("exact", "train_steps", step),
-        measurement("exact", "train_s", seconds, "s", threads=threads),
-    ]
-
-
-def run_settings(folder: Path) -> dict:
-    "What a run was trained with, from its `run.json`; nothing for weights without their run."
-    written = newest_checkpoint(Path(folder)).absolute().parent.parent / "run.json"
-    return read_json(written, "name another run") if written.exists() else {}

@@ -33,14 +33,9 @@ from bitflow_edu.lab.ablations import (
     real_images,
     run_training,
 )
-from bitflow_edu.lab.evaluate import (
-    Evaluation,
-    finite_numbers,
-    judge_in_memory,
-    sampler_source,
-    training_record,
-)
+from .evaluate import Evaluation, finite_numbers, judge_in_memory, sampler_source
 from .presets import Preset, check_pair_preset
+from .recipes import training_record
 from bitflow_edu.lab.sampling import (
     SAMPLERS,
     Sampler,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -28,10 +29,10 @@ from bitflow_edu.inverse_strategies import (
     reverse_loss,
 )
 from ..io.checkpoints import recorded_start, start_from
-from ..io.files import report_write_errors
+from ..io.files import BitflowError, read_json, report_write_errors
 from ..io.models import build, checkpoints_of, newest_checkpoint, save_model
 from ..io.processes import SINGLE_PROCESS, SingleProcess
-from ..io.results import commit, hardware, now, versions
+from ..io.results import commit, hardware, measurement, now, versions
 from .preset_fields import write_preset
 from bitflow_edu.lab.presets import (
     ObjectiveConfig,
@@ -50,7 +51,7 @@ from ..training import TrainConfig, train
 from ..transformer import compile_layers
 
 # %% auto #0
-__all__ = ['Watch', 'train_forward', 'image_distance', 'train_reverse']
+__all__ = ['Watch', 'train_forward', 'image_distance', 'train_reverse', 'run_settings', 'training_record']
 
 # %% ../../nbs/lab/recipes.ipynb #905354f9
 def note_start(preset: Preset, folder: Path, step: int):
@@ -225,3 +226,42 @@ def train_beside(
     note_start(preset, folder, 0)
     save_model(trained, folder)
     return trained
+
+# %% ../../nbs/lab/recipes.ipynb #4d60c8af
+def run_settings(folder: Path) -> dict:
+    """What a run was trained with, from its `run.json`; nothing for weights without their run.
+
+    `started_from`: the same of the run whose weights it started from, where that is still there."""
+    written = newest_checkpoint(Path(folder)).absolute().parent.parent / "run.json"
+    found = read_json(written, "name another run") if written.exists() else {}
+    start = found.get("init")
+    if start and Path(start).exists():
+        found["started_from"] = run_settings(Path(start))
+    return found
+
+
+def training_record(folder: Path) -> list:
+    """Optimiser steps and seconds that a checkpoint took; nothing without a training state.
+
+    A run that started from the weights of another counts the steps and seconds of both; where the
+    other is gone, those of its own alone, and then `own` equals the value."""
+    state = newest_checkpoint(Path(folder)) / "training_state.json"
+    if not state.exists():
+        return []
+    counters = read_json(state, "use another checkpoint")
+    step, seconds = (counters.get(name) for name in ("step", "seconds"))
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in (step, seconds)):
+        raise BitflowError(
+            f"{state} is damaged: step {step!r}, seconds {seconds!r}; use another checkpoint"
+        )
+    threads, start = counters.get("threads"), run_settings(folder).get("init")
+    found = [
+        measurement("exact", "train_steps", step),
+        measurement("exact", "train_s", seconds, "s", threads=threads),
+    ]
+    if start:
+        before = training_record(Path(start)) if Path(start).exists() else []
+        found = [{**m, "own": m["value"], "started_from": start} for m in found]
+        for m, earlier in zip(found, before):
+            m["value"] += earlier["value"]
+    return found
