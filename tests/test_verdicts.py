@@ -29,6 +29,9 @@ CLIPPED, FINE = "clip + normalise", ", a tenth of the noise"
 DIGITS, THIRD = "MSE + digits", "MSE + digits, a third of the weight"
 THRICE = "MSE + digits, three times the weight"
 W, AFTER = "in training", "at inference"
+PAIRED = "normalizing-flow-matching"
+IN_ONE_STEP = ("flow-matching", PAIRED, "reflow", "mean-flow", "improved-mean-flow", "consistency")
+IN_ONE_STEP += ("gan",)
 
 # lesson, its words, table, (metrics, first, sign, second): ">" first is ahead, "?" undecided
 SAID = [
@@ -214,6 +217,26 @@ SAID = [
         ((FD, LABELS), f"{W}, own scale for denoising", "?", W),
     ),
     (
+        "18_neighbours",
+        "In one step BiFlow's $G$ draws nearest, by squared error alone as well",
+        "neighbours",
+        *(((FD,), row, ">", f"{n}-1") for row in ("one-pass", "one-pass-mse") for n in IN_ONE_STEP),
+    ),
+    (
+        "18_neighbours",
+        "Noise that knows its image helps in one step, where lines cross most; with more steps",
+        "neighbours",
+        ((FD,), f"{PAIRED}-1", ">", "flow-matching-1"),
+        ((FD,), f"{PAIRED}-2", "?", "flow-matching-2"),
+        *(((FD,), f"flow-matching-{n}", ">", f"{PAIRED}-{n}") for n in (4, 8, 50)),
+    ),
+    (
+        "18_neighbours",
+        "The GAN draws good digits, but few kinds of them (its recall)",
+        "neighbours",
+        ((RECALL,), "one-pass", ">", "gan-1"),
+    ),
+    (
         "measured",
         "**What does not.** With guidance on both sides one pass has no lead in distance",
         "guidance",
@@ -257,6 +280,8 @@ def text_of(lesson):
 
 def table_of(name):
     """A table of `mnist-mini`; a number behind its name: so many steps of G."""
+    if name == "neighbours":
+        return load_result("neighbours-mnist-mini")
     table, _, steps = name.rpartition("-") if name[-1].isdigit() else (name, "", "")
     return load_result(f"ablate-{table}-mnist-mini" + (steps and f"-{steps}-steps"))
 
