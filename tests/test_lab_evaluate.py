@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from bitflow_edu.evaluation import (
     in_batches,
     load_classifier,
 )
+from bitflow_edu.exact_inverse import exact_inverse
 from bitflow_edu.excursions.glow import CouplingConfig, CouplingFlow
+from bitflow_edu.guidance import Guidance
 from bitflow_edu.inverse_strategies import check_pair
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import build
@@ -51,6 +54,7 @@ from bitflow_edu.lab.sampling import (
     noise_for,
     one_pass_sampler,
     pair_samplers,
+    sharing,
 )
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.scale.feature_networks import mnist_cnn_network
@@ -233,6 +237,39 @@ def test_every_method_has_every_scale(pair, sweep):
     coupling = build(CouplingFlow, CouplingConfig(kind="nice", image_size=16, width=8), 0)
     with pytest.raises(BitflowError, match="scales 0.5.*labels"):
         guided_too([exact_sampler(coupling)], (0.5,), coupling, None)
+
+
+def test_the_inverse_is_computed_once_for_both_of_its_rows(pair, digits, sweep, monkeypatch):
+    """The score step goes on from the images of the row without it: half the calls, the same bits,
+    in the same order."""
+    F, _ = pair
+    calls, data = [], (digits[200:300], digits[:100], 60, 3)
+    rules = [SAMPLERS[f"exact+denoise, {kind}"](*pair, 1.0) for kind in ("annealed",)]
+    samplers = [*sweep, *rules]
+
+    def counting(model, z, c, guidance=None):
+        calls.append(guidance)
+        return exact_inverse(model, z, c, guidance)
+
+    inverse = partial(evaluate, *pair, *data, timing=False, samplers=samplers)
+    monkeypatch.setattr(lab_evaluate, "sharing", list)
+    apart = inverse()
+    monkeypatch.undo()
+    monkeypatch.setattr(lab_evaluate, "fidelity", lambda *_: [])
+    monkeypatch.setattr(sampling, "exact_inverse", counting)
+    shared = inverse()
+    assert calls == [None, Guidance(0.25), Guidance(1.0), Guidance(1.0, "annealed")]
+    assert shared.measurements == apart.measurements[: len(shared.measurements)]
+    assert list(shared.samples) == list(apart.samples) == [s.name for s in samplers]
+    assert all(torch.equal(x, apart.samples[row]) for row, x in shared.samples.items())
+
+
+def test_a_start_that_drew_other_noise_is_not_taken_over(pair):
+    F, c = pair[0], torch.tensor([0, 1])
+    start, then = sharing(pair_samplers(F, None))
+    a, b = noise_for(F.cfg, 2, seed=1), noise_for(F.cfg, 2, seed=2)
+    start(a, c)
+    assert torch.equal(then(b, c), SAMPLERS["exact+denoise"](F, None, 0.0)(b, c))
 
 
 def test_the_nearest_scale_is_chosen_and_of_equals_the_smallest():

@@ -35,6 +35,7 @@ from bitflow_edu.lab.sampling import (
     pair_samplers,
     sampler_cost,
     sampler_times,
+    sharing,
 )
 from ..reverse_model import ReverseModel, one_pass
 from bitflow_edu.scale.feature_networks import (
@@ -347,24 +348,27 @@ def judge_samplers(
     timing: bool = False,  # time the samplers, in batches as they are drawn
 ) -> Evaluation:
     "Every sampler's distances, and those of as many real training images."
-    cfg, found, shown, finite = judge.cfg, [], {}, [judge.cfg.n]
+    cfg, rows, finite = judge.cfg, {sampler.name: [] for sampler in samplers}, [judge.cfg.n]
     weights = weights_of(samplers, judge.processes) if judge.folder is not None else {}
     timed_too = timed_ones(samplers) if timing else []
-    for sampler in samplers:
+    named, shown = {sampler.name: sampler for sampler in samplers}, dict.fromkeys(rows)
+    for drawing in sharing(samplers) if judge.folder is None else samplers:
+        sampler = named[drawing.name]
         timing = sampler in timed_too
         noise, more, about = None, None, {"w": sampler.w}
         if judge.folder is None:
             noise = noise_for(sampler.model.cfg, cfg.n, cfg.seed)
-        source = sampler_source(sampler, cfg.seed, decoder, noise, labelled)
+        source = sampler_source(drawing, cfg.seed, decoder, noise, labelled)
         if judge.folder is not None:
             more = partial(stream_costs, sampler, decoder, cfg, timing)
             about["weights"] = weights[sampler.model]
         done = judge.row(sampler.name, source, cfg, sampler.folder, about, more)
-        found, shown[sampler.name] = found + done.measurements, done.first
+        rows[sampler.name], shown[sampler.name] = list(done.measurements), done.first
         if timing and "ms_per_image" not in (m["metric"] for m in done.measurements):
             times = partial(stream_times, sampler, decoder, cfg)  # finished without
-            found += judge.processes.on_rank_zero(times) or []
+            rows[sampler.name] += judge.processes.on_rank_zero(times) or []
         finite.append(num_finite(done.measurements, cfg.n))
+    found = [m for lines in rows.values() for m in lines]
     if judge.train is not None:
         found = found + chosen_rows(samplers, found, judge)
     if train is not None:

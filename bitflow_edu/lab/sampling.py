@@ -81,6 +81,8 @@ class Sampler:
     nfe: int  # passes through a network for an image, as published
     serial_steps: int  # steps that have to wait for one another
     w: float = 0.0  # guidance scale
+    start: Sampler = None  # whose images it goes on from
+    finish: Callable = None  # (images of `start`, c) → images
 
     @property
     def name(self) -> str:
@@ -118,9 +120,10 @@ def denoised(sampler: Sampler, F: TARFlow) -> Sampler:
     "The same, and then F's score step, which removes the noise that F was trained with."
 
     check_model(F, TARFlow, "F")
+    finish = partial(score_denoise, F)
 
     def sample(z, c):
-        return score_denoise(F, sampler.sample(z, c), c)
+        return finish(sampler.sample(z, c), c)
 
     return replace(
         sampler,
@@ -128,6 +131,8 @@ def denoised(sampler: Sampler, F: TARFlow) -> Sampler:
         sample=sample,
         nfe=sampler.nfe + 2,
         serial_steps=sampler.serial_steps + 2,
+        start=sampler,
+        finish=finish,
     )
 
 # %% ../../nbs/lab/sampling.ipynb #9cb338ec
@@ -191,7 +196,8 @@ def guided_by(kind: str) -> Callable:
     "How the sampler of a method is made: the exact inverse by a rule of `GUIDANCE`, denoised."
 
     def make(F: nn.Module, G: ReverseModel | None, w: float) -> Sampler:
-        return replace(denoised(exact_sampler(F, w, kind), F), method=f"exact+denoise, {kind}")
+        sampler = denoised(exact_sampler(F, w, kind), F)
+        return replace(sampler, method=f"exact+denoise, {kind}", start=None)  # no row of its own
 
     return make
 
@@ -305,6 +311,51 @@ def draw_all(samplers: list, n: int, seed: int, device: str = "cpu", batch_size:
         z, c = noise_for(sampler.model.cfg, n, seed), grid_labels(sampler.model.cfg, n)
         drawn[sampler.name] = draw(sampler, z, c, device, batch_size)
     return drawn
+
+# %% ../../nbs/lab/sampling.ipynb #share001
+MOST_KEPT = 2**30  # bytes of images that wait for the sampler that goes on from them
+
+
+def keeping(sample: Callable, kept: list) -> Callable:
+    "`sample`, whose batches are kept: noise, labels, images."
+
+    def sample_and_keep(z, c):
+        x = sample(z, c)
+        if (len(kept) + 1) * x.nbytes <= MOST_KEPT:
+            kept.append((z, c, x))
+        return x
+
+    return sample_and_keep
+
+
+def going_on(sampler: Sampler, kept: list) -> Callable:
+    "The same images as `sampler.sample`, from what its start has drawn where it drew that noise."
+
+    def sample(z, c):
+        if kept and torch.equal(kept[0][0], z) and torch.equal(kept[0][1], c):
+            return sampler.finish(kept.pop(0)[2], c)
+        return sampler.sample(z, c)
+
+    return sample
+
+
+def sharing(samplers: list) -> list[Sampler]:
+    """The same samplers, ordered so that one which goes on from another's images comes right after
+    it and takes them over. For one evaluation, in which all are asked for the same batches."""
+    place = {sampler.name: i for i, sampler in enumerate(samplers)}
+
+    def position(sampler):
+        own = place[sampler.name]
+        return place.get(sampler.start.name, own) if sampler.start else own, own
+
+    found = []
+    for sampler in sorted(samplers, key=position):
+        if sampler.start and found and found[-1].name == sampler.start.name:
+            kept = []
+            found[-1] = replace(found[-1], sample=keeping(found[-1].sample, kept))
+            sampler = replace(sampler, sample=going_on(sampler, kept))
+        found.append(sampler)
+    return found
 
 # %% ../../nbs/lab/sampling.ipynb #6790cbf7
 def to_picture(x: Tensor, vae: nn.Module = None) -> Tensor:
