@@ -85,7 +85,7 @@ PLAIN += "--objective.adaptive-power 0"  # squared error without w: 3 of its ste
 HOURS = {  # about three hours of one core
     "forward": training("forward", "--steps 9600", 64, "2e-3", 2400, 600, "bf16"),
     "first": f"{PLAIN} {training('reverse', '--steps 4000', 64, '4e-3', 1000, 500, 'bf16')}",
-    "reverse": training("reverse", "--steps 2400", 64, "2e-3", 600, 300, "bf16"),
+    "reverse": training("reverse", "--steps 1800", 64, "2e-3", 600, 300, "bf16"),
 }
 
 
