@@ -239,7 +239,7 @@ def run_settings(folder: Path) -> dict:
         found["started_from"] = run_settings(Path(start))
     return found
 
-
+# %% ../../nbs/lab/recipes.ipynb #charged0
 def training_record(folder: Path) -> list:
     """Optimiser steps and seconds that a checkpoint took; nothing without a training state.
 

@@ -338,7 +338,7 @@ def going_on(sampler: Sampler, kept: list) -> Callable:
 
     return sample
 
-
+# %% ../../nbs/lab/sampling.ipynb #share002
 def sharing(samplers: list) -> list[Sampler]:
     """The same samplers, ordered so that one which goes on from another's images comes right after
     it and takes them over. For one evaluation, in which all are asked for the same batches."""
