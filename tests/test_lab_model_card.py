@@ -99,6 +99,20 @@ def test_the_card_explains_squared_errors_where_it_has_them(result, shipped):
     assert cards.ERRORS in model_card({**result, "measurements": renamed}, shipped).text
 
 
+def test_the_card_of_the_guided_pair_has_what_training_images_chose():
+    """A column for each scale above 0, on the same line as the others; both trainings of G."""
+    text = ModelCard.load(asset("mnist") / "README.md").text
+    for seen in (
+        "| exact inverse + score denoising, w = 0.1 | real images (the floor) |",
+        "| train_steps |  | 9,600 | – | 5,800, of them 4,000 in a first training |",
+        "before that steps 4000",
+        "by squared error.",
+    ):
+        assert seen in text, seen
+    (line,) = [line for line in text.split("\n") if line.startswith("| kid[mnist-cnn]")]
+    assert "–" not in line and line.count("±") == 6 and "chosen_w" not in text
+
+
 def test_the_card_of_a_part_speaks_of_that_part(result, shipped):
     card = model_card(result, shipped.reverse)
     methods = {e.metric_name.split(", ")[1] for e in card.data.eval_results}

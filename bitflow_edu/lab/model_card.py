@@ -83,6 +83,10 @@ def card_rows(result: dict, model: nn.Module | Pair) -> dict:
     methods = own_methods.get(type(model), ("exact", "exact+denoise"))
     found = {m["row"] for m in result["measurements"]}
     rows = {row: METHODS[row] for row in methods if row in found}
+    for m in result["measurements"]:  # guided, at the scale that training images chose
+        method = m["row"].removesuffix(", chosen w")
+        if m["metric"] == CHOICE and m["value"] and method in rows:
+            rows[m["row"]] = f"{METHODS[method]}, w = {m['value']:g}"
     if not rows:
         there = ", ".join(sorted(found)) or "no measurements"
         raise BitflowError(
@@ -91,6 +95,8 @@ def card_rows(result: dict, model: nn.Module | Pair) -> dict:
     return {**rows, "real": "real images (the floor)"} if "real" in found else rows
 
 # %% ../../nbs/lab/model_card.ipynb #2ba2ab0e
+CHOICE = "chosen_w"  # which stands in the names of rows
+OF_ROW = ("spread", "threads", "own", "started_from", "same_as")  # beside a value, not its metric
 COSTS = tuple("ms_per_image speedup params serial_steps flops nfe mfu train peak_memory".split())
 
 
@@ -101,8 +107,8 @@ def how(m: dict) -> dict:
 
 
 def is_quality(m: dict) -> bool:
-    "Whether a measurement is of images rather than of costs, and finite."
-    return not m["metric"].startswith(COSTS) and math.isfinite(m["value"])
+    "Whether a measurement is of images rather than of costs or choices, and finite."
+    return not m["metric"].startswith((*COSTS, CHOICE)) and math.isfinite(m["value"])
 
 # %% ../../nbs/lab/model_card.ipynb #b81d55e3
 TASK = "unconditional-image-generation"  # of the Hub's tasks, the nearest: none is by class
@@ -122,25 +128,31 @@ def eval_results(result: dict, rows: dict, source: DataSource) -> list[EvalResul
 
 # %% ../../nbs/lab/model_card.ipynb #50d3dca4
 def in_words(m: dict) -> str:
-    "A measured value with four digits, and its quartiles where there are any."
+    "A measured value with four digits, and what belongs to it: spread, quartiles, threads …"
 
     def short(v):
         return f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
 
-    spread = f" ({short(m['low'])} to {short(m['high'])})" if "low" in m else ""
-    return short(m["value"]) + spread
+    more = f" ± {m['spread']:.2g}" if "spread" in m else ""
+    more += f" ({short(m['low'])} to {short(m['high'])})" if "low" in m else ""
+    more += f" ({m['threads']} thread{'s' * (m['threads'] > 1)})" if m.get("threads") else ""
+    if "started_from" in m:
+        first = m["value"] - m["own"]
+        more += f", of them {short(first)} in a first training" if first else ", the last training"
+    return short(m["value"]) + more
 
 # %% ../../nbs/lab/model_card.ipynb #fb126626
 def line_of(m: dict) -> tuple:
     "The cells that head a measurement's line of the table: metric, unit, how it was measured."
-    said = {key: f"{v:.2g}" if isinstance(v, float) else v for key, v in how(m).items()}
+    said = {key: v for key, v in how(m).items() if key not in OF_ROW}
+    said = {key: f"{v:.2g}" if isinstance(v, float) else v for key, v in said.items()}
     notes = ", ".join(f"{key} {v}" for key, v in said.items())
     return m["metric"], "" if m["unit"] == "1" else m["unit"], notes
 
 # %% ../../nbs/lab/model_card.ipynb #fe48c3e2
 def results_table(result: dict, rows: dict) -> str:
     "The measurements in Markdown: metrics down, methods across."
-    found = [m for m in result["measurements"] if m["row"] in rows]
+    found = [m for m in result["measurements"] if m["row"] in rows and m["metric"] != CHOICE]
     cells = {(line_of(m), m["row"]): in_words(m) for m in found}
     head = ["metric", "unit", *rows.values(), "measured with"]
     table = [head]
@@ -223,6 +235,12 @@ def what_it_is(model: nn.Module | Pair) -> str:
     return "\n".join(lines)
 
 # %% ../../nbs/lab/model_card.ipynb #a7c41e02
+def recipe_of(train: dict) -> str:
+    "The fields of a training that say most about it."
+    keys = "steps minutes batch_size lr ema label_dropout precision seed".split()
+    return ", ".join(f"{key} {train[key]}" for key in keys if train.get(key) is not None)
+
+
 def how_trained(result: dict, model: nn.Module | Pair, source: DataSource) -> str:
     "Data and budget of the training, in Markdown."
     config, parts = result["config"], pair_parts(model)
@@ -232,10 +250,13 @@ def how_trained(result: dict, model: nn.Module | Pair, source: DataSource) -> st
     channels = f"{cfg.channels} channel{'s' * (cfg.channels > 1)}"
     licence = f"licence: {source.licence}"
     lines = [f"- Images: {source.title}{copy}, {pixels}, {channels}; {licence}."]
-    keys = "steps minutes batch_size lr ema label_dropout precision seed".split()
     for name in parts:
-        train = config.get(f"train_{name}") or {}
-        shown = ", ".join(f"{key} {train[key]}" for key in keys if train.get(key) is not None)
+        shown = recipe_of(config.get(f"train_{name}") or {})
+        first = (config.get("started_from") or {}).get(name)
+        if first:
+            loss = first.get("objective") or {}
+            asked = "" if loss.get("features") else ", by squared error"
+            shown += f"; before that {recipe_of(first['train'])}{asked}"
         if shown:
             lines.append(f"- {'F' if name == 'forward' else 'G'}: {shown}.")
     return "\n".join(lines)
