@@ -77,6 +77,9 @@ def data_source(result: dict) -> DataSource:
     return SOURCES.get(name, DataSource(name, "see where the images come from"))
 
 
+CHOICE = "chosen_w"  # which stands in the names of rows
+
+
 def card_rows(result: dict, model: nn.Module | Pair) -> dict:
     "The measured methods that a model takes part in, with their names; real images come last."
     own_methods = {Pair: tuple(METHODS), ReverseModel: ("one-pass",)}
@@ -95,7 +98,6 @@ def card_rows(result: dict, model: nn.Module | Pair) -> dict:
     return {**rows, "real": "real images (the floor)"} if "real" in found else rows
 
 # %% ../../nbs/lab/model_card.ipynb #2ba2ab0e
-CHOICE = "chosen_w"  # which stands in the names of rows
 OF_ROW = ("spread", "threads", "own", "started_from", "same_as")  # beside a value, not its metric
 COSTS = tuple("ms_per_image speedup params serial_steps flops nfe mfu train peak_memory".split())
 
