@@ -17,7 +17,7 @@ export function* invert_block(block, y, c) {
   for (let t = 1; t < T; t++) {
     const h = add_(block.proj_in.forward(rows_of(x, D, t - 1)), rows_of(offset, width, t - 1));
     const [features, longer] = block.transformer.step(h, cache, block.flip);
-    const params = block.proj_out.forward(features); // α and μ of token t, (2·D)
+    const params = block.read_out(features); // α and μ of token t, (2·D)
     for (let i = 0; i < D; i++) x[t * D + i] = x[t * D + i] * Math.exp(params[i]) + params[D + i];
     cache = longer;
     yield { token: block.flip ? T - 1 - t : t, tokens: block.order(x, D) };

@@ -58,6 +58,6 @@ export function read_config(saved, kind) {
 
 // Fields that no shipped model uses, with the one value that is computed here ([] reads as "").
 const ONLY = {
-  TARFlow: { logit_alpha: 0, clip: 0, block_layers: [], prior_var: false },
+  TARFlow: { logit_alpha: 0, block_layers: [], prior_var: false },
   ReverseModel: { denoise: true, token_states: false, scale_token: false },
 };

@@ -23,7 +23,8 @@ export class ClassEmbedding {
 // f_i, x^i → x^{i+1}: shift and scale each token by what stands before it.
 export class FlowBlock {
   constructor(tensors, name, cfg, flip) {
-    Object.assign(this, { flip, D: cfg.token_dim, width: cfg.transformer.width });
+    const limit = cfg.clip || Infinity; // κ of lesson 09; 0: none
+    Object.assign(this, { flip, limit, D: cfg.token_dim, width: cfg.transformer.width });
     this.proj_in = new Linear(tensors, `${name}.proj_in`);
     this.pos_embed = tensor(tensors, `${name}.pos_embed`); // (T, width)
     this.class_embed = new ClassEmbedding(tensors, `${name}.class_embed`, cfg.num_classes);
@@ -43,11 +44,17 @@ export class FlowBlock {
     return add_(this.order(this.pos_embed, this.width).slice(), this.class_embed.forward(c));
   }
 
+  // α and μ, each clipped to ±κ, from the transformer's output (S, width): (S, 2·D).
+  read_out(features) {
+    const { limit } = this;
+    return this.proj_out.forward(features).map((v) => Math.max(-limit, Math.min(limit, v)));
+  }
+
   // (α, μ) of every token, (T, 2·D), from tokens (T, D) in the block's order. What the network
   // puts out at token t is for token t + 1; the first token gets 0.
   affine_params(x, c) {
     const h = add_(this.proj_in.forward(x), this.offset(c));
-    const out = this.proj_out.forward(this.transformer.forward(h, this.flip));
+    const out = this.read_out(this.transformer.forward(h, this.flip));
     const params = new Float64Array(out.length);
     params.set(out.subarray(0, out.length - 2 * this.D), 2 * this.D);
     return params;
