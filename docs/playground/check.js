@@ -52,7 +52,7 @@ function compare(name, found, expected) {
 function compare_pair(expected) {
   const F = load_model(expected.name, "forward", TARFlow);
   const G = load_model(expected.name, "reverse", ReverseModel);
-  const { c, w } = expected.inputs;
+  const { c, w, narrow } = expected.inputs;
   const [x, z, eps] = [expected.inputs.x, expected.inputs.z, expected.eps].map(
     (values) => Float64Array.from(values),
   );
@@ -71,6 +71,9 @@ function compare_pair(expected) {
   }
   const images = interpolate(F, G, x, mirrored(x, F.cfg), c, 5);
   compare(`${where}interpolate`, images.flatMap((image) => [...image]), expected.interpolate);
+  for (const block of F.blocks) block.limit = narrow;
+  compare(`${where}clipped`, F.forward(x, c).z, expected.clipped);
+  compare(`${where}clipped inverse`, exact_inverse(F, z, c), expected.clipped_inverse);
 }
 
 // An image with left and right exchanged.

@@ -1,5 +1,6 @@
 """What PyTorch computes, for check.js to compare with: python reference.py FILE.json"""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from bitflow_edu.reverse_model import ReverseModel, one_pass, sample_noise
 from bitflow_edu.tarflow import TARFlow, log_prob
 
 PAIRS = {"mnist-mini": (3, -1), "mnist": (7,), "cifar10-mini": (3,)}  # shipped models, labels
+
+NARROW = 0.25  # a κ that binds
 
 
 def flat(tensor):
@@ -45,6 +48,14 @@ def edits(F, G, x, c):
     }
 
 
+def clipped(F, x, z, c):
+    """F and its inverse where every block clips so narrowly that it shows."""
+    narrow = copy.deepcopy(F)
+    for block in narrow.blocks:
+        block.clip = NARROW
+    return {"clipped": flat(narrow(x, c).z), "clipped_inverse": flat(exact_inverse(narrow, z, c))}
+
+
 def load_pair(name):
     """F and G that come with the course, in float64."""
     F = load_model(asset(f"{name}/forward"), TARFlow)
@@ -60,7 +71,7 @@ def reference(name, F, G, label):
     guide = one_pass if G.cfg.max_guidance else guided_pass
     return {
         "name": name,
-        "inputs": {"x": flat(x), "z": flat(z), "c": label, "w": w},
+        "inputs": {"x": flat(x), "z": flat(z), "c": label, "w": w, "narrow": NARROW},
         "states": [flat(state) for state in trajectory.states],
         "logdet": trajectory.logdet.item(),
         "log_prob": log_prob(trajectory).item(),
@@ -68,6 +79,7 @@ def reference(name, F, G, label):
         "one_pass": flat(one_pass(G, z, c)),
         "guided": flat(guide(G, z, c, w)),
         **edits(F, G, x, c),
+        **clipped(F, x, z, c),
     }
 
 
