@@ -76,7 +76,8 @@ def training(
     "Options of a compiled training; samples and checkpoints every so many steps."
     own = f"--train-{stage}"
     every = f"{own}.sample-every {sample} {own}.checkpoint-every {checkpoint}"
-    every += precision and f" {own}.precision {precision}"
+    if precision:
+        every += f" {own}.precision {precision}"
     return f"{budget} --batch-size {size} --lr {lr} {own}.compile True {every}"
 
 

@@ -228,11 +228,16 @@ def train_beside(
     return trained
 
 # %% ../../nbs/lab/recipes.ipynb #4d60c8af
+def run_of(folder: Path) -> Path:
+    "The run that a checkpoint, the newest where a run is named, belongs to."
+    return newest_checkpoint(Path(folder)).absolute().parent.parent
+
+# %% ../../nbs/lab/recipes.ipynb #settings
 def run_settings(folder: Path) -> dict:
     """What a run was trained with, from its `run.json`; nothing for weights without their run.
 
     `started_from`: the same of the run whose weights it started from, where that is still there."""
-    written = newest_checkpoint(Path(folder)).absolute().parent.parent / "run.json"
+    written = run_of(folder) / "run.json"
     found = read_json(written, "name another run") if written.exists() else {}
     start = found.get("init")
     if start and Path(start).exists():
@@ -254,7 +259,7 @@ def training_record(folder: Path) -> list:
         raise BitflowError(
             f"{state} is damaged: step {step!r}, seconds {seconds!r}; use another checkpoint"
         )
-    threads, start = counters.get("threads"), run_settings(folder).get("init")
+    threads, start = counters.get("threads"), recorded_start(run_of(folder))
     found = [
         measurement("exact", "train_steps", step),
         measurement("exact", "train_s", seconds, "s", threads=threads),
