@@ -58,6 +58,21 @@ def test_a_line_is_stored_short_and_read_whole(tmp_path):
     assert [(m["unit"], m["batch"]) for m in read] == [("1", None)] * 2
 
 
+def test_seeds_of_a_row_stand_in_one_line(tmp_path):
+    """A line for a row and a metric; what is read is what was measured, in its order."""
+    seeds = [measurement("a", "fd", i / 4, n=20, seed=i, method="exact", w=0.5) for i in range(3)]
+    alone = measurement("a", "params", 7, seed=0)
+    other = [measurement("a", "fd", float("nan"), n=n, seed=0) for n in (10, 20)]
+    found = [*seeds, alone, *other, measurement("a", "mean fd", 0.25, seeds=3), seeds[0]]
+    path = save_results(tmp_path, "seeds", "p", "bitflow", {}, found, 1.0)
+    text = path.read_text()
+    assert text.count('"row"') == 6
+    assert '"value":[0.0,0.25,0.5],"n":20,"seed":[0,1,2],"method":"exact"' in text
+    read = load_result("seeds", tmp_path)["measurements"]
+    lines = [[sorted(map(str, m.items())) for m in which] for which in (read, found)]
+    assert lines[0] == lines[1]
+
+
 def test_a_results_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "half.json").write_text('{"name": ')
     for name in ("half", "none"):

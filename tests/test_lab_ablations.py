@@ -26,7 +26,7 @@ from bitflow_edu.evaluation import (
     precision_recall,
 )
 from bitflow_edu.io.files import BitflowError
-from bitflow_edu.io.results import measurement, results_text, save_results
+from bitflow_edu.io.results import load_result, measurement, results_text, save_results
 from bitflow_edu.lab import ablations
 from bitflow_edu.lab.ablations import (
     REAL,
@@ -171,7 +171,7 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     words += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
     assert main(words) == 0
     file = tmp_path / "ablate-denoising-mnist-mini-smoke-4-steps.json"
-    result = json.loads(file.read_text())
+    result = load_result(file.stem, file.parent)
     assert result["command"].startswith("bitflow ablate denoising --preset mnist-mini-smoke")
     assert result["config"]["verdict"]
     fd = [m for m in result["measurements"] if m["metric"] == "fd[mnist-cnn]"]
@@ -188,7 +188,8 @@ def test_a_table_by_one_command_and_again(tmp_path, monkeypatch, capsys):
     files = {t.key: tmp_path / "runs" / t.key / "figures.json" for t, ways in jobs.items() if ways}
     figures = {key: json.loads(file.read_text()) for key, file in files.items()}
     again = table_measurements("denoising", preset, range(2), figures)
-    assert json.loads(results_text({"name": ""}, again))["measurements"] == result["measurements"]
+    (tmp_path / "again.json").write_text(results_text({"name": ""}, again))
+    assert load_result("again", tmp_path)["measurements"] == result["measurements"]
 
 
 def test_seeds_are_taken_over_from_a_results_file(tmp_path, monkeypatch, capsys):
@@ -198,14 +199,14 @@ def test_seeds_are_taken_over_from_a_results_file(tmp_path, monkeypatch, capsys)
     base += [str(tmp_path), "--resume", "--out"]
     file = tmp_path / "ablate-denoising-mnist-mini-smoke-4-steps.json"
     assert main([*base, str(tmp_path / "there"), "--seeds", "1"]) == 0
-    first = json.loads(file.read_text())
+    first = load_result(file.stem, file.parent)
     first["commit"], first["hardware"]["cpu"] = "abc", "another"
     file.write_text(json.dumps(first))
     capsys.readouterr()
     assert main([*base, str(tmp_path / "here"), "--seeds", "2"]) == 0
     assert "seeds 0 are taken over" in capsys.readouterr().out
     assert {f.name.split("-")[1] for f in (tmp_path / "here").iterdir()} == {"1"}
-    both = json.loads(file.read_text())
+    both = load_result(file.stem, file.parent)
 
     def of_seed(result, seed):
         lines = [m for m in result["measurements"] if m["seed"] == seed]
@@ -218,7 +219,7 @@ def test_seeds_are_taken_over_from_a_results_file(tmp_path, monkeypatch, capsys)
     assert f"Seeds 0: {earlier['hardware']['cores']} cores, another; commit abc" in how
     # where seed 0 is measured, seed 1 is not
     assert main([*base, str(tmp_path / "there"), "--seeds", "2"]) == 0
-    third = json.loads(file.read_text())
+    third = load_result(file.stem, file.parent)
     assert [one["seeds"] for one in third["config"]["taken_over"]] == [[1]]
     assert [of_seed(third, seed) for seed in (0, 1)] == [of_seed(both, seed) for seed in (0, 1)]
     # where nothing is trained, the file is only written anew
@@ -227,7 +228,7 @@ def test_seeds_are_taken_over_from_a_results_file(tmp_path, monkeypatch, capsys)
     third["config"]["train_forward"]["precision"] = "bf16"  # what `auto` meant
     file.write_text(json.dumps(third))
     assert main([*base, str(tmp_path / "nowhere"), "--seeds", "2"]) == 0
-    last = json.loads(file.read_text())
+    last = load_result(file.stem, file.parent)
     assert not (tmp_path / "nowhere").exists() and last["config"]["seeds_forward"] == [0, 1]
     assert all(last[k] == third[k] for k in ("commit", "date", "wall_s", "hardware", "versions"))
     assert last["config"]["taken_over"] == third["config"]["taken_over"]
@@ -294,7 +295,8 @@ def test_a_killed_table_goes_on_and_says_the_same(tmp_path):
                 time.sleep(0.05)
             assert not any(map(commands, workers)), "a worker trains on"
         subprocess.run(command, check=True, capture_output=True)
-        files.append(json.loads(next(home.glob("*.json")).read_text()))
+        (file,) = home.glob("*.json")
+        files.append(load_result(file.stem, home))
     whole, killed = (
         {(m["row"], m["metric"], m["seed"]): m["value"] for m in file["measurements"]}
         for file in files
@@ -333,7 +335,7 @@ def test_one_row_is_repeated_by_the_command_beside_it(tmp_path, monkeypatch, cap
     words = "ablate strategies --preset mnist-mini-smoke --seeds 1 --seed 1 --steps 4 --workers 1"
     assert main(shlex.split(words)) == 0
     (file,) = Path("results").glob("*.json")
-    table = json.loads(file.read_text())
+    table = load_result(file.stem, file.parent)
 
     def numbers(result):
         lines = [m for m in result["measurements"] if m["seed"] == 1]
@@ -346,7 +348,7 @@ def test_one_row_is_repeated_by_the_command_beside_it(tmp_path, monkeypatch, cap
         precision = words[words.index("--train-forward.precision") + 1]
         assert precision == ("bf16" if fast_bf16("cpu") else "fp32")  # what `auto` was here
         assert main(words) == 0
-        again = json.loads((Path("runs/again") / f"{file.stem}-some-rows.json").read_text())
+        again = load_result(f"{file.stem}-some-rows", "runs/again")
         one_row, names = numbers(again), {row, "naive, MSE", REAL}
         assert {name for name, _ in one_row} == names
         assert one_row == {key: v for key, v in all_rows.items() if key[0] in names}

@@ -11,6 +11,7 @@ import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -125,21 +126,49 @@ def save_results(
 # %% ../../nbs/io/results.ipynb #5f1c70ad
 ABSENT = {"batch": None, "unit": "1"}  # what a line of a file without these keys has
 
+
+def in_one_line(measurements: list) -> list:
+    "Neighbours that differ in seed and value only become one, with lists of both."
+
+    def others(m):
+        return {k: v for k, v in m.items() if k not in ("seed", "value")}
+
+    groups = [list(group) for _, group in groupby(measurements, others)]
+    return [
+        {k: [m[k] for m in group] if k in ("seed", "value") else v for k, v in group[0].items()}
+        if len(group) > 1
+        else group[0]
+        for group in groups
+    ]
+
+
+def line_per_seed(measurements: list) -> list:
+    "`in_one_line` undone."
+    lines = []
+    for m in measurements:
+        several = isinstance(m.get("seed"), list)
+        pairs = zip(m["seed"], m["value"]) if several else [(m.get("seed"), m["value"])]
+        lines += [m | {"seed": seed, "value": value} for seed, value in pairs]
+    return lines
+
 # %% ../../nbs/io/results.ipynb #2447badb
 def results_text(
     head: dict,  # everything but the measurements
     measurements: list,  # of `measurement`
 ) -> str:  # JSON
-    """A results file's text: one measurement a line, so that a changed number is a changed line;
-    seven digits; `batch` and `unit` only where there is one."""
+    """A results file's text: a line for a row and a metric, so that a changed number is a changed
+    line, with the values of all seeds; seven digits; no key that most lines have alike."""
 
     def short(value):
         if isinstance(value, dict):
             return {k: short(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [short(v) for v in value]
         return float(f"{value:.7g}") if isinstance(value, float) else value
 
     found = [
-        {k: v for k, v in m.items() if k not in ABSENT or v != ABSENT[k]} for m in measurements
+        {k: v for k, v in m.items() if k not in ABSENT or v != ABSENT[k]}
+        for m in in_one_line(measurements)
     ]
     lines = ",\n".join("  " + json.dumps(short(m), separators=(",", ":")) for m in found)
     return f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n{lines}\n ]\n}}\n'
@@ -157,8 +186,9 @@ def with_row_names(result: dict) -> dict:
                 return new + row.removeprefix(old)
         return row
 
-    if isinstance(result, dict):
-        for m in result.get("measurements", ()):
+    if isinstance(result, dict) and "measurements" in result:
+        result["measurements"] = line_per_seed(result["measurements"])
+        for m in result["measurements"]:
             m["row"] = renamed(m["row"])
             m.update(ABSENT | m)
             if "fastest" in m:
