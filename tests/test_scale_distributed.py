@@ -58,9 +58,14 @@ def start(n, *words):
 
 
 def run(n, *words):
-    """The same, waited for: its output."""
+    """The same, waited for: its output. Where a process died of a fault in native code (gloo's
+    threads have corrupted the heap once in some hundred runs), the command goes on as users let it,
+    and must come to the same numbers."""
     process = start(n, *words)
     out, _ = process.communicate(timeout=240)
+    if process.returncode and n > 1 and re.search(r"SIGABRT|SIGSEGV", out):
+        process = start(n, *words, *([] if "--resume" in words else ["--resume"]))
+        out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out[-3000:]
     return out
 

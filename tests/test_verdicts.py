@@ -209,6 +209,24 @@ SAID = [
     ),
     (
         "14_guidance",
+        "At the chosen scales it and the linear rule are undecided in distance; it has more labels",
+        "forward-guidance",
+        ((FD, TRAIN), "annealed", "?", "linear"),
+        ((LABELS,), "annealed", ">", "linear"),
+        ((RECALL,), "linear", ">", "annealed"),
+        ((FD,), "linear", ">", "variance-aware"),
+    ),
+    (
+        "14_guidance",
+        "the exact inverse has as many labels right as one pass guided in training",
+        "guidance+forward-guidance",
+        ((LABELS, FD), "annealed", "?", W),
+        ((TRAIN,), "annealed", ">", W),
+        ((FD,), f"{W}, w = 1", ">", "annealed, w = 2"),
+        *(((FD,), f"{W}, w = {w}", "?", "annealed, w = 1") for w in (0.25, 0.5)),
+    ),
+    (
+        "14_guidance",
         "The fixed branch is far behind at this length.",
         "guidance",
         ((FD,), W, ">", f"{W}, detached"),
@@ -238,9 +256,11 @@ SAID = [
     ),
     (
         "measured",
-        "**What does not.** With guidance on both sides one pass has no lead in distance",
-        "guidance",
-        ((FD,), W, "?", SCORE),
+        "With guidance on both sides one pass has no lead in distance, by whichever rule",
+        "guidance+forward-guidance",
+        *(((FD,), W, "?", row) for row in (SCORE, "annealed")),
+        ((LABELS,), W, ">", SCORE),
+        ((LABELS,), W, "?", "annealed"),
         ((RECALL,), SCORE, ">", W),
     ),
     (
@@ -279,7 +299,11 @@ def text_of(lesson):
 
 
 def table_of(name):
-    """A table of `mnist-mini`; a number behind its name: so many steps of G."""
+    """A table of `mnist-mini`; a number behind its name: so many steps of G. `a+b`: two tables of
+    the same F and noise, as one."""
+    if "+" in name:
+        tables = [table_of(one) for one in name.split("+")]
+        return {"name": name, "measurements": [m for t in tables for m in t["measurements"]]}
     if name == "neighbours":
         return load_result("neighbours-mnist-mini")
     table, _, steps = name.rpartition("-") if name[-1].isdigit() else (name, "", "")

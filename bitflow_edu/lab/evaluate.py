@@ -261,6 +261,7 @@ def judge_real(judge: Judge, train, n: int, labelled: bool = False) -> Streamed:
         check_same_for_all(about["real_images"], "training images", judge.processes)
     source = dataset_source(train, pick, labelled)
     cfg = replace(judge.cfg, n=n, splits=min(n, judge.cfg.splits))
+    judge = replace(judge, train=None)  # which some of these images are in
     return judge.row("real", source, cfg, "real", about)
 
 

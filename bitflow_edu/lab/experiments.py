@@ -241,6 +241,11 @@ EXPERIMENTS |= {
     "cifar10-ablations": tables_of(
         "What do denoising, norm control, distances buy?", "denoising", "norm-control", "distances"
     ),
+    "cifar10-lpips": tables_of(
+        "Do LPIPS and ConvNeXt-V2 help in small what they help at ImageNet? (Needs a network: "
+        "their weights are downloaded.)",
+        "lpips",
+    ),
 }
 
 # %% ../../nbs/lab/experiments.ipynb #5b1d30ea
