@@ -125,10 +125,13 @@ SAID = [
     ),
     (
         "11_inverse_strategies",
-        "What remains of alignment's lead is in the error of the inverse, with either loss.",
+        "What remains of alignment's lead, by squared error, is in the error of the inverse.",
         "strategies",
         ((ERROR,), OURS, ">", NAIVE),
-        ((ERROR,), WHOLE, ">", WHOLE_NAIVE),
+        ((FD, LABELS), NAIVE, ">", OURS),
+        ((TRAIN, RECALL), OURS, "?", NAIVE),
+        ((ERROR, TRAIN, RECALL), WHOLE, ">", WHOLE_NAIVE),
+        ((LABELS,), WHOLE_NAIVE, ">", WHOLE),
     ),
     (
         "11_inverse_strategies",
@@ -180,10 +183,33 @@ SAID = [
     ),
     (
         "12_learned_denoising",
-        "is at this scale a matter of the squared error, if anything",
+        "shows here in the squared error only",
         "denoising",
         ((FD,), "score denoising", "?", "learned denoising"),
         ((ERROR,), "learned denoising", ">", "score denoising"),
+    ),
+    (
+        "13_distances",
+        "at every power they bring the FD down, labels are better at two powers of three",
+        "distances",
+        *(
+            ((FD,), f"MSE + digits{power}", ">", alone)
+            for power, alone in ((", power 0", "MSE"), (", power 0.5", "MSE, power 0.5"))
+        ),
+        ((FD, LABELS), DIGITS, ">", "MSE, power 1"),
+        ((LABELS,), "MSE + digits, power 0", ">", "MSE"),
+        ((LABELS,), "MSE + digits, power 0.5", "?", "MSE, power 0.5"),
+        ((ERROR,), "MSE, power 1", ">", DIGITS),
+    ),
+    (
+        "13_distances",
+        "no weight and no power is decidedly ahead in FD, and the error of the inverse grows with",
+        "distances",
+        ((FD,), DIGITS, "?", THIRD),
+        ((FD,), DIGITS, "?", THRICE),
+        *(((FD,), DIGITS, "?", f"MSE + digits, power {power}") for power in (0, 0.5)),
+        ((ERROR,), THIRD, ">", DIGITS),
+        ((ERROR,), DIGITS, ">", THRICE),
     ),
     (
         "14_guidance",
@@ -191,6 +217,13 @@ SAID = [
         "guidance",
         ((FD,), AFTER, ">", W),
         ((LABELS,), AFTER, "?", W),
+    ),
+    (
+        "14_guidance",
+        "training images can hardly tell 0.1 from 0 for this $G$, and at 0 the distances to test",
+        "guidance",
+        ((TRAIN,), f"{W}, w = 0.1", "?", f"{W}, w = 0"),
+        ((FD,), AFTER, "?", f"{W}, w = 0"),
     ),
     (
         "14_guidance",
@@ -222,8 +255,6 @@ SAID = [
         "guidance+forward-guidance",
         ((LABELS, FD), "annealed", "?", W),
         ((TRAIN,), "annealed", ">", W),
-        ((FD,), f"{W}, w = 1", ">", "annealed, w = 2"),
-        *(((FD,), f"{W}, w = {w}", "?", "annealed, w = 1") for w in (0.25, 0.5)),
     ),
     (
         "14_guidance",

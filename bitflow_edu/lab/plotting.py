@@ -227,7 +227,7 @@ def plot_differences(differences: dict, ax):
         ax.plot(m["value"], name, "o", color=PALETTE[0], markerfacecolor=fill, markersize=6)
     ax.axvline(0.0, color="0.5", linewidth=1)
     versus = dict.fromkeys(m["versus"] for m in differences.values())
-    ax.set(title="difference from its pair", xlabel=f"minus {next(iter(versus))}")
+    ax.set(title="paired difference", xlabel=f"minus “{next(iter(versus))}”")
     if len(versus) > 1:
         ax.set(xlabel="minus the row it is compared with")
 

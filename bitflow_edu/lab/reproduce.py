@@ -186,8 +186,8 @@ Where a table has several seeds, each seed has its own models (in benchmarks one
 all) and its own noise, shared by all rows; numbers are means with their 95% intervals, and \
 differences are taken in pairs, seed by seed. n counts samples or images (of errors of the \
 inverse and likelihoods: 1,000 test images); in benchmarks, repetitions, and their numbers are \
-medians with quartiles. `fd` is the distance to test images, `fd_train` that to training images; \
-the row of real images compares no image with itself: its `fd_train` is that of test images.
+medians with quartiles. `fd` is the distance to test images, `fd_train` that to training images, \
+which real training images have none to.
 
 ## The experiments
 
