@@ -69,22 +69,23 @@ def improved(
 # %% ../nbs/09_improved_tarflow.ipynb #4642de09
 def deep_shallow(
     cfg: TARFlowConfig,
-    shallow: int = 1,  # layers of every block but the first
+    shallow: int = 1,  # layers of every block but the last
 ) -> TARFlowConfig:  # as many layers in all
-    "STARFlow's shape (arXiv 2506.06276): one deep block near the data, shallow blocks after it."
+    "STARFlow's shape (arXiv 2506.06276): one deep block next to the noise, all others shallow."
     B, total = cfg.num_blocks, sum(cfg.block_layers) or cfg.num_blocks * cfg.transformer.num_layers
     deep = total - shallow * (B - 1)
     if shallow < 1 or deep < shallow:
         left = f"{total} layers in {B} blocks leave {deep} for the deep one"
         raise BitflowError(f"{left} with {shallow} in each shallow one; choose fewer")
-    return replace(cfg, block_layers=(deep, *[shallow] * (B - 1)))
+    return replace(cfg, block_layers=(*[shallow] * (B - 1), deep))
 
 # %% ../nbs/09_improved_tarflow.ipynb #e6567e1f
 def variants(
     cfg: TARFlowConfig,  # the original architecture
     clip: float = 3.0,  # κ
 ) -> dict:  # name → config
-    "The ablation's rows, at nearly equal parameters: each part alone, all of them, deep–shallow."
+    "The ablation's rows, at nearly equal parameters: each part alone, all of them, two shapes."
+    shape = deep_shallow(cfg)
     return {
         "original": cfg,
         "clip": replace(cfg, clip=clip),
@@ -93,5 +94,6 @@ def variants(
         "rotary": with_parts(cfg, rotary=True),
         "QK-norm": with_parts(cfg, qk_norm=True),
         "improved": improved(cfg, clip),
-        "deep–shallow": deep_shallow(cfg),
+        "deep–shallow": shape,
+        "deep next to the data": replace(shape, block_layers=shape.block_layers[::-1]),
     }
