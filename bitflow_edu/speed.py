@@ -40,7 +40,7 @@ class Machine:
 
 # %% ../nbs/16_speed.ipynb #c8f15a72
 def large_products(side: int, device: str, dtype: torch.dtype) -> list[Callable]:
-    "Calls that multiply two large matrices: on a CPU also with weights in oneDNN's order."
+    "Calls that multiply two large matrices: on a CPU also with the weights laid out for it."
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     calls = [partial(torch.matmul, a, b)]
     if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
