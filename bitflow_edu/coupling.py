@@ -283,7 +283,7 @@ def check_range(
 
 # %% ../nbs/02_affine_coupling.ipynb #59e529d2
 class Logit(Bijection):
-    "Pixels in [-1, 1] to the line: logit(δ + (1 − 2δ)·(x + 1)/2); δ is 0.05 in RealNVP §4.1."
+    "Pixels in [-1, 1] to the line: logit(δ + (1 − 2δ)·(x + 1)/2); δ is 0.05 in RealNVP."
 
     def __init__(self, alpha: float = 0.05):  # δ, the room at both ends
         super().__init__()

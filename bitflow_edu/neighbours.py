@@ -170,7 +170,7 @@ class Neighbour(nn.Module):
 
 # %% ../nbs/18_neighbours.ipynb #18000021
 def codes_of(F: TARFlow) -> Callable:  # (x, c, generator) → z as an image, like `gaussian`
-    "The noise of normalizing flow matching: z = F(x + σε), F frozen (arXiv 2603.09014)."
+    "The noise of normalized flow matching: z = F(x + σε), F frozen (arXiv 2603.09014)."
     check_model(F, TARFlow, "F")
     F = F.eval().requires_grad_(False)
 
@@ -388,7 +388,7 @@ def one_stage(F: TARFlow | None, loss: Callable, around: Callable = None) -> tup
 
 
 def coded(F: TARFlow) -> tuple[Stage, ...]:
-    "Normalizing flow matching: images with their codes."
+    "Normalized flow matching: images with their codes."
     return (Stage(flow_matching_loss(codes_of(F))),)
 
 

@@ -49,9 +49,11 @@ SAID = [
     ),
     (
         "09_improved_tarflow",
-        "deep–shallow loses",
+        "Deep–shallow is ahead of the original in FD to test images",
         "parts",
-        ((FD, LABELS, LOSS), "original", ">", "deep–shallow"),
+        ((FD, RECALL), "deep–shallow", ">", "original"),
+        ((TRAIN, LABELS, LOSS), "deep–shallow", "?", "original"),
+        ((FD, TRAIN, LABELS, LOSS, RECALL), "original", ">", "deep next to the data"),
     ),
     (
         "11_inverse_strategies",
@@ -79,7 +81,7 @@ SAID = [
     ),
     (
         "11_inverse_strategies",
-        "behind against training images, by a fifth of the distance, and undecided against test",
+        "behind against training images, by a fifth of that distance, and undecided against test",
         "norm-control",
         ((TRAIN,), "none", ">", "clip"),
         ((TRAIN,), "none", ">", CLIPPED),
@@ -102,7 +104,7 @@ SAID = [
     ),
     (
         "11_inverse_strategies",
-        "All three are still far behind the exact inverse.",
+        "All three are still far behind the exact inverse in distance.",
         "strategies-500",
         *(((FD,), SCORE, ">", row) for row in (OURS, DISTILLED, NAIVE)),
     ),
@@ -155,7 +157,7 @@ SAID = [
     ),
     (
         "11_inverse_strategies",
-        "the same trainings of alignment on another processor, and there alignment is ahead",
+        "on another processor, which rounds in another way and so trains another $F$ and $G$, and",
         "budget",
         ((FD,), "F, then G by MSE", ">", f"F alone, {SCORE}"),
     ),

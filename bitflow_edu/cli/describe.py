@@ -89,7 +89,8 @@ def describe_costs(preset: Preset, args: Info):
         describe_step("G", cost.reverse, preset.train_reverse, args)
     for row, flops in cost.passes.items():
         if row.startswith("exact"):  # token by token no GPU is used that well: no hours
-            more = f"{cost.serial} serial steps"
+            steps = cost.serial + 2 * row.endswith("+denoise")  # F forward and back
+            more = f"{steps} serial steps"
         else:
             rate = images_per_hour(flops, args.peak_tflops, args.mfu)
             more = f"{rate:,.3g} images per GPU-hour, on the same assumption"

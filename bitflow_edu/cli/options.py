@@ -137,7 +137,7 @@ class TrainNeighbour(Budget):
     batch_size: int | None = None
     # Peak learning rate.
     lr: float | None = None
-    # Run or checkpoint of F, which normalizing flow matching asks; default runs/<preset>-forward.
+    # Run or checkpoint of F, which normalized flow matching asks; default runs/<preset>-forward.
     forward: Path | None = None
     # Folder for the run; default runs/<preset>-<method>.
     out: Path | None = None
@@ -218,7 +218,7 @@ class Evaluate(Common):
     work: Path | None = None
     # Go on with what is in that folder, where it was made from the same weights and images.
     resume: bool = False
-    # Measure speed as well (of a pair, in a stream, or of a flow alone).
+    # Speed is measured, too (of a pair, in a stream, or of a flow alone), unless --no-timing.
     timing: bool = True
     # Of the weights of F and G: fp32 or bf16; what that costs: bitflow bench --what precision.
     precision: str = "fp32"

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..io.files import BitflowError
-from .presets import nearest_name
-from .tables import BF16, PUBLISHED, Size
+from .presets import find_preset, nearest_name
+from .tables import BF16, PUBLISHED, Size, rows_for, training_of
 
 # %% auto #0
 __all__ = ['EXPERIMENTS']
@@ -145,7 +145,17 @@ def in_miniature(commands: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(found)
 
 # %% ../../nbs/lab/experiments.ipynb #6a689214
-LONG = {"gpu": 10, "cpu": 600, "smoke": 2}
+EACH = {"gpu": (8, 24), "cpu": (62, 76)}  # minutes of a training of F, and of one of G:
+# counted by `bitflow info --preset cifar10`; measured for `cifar10-mini` (results/cifar10-main)
+
+
+def planned_minutes(size: str, preset: str, tables: tuple[str, ...]) -> int:
+    "Of the trainings of tables with five seeds, one after the other."
+    found = find_preset(preset)
+    rows = [training_of(row, found, 0) for name in tables for row in rows_for(name, found)]
+    of_f, of_g = EACH[size]
+    reverse = len({training.key for training in rows if training.stage == "reverse"})
+    return 5 * (of_f * len({training.forward.key for training in rows}) + of_g * reverse)
 
 
 def tables_of(question: str, *tables: str, short: str = "") -> Experiment:
@@ -157,7 +167,8 @@ def tables_of(question: str, *tables: str, short: str = "") -> Experiment:
     if short:
         commands["gpu-short"], plan = table_commands("cifar10", *tables, more=short), (8,)
     commands["smoke"] = in_miniature(commands["gpu-short" if short else "gpu"])
-    minutes = LONG | ({"gpu-short": sum(plan)} if plan else {})
+    minutes = {size: planned_minutes(size, preset, tables) for size, preset in found.items()}
+    minutes |= {"smoke": 2} | ({"gpu-short": sum(plan)} if plan else {})
     return Experiment(question, result, commands, minutes, plan)
 
 
@@ -233,7 +244,7 @@ EXPERIMENTS["cifar10-main"] = pair_experiment(
 # %% ../../nbs/lab/experiments.ipynb #41be115a
 EXPERIMENTS |= {
     "cifar10-strategies": tables_of(
-        "Does the order of the four strategies appear: exact 44.46, naive 43.41, "
+        "Does the paper's order (FID, ImageNet 256²) appear: exact 44.46, naive 43.41, "
         "hidden distillation 55.00, hidden alignment 36.93?",
         "strategies",
         short=SHORT_TABLE,
@@ -242,7 +253,7 @@ EXPERIMENTS |= {
         "What do denoising, norm control, distances buy?", "denoising", "norm-control", "distances"
     ),
     "cifar10-lpips": tables_of(
-        "Do LPIPS and ConvNeXt-V2 help in small what they help at ImageNet? (Needs a network: "
+        "Do LPIPS and ConvNeXt-V2 help in small what they help at ImageNet? (Needs the internet: "
         "their weights are downloaded.)",
         "lpips",
     ),

@@ -224,7 +224,8 @@ with the same number of threads. What has been done, and what came out, is on \
 [the page of all results](README.md).
 
 `gpu` is the experiment as it should be. `gpu-short` fits a GPU that is lent for a quarter of an \
-hour: budgets of minutes, so that the schedule always ends, and models of fewer than 15M \
+hour: budgets of minutes, so that the schedule always ends, and, where a pair is trained to be \
+kept, models of fewer than 15M \
 parameters. `cpu` has the same data and parts for far fewer steps, and for CIFAR-10 smaller \
 models; its result says so. `smoke` proves that the commands run; its figures mean nothing.
 Put the datasets where `BITFLOW_DATA` points to, or let them be downloaded.\n"""
