@@ -102,9 +102,9 @@ def neighbour_words(result: dict, metric: str = "fd[mnist-cnn]"):
         yield f"With more steps training images choose {best}: {means[best]:.1f}."
     took = means_by_row(result, "share_of_budget")
     shares = [share for row, share in took.items() if not row.startswith("quarter")]
-    yield f"Methods took {min(shares):.2f} to {max(shares):.2f} of the budget of F and G"
     students = [took[row] for row in took if row.startswith("quarter")]
-    yield f"(the quarter students {max(students):.1f})." if students else "."
+    end = f" (the students of a quarter {max(students):.1f})" if students else ""
+    yield f"Methods took {min(shares):.2f} to {max(shares):.2f} of the budget of F and G{end}."
     if spread := steps_spread(result):
         widest = max(spread, key=lambda name: spread[name][1] / spread[name][0])
         few, most = spread[widest]
