@@ -86,7 +86,8 @@ def variants(
 ) -> dict:  # name → config
     "The ablation's rows, at nearly equal parameters: each part alone, all of them, two shapes."
     shape = deep_shallow(cfg)
-    return {
+    mirrored = replace(shape, block_layers=shape.block_layers[::-1])
+    rows = {
         "original": cfg,
         "clip": replace(cfg, clip=clip),
         "RMSNorm": with_parts(cfg, norm="rms"),
@@ -95,5 +96,5 @@ def variants(
         "QK-norm": with_parts(cfg, qk_norm=True),
         "improved": improved(cfg, clip),
         "deep–shallow": shape,
-        "deep next to the data": replace(shape, block_layers=shape.block_layers[::-1]),
     }
+    return rows if mirrored == shape else {**rows, "deep next to the data": mirrored}
