@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from ..io.files import BitflowError
 from .presets import find_preset, nearest_name
@@ -25,8 +26,13 @@ class Experiment:
     question: str
     result: str  # its results file, without .json
     commands: dict  # budget → commands, in order; not every experiment has all
-    minutes: dict  # budget → minutes it was planned for
+    planned: dict  # budget → minutes it was planned for, or a call that counts them
     plan: tuple = ()  # minutes of each command of `gpu-short`
+
+    @property
+    def minutes(self) -> dict:
+        "Budget → minutes, counted when they are asked for: every command imports this module."
+        return {size: m() if callable(m) else m for size, m in self.planned.items()}
 
 # %% ../../nbs/lab/experiments.ipynb #74be1dd8
 def pair_commands(
@@ -167,7 +173,9 @@ def tables_of(question: str, *tables: str, short: str = "") -> Experiment:
     if short:
         commands["gpu-short"], plan = table_commands("cifar10", *tables, more=short), (8,)
     commands["smoke"] = in_miniature(commands["gpu-short" if short else "gpu"])
-    minutes = {size: planned_minutes(size, preset, tables) for size, preset in found.items()}
+    minutes = {
+        size: partial(planned_minutes, size, preset, tables) for size, preset in found.items()
+    }
     minutes |= {"smoke": 2} | ({"gpu-short": sum(plan)} if plan else {})
     return Experiment(question, result, commands, minutes, plan)
 
