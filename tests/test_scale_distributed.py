@@ -240,9 +240,10 @@ COMPILED = """
 import sys
 import torch.nn as nn
 from bitflow_edu.cli.main import main
+from bitflow_edu.scale.distributed import end
 from bitflow_edu.transformer import Layer
 Layer.compile = lambda layer: nn.Module.compile(layer, backend="eager")  # traced, and not built
-sys.exit(main(sys.argv[1:]))
+end(main(sys.argv[1:]))  # as the command does
 """
 
 
