@@ -275,7 +275,8 @@ def kid(
     a: Tensor,  # features `(N, K)`, N ≥ 2
     b: Tensor,  # features `(M, K)`, M ≥ 2
 ) -> float:  # 0 on average for clouds from one distribution; may be slightly negative
-    "Unbiased MMD² over all pairs (arXiv 1801.01401; published KIDs average it over subsets)."
+    """Unbiased squared maximum mean discrepancy over all pairs (arXiv 1801.01401; published KIDs
+    average it over subsets)."""
     check_features(a, b)
 
     def within(m):  # without the pairs of a point with itself

@@ -328,7 +328,7 @@ def clip_and_step(
     loss: Tensor,  # scalar
     cfg: TrainConfig,
 ) -> Tensor:  # the gradient's norm before clipping, a scalar
-    "Clipping and AdamW's update; where loss or norm are not finite, the weights stay as they are."
+    "Clipping and AdamW's update; where loss or norm is not finite, the weights stay as they are."
     norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip))
     known = norm + loss.detach() if state.processes.size == 1 else norm  # the same in all processes
     finite = torch.isfinite(known)

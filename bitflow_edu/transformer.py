@@ -37,7 +37,7 @@ NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 # %% ../nbs/04_transformer.ipynb #e9a96461
 class GeluMLP(nn.Module):
-    "Norm, widen four times, GELU, narrow: TARFlow's MLP. Tokens `(N, T, width)` to the same shape."
+    "Norm, four times the width, GELU, back: TARFlow's MLP. Tokens `(N, T, width)` to the same."
 
     def __init__(self, cfg: TransformerConfig):
         super().__init__()

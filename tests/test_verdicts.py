@@ -291,10 +291,22 @@ SAID = [
         "measured",
         "With guidance on both sides one pass has no lead in distance, by whichever rule",
         "guidance+forward-guidance",
-        *(((FD,), W, "?", row) for row in (SCORE, "annealed")),
+        *(((FD,), W, "?", row) for row in (SCORE, "annealed", "variance-aware")),
         ((LABELS,), W, ">", SCORE),
         ((LABELS,), W, "?", "annealed"),
         ((RECALL,), SCORE, ">", W),
+    ),
+    (
+        "index",
+        "Guided on both sides no lead is shown",
+        "guidance+forward-guidance",
+        *(((FD,), W, "?", row) for row in (SCORE, "annealed", "variance-aware")),
+    ),
+    (
+        "measured",
+        "after {early_steps} it is the other way round",
+        "strategies-500",
+        ((FD,), DISTILLED, ">", NAIVE),
     ),
     (
         "measured",
@@ -304,7 +316,7 @@ SAID = [
     ),
     (
         "measured",
-        "Guidance in training costs a little against guidance at inference",
+        "leans to cost a little against guidance at inference",
         "guidance",
         ((FD,), AFTER, ">", W),
     ),
@@ -316,7 +328,7 @@ SAID = [
     ),
     (
         "measured",
-        "gives nearer digits and a less exact inverse at the same power",
+        "and a less exact inverse at the same power",
         "distances",
         ((FD,), DIGITS, ">", "MSE, power 1"),
         ((ERROR,), "MSE, power 1", ">", DIGITS),

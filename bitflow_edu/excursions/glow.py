@@ -32,7 +32,7 @@ __all__ = ['Split', 'CouplingConfig', 'CouplingFlow']
 # %% ../../nbs/excursions/glow.ipynb #3105aa72
 class Invertible1x1(Bijection):
     """Glow's invertible 1×1 convolution (arXiv 1807.03039, eq. 10–11): W = P L (U + diag(sign·
-    exp(log_s))), so log|det| is a sum; W starts as a random rotation."""
+    exp(log_s))), so log|det| is a sum; W starts as a random orthogonal matrix."""
 
     def __init__(self, channels: int):
         super().__init__()
