@@ -24,7 +24,7 @@ class Lesson:
     path: Path
     title: str
     needs: tuple[int, ...]  # numbers of earlier lessons that the first cell names
-    minutes: int  # to read, from words of prose and lines of code, rounded up to five
+    minutes: int  # to read up to the exercises: words of prose, lines of code; rounded up to five
     runs: str  # what its first cell says about the time to run; empty when it says nothing
 
     @property
@@ -51,6 +51,8 @@ def time_to_run(head: str) -> str:
     "The words in which a first cell says how long the notebook runs."
     number = r"(?:an?|half an?|one|two|three|four|five|a few|\d+)"
     span = rf"(?:(?:well )?(?:under|about|less than) )?{number}(?: to {number})?"
+    if re.search(r"\ba minute or two to run", head, re.I):
+        return "a minute or two"
     found = re.search(rf"({span})(?: minutes?)? to run", head, re.I)
     if found:
         one = re.search(r"\b(?:an?|one)$", found[1], re.I)
@@ -63,6 +65,8 @@ def read_lesson(path: Path) -> Lesson:
     "One notebook."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     head, number = source(cells[0]), int(path.name[:2])
+    ends = (i for i, c in enumerate(cells) if source(c).lstrip().startswith("## Exercises"))
+    cells = cells[: next(ends, len(cells))]
     prose = [source(c) for c in cells if c["cell_type"] == "markdown"]
     code = [source(c) for c in cells if c["cell_type"] == "code"]
     shown = [c for c in code if not c.lstrip().startswith("#| hide")]

@@ -123,7 +123,7 @@ assert torch.allclose(to_noise(x), z), "another map"
 assert torch.allclose(log_density(x), right), "another density"
 """,
         ),
-        text(f"""Now the way back. $f$ rises everywhere but has no inverse in closed form. Write one that
+        text(f"""Now the way back. $f$ rises everywhere, but there is no handy formula for its inverse. Write one that
 halves an interval until it is short, and use it to find the probability that $|x|$ is less than
 {inside}. (The noise knows the answer: which noise comes from $x$ in this interval?)"""),
         answer(
@@ -336,7 +336,7 @@ are read before $d$, and must be reached from each of them."""),
         tests(
             "test-masks",
             3,
-            f"""a, b, c = masks()
+            f"""a, b, c = (m.double() for m in masks())
 assert a.shape == {(hidden[0], dims)} and c.shape == {(dims, hidden[1])}
 assert b.shape == {(hidden[1], hidden[0])}
 """,
@@ -523,7 +523,7 @@ assert F.cfg.transformer.width == {width}
 assert steps == {blocks} * (states[-1].shape[1] - 1), "one step a token but the first, a block"
 for scale in (1, 3):
     error = (exact_inverse(F, F(scale * x, c).states[-1], c) - scale * x).abs().max().item()
-    assert abs(round_trip_error(F, scale * x, c) - error) < 0.5 * error
+    assert 0.2 * error < round_trip_error(F, scale * x, c) < 5 * error, "the largest difference"
 """,
         ),
     ]
@@ -715,10 +715,10 @@ assert abs(alignment_loss(states, guesses, x, guess) - right) < 1e-4
 
 ESSAYS_3 = (
     (
-        "G trained with squared error makes blurred images where z does not determine x. Is this a failure of "
-        "training? What does a distance between features change?",
-        "No: the mean of what is possible is the optimum of the squared error, and a mean of images is blurred. "
-        "A feature distance has another optimum: it charges for missing texture and forgives displacement.",
+        "G trained with squared error makes blurred images. Which part of the blur would stay in the best "
+        "possible G, and which part is this G's own?",
+        "The best answer is the mean of the clean images that fit: only what the noise σε hides is averaged. "
+        "What a small or briefly trained G cannot resolve is averaged as well; that part shrinks with training.",
     ),
     (
         "Hidden distillation sends each state through token space; hidden alignment only looks at it there. "
