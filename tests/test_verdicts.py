@@ -297,6 +297,15 @@ SAID = [
         ((RECALL,), SCORE, ">", W),
     ),
     (
+        "11_inverse_strategies",
+        "only more layers bring $G$ nearer",
+        "recipes",
+        ((ERROR,), "twice the layers", ">", "MSE"),
+        ((ERROR,), "twice the rate", "?", "MSE"),
+        *(((ERROR,), "MSE", ">", f"half the {what}") for what in ("rate", "batch")),
+        ((ERROR,), "MSE", ">", "half the layers, 1.5 times the width"),
+    ),
+    (
         "index",
         "Guided on both sides no lead is shown",
         "guidance+forward-guidance",
