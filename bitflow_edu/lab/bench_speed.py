@@ -197,15 +197,19 @@ def compiled_cases(work: Workload) -> dict[str, BenchCase]:
     x = unpatchify(z, F.cfg.patch_size, F.cfg.channels)
     case = partial(BenchCase, prepares=True)
     ours = one_pass_calls(compiled_copy(G), z, c, w)
-    step = partial(score_denoise, compiled_copy(F), x, c)
+    flow = compiled_copy(F)
+    step = partial(score_denoise, flow, x, c)
     cases = {"one-pass, compiled": case(ours["one-pass"], costs["one-pass"])}
     cases["score-step, compiled"] = case(step, costs["score-step"])
+    if z.device.type == "cuda":
+        graph = cache(lambda: capture_score_step(flow, work.batch))
+        cases["score-step, compiled graph"] = case(lambda: graph()(x, c), costs["score-step"])
     for row, call in compiled_decoding_calls(F, z, c, w or 0.0).items():
         cases[row] = case(call, costs["exact"])
     for row, call in compiled_one_pass_calls(G, z, c, w).items():
         cases[row] = case(call, costs["one-pass"])
-    if graph := ours.get("one-pass, graph"):
-        cases["one-pass, compiled graph"] = case(graph, costs["one-pass"])
+    if captured := ours.get("one-pass, graph"):
+        cases["one-pass, compiled graph"] = case(captured, costs["one-pass"])
     return cases
 
 # %% ../../nbs/lab/bench_speed.ipynb #9114ac21
