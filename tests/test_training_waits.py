@@ -103,10 +103,11 @@ OTHERS = {
     "flow matching": flow_matching_loss(),
     "mean flow": mean_flow_loss(),
     "consistency": consistency_loss(0.5),
+    "GAN": gan_loss(),
 }
 CASES = ["F", "F on logits", *STRATEGY, "guided", "guided, detached", "whole loss", *OTHERS]
-CASES += ["GAN", "normalized flow matching", "nice", "realnvp", "glow"]
-OF_STATES = [case for case in CASES if case not in (*OTHERS, *CASES[-5:])]
+CASES += ["normalized flow matching", *COUPLING_KINDS]
+WITHOUT_STATES = (*OTHERS, "normalized flow matching", *COUPLING_KINDS)
 
 
 LOSS = dict(features=("digits",), feature_weights=(3.0,), adaptive_power=1.0, normalise=True)
@@ -132,11 +133,10 @@ def case_of(name, device="cpu"):
         model = build(CouplingFlow, cfg, 0).train()
         uniform_noise_loss(model, *started(flow.cfg), torch.Generator())
         return model.to(device), uniform_noise_loss
-    if name in (*OTHERS, "GAN", "normalized flow matching"):
+    if name in WITHOUT_STATES:
         model = Neighbour(beside(small_reverse(flow).cfg)).to(device)
-        if name == "GAN":
-            return Game(model), gan_loss()
-        return model, OTHERS.get(name) or flow_matching_loss(codes_of(flow))
+        loss = OTHERS.get(name) or flow_matching_loss(codes_of(flow))
+        return (Game(model) if name == "GAN" else model), loss
     if name in STRATEGY:
         G = small_reverse(flow, **STRATEGY[name])
         return G.to(device), reverse_loss(flow, STRATEGIES[name])
@@ -167,7 +167,7 @@ def test_no_step_reads_what_it_computes(case, tmp_path, monkeypatch):
     assert passed == ["log_step", "log_step", "save_checkpoint"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
-    assert ("state_rms_0" in lines[0]) == (case in OF_STATES)
+    assert ("state_rms_0" in lines[0]) == (case not in WITHOUT_STATES)
 
 
 # Glow turns autocast off for its 1×1 convolutions, and the meta device knows none
