@@ -3,11 +3,15 @@
 
 Usage: same_bits.py COMMIT [--steps 200] [--preset mnist-mini] [--results DIR]
 Compares what both wrote, bit for bit: weights, moments of the optimiser, averages, and the logged
-losses and norms. Writes results/same-bits-<preset>.json; ends with code 1 where a bit differs.
+losses and norms. Beside it stand the seconds of a step, which both take in turns, and how many
+values a step reads, each of which a GPU would wait for.
+Writes results/same-bits-<preset>.json; ends with code 1 where a bit differs.
 """
 
 import argparse
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,13 +28,94 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"F": ("forward",), "G": ("reverse", "--forward", "F")}
 
 
-def train(code: Path, out: Path, preset: str, steps: int):
-    """F and G, by the code in a folder, on one thread."""
+LOOK_AS_ON_A_GPU = """
+import contextlib, importlib, sys
+from torch.utils._python_dispatch import TorchDispatchMode
+from bitflow_edu.cli.main import main
+from bitflow_edu.io import progress
+
+class Reads(TorchDispatchMode):
+    count, counts = 0, True
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += self.counts and func.overloadpacket.__name__ in READS
+        return func(*args, **(kwargs or {}))
+
+READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
+reads = Reads()
+for name in ("bijections", "coupling", "neighbours", "io.checks"):  # free on a CPU alone
+    with contextlib.suppress(ImportError):  # younger than this code
+        module = importlib.import_module(f"bitflow_edu.{name}")
+        for look in {"free_to_read", "may_read"} & set(vars(module)):
+            setattr(module, look, lambda t: False)
+settle = getattr(getattr(progress, "FiniteCheck", None), "settle", None)
+def later(self):  # a step later: the number has arrived
+    reads.counts = False
+    settle(self)
+    reads.counts = True
+if settle:
+    progress.FiniteCheck.settle = later
+with reads:
+    main(sys.argv[1:])
+print(f"reads: {reads.count}")
+"""
+
+
+def train(code: Path, out: Path, preset: str, steps: int, parts=PARTS, program=(), more=()):
+    """F and G, by the code in a folder, on one thread: what the last command said."""
     environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
-    for part, words in PARTS.items():
-        command = [sys.executable, "-m", "bitflow_edu.cli", "train", *words, "--preset", preset]
+    for part, words in parts.items():
+        command = [sys.executable, *(program or ("-m", "bitflow_edu.cli"))]
+        command += ["train", *words, "--preset", preset, *more]
         command += ["--steps", str(steps), "--device", "cpu", "--out", part]
-        subprocess.run(command, cwd=out, env=environment, check=True, capture_output=True)
+        done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
+    return done.stdout
+
+
+def reads_per_step(code: Path, out: Path, preset: str, part: str) -> float:
+    """Values that a step reads where it logs nothing: 12 steps and 2, and their difference."""
+    seldom = (f"--train-{'forward' if part == 'F' else 'reverse'}.log-every", "1000")
+    counts = []
+    for steps in (2, 12):
+        shutil.rmtree(out / "counted", ignore_errors=True)
+        (out / "counted").mkdir()
+        words = [str(out / word) if word == "F" else word for word in PARTS[part]]
+        program = ("-c", LOOK_AS_ON_A_GPU)
+        said = train(code, out / "counted", preset, steps, {part: words}, program, seldom)
+        counts.append(int(said.rpartition("reads: ")[2]))
+    return (counts[1] - counts[0]) / 10
+
+
+def step_times(codes: dict, home: Path, preset: str, part: str, repeats: int = 5) -> dict:
+    """Milliseconds of a step by each code, in turns, without the first 20 steps."""
+    found = {name: [] for name in codes}
+    for _ in range(repeats):
+        for name, code in codes.items():
+            out = home / name / "timed"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            words = [str(home / name / word) if word == "F" else word for word in PARTS[part]]
+            train(code, out, preset, 60, {part: words})
+            lines = {m["step"]: m["seconds"] for m in read_metrics(out / part / "metrics.jsonl")}
+            found[name].append(1000 * (lines[60] - lines[20]) / 40)
+    return found
+
+
+def costs_of(part: str, codes: dict, home: Path, preset: str) -> list:
+    """The lines of what a step reads, and takes."""
+    found, times = [], step_times(codes, home, preset, part)
+    for name, code in codes.items():
+        row, ms = f"{part}, {name}", times[name]
+        reads = reads_per_step(code, home / name, preset, part)
+        found.append(measurement(row, "reads", reads))
+        low, high = min(ms), max(ms)
+        median = statistics.median(ms)
+        found.append(measurement(row, "step_ms", median, "ms", len(ms), low=low, high=high))
+    ratios = [a / b for a, b in zip(times["after"], times["before"], strict=True)]
+    more = dict(low=min(ratios), high=max(ratios))
+    row = f"{part}, after / before"
+    return found + [measurement(row, "step_ms", statistics.median(ratios), n=len(ratios), **more)]
 
 
 def stored(run: Path) -> dict:
@@ -73,11 +158,13 @@ def main():
         home = Path(folder)
         subprocess.run(["git", "clone", "-q", "--no-local", ROOT, home / "code"], check=True)
         subprocess.run(["git", "checkout", "-q", args.commit], cwd=home / "code", check=True)
-        for name, code in (("before", home / "code"), ("after", ROOT)):
+        codes = {"before": home / "code", "after": ROOT}
+        for name, code in codes.items():
             (home / name).mkdir()
             train(code, home / name, args.preset, args.steps)
         for part in PARTS:
             lines += compared(part, stored(home / "before" / part), stored(home / "after" / part))
+            lines += costs_of(part, codes, home, args.preset)
     command = f"python tests/same_bits.py {args.commit} --steps {args.steps} --preset {args.preset}"
     config = {"before": args.commit, "steps": args.steps, "seed": 0}
     name, wall_s = f"same-bits-{args.preset}", time.perf_counter() - start

@@ -19,7 +19,8 @@ from bitflow_edu.cli.main import main
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import num_parameters
 from bitflow_edu.io.results import load_result, measurement, save_results
-from bitflow_edu.lab.experiments import BUDGETS, EXPERIMENTS, in_miniature
+from bitflow_edu.lab.experiments import BUDGETS, EXPERIMENTS, in_miniature, row_by_row
+from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.reproduce import (
     commands_of,
     compare_guard,
@@ -29,6 +30,7 @@ from bitflow_edu.lab.reproduce import (
     write_results_index,
 )
 from bitflow_edu.lab.sampling import METHODS
+from bitflow_edu.lab.tables import rows_for
 from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow
 
@@ -117,7 +119,7 @@ def test_every_size_runs_on_its_own_preset_in_miniature(name, budget, tmp_path, 
         pytest.importorskip("stlpips_pytorch")
         pytest.importorskip("efficientnet_lite_pytorch")
     words = commands_of(name, budget, tmp_path / "runs", tmp_path / "results")
-    lines = [" ".join(w) for w in words]
+    lines = [shlex.join(w) for w in words]
     lines = lines if budget == "smoke" else in_miniature(lines)
     for line in lines:
         more = f" --work {tmp_path}/work" if "--features" in line and "--work" not in line else ""
@@ -170,9 +172,49 @@ def test_a_short_experiment_has_a_plan_of_eight_minutes(name):
     experiment = EXPERIMENTS[name]
     commands = experiment.commands["gpu-short"]
     assert len(experiment.plan) == len(commands) and sum(experiment.plan) <= 8
-    for minutes, words in zip(experiment.plan, map(str.split, commands)):
+    for minutes, words in zip(experiment.plan, map(shlex.split, commands)):
         if "--minutes" in words:
             assert float(words[words.index("--minutes") + 1]) <= minutes - 0.5
+
+
+def test_a_short_table_is_begun_row_by_row(tmp_path):
+    """A training of G in each command, F in the first alone; the last one trains nothing."""
+    experiment, preset = EXPERIMENTS["cifar10-strategies"], find_preset("cifar10")
+    typed = list(
+        map(options.parse, commands_of("cifar10-strategies", "gpu-short", *2 * [tmp_path]))
+    )
+    *rows, whole = typed
+    assert not whole.rows and {command.out for command in typed} == {whole.out}
+    named = [command.rows for command in rows]
+    trained = [row for row in rows_for("strategies", preset) if row.stage == "reverse"]
+    assert named == [(row.name,) for row in trained] and len(named) == 6
+    assert len({command.results for command in typed}) == 7, "no table is written over another"
+    fields = dict(zip(whole.changes[::2], whole.changes[1::2]))
+    F, G = (float(fields[f"--train-{stage}.minutes"]) for stage in ("forward", "reverse"))
+    assert F + 6 * G < sum(experiment.plan) - 2, "two minutes to start, compile and measure"
+    assert F + G <= experiment.plan[0] - 0.5
+    assert all(G <= minutes - 0.35 for minutes in experiment.plan[1:-1])
+
+
+def test_the_last_command_finds_what_the_rows_made(tmp_path, capsys):
+    """Row by row, then the table, which trains nothing more and measures what is left."""
+    more = "--seeds 1 --steps 2 --workers 1 --num-samples 20 --train-forward.steps 2 --device cpu"
+    lines = row_by_row("mnist-mini-smoke", "strategies", more)
+    folders = {"RUNS": f"{tmp_path}/runs", "RESULTS": f"{tmp_path}/results"}
+    for name, folder in folders.items():
+        lines = [line.replace(name, folder) for line in lines]
+    for line in (*lines[:2], lines[-1]):
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("step-*")}
+        run(line)
+        assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    table = load_result("ablate-strategies-mnist-mini-smoke-2-steps", tmp_path / "results")
+    assert {m["row"] for m in table["measurements"]} >= {"exact + score denoising", "naive, MSE"}
+    for i in (0, 1):
+        (file,) = (tmp_path / "runs" / "ablate-mnist-mini-smoke" / f"row-{i}").glob("*.json")
+        kept = {m["metric"]: m["value"] for m in json.loads(file.read_text())["measurements"]}
+        row = shlex.split(lines[i])[shlex.split(lines[i]).index("--rows") + 1]
+        same = {m["metric"]: m["value"] for m in table["measurements"] if m["row"] == row}
+        assert kept["inverse_mse"] == same["inverse_mse"]
 
 
 def test_what_the_minutes_cannot_hold_is_not_begun(tmp_path, capsys, monkeypatch):
@@ -277,7 +319,7 @@ def test_every_command_is_listed(name, budget, tmp_path):
     write_results_index(tmp_path)
     listed = (tmp_path / "EXPERIMENTS.md").read_text()
     for words in commands_of(name, budget, Path("runs/reproduce"), Path("results")):
-        assert f"bitflow {' '.join(words)}" in listed
+        assert f"bitflow {shlex.join(words)}" in listed
 
 
 @pytest.mark.parametrize("value, fine", [(1.2, True), (1.5, False), (0.5, False)])

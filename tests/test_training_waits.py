@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -293,6 +294,27 @@ def test_a_checkpoint_is_written_while_steps_are_computed(monkeypatch, tmp_path)
     for kind in ("averaged", "training"):
         one, other = read_state(a)[kind], read_state(b)[kind]
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_slow_disk_holds_training_up_before_two_intervals_are_at_stake(monkeypatch, tmp_path):
+    """At each moment a kill would lose the steps since the newest whole checkpoint."""
+    interval, at_stake, real_step = 2, [], training.forward_backward
+
+    def step(state, *args):
+        folders = checkpoints_of(tmp_path / "run")
+        at_stake.append(state.step - (read_state(folders[-1])["step"] if folders else 0))
+        return real_step(state, *args)
+
+    def write(real, model, saved, folder, keep):
+        ends = time.monotonic() + 60
+        while len(at_stake) < min(saved["step"] + interval, 6) and time.monotonic() < ends:
+            time.sleep(0.01)  # until training has gone as far as it may meanwhile
+        time.sleep(0.2)  # it would go on now, if it were not held up
+        return real(model, saved, folder, keep)
+
+    monkeypatch.setattr(training, "forward_backward", step)
+    saves_every_two_steps(monkeypatch, tmp_path, write)
+    assert at_stake == [0, 1, 2, 3, 2, 3], "never more than what two intervals hold"
 
 
 @pytest.mark.parametrize("at", [2, 6])

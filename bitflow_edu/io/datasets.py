@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,19 +131,22 @@ def kept_pixels(name: Callable, shape: tuple, decode: Callable) -> np.ndarray:
     return pixels if mapped is None else mapped
 
 
-def decoded(blob: np.ndarray, ends: np.ndarray, path: Path, split: str) -> np.ndarray:
-    "JPEGs of a split as uint8 `(N, 3, 32, 32)`."
+def decode_all(blob: np.ndarray, ends: np.ndarray, path: Path, split: str) -> np.ndarray:
+    "JPEGs that lie one behind the other as uint8 `(N, 3, height, width)`."
+    images = []
+    for i, (a, b) in enumerate(zip(ends[:-1], ends[1:])):
+        image = io.BytesIO(blob[a:b].tobytes())
+        images.append(np.asarray(open_image(image, "RGB", f"{path}, image {i} of {split}")))
+    return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
 
-    def decode():
-        images = []
-        for i, (a, b) in enumerate(zip(ends[:-1], ends[1:])):
-            image = io.BytesIO(blob[a:b].tobytes())
-            images.append(np.asarray(open_image(image, "RGB", f"{path}, image {i} of {split}")))
-        return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
+
+def decoded(blob: np.ndarray, ends: np.ndarray, path: Path, split: str) -> np.ndarray:
+    "JPEGs of a split as uint8 `(N, 3, 32, 32)`; decoded once, see `kept_pixels`."
 
     def name():
         return f"cifar10-{split}-{hashlib.sha256(blob).hexdigest()[:16]}"
 
+    decode = partial(decode_all, blob, ends, path, split)
     return kept_pixels(name, (len(ends) - 1, 3, 32, 32), decode)
 
 # %% ../../nbs/io/datasets.ipynb #4e8bf608

@@ -3,41 +3,40 @@
 # %% ../../nbs/lab/bench_loop.ipynb #100b0003
 from __future__ import annotations
 
-import json
-import os
-import re
-import socket
-import statistics
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from ..data import Images
 from ..evaluation import timed
-from ..io.checkpoints import checkpoints_of, read_state, save_checkpoint
-from ..io.loading import ReadAhead, WriteBehind
+from ..inverse_strategies import mse
+from ..io.checkpoints import checkpoints_of, save_checkpoint
+from ..io.datasets import KEPT_FROM, decode_all, kept_pixels
+from ..io.loading import ReadAhead, WriteBehind, taken_ahead
 from ..io.models import build
-from ..io.processes import SINGLE_PROCESS
 from ..io.progress import metrics_for
 from ..io.results import measurement
 from .bench_operations import Operations
+from .bench_processes import bench_processes, flow_config, stepped, with_quartiles
 from .presets import find_preset
 from .recipes import stage_one_loss
+from ..scale.autoencoder import TINY_VAE, decoded, load_decoder
 from ..scale.costs import meta_batch, on_meta
-from ..scale.distributed import can_shard, distribute_parameters, end, find_processes
-from ..scale.image_sources import as_jpeg, synthetic_picture
-from ..scale.latents import CacheConfig, good_images
-from ..scale.tars import EncodedImage
-from ..tarflow import TARFlow, TARFlowConfig
-from ..training import TrainConfig, TrainState, new_state
+from ..scale.distributed import can_shard
+from ..scale.image_sources import as_jpeg, synthetic_picture, synthetic_tar
+from ..scale.latents import CacheConfig, good_images, readable
+from ..scale.tars import EncodedImage, read_tar
+from ..tarflow import TARFlow
+from ..training import TrainState
 
 # %% auto #0
 __all__ = []
@@ -75,23 +74,22 @@ def batch_waits(data: Images, steps: int = 40, batch: int = 256) -> dict[str, li
         found["batch, read ahead"] = waits(lambda _: next(ahead.batches), batches)
     return found
 
+# %% ../../nbs/lab/bench_loop.ipynb #100b0013
+def tar_waits(room: Path, steps: int = 20, batch: int = 8, size: int = 256) -> dict:
+    "Row → milliseconds that each batch of a tar is waited for, decoded in the step and ahead."
+    path, cfg = room / "000.tar", CacheConfig(image_size=size, batch_size=batch)
+    path.write_bytes(synthetic_tar(range(steps * batch), 2 * size))
+    with ThreadPoolExecutor(2) as pool:
+        images = {
+            "tar, read in the step": map(partial(readable, size=size), read_tar(str(path))),
+            "tar, read ahead": good_images(taken_ahead(read_tar(str(path))), cfg, pool, []),
+        }
+        found = {}
+        for row, source in images.items():
+            found[row] = waits(lambda _, s=source: list(islice(s, batch)), range(steps))
+        return found
+
 # %% ../../nbs/lab/bench_loop.ipynb #100b0008
-def flow_config(quick: bool = False) -> TARFlowConfig:
-    "A flow of 13M parameters in few and large tensors; `quick`: a tiny one."
-    cfg = find_preset("mnist-smoke").forward
-    wide = replace(cfg.transformer, width=1024, head_dim=64)
-    return cfg if quick else replace(cfg, num_blocks=1, transformer=wide)
-
-
-def stepped(model: TARFlow, averaged: TARFlow = None, processes=SINGLE_PROCESS) -> TrainState:
-    "A training that has made one step, so that AdamW has its moments."
-    state = new_state(model, TrainConfig(), averaged, processes)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    state.optimizer.step()
-    return state
-
-
 def checkpoint_waits(state: TrainState, folder: Path, repeats: int = 10) -> dict[str, list[float]]:
     "Row → milliseconds that a training stands still for a checkpoint."
     found = {"checkpoint, in the loop": [], "checkpoint, behind": []}
@@ -103,47 +101,6 @@ def checkpoint_waits(state: TrainState, folder: Path, repeats: int = 10) -> dict
             found[row].append(1000 * (time.perf_counter() - start))
             disk.wait()  # as long as training goes on before the next
     return found
-
-# %% ../../nbs/lab/bench_loop.ipynb #100b0011
-def mapped_mb() -> float:
-    "MB of files that this process has touched."
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssFile:\s+(\d+)", status)[1]) / 1024
-
-
-def read_as_one_of_two(rank: int, port: int, checkpoint: Path):
-    "In a process: read a checkpoint of `stepped` in both forms, and write what was touched."
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    processes, mesh = find_processes("cpu", "full"), init_device_mesh("cpu", (2,))
-    model, averaged = (build(TARFlow, flow_config(), seed, "cpu") for seed in (1, 2))
-    for part in (model, averaged):
-        distribute_parameters(part, mesh)
-    state, found = stepped(model.requires_grad_(True), averaged, processes), {}
-    for row in 2 * ("checkpoint, all of it read", "checkpoint, own rows read"):
-        before, saved = mapped_mb(), read_state(checkpoint)  # the first time loads code, too
-        if row == "checkpoint, all of it read":
-            both = [*saved["averaged"].values(), *saved["training"].values()]
-            sum(tensor.sum() for tensor in both)
-            del both
-        else:
-            state.load_state_dict(saved, checkpoint)
-        found[row] = mapped_mb() - before
-        del saved
-    (checkpoint.parent / f"read-by-{rank}.json").write_text(json.dumps(found))
-    processes.barrier()
-    end(0)
-
-
-def read_by_two(checkpoint: Path) -> dict[str, float]:
-    "Row → MB of a checkpoint that a process touches, the mean of two."
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(read_as_one_of_two, (port, checkpoint), nprocs=2)
-    files = [checkpoint.parent / f"read-by-{rank}.json" for rank in (0, 1)]
-    first, second = (json.loads(file.read_text()) for file in files)
-    return {row: (first[row] + second[row]) / 2 for row in first}
 
 # %% ../../nbs/lab/bench_loop.ipynb #100b000a
 def logged_and_not() -> dict[str, int]:
@@ -169,24 +126,52 @@ def decoding_times(n: int = 64, size: int = 256, repeats: int = 5) -> dict[str, 
             found[row] = timed(lambda p=pool: list(good_images(raws, cfg, p, [])), repeats, 1)
     return found
 
+# %% ../../nbs/lab/bench_loop.ipynb #100b0015
+def start_times(room: Path, n: int = KEPT_FROM, repeats: int = 5) -> dict[str, dict]:
+    "Row → times of having the pixels of n JPEGs of 32 × 32, decoded and kept."
+    files = [as_jpeg(synthetic_picture(i, 32).resize((32, 32))) for i in range(100)]
+    blob = np.frombuffer(b"".join(files * (n // 100)), np.uint8)
+    ends = np.cumsum([0, *map(len, files * (n // 100))])
+    decode = partial(decode_all, blob, ends, room, "train")
+
+    def kept():
+        name = room / hashlib.sha256(blob).hexdigest()
+        return kept_pixels(lambda: str(name), (n, 3, 32, 32), decode).sum()  # all are looked at
+
+    kept()
+    return {
+        "CIFAR-10, decoded": timed(lambda: decode().sum(), repeats, 1),
+        "CIFAR-10, kept": timed(kept, repeats, 1),
+    }
+
+
+def decoder_operations(images: int = 16) -> dict[str, int]:
+    "Row → operations of a loss behind a decoder, its images decoded one by one and together."
+    vae, found = load_decoder(TINY_VAE), {}
+    for row, at_once in {"latents, one by one": 1, "latents, together": images}.items():
+        a, b = torch.zeros(2, images, 4, 4, 4).unbind()
+        with Operations() as operations:
+            decoded(mse, vae, images, at_once=at_once)(a.requires_grad_(), b).sum().backward()
+        found[row] = operations.count
+    return found
+
 # %% ../../nbs/lab/bench_loop.ipynb #100b000b
 def bench_loop(quick: bool = False) -> list:  # of `measurement`
     "All of them, each in both forms; `quick`: small sizes in one process, for tests."
-    data, found = made_up_images(*((512, 8) if quick else (20_000, 64))), []
-    model = build(TARFlow, flow_config(quick), 0, "cpu")
+    data = made_up_images(*((512, 8) if quick else (20_000, 64)))
+    model, found = build(TARFlow, flow_config(quick), 0, "cpu"), []
     waited = batch_waits(data, steps=4 if quick else 40)
-    with tempfile.TemporaryDirectory() as room:
-        repeats = 2 if quick else 10
-        waited |= checkpoint_waits(stepped(model), Path(room) / "run", repeats)
-        touched = {}
+    with tempfile.TemporaryDirectory() as folder:
+        room, repeats = Path(folder), 2 if quick else 10
+        waited |= tar_waits(room, *((2, 2, 16) if quick else ()))
+        waited |= checkpoint_waits(stepped(model), room / "run", repeats)
+        times = decoding_times(*((4, 16, 2) if quick else ()))
+        times |= start_times(room, repeats=2 if quick else 5)
         if not quick and Path("/proc/self/status").exists() and can_shard("cpu"):
-            touched = read_by_two(checkpoints_of(Path(room) / "run")[-1])
-    for row, ms in waited.items():
-        low, median, high = statistics.quantiles(ms, n=4)
-        found.append(measurement(row, "wait_ms", median, "ms", len(ms), low=low, high=high))
-    found += [measurement(row, "touched_mb", mb, "MB") for row, mb in touched.items()]
-    found += [measurement(row, "operations", n, "1") for row, n in logged_and_not().items()]
-    times = decoding_times(*((4, 16, 2) if quick else ()))
+            found += bench_processes(room, checkpoints_of(room / "run")[-1])
+    found = with_quartiles(waited, "wait_ms") + found
+    counts = logged_and_not() | decoder_operations()
+    found += [measurement(row, "operations", n, "1") for row, n in counts.items()]
     for row, t in times.items():
         more = dict(low=t["low_ms"], high=t["high_ms"])
         found.append(measurement(row, "ms", t["median_ms"], "ms", t["repeats"], **more))

@@ -5,6 +5,7 @@
 # %% ../../nbs/lab/experiments.ipynb #22e00003
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from functools import partial
 
@@ -112,15 +113,28 @@ def short_commands(preset: str, name: str, features: str, shape: str = "") -> tu
     G = training("reverse", "--minutes 3", 256, "1e-3", 1_000_000, 4000)
     scales = GUIDED if features == "mnist-cnn" else "--w 0.5 1 2"
     few = f"{scales} --features {features} --n 5000 --batch-size 1000"
-    few += f" --work RUNS/{name}/evaluate --resume --no-timing"  # bench measures times
+    few += f" --precision bf16 --work RUNS/{name}/evaluate --resume --no-timing"
+    # times are for bench to measure; what bf16 costs: results/bench-precision-mnist
     return pair_commands(preset, name, f"{shape} {F}", f"{shape} {G}", few)
 
 
 SHORT_PAIR = (3, 3.5, 1.5)  # minutes of a GPU: F, G, their evaluation
-SHORT_TABLE = NARROW + " --seeds 1 --workers 1 --num-samples 2000 "  # one training at a time
+SHORT_TABLE = NARROW + " --seeds 1 --workers 1 --num-samples 2000"  # one training at a time
 for stage, minutes in (("forward", 1.8), ("reverse", 0.5)):
     own = f"--train-{stage}"
     SHORT_TABLE += f" {own}.steps None {own}.minutes {minutes} {own}.batch-size 256 {own}.lr 1e-3"
+
+
+def row_by_row(preset: str, table: str, more: str) -> tuple[str, ...]:
+    """A table in as many commands as it has trainings of G, so that each is begun or left out by
+    itself; the last one writes the table, of trainings and figures that are there by then."""
+    rows, whole = rows_for(table, find_preset(preset)), table_commands(preset, table, more=more)
+    trained, found = [row for row in rows if row.stage == "reverse" and not row.shares], []
+    for i, row in enumerate(trained):
+        own = f"--rows {shlex.quote(row.name)} --out RUNS/ablate-{preset}"
+        own += f" --results RUNS/ablate-{preset}/row-{i} --resume"
+        found.append(f"ablate {table} --preset {preset} {more} {own}")
+    return (*found, *whole)
 
 # %% ../../nbs/lab/experiments.ipynb #58829a51
 SIZES = ("--steps", "--minutes", "--n", "--images", "--seeds")  # of a command
@@ -139,7 +153,7 @@ def in_miniature(commands: tuple[str, ...]) -> tuple[str, ...]:
     "The same commands on the twin of their preset: two steps, a few samples, nothing compiled."
     found = []
     for command in commands:
-        words, rest = command.split(), []
+        words, rest = shlex.split(command), []
         sizes = (*SIZES, "--batch-size") if words[0] == "train" else SIZES
         sizes += tuple(word for word in TINY[words[0]].split() if word.startswith("--"))
         for option, word in zip(["", *words], words):
@@ -147,7 +161,7 @@ def in_miniature(commands: tuple[str, ...]) -> tuple[str, ...]:
                 continue
             twin = f"{word}-smoke" if option == "--preset" else word
             rest.append("False" if option.endswith(".compile") else twin)
-        found.append(" ".join([*rest, TINY[words[0]]]))
+        found.append(f"{shlex.join(rest)} {TINY[words[0]]}")
     return tuple(found)
 
 # %% ../../nbs/lab/experiments.ipynb #6a689214
@@ -171,7 +185,8 @@ def tables_of(question: str, *tables: str, short: str = "") -> Experiment:
     result = f"ablate-{tables[0]}-cifar10"
     plan = ()
     if short:
-        commands["gpu-short"], plan = table_commands("cifar10", *tables, more=short), (8,)
+        commands["gpu-short"] = row_by_row("cifar10", *tables, more=short)
+        plan = (3, *[0.9] * (len(commands["gpu-short"]) - 2), 0.5)  # F and the first G; a G each
     commands["smoke"] = in_miniature(commands["gpu-short" if short else "gpu"])
     minutes = {
         size: partial(planned_minutes, size, preset, tables) for size, preset in found.items()

@@ -40,7 +40,7 @@ def commands_of(name: str, budget: str, runs: Path, results: Path) -> list[list[
     def fill(word):
         return word.replace("RUNS", str(runs)).replace("RESULTS", str(results))
 
-    return [[fill(word) for word in command.split()] for command in commands[budget]]
+    return [[fill(word) for word in shlex.split(command)] for command in commands[budget]]
 
 # %% ../../nbs/lab/reproduce.ipynb #67399df7
 def file_of(words: list[str]) -> Path | None:
@@ -48,7 +48,9 @@ def file_of(words: list[str]) -> Path | None:
     given = dict(zip(words, words[1:]))
     if words[0] == "ablate":
         steps = f"-{given['--steps']}-steps" if "--steps" in given else ""
-        return Path(given["--results"]) / f"ablate-{words[1]}-{given['--preset']}{steps}.json"
+        some = "-some-rows" if "--rows" in given else ""
+        name = f"ablate-{words[1]}-{given['--preset']}{steps}{some}"
+        return Path(given["--results"]) / f"{name}.json"
     return Path(given["--out"]) if words[0] in ("evaluate", "bench", "neighbours") else None
 
 

@@ -3,6 +3,7 @@
 # %% ../../nbs/scale/distributed.ipynb #f01fd96d
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from contextlib import nullcontext
@@ -80,6 +81,11 @@ def leaves_unused(module: LossModule, batch: tuple) -> bool:
 
 # %% ../../nbs/scale/distributed.ipynb #544fcd47
 PATIENCE = timedelta(hours=2)  # samples, and slow encoders, may be waited for
+KNOWN = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+# masks and tables are constant, and the same everywhere; newer PyTorch has another name for it
+BUFFERS_STAY = {
+    "forward_sync_buffers" if "forward_sync_buffers" in KNOWN else "broadcast_buffers": False
+}
 
 
 class Distributed(SingleProcess):
@@ -111,8 +117,8 @@ class Distributed(SingleProcess):
                 self.module,
                 device_ids=None if device.type == "cpu" else [device],
                 find_unused_parameters=unused,
-                broadcast_buffers=False,  # tables and masks: the same everywhere, and constant
                 gradient_as_bucket_view=True,  # no second copy of the gradients
+                **BUFFERS_STAY,
             )
         return self.called(*batch)
 
