@@ -73,9 +73,14 @@ def train(code: Path, out: Path, preset: str, steps: int, parts=PARTS, program=(
     return done.stdout
 
 
+def own(part: str, field: str) -> str:
+    """The option of a training's field."""
+    return f"--train-{'forward' if part == 'F' else 'reverse'}.{field}"
+
+
 def reads_per_step(code: Path, out: Path, preset: str, part: str) -> float:
     """Values that a step reads where it logs nothing: 12 steps and 2, and their difference."""
-    seldom = (f"--train-{'forward' if part == 'F' else 'reverse'}.log-every", "1000")
+    seldom = (own(part, "log-every"), "1000")
     counts = []
     for steps in (2, 12):
         shutil.rmtree(out / "counted", ignore_errors=True)
@@ -96,7 +101,8 @@ def step_times(codes: dict, home: Path, preset: str, part: str, repeats: int = 5
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             words = [str(home / name / word) if word == "F" else word for word in PARTS[part]]
-            train(code, out, preset, 60, {part: words})
+            slow = (own(part, "lr"), "1e-5")  # with a warm-up so short
+            train(code, out, preset, 60, {part: words}, more=slow)
             lines = {m["step"]: m["seconds"] for m in read_metrics(out / part / "metrics.jsonl")}
             found[name].append(1000 * (lines[60] - lines[20]) / 40)
     return found
