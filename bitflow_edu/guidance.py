@@ -97,7 +97,7 @@ def guided_pass(
 
 # %% ../nbs/14_guidance.ipynb #b700000a
 def cfg_recover(with_label, without, w):
-    "The inverse of `cfg_extrapolate`: (â + w·b)/(1 + w) gives a back (PAPER: in training)."
+    "The inverse of `cfg_extrapolate`: the un-guided state, of a guided one and of b (in training)."
     return (with_label + w * without) / (1 + w)
 
 # %% ../nbs/14_guidance.ipynb #decf5397

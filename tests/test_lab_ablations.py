@@ -29,6 +29,7 @@ from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.results import load_result, measurement, results_text, save_results
 from bitflow_edu.lab import ablations
 from bitflow_edu.lab.ablations import (
+    MEASURED,
     REAL,
     RealImages,
     ahead,
@@ -233,6 +234,34 @@ def test_seeds_are_taken_over_from_a_results_file(tmp_path, monkeypatch, capsys)
     assert all(last[k] == third[k] for k in ("commit", "date", "wall_s", "hardware", "versions"))
     assert last["config"]["taken_over"] == third["config"]["taken_over"]
     assert of_seed(last, 0) == of_seed(third, 0)
+    # numbers of another way of measuring are not mixed in
+    assert last["config"]["measured"] == MEASURED
+    last["config"]["measured"] = MEASURED - 1
+    file.write_text(json.dumps(last))
+    assert main([*base, str(tmp_path / "nowhere"), "--seeds", "2"]) == 2
+    assert "seeds 0, 1 of the results file were measured in another way" in capsys.readouterr().err
+
+
+def test_the_tables_measure_the_inverse_in_one_way():
+    """One noise on the test images for all seeds: where F is the same, so is the error of its way
+    back. The one table that was measured otherwise says so, in its file and on the page."""
+    score, values = "exact + score denoising", {}
+    rows = {"strategies-mnist-mini-500-steps": score, "strategies-mnist-mini": score}
+    rows |= {"guidance-mnist-mini": f"{score}, w = 0", "recipes-mnist-mini": score}
+    rows |= {"forward-guidance-mnist-mini": "linear, w = 0"}
+    for name, row in rows.items():
+        lines = load_result(f"ablate-{name}")["measurements"]
+        values[name] = [
+            m["value"] for m in lines if (m["row"], m["metric"]) == (row, "inverse_mse")
+        ]
+    five = values["strategies-mnist-mini"]
+    assert len(five) == 5 and all(found == five[: len(found)] for found in values.values())
+    otherwise = []
+    for file in Path("results").glob("ablate-*.json"):
+        found = load_result(file.stem)
+        if "noise of its own here" in section_of(found, index_entry(found, file.parent)):
+            otherwise.append(file.stem)
+    assert otherwise == ["ablate-tokens-mnist-mini-700-steps"]
 
 
 @pytest.mark.parametrize(

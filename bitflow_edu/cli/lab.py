@@ -242,7 +242,8 @@ def save_table(
 ):
     "Write a table's results file and its picture."
     verdict, stem = ablations.verdict(found), table_stem(name, args)
-    config = {"verdict": verdict, "seeds": args.seeds, **dataclasses.asdict(preset)}
+    config = {"verdict": verdict, "seeds": args.seeds, "measured": ablations.MEASURED}
+    config |= dataclasses.asdict(preset)
     if earlier:
         config["taken_over"] = earlier
     each = list(range(args.seed, args.seed + args.seeds))  # a row's F, its G, and its noise
@@ -295,6 +296,9 @@ def held_in(stored: dict | None, args: Ablate, preset: Preset, seeds: range) -> 
     asked = args.table, preset
     away = [s for s in seeds if not ablations.is_measured(*asked, s, args.rows, args.out)]
     held = ablations.held_figures(stored["measurements"], *asked, away, args.rows)
+    if held and stored["config"].get("measured", ablations.MEASURED) != ablations.MEASURED:
+        what = f"seeds {some(sorted(held))} of the results file were measured in another way"
+        raise BitflowError(f"{what}; train them again, or name another place with --results")
     if held:
         print(f"seeds {some(sorted(held))} are taken over from the results file")
     return held

@@ -156,6 +156,11 @@ def all_results(folder: Path) -> list[dict]:
     return [result for result in found if isinstance(result, dict) and "measurements" in result]
 
 # %% ../../nbs/lab/reproduce.ipynb #7435ec55
+OTHERWISE = {  # what a table was measured by, where that has changed: `lab.ablations.MEASURED`
+    3: " In `inverse_mse` each seed has noise of its own here; elsewhere one noise serves all seeds."
+}
+
+
 def section_of(result: dict, line: dict) -> str:
     "A results file on the page: how it was made, its picture, its figures."
     name, date, images = line["name"], line["date"][:10], result["config"].get("images")
@@ -169,6 +174,7 @@ def section_of(result: dict, line: dict) -> str:
     for one in result["config"].get("taken_over", ()):
         made = f"{machine_of(one['hardware'])}; commit {one['commit']}, {one['date'][:10]}"
         how += f" Seeds {', '.join(map(str, one['seeds']))}: {made}."
+    how += OTHERWISE.get(result["config"].get("measured"), "")
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
     if is_paired(result):
         body = paired_table(result) + commands_text(result)
@@ -187,7 +193,7 @@ the same processor with as many threads: others round in another way, and traini
 Where a table has several seeds, each seed has its own models (in benchmarks one pair serves \
 all) and its own noise, shared by all rows; numbers are means with their 95% intervals, and \
 differences are taken in pairs, seed by seed. n counts samples or images (of errors of the \
-inverse and likelihoods: 1,000 test images); in benchmarks, repetitions, and their numbers are \
+inverse and likelihoods: 1,000 test images, with one noise for all seeds); in benchmarks, repetitions, and their numbers are \
 medians with quartiles. `fd` is the distance to test images, `fd_train` that to training images, \
 which real training images have none to.
 
