@@ -19,7 +19,7 @@ __all__ = ['made_masks', 'MADE', 'one_by_one', 'MAF', 'IAF', 'maf_points']
 def made_degrees(
     dims: int,  # D, numbers per point
     hidden: tuple,  # widths of the hidden layers; below D−1 some connections are lost
-) -> list:  # one int64 vector a layer, inputs first
+) -> list:  # one int64 vector per layer, inputs first
     """The last input that each unit may depend on (MADE, arXiv 1502.03509): input d has degree d
     (from 1), hidden units take 1 … D−1 in turn."""
     if dims < 1 or any(width < 1 for width in hidden):
@@ -72,14 +72,15 @@ class MADE(nn.Module):
 
 # %% ../nbs/03_autoregressive_flows.ipynb #b62d12ff
 def one_by_one(
-    advice,  # points `(N, D)` → α and μ, each `(N, D)`, those of number d from the ones before it
+    conditioner,  # points `(N, D)` → α and μ, each `(N, D)`, those of d from the ones before d
     z: Tensor,  # noise `(N, D)`
 ) -> Tensor:  # points `(N, D)`
-    "Solve z_d = (x_d − μ_d)·exp(−α_d) for x, one more number with each of D calls of `advice`."
+    "Solve z_d = (x_d − μ_d)·exp(−α_d) for x, one more number in each of D calls."
     x = torch.zeros_like(check_tensor(z, "z", ("N", "D")))
     for d in range(z.shape[1]):
-        alpha, mu = advice(x)
+        alpha, mu = conditioner(x)
         new = z[:, d] * safe_exp(alpha[:, d]) + mu[:, d]
+        # a new tensor: gradients may go through every step
         x = torch.cat([x[:, :d], new[:, None], x[:, d + 1 :]], dim=1)
     return x
 
@@ -107,7 +108,7 @@ class MAF(Bijection):
 # %% ../nbs/03_autoregressive_flows.ipynb #e51f7659
 class IAF(Inverse):
     """Inverse autoregressive flow (arXiv 1606.04934), the inverse of a MAF:
-    x_d = (z_d − μ_d(z_{<d}))·exp(−α_d(z_{<d})); samples in one pass, densities in D."""
+    x_d = (z_d − μ_d(z_{<d}))·exp(−α_d(z_{<d})); samples in one pass, densities in D + 1."""
 
     def __init__(self, dims: int, hidden: tuple = (64, 64), bound: float | None = 3.0):
         super().__init__(MAF(dims, hidden, bound))

@@ -42,7 +42,7 @@ def safe_exp(
         raise BitflowError(
             f"a layer's log-scale reached {worst:.4g} (limit {limit:g}): one of its directions "
             f"shrinks by e^{worst:.4g}, and a shift added after that swallows the digits, so the "
-            "flow cannot be undone; bound its log-scale, lower the learning rate, or rescale "
+            "flow cannot be inverted; bound its log-scale, lower the learning rate, or rescale "
             "the data"
         )
     return log_scale.exp()
@@ -194,7 +194,7 @@ def jacobian_check(
 
 # %% ../nbs/01_change_of_variables.ipynb #9848eed7
 class Linear(Bijection):
-    "z = W x + b with a full matrix: the determinant costs D³. Starts as a random rotation."
+    "z = W x + b with a full matrix: the determinant costs D³. Starts as a rotation or mirror."
 
     def __init__(self, dims: int):
         super().__init__()
@@ -233,7 +233,9 @@ def bisect(
     high: Tensor,  # where rising ≥ target
 ) -> Tensor:  # x with rising(x) = target
     "Invert a rising function by halving the interval, to the last digit of floating point."
-    check_floating(target, "target", "the digits of an integer do not end")
+    check_floating(
+        target, "target", "convert it to float: halving ends at the precision of a float"
+    )
     for _ in range(2 + round(-math.log2(torch.finfo(target.dtype).eps)) * 2):
         middle = low + (high - low) / 2
         above = rising(middle) > target
@@ -265,8 +267,8 @@ class SoftSteps(Bijection):
         "z `(N, dims)` to x: bisection, then one Newton step, which is what lets gradients through."
         check_tensor(z, "z", ("N", len(self.place)))
         with torch.no_grad():
-            slope, reach = self.log_slope.exp().squeeze(-1), self.log_height.exp().sum(-1)
-            x = bisect(lambda x: self.curve(x)[0], z, (z - reach) / slope, z / slope)
+            least, reach = self.log_slope.exp().squeeze(-1), self.log_height.exp().sum(-1)
+            x = bisect(lambda x: self.curve(x)[0], z, (z - reach) / least, z / least)
         value, slope = self.curve(x)
         return x - (value - z) / slope.detach()
 

@@ -46,7 +46,7 @@ def every_other(
 
 # %% ../nbs/02_affine_coupling.ipynb #7e41c0d2
 def masked_shape(mask: Tensor) -> tuple:
-    "The shape of a batch that a mask belongs to: where the mask has size 1, any."
+    "The shape of a batch that a mask belongs to; a size-1 axis of the mask fits any size."
     return "N", *(n if n > 1 else "K" for n in mask.shape)
 
 # %% ../nbs/02_affine_coupling.ipynb #68284196
@@ -81,7 +81,7 @@ def bounded(
 
 # %% ../nbs/02_affine_coupling.ipynb #ac278f53
 def log_scale_and_shift(
-    net: nn.Module,  # puts out two values for each that is to be changed
+    net: nn.Module,  # outputs a log-scale and a shift for each value
     seen: Tensor,  # x_a `(N, C, …)`: what passes through
     bound: float | None,  # largest |log-scale|; None: none
 ) -> tuple:  # s (bounded) and t
@@ -98,22 +98,21 @@ class AffineCoupling(Bijection):
         self.net, self.bound = net, bound
         self.register_buffer("mask", mask)  # 1: passes, 0: changed
 
+    def scale_and_shift(self, x):
+        "s and t, zero where x passes."
+        s, t = log_scale_and_shift(self.net, x * self.mask, self.bound)
+        return (1 - self.mask) * s, (1 - self.mask) * t
+
     def forward(self, x):
         "x `(N, …)` to y of the same shape, and log|det| = Σ s `(N,)`."
         check_tensor(x, "x", masked_shape(self.mask))
-        s, t = (
-            (1 - self.mask) * value
-            for value in log_scale_and_shift(self.net, x * self.mask, self.bound)
-        )
+        s, t = self.scale_and_shift(x)
         return x * safe_exp(s) + t, s.flatten(1).sum(dim=1)
 
     def inverse(self, y):
         "y to x, as fast as forward."
         check_tensor(y, "y", masked_shape(self.mask))
-        s, t = (
-            (1 - self.mask) * value
-            for value in log_scale_and_shift(self.net, y * self.mask, self.bound)
-        )
+        s, t = self.scale_and_shift(y)  # of what passed, so the same as in forward
         return (y - t) * safe_exp(-s)
 
 # %% ../nbs/02_affine_coupling.ipynb #36290062
@@ -204,7 +203,7 @@ class ChannelAffine(Bijection):
         self.shift = nn.Parameter(torch.zeros(channels))
 
     def shaped(self, parameter, x):
-        "A number a channel, laid out to fit `(N, C, …)`."
+        "A number per channel, laid out to fit `(N, C, …)`."
         more = ["K"] * (getattr(x, "ndim", 2) - 2)
         check_tensor(x, "input", ("N", len(parameter), *more))
         return parameter.view(-1, *[1] * (x.ndim - 2))
@@ -273,7 +272,7 @@ def check_range(
     x: Tensor,  # pixels, any shape
 ):
     "Refuse pixel values outside [-1, 1], and NaN; not in a step on a GPU, which would wait."
-    check_floating(x, "images", "to_model_range makes such of pixels")
+    check_floating(x, "images", "convert pixels with to_model_range")
     if not x.numel() or not may_read(x):
         return
     low, high = x.min().item(), x.max().item()

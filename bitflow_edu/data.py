@@ -180,7 +180,7 @@ def add_noise(
     generator: torch.Generator = None,  # source of the noise
 ) -> Tensor:  # x̃ `(N, C, H, W)`
     "The noise augmentation x̃ = x + σ ε that TARFlow trains on (arXiv 2412.06329, §3)."
-    check_floating(x, "images", "to_model_range makes such of pixels")
+    check_floating(x, "images", "convert pixels with to_model_range")
     return x + sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 # %% ../nbs/00_data.ipynb #c44ae25e

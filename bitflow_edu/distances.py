@@ -44,7 +44,7 @@ def adaptive(
     distance,  # (a, b) → `(N,)`
     p: float = 1.0,  # 0: as given; ½: squared errors of any size pull alike; 1: no unit is left
     c: float = 0.01,  # in the unit of the distance; keeps the weight of tiny distances finite
-):  # a distance with the same minimum and another pull
+):  # a distance with another pull; the same minimum where there is one target
     "𝒟_r = sg(λ)·𝒟 with λ = (𝒟 + d₀)^−r; r is `p`, d₀ is `c` (PAPER: adaptive weighting)."
 
     def weighted(a, b, generator=None):

@@ -118,7 +118,7 @@ def interpolate(
 ) -> Tensor:  # `(steps, N, C, H, W)`
     "Images along a path between two noises. `BitflowError` for fewer than two steps."
     if steps < 2:
-        raise BitflowError(f"a walk of {steps} steps has no two ends; give at least 2")
+        raise BitflowError(f"an interpolation of {steps} steps has no two ends; give at least 2")
     check_same_shape(a, b, "the two ends")
     start, end = encode(forward, a, c), encode(forward, b, c)
     between = [path(start, end, i / (steps - 1)) for i in range(steps)]
@@ -217,7 +217,7 @@ def inpaint(
     eps: Tensor = None,  # ε, noise of the hidden tokens `(N, T, D)`; default drawn with seed 0
     fill=-1.0,  # shown to F in the hole, as in `hide`
     repeats: int = 1,  # encode this often, each time with the last result in the hole
-    steps: int = 0,  # of `refine` behind it
+    steps: int = 0,  # of `refine` after it
 ) -> Tensor:  # images `(N, C, H, W)`, nothing pasted
     "Decode z' = M⊙z + (1 − M)⊙ε (PAPER: inpainting). Every repeat keeps ε."
     if repeats < 1 or steps < 0:

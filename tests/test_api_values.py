@@ -222,7 +222,7 @@ layer("AffineCoupling", coupling.AffineCoupling(HALF, coupling.mlp(2, 4)), POINT
 layer("MAF", MAF(2, (8,)), POINTS)
 layer("IAF", IAF(2, (8,)), POINTS)
 row("MADE", MADE(2, (8,)), x=Looked("points", POINTS))
-row("one_by_one", one_by_one, advice=MADE(2, (8,)), z=Looked("points", POINTS))
+row("one_by_one", one_by_one, conditioner=MADE(2, (8,)), z=Looked("points", POINTS))
 row("Flow", bijections.Flow(AFFINE).log_prob, x=Looked("points", POINTS))
 row("fit", bijections.fit, flow=bijections.Flow(AFFINE), x=Looked("points", POINTS), steps=1)
 row("check_invertible", check_invertible, bijection=AFFINE, x=Looked("points", POINTS))

@@ -23,6 +23,7 @@ from bitflow_edu.io.checkpoints import MetricsLog, load_or_train, open_run, read
 from bitflow_edu.io.files import BitflowError, asset
 from bitflow_edu.io.locks import LOCK
 from bitflow_edu.io.models import checkpoints_of, load_model, newest_checkpoint
+from bitflow_edu.io.results import load_result
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.recipes import train_forward
 from bitflow_edu.neighbours import Neighbour
@@ -79,6 +80,16 @@ def killed_at(folder, steps):
 
 def curve(run):
     return [(m["step"], m["loss"]) for m in read_metrics(run / "metrics.jsonl")]
+
+
+def test_kills_of_every_kind_of_work_are_on_record():
+    """What `tests/kills.py` found: F, G, an evaluation and a cache of latents, killed at random."""
+    found = {(m["row"], m["metric"]): m["value"] for m in load_result("kills")["measurements"]}
+    works = ("forward", "reverse", "evaluate", "cache-latents")
+    assert sum(found[work, "kills"] for work in works) == 20
+    for work in works:
+        assert found[work, "kills"] >= 4 and found[work, "values"] >= 50
+        assert found[work, "differing_values"] == 0
 
 
 def test_killed_twenty_times(tmp_path):

@@ -118,6 +118,17 @@ def test_the_search_is_stored_and_chooses_by_training_images(made):
     assert chosen_rate([{"lr": 1, "fd_train": 3.0}, {"lr": 2, "fd_train": 2.0}]) == 2
 
 
+def test_test_images_choose_no_rate(monkeypatch):
+    """They would prefer the second sampler by far, training images the first."""
+    names = ("fd[mnist-cnn]", "fd_train[mnist-cnn]", "label_accuracy")
+    numbers = {"a": (9.0, 1.0, 0.5), "b": (0.1, 2.0, 1.0)}
+    monkeypatch.setattr(
+        neighbour_table, "numbers_of", lambda s, cell: dict(zip(names, numbers[s], strict=True))
+    )
+    assert neighbour_table.nearest(["a", "b"], None) == 1.0
+    assert neighbour_table.nearest(["b"], None) == 2.0
+
+
 def test_what_was_measured_is_read_and_not_repeated(made):
     found, root = made
     preset = at_rate(tiny(), searches_in(found)["one-pass"])

@@ -162,3 +162,14 @@ def test_a_perceptual_end_that_makes_sense_is_taken_as_it_is():
     objective = ObjectiveConfig(features=names, feature_weights=weights, adaptive_power=1.0)
     assert (objective.features, objective.feature_weights) == (names, weights)
     assert ObjectiveConfig(decoded_images=0).decoder == "", "no decoder, no images of it"
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_both_models_of_a_pair_have_the_same_parts(name):
+    """imagenet64 alone has TARFlow's published F, with the parts that it was published with."""
+    preset = find_preset(name)
+    same = [
+        getattr(preset.forward.transformer, part) == getattr(preset.reverse.transformer, part)
+        for part in ("norm", "mlp", "rotary", "qk_norm")
+    ]
+    assert all(same) if name != "imagenet64" else not any(same)

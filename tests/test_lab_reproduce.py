@@ -19,6 +19,7 @@ from bitflow_edu.cli.main import main
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import num_parameters
 from bitflow_edu.io.results import load_result, measurement, save_results
+from bitflow_edu.lab.ablations import REAL
 from bitflow_edu.lab.experiments import BUDGETS, EXPERIMENTS, in_miniature, row_by_row
 from bitflow_edu.lab.presets import find_preset
 from bitflow_edu.lab.reproduce import (
@@ -178,7 +179,7 @@ def test_a_short_experiment_has_a_plan_of_eight_minutes(name):
 
 
 def test_a_short_table_is_begun_row_by_row(tmp_path):
-    """A training of G in each command, F in the first alone; the last one trains nothing."""
+    """A training of G in each command, F in the first alone; the last one asks for the table."""
     experiment, preset = EXPERIMENTS["cifar10-strategies"], find_preset("cifar10")
     typed = list(
         map(options.parse, commands_of("cifar10-strategies", "gpu-short", *2 * [tmp_path]))
@@ -197,7 +198,7 @@ def test_a_short_table_is_begun_row_by_row(tmp_path):
 
 
 def test_the_last_command_finds_what_the_rows_made(tmp_path, capsys):
-    """Row by row, then the table, which trains nothing more and measures what is left."""
+    """Two rows, then the table: what they trained stays, and it trains and measures the rest."""
     more = "--seeds 1 --steps 2 --workers 1 --num-samples 20 --train-forward.steps 2 --device cpu"
     lines = row_by_row("mnist-mini-smoke", "strategies", more)
     folders = {"RUNS": f"{tmp_path}/runs", "RESULTS": f"{tmp_path}/results"}
@@ -210,7 +211,7 @@ def test_the_last_command_finds_what_the_rows_made(tmp_path, capsys):
     table = load_result("ablate-strategies-mnist-mini-smoke-2-steps", tmp_path / "results")
     assert {m["row"] for m in table["measurements"]} >= {"exact + score denoising", "naive, MSE"}
     for i in (0, 1):
-        (file,) = (tmp_path / "runs" / "ablate-mnist-mini-smoke" / f"row-{i}").glob("*.json")
+        (file,) = (tmp_path / "results" / "ablate-strategies-rows" / str(i)).glob("*.json")
         kept = {m["metric"]: m["value"] for m in json.loads(file.read_text())["measurements"]}
         row = shlex.split(lines[i])[shlex.split(lines[i]).index("--rows") + 1]
         same = {m["metric"]: m["value"] for m in table["measurements"] if m["row"] == row}
@@ -274,6 +275,34 @@ def test_a_result_of_another_size_is_not_taken_for_ours(tmp_path):
 
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def test_the_pages_that_come_with_the_course_are_those_of_its_files(tmp_path):
+    """Written anew from the results and the list of experiments, they are as they stand."""
+    pages = ("README.md", "EXPERIMENTS.md", "index.json")
+    for file in (*RESULTS.glob("*.json"), *RESULTS.glob("*.png")):
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "index.json").unlink()
+    write_results_index(tmp_path)
+    for page in pages:
+        assert (tmp_path / page).read_text() == (RESULTS / page).read_text(), f"{page} is older"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("ablate-*.json")), ids=lambda p: p.stem)
+def test_the_command_beside_each_row_can_be_typed(file):
+    """With today's options: it asks for the row, and for the preset and a seed of its table."""
+    found = load_result(file.stem, RESULTS)
+    rows = dict.fromkeys(m["row"] for m in found["measurements"] if m["row"] != REAL)
+    commands = found["config"]["row_commands"]
+    assert set(commands) <= set(rows)
+    for row, command in commands.items():
+        threads, program, *words = shlex.split(command)
+        assert threads.startswith("OMP_NUM_THREADS=") and program == "bitflow"
+        args = options.parse(words)
+        assert args.rows[-1] == row and args.preset == found["preset"]
+        assert (args.seed, args.seeds) == (0, found["config"]["seeds"])
+        tables_rows = [r.name for r in rows_for(args.table, common.preset_of(args), args.rows)]
+        assert set(tables_rows) == set(args.rows)
 
 
 def test_what_a_laptop_measured_is_not_taken_for_a_gpus():

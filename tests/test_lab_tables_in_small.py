@@ -22,9 +22,6 @@ from bitflow_edu.scale.feature_networks import FeatureNetwork
 PACKAGES = {"stlpips": "stlpips_pytorch", "digits": "torch"}  # distance → what brings its weights
 
 
-OF_CIFAR10_MINI = ("strategies", "norm-control", "scaling", "guidance")
-
-
 def in_small(name):
     """The smoke twin, two steps of four images for each model, a dozen samples."""
     p = find_preset(f"{name}-smoke")
@@ -53,7 +50,7 @@ def with_small_networks(monkeypatch):
         *((table, "mnist-mini") for table in TABLES),
         *((table, "mnist") for table in TABLES),
         *((table, "cifar10") for table in TABLES),
-        *((table, "cifar10-mini") for table in (*OF_CIFAR10_MINI, "denoising", "distances")),
+        *((table, "cifar10-mini") for table in TABLES),
     ],
 )
 def test_every_table_runs_on_its_own_preset(table, name, tmp_path, monkeypatch):

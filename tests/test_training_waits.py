@@ -29,7 +29,7 @@ from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.locks import LOCK
 from bitflow_edu.io.models import build, checkpoints_of, newest_checkpoint
 from bitflow_edu.io.progress import FiniteCheck, metrics_for, metrics_wanted
-from bitflow_edu.lab.presets import ObjectiveConfig
+from bitflow_edu.lab.presets import ObjectiveConfig, find_preset
 from bitflow_edu.lab.recipes import stage_two_loss
 from bitflow_edu.neighbours import (
     Game,
@@ -41,6 +41,7 @@ from bitflow_edu.neighbours import (
     gan_loss,
     mean_flow_loss,
 )
+from bitflow_edu.reverse_model import ReverseModel
 from bitflow_edu.tarflow import TARFlow, forward_loss
 from bitflow_edu.training import TrainConfig, new_state, train, training_loop
 from conftest import small_flow, small_reverse
@@ -169,6 +170,22 @@ def test_no_step_reads_what_it_computes(case, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
     assert ("state_rms_0" in lines[0]) == (case not in WITHOUT_STATES)
+
+
+def test_the_whole_recipe_reads_nothing_either():
+    """w, a decoder, crops and two networks behind it: the twin of imagenet256-b2."""
+    pytest.importorskip("diffusers")
+    preset = find_preset("imagenet256-b2-smoke")
+    flow, G = build(TARFlow, preset.forward, 0), build(ReverseModel, preset.reverse, 1).train()
+    loss = stage_two_loss(flow, G, preset.objective, "cpu")
+    side, channels = preset.forward.image_size, preset.forward.channels
+    x, c = torch.randn(4, channels, side, side), torch.tensor([0, 1, 0, 1])
+    for wanted in (False, True):  # where nothing is logged, and where it is
+        with metrics_for(wanted), pytest.MonkeyPatch.context() as patch, Refuse():
+            for module, look in CHEAP_LOOKS:
+                patch.setattr(module, look, lambda t: False)
+            loss(G, x, c, torch.Generator().manual_seed(0))[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in G.parameters())
 
 
 # Glow turns autocast off for its 1×1 convolutions, and the meta device knows none

@@ -3,6 +3,7 @@
 # %% ../../nbs/cli/evaluate.ipynb #9031fb83
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -59,13 +60,17 @@ __all__ = []
 
 # %% ../../nbs/cli/evaluate.ipynb #3155b043
 def in_precision(args: Evaluate, model):
-    "The model with its weights in the type of --precision."
+    """The model that draws: with its weights in the type of --precision.
+
+    What tells whether F and its inverse are right is measured with the weights as they are."""
     if args.precision not in PRECISIONS:
         choices = ", ".join(PRECISIONS)
         raise BitflowError(f"--precision {args.precision!r} is unknown; choose {choices}")
     if args.precision != "fp32" and isinstance(model, CouplingFlow):
         raise BitflowError("--precision bf16 is for F and G; a CouplingFlow needs fp32")
-    return model.to(PRECISIONS[args.precision])
+    return (
+        model if args.precision == "fp32" else copy.deepcopy(model).to(PRECISIONS[args.precision])
+    )
 
 
 def load_pair(args: Evaluate, preset: Preset, device: str):
@@ -78,7 +83,7 @@ def load_pair(args: Evaluate, preset: Preset, device: str):
     check_fits(forward, preset.data)
     if reverse is not None:
         check_pair(forward, reverse)
-    return in_precision(args, forward), reverse and in_precision(args, reverse)
+    return forward, reverse
 
 # %% ../../nbs/cli/evaluate.ipynb #9773def7
 def check_scale(w: float, preset: Preset, G):
@@ -205,7 +210,7 @@ def evaluate_in_memory(args: Evaluate, preset: Preset, F, G, samplers, device):
     train, test = (load_data(preset.data, split, args.data_root) for split in ("train", "test"))
     n, seed = number_of_samples(args, preset), args.seed
     if preset.reverse is None:
-        chosen = samplers if args.rows or args.w else None
+        chosen = samplers if args.rows or args.w else samplers[:1]
         return evaluate_flow(F, train, test, n, seed, preset.conditional, args.timing, chosen)
     done = evaluate(F, G, train, test, n, seed, device, args.timing, samplers)
     return Evaluation(sample_rows(done.samples, test, min(n, 10)), done.measurements)
@@ -322,7 +327,9 @@ def run_evaluate(args: Evaluate):
     processes = find_processes(device)
     outputs = processes.on_rank_zero(lambda: evaluation_outputs(args, preset))
     F, G = load_pair(args, preset, device)
-    samplers, streamed = samplers_asked(args, preset, F, G), is_streamed(args, preset, processes)
+    drawing = [model and in_precision(args, model) for model in (F, G)]
+    samplers = samplers_asked(args, preset, *drawing)
+    streamed = is_streamed(args, preset, processes)
     check_evaluate(args, preset, streamed)
     if streamed:
         done = evaluate_streamed(args, preset, F, G, samplers, device, processes)

@@ -220,7 +220,7 @@ class Evaluate(Common):
     resume: bool = False
     # Speed is measured, too (of a pair, in a stream, or of a flow alone), unless --no-timing.
     timing: bool = True
-    # Of the weights of F and G: fp32 or bf16; what that costs: bitflow bench --what precision.
+    # Of F and G where they draw: fp32 or bf16; what that costs: bitflow bench --what precision.
     precision: str = "fp32"
     # Results file to write, and beside it a picture of the first samples; default
     # results/evaluate-<preset>.json.

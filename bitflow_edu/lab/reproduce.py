@@ -99,7 +99,7 @@ def say_plan(name: str, within: float, plan: list[float], standing: list[bool]):
     left = [minutes for minutes, done in zip(plan, standing) if not done]
     if sum(left):
         times = " + ".join(f"{minutes:g}" for minutes in left)
-        print(f"{name}: planned for {times} minutes of one GPU, within {within:g}")
+        print(f"{name}: planned for {times} minutes of one GPU, within {round(within, 2):g}")
 
 # %% ../../nbs/lab/reproduce.ipynb #495f234d
 def run_experiment(
@@ -157,7 +157,7 @@ def all_results(folder: Path) -> list[dict]:
 
 # %% ../../nbs/lab/reproduce.ipynb #7435ec55
 OTHERWISE = {  # what a table was measured by, where that has changed: `lab.ablations.MEASURED`
-    3: " In `inverse_mse` each seed has noise of its own here; elsewhere one noise serves all seeds."
+    3: " In `inverse_mse` each seed has noise of its own here; elsewhere one noise serves all."
 }
 
 
@@ -175,6 +175,8 @@ def section_of(result: dict, line: dict) -> str:
         made = f"{machine_of(one['hardware'])}; commit {one['commit']}, {one['date'][:10]}"
         how += f" Seeds {', '.join(map(str, one['seeds']))}: {made}."
     how += OTHERWISE.get(result["config"].get("measured"), "")
+    if line["command"].startswith("bitflow evaluate") and line["experiment"] in EXPERIMENTS:
+        how += f" The trainings before it: [EXPERIMENTS.md](EXPERIMENTS.md#{line['experiment']})."
     picture = f"![{name}]({line['picture']})\n\n" if line["picture"] else ""
     if is_paired(result):
         body = paired_table(result) + commands_text(result)
@@ -190,12 +192,13 @@ PAGE = """# All results
 Written from the files in this folder by `bitflow reproduce`. Pictures show the first samples of \
 their seed, not chosen ones. A number can be made again with the command that stands above it, on \
 the same processor with as many threads: others round in another way, and training amplifies it.
+A result of one seed has no interval: another seed would move it. \
 Where a table has several seeds, each seed has its own models (in benchmarks one pair serves \
 all) and its own noise, shared by all rows; numbers are means with their 95% intervals, and \
 differences are taken in pairs, seed by seed. n counts samples or images (of errors of the \
-inverse and likelihoods: 1,000 test images, with one noise for all seeds); in benchmarks, repetitions, and their numbers are \
-medians with quartiles. `fd` is the distance to test images, `fd_train` that to training images, \
-which real training images have none to.
+inverse and likelihoods: 1,000 test images, with one noise for all seeds); in benchmarks, \
+repetitions, and their numbers are medians with quartiles. `fd` is the distance to test images, \
+`fd_train` that to training images, which real training images have none to.
 
 ## The experiments
 
