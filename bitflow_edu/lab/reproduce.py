@@ -275,7 +275,7 @@ def experiments_text() -> str:
             if budget == "gpu-short":
                 lines = [f"# {m:g} minutes\n{line}" for m, line in zip(e.plan, lines)]
             minutes = e.minutes[budget]
-            time_planned = f"{minutes} minute{'s' * (minutes != 1)} {PLANNED[budget]}"
+            time_planned = f"{minutes:g} minute{'s' * (minutes != 1)} {PLANNED[budget]}"
             head = f"`--budget {budget}`, planned for {time_planned}:"
             parts.append(f"{head}\n\n```\n{''.join(lines)}```\n")
     return "\n".join(parts)
