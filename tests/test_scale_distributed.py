@@ -358,6 +358,7 @@ end(0)
 """
 
 
+@NEEDS_SHARDS
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux does")
 def test_each_process_reads_its_part_of_a_checkpoint(tmp_path):
     """Of a mapped file only own rows are touched; damage in one part is everybody's."""
