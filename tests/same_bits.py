@@ -78,32 +78,32 @@ def own(part: str, field: str) -> str:
     return f"--train-{'forward' if part == 'F' else 'reverse'}.{field}"
 
 
-def reads_per_step(code: Path, out: Path, preset: str, part: str) -> float:
+def alone(code: Path, home: Path, preset: str, steps: int, part: str, more: tuple, program=()):
+    """One part in a fresh folder, G on the F that `home` holds: what the command said."""
+    out = home / "alone"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    words = [str(home / word) if word == "F" else word for word in PARTS[part]]
+    return train(code, out, preset, steps, {part: words}, program, more)
+
+
+def reads_per_step(code: Path, home: Path, preset: str, part: str) -> float:
     """Values that a step reads where it logs nothing: 12 steps and 2, and their difference."""
-    seldom = (own(part, "log-every"), "1000")
-    counts = []
+    seldom, counts = (own(part, "log-every"), "1000"), []
     for steps in (2, 12):
-        shutil.rmtree(out / "counted", ignore_errors=True)
-        (out / "counted").mkdir()
-        words = [str(out / word) if word == "F" else word for word in PARTS[part]]
-        program = ("-c", LOOK_AS_ON_A_GPU)
-        said = train(code, out / "counted", preset, steps, {part: words}, program, seldom)
+        said = alone(code, home, preset, steps, part, seldom, ("-c", LOOK_AS_ON_A_GPU))
         counts.append(int(said.rpartition("reads: ")[2]))
     return (counts[1] - counts[0]) / 10
 
 
 def step_times(codes: dict, home: Path, preset: str, part: str, repeats: int = 5) -> dict:
     """Milliseconds of a step by each code, in turns, without the first 20 steps."""
-    found = {name: [] for name in codes}
+    found, slow = {name: [] for name in codes}, (own(part, "lr"), "1e-5")  # for a warm-up so short
     for _ in range(repeats):
         for name, code in codes.items():
-            out = home / name / "timed"
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir()
-            words = [str(home / name / word) if word == "F" else word for word in PARTS[part]]
-            slow = (own(part, "lr"), "1e-5")  # with a warm-up so short
-            train(code, out, preset, 60, {part: words}, more=slow)
-            lines = {m["step"]: m["seconds"] for m in read_metrics(out / part / "metrics.jsonl")}
+            alone(code, home / name, preset, 60, part, slow)
+            log = read_metrics(home / name / "alone" / part / "metrics.jsonl")
+            lines = {m["step"]: m["seconds"] for m in log}
             found[name].append(1000 * (lines[60] - lines[20]) / 40)
     return found
 
