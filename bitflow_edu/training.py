@@ -70,7 +70,7 @@ class TrainConfig:
     seed: int = 0  # of data order, dropped labels and noise; callers seed the weights with it
     log_every: int = 20  # steps between lines of metrics.jsonl
     sample_every: int = 500  # steps between sample grids
-    checkpoint_every: int = 500  # steps between checkpoints; a kill costs these, and one write
+    checkpoint_every: int = 1000  # a kill loses at most these steps; half way, one is written
 
     def __post_init__(self):
         check_budget(self)
@@ -414,6 +414,12 @@ def due(state: TrainState, cfg: TrainConfig, every: int) -> bool:
     "Whether what happens every so many steps, and at the end of the budget, happens now."
     return state.step % every == 0 or progress_of(state, cfg) >= 1
 
+
+def steps_between_checkpoints(cfg: TrainConfig) -> int:
+    """Half of what a kill may lose: one checkpoint is whole before the next begins, so the newest
+    whole one is never older than two of these."""
+    return max(1, cfg.checkpoint_every // 2)
+
 # %% ../nbs/05_training.ipynb #0ebca292
 def training_loop(
     state: TrainState, loss_fn, data: Dataset, cfg: TrainConfig, folder: Path, log, sampler, watcher
@@ -443,11 +449,12 @@ def training_loop(
                 finite.settle()
                 drawn = draw_grid(state, sampler, folder, watcher)
             stop = signals.agreed()
-            if stop or due(state, cfg, cfg.checkpoint_every):
+            if stop or due(state, cfg, steps_between_checkpoints(cfg)):
                 finite.settle()
                 save_checkpoint(state, folder, writer=disk)
-            if stop:
+            if stop or cfg.checkpoint_every == 1:
                 saved = processes.on_rank_zero(disk.wait)
+            if stop:
                 raise Interrupted(stop, f"step {state.step} is saved in {saved}")
         processes.on_rank_zero(disk.wait)
     check_samples_drawn(state, drawn)

@@ -3,7 +3,8 @@
     python tests/kills.py              20 kills: of F, of G, of an evaluation, of a cache of latents
     python tests/kills.py --kills 4    fewer (one of each)
 
-Writes results/kills.json: how many kills hit, how many values were compared, how many differ.
+Writes results/kills.json: how many kills hit, how many values were compared, how many differ,
+and the steps between the newest whole checkpoint and the last logged step that a kill lost at most.
 Not a test that pytest collects: it takes many minutes, most of them to start programs. Moments
 are counted in seconds of the processor, which do not depend on what else it does (Linux).
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 
 from bitflow_edu.io.checkpoints import read_metrics, read_state
-from bitflow_edu.io.models import newest_checkpoint
+from bitflow_edu.io.models import checkpoints_of, newest_checkpoint
 from bitflow_edu.io.results import measurement, save_results
 from bitflow_edu.scale.autoencoder import tiny_vae
 from bitflow_edu.scale.image_sources import synthetic_images
@@ -31,7 +32,7 @@ from bitflow_edu.scale.image_sources import synthetic_images
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ["--preset", "mnist-mini-smoke", "--device", "cpu"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-OFTEN = ["--train-{}.checkpoint-every", "7", "--train-{}.log-every", "1", "--steps", "60"]
+OFTEN = ["--train-{}.checkpoint-every", "14", "--train-{}.log-every", "1", "--steps", "60"]
 
 
 def begin(words):
@@ -68,6 +69,13 @@ class Training:
 
     def finished(self, name):
         return (self.home / name / "checkpoints" / "step-00000060").exists()
+
+    def lost(self, name):
+        """Finished steps that are in no whole checkpoint."""
+        log = self.home / name / "metrics.jsonl"
+        saved = [int(p.name[5:]) for p in checkpoints_of(self.home / name)]
+        logged = [m["step"] for m in read_metrics(log)] if log.exists() else []
+        return max([0, *logged]) - max([0, *saved])
 
 
 class Evaluation:
@@ -136,16 +144,17 @@ def whole(work):
     return work.result(f"whole-{work.name}"), seconds
 
 
-def disturbed(work, name, kills, seconds, draw) -> int:
-    """The same, killed at most so many times, and gone on with: the kills that hit it."""
-    hits = again = 0
+def disturbed(work, name, kills, seconds, draw) -> list:
+    """The same, killed at most so many times, and gone on with: the steps that each kill lost."""
+    hits, again = [], False
     while not work.finished(name):
-        process, again = begin(work.words(name, again)), 1
-        wait_until(process, draw.uniform(0.4, 1.0) * seconds if hits < kills else float("inf"))
+        process, again = begin(work.words(name, again)), True
+        last = len(hits) >= kills
+        wait_until(process, float("inf") if last else draw.uniform(0.4, 1.0) * seconds)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            hits += 1
+            hits.append(work.lost(name) if isinstance(work, Training) else 0)
         check_ended(process, 0, -signal.SIGKILL)
     return hits
 
@@ -153,17 +162,19 @@ def disturbed(work, name, kills, seconds, draw) -> int:
 def check(work, kills, draw):
     """Kill it until there were enough, in as many tries as it takes: lines, and what differs."""
     expected, seconds = whole(work)
-    hits = tries = count = 0
-    other = []
-    while hits < kills and tries < 3 * kills:
+    tries = count = 0
+    hits, other = [], []
+    while len(hits) < kills and tries < 3 * kills:
         name, tries = f"{work.name}-{tries}", tries + 1
-        hits += disturbed(work, name, kills - hits, seconds, draw)
+        hits += disturbed(work, name, kills - len(hits), seconds, draw)
         found = work.result(name)
         assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
         other += [f"{name} {k}" for k in expected if not torch.equal(expected[k], found[k])]
         count += len(expected)
-    print(f"{work.name}: {hits} kills in {tries} tries, {len(other)} of {count} values differ")
-    numbers = {"kills": hits, "values": count, "differing_values": len(other)}
+    print(f"{work.name}: {len(hits)} kills in {tries} tries, {len(other)} of {count} values differ")
+    numbers = {"kills": len(hits), "values": count, "differing_values": len(other)}
+    if isinstance(work, Training):
+        numbers["steps_lost_at_most"] = max(hits)
     return [measurement(work.name, metric, value) for metric, value in numbers.items()], other
 
 

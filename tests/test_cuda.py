@@ -39,7 +39,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 on_each = pytest.mark.parametrize("device", DEVICES)
 CFG = TrainConfig(
-    steps=4, batch_size=8, num_microbatches=2, log_every=1, sample_every=100, checkpoint_every=2
+    steps=4, batch_size=8, num_microbatches=2, log_every=1, sample_every=100, checkpoint_every=4
 )
 
 
@@ -120,7 +120,7 @@ def test_a_step_waits_for_nothing(device, of, resident, tmp_path, monkeypatch):
     step = calls(training.forward_backward, "error", "error")
     monkeypatch.setattr(training, "forward_backward", step)
     try:
-        trained(device, tmp_path / "run", of, replace(CFG, log_every=4, checkpoint_every=4))
+        trained(device, tmp_path / "run", of, replace(CFG, log_every=4, checkpoint_every=8))
     finally:
         mode("default")
     assert passed.count("default") == 3 and passed.count("error") == 2 * 4 + 2

@@ -116,7 +116,7 @@ class Plain:
 
 def test_a_run_on_latents_resumes_bit_for_bit(cache, tmp_path):  # noqa: F811
     """Whole, in two parts, and by `draw` alone: the same weights."""
-    data, cfg = Latents(cache), replace(CFG, checkpoint_every=4)
+    data, cfg = Latents(cache), replace(CFG, checkpoint_every=8)
     shape = TransformerConfig(width=8, num_layers=1, head_dim=8)
     flow = TARFlowConfig(image_size=8, channels=4, num_classes=2, num_blocks=2, transformer=shape)
 

@@ -168,7 +168,7 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path):
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path, digits):
-    cfg = TrainConfig(steps=3, batch_size=16, log_every=1, checkpoint_every=3)
+    cfg = TrainConfig(steps=3, batch_size=16, log_every=1, checkpoint_every=6)
     train(small_flow(side=8, num_classes=10), forward_loss, digits[:40], cfg, tmp_path)
     (tmp_path / "checkpoints" / ".step-00000009.part").mkdir()
     (tmp_path / "checkpoints" / ".step-00000009.part" / "config.json").write_text("{}")

@@ -305,7 +305,7 @@ def commands(pid: str) -> bytes:
 def test_a_killed_table_goes_on_and_says_the_same(tmp_path):
     """kill -9 while G's train in two workers: they end too, and the numbers are those of one go."""
     words = "ablate denoising --preset mnist-mini-smoke --seeds 1 --workers 2 --steps 60 --resume"
-    words += " --train-forward.steps 10 --train-reverse.checkpoint-every 5"
+    words += " --train-forward.steps 10 --train-reverse.checkpoint-every 10"
     files = []
     for name, killed in (("whole", False), ("killed", True)):
         home = tmp_path / name

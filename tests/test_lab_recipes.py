@@ -153,7 +153,7 @@ def test_the_generator_of_the_step_draws_the_crops(cropping, strategy):
 def test_a_stopped_training_with_crops_goes_on_bit_for_bit(cropping, digits, tmp_path, monkeypatch):
     preset = replace(find_preset("mnist-mini-smoke"), objective=cropping)
     cfg = replace(preset.train_reverse, steps=5, batch_size=8, num_microbatches=2)
-    preset = replace(preset, train_reverse=replace(cfg, log_every=1, checkpoint_every=2))
+    preset = replace(preset, train_reverse=replace(cfg, log_every=1, checkpoint_every=4))
     flow = build(TARFlow, preset.forward, 0, "cpu")
 
     def weights(name, resume=False):

@@ -40,7 +40,7 @@ SIX = (
     "--train-forward.precision fp32 --train-forward.log-every 1"
 ).split()
 FORWARD = "train forward --preset mnist-mini-smoke --device cpu --steps 12".split()
-FORWARD += ["--train-forward.checkpoint-every", "4", *SIX]
+FORWARD += ["--train-forward.checkpoint-every", "8", *SIX]
 NEEDS_SHARDS = pytest.mark.skipif(
     not can_shard("cpu"), reason=f"FSDP2 on a CPU needs PyTorch 2.7, this is {torch.__version__}"
 )
@@ -419,7 +419,7 @@ def trained(cfg, data, folder):
 
 def test_microbatches_and_checkpointing_change_no_gradient(tmp_path, digits):
     """Recomputed layers give the same weights; microbatches have other noise, of the same size."""
-    cfg = TrainConfig(steps=3, batch_size=12, precision="fp32", checkpoint_every=3)
+    cfg = TrainConfig(steps=3, batch_size=12, precision="fp32", checkpoint_every=6)
     configs = {"plain": cfg, "again": replace(cfg, activation_checkpointing=True)}
     configs["three"] = replace(cfg, num_microbatches=3)
     made = {name: trained(c, digits[:40], tmp_path / name) for name, c in configs.items()}
@@ -461,7 +461,7 @@ def test_the_whole_path_to_imagenet_on_two_processes(tmp_path):
 )
 def test_compiled_layers_train_the_same_model(tmp_path, digits):
     """The same weights up to rounding, under the same names; the averaged model is ordinary."""
-    cfg = TrainConfig(steps=2, batch_size=8, precision="fp32", checkpoint_every=2)
+    cfg = TrainConfig(steps=2, batch_size=8, precision="fp32", checkpoint_every=4)
     plain, compiled = (
         trained(replace(cfg, compile=yes), digits[:20], tmp_path / str(yes)).state_dict()
         for yes in (False, True)

@@ -32,7 +32,7 @@ from bitflow_edu.training import (
 )
 from conftest import small_flow
 
-CFG = TrainConfig(steps=8, batch_size=16, log_every=1, sample_every=4, checkpoint_every=3, lr=1e-3)
+CFG = TrainConfig(steps=8, batch_size=16, log_every=1, sample_every=4, checkpoint_every=6, lr=1e-3)
 
 
 @pytest.fixture(scope="module")

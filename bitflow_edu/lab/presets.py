@@ -115,7 +115,7 @@ PHOTOS = ObjectiveConfig(  # VGG-16 takes a CPU minutes per step; the weight is 
 )
 SMALL_PHOTOS = replace(PHOTOS, features=("stlpips-alex",), feature_weights=(3.0,))
 TINY_SHAPE = TransformerConfig(width=64, head_dim=32, num_layers=1)
-SECONDS = TrainConfig(steps=30, batch_size=32, log_every=5, sample_every=15, checkpoint_every=10)
+SECONDS = TrainConfig(steps=30, batch_size=32, log_every=5, sample_every=15, checkpoint_every=20)
 
 # %% ../../nbs/lab/presets.ipynb #1d9d94a8
 def mnist_mini() -> Preset:
@@ -125,7 +125,7 @@ def mnist_mini() -> Preset:
     return make_preset("mnist-mini", data, 4, 4, t, t, train_forward, train_reverse, DIGITS)
 
 # %% ../../nbs/lab/presets.ipynb #eec637f2
-GPU = TrainConfig(steps=20_000, batch_size=256, lr=1e-3, sample_every=2000, checkpoint_every=2000)
+GPU = TrainConfig(steps=20_000, batch_size=256, lr=1e-3, sample_every=2000, checkpoint_every=4000)
 
 
 def as_published(preset: Preset, w_max: float = 3.0) -> Preset:
@@ -151,7 +151,7 @@ def colour(name: str) -> Preset:
 def cifar10_mini() -> Preset:
     "CIFAR-10 for a CPU: narrower and half as deep, an hour of one core for each model."
     t, data = TransformerConfig(192, 2, **MODERN), DataConfig("cifar10", 32, 3)
-    hour = TrainConfig(lr=2e-3, compile=True, sample_every=1000, checkpoint_every=1000)
+    hour = TrainConfig(lr=2e-3, compile=True, sample_every=1000, checkpoint_every=2000)
     trains = replace(hour, steps=8000), replace(hour, steps=4000)
     rest = {"objective": SMALL_PHOTOS, "num_samples": 10_000}
     return as_published(make_preset("cifar10-mini", data, 4, 4, t, t, *trains, **rest))
@@ -166,7 +166,7 @@ LARGE = TrainConfig(
     num_microbatches=8,
     log_every=100,
     sample_every=10_000,
-    checkpoint_every=5000,
+    checkpoint_every=10_000,
 )
 
 
@@ -246,7 +246,7 @@ def against_published(preset: Preset, params: dict, within: float = 0.03) -> lis
     return found
 
 # %% ../../nbs/lab/presets.ipynb #33490814
-LIKELIHOOD = TrainConfig(label_dropout=1.0, sample_every=1000, checkpoint_every=500)
+LIKELIHOOD = TrainConfig(label_dropout=1.0, sample_every=1000, checkpoint_every=1000)
 
 
 def flow_alone(

@@ -18,6 +18,7 @@ from ..io.results import text_table
 from ..reverse_model import ReverseModel, one_pass
 from ..speed import count_flops
 from ..tarflow import TARFlow, TARFlowConfig, nll_per_dim
+from ..training import steps_between_checkpoints
 
 # %% auto #0
 __all__ = ['on_meta', 'meta_batch', 'kept_bytes', 'StepCost', 'inverse_flops', 'pass_flops', 'images_per_hour', 'budget_of',
@@ -293,7 +294,7 @@ def training_stage(
         )
     beside, layers = (frozen.params, frozen.layers) if frozen else (0, 0)
     hours = step_hours(model, train, plan, extra[0], 3 * model.layers + layers)
-    around, interval = plan.around, train.checkpoint_every * hours / plan.num_gpus
+    around, interval = plan.around, steps_between_checkpoints(train) * hours / plan.num_gpus
     write = 16 * model.params / 1e9 / around.disk_gb_s / 3600
     lost = lost_share(interval, write, around.restart_h, around.gpu_hours_a_failure / plan.num_gpus)
     flops = train.steps * (train.batch_size * model.step + extra[0])
