@@ -61,7 +61,7 @@ def with_parts(
 # %% ../nbs/09_improved_tarflow.ipynb #c5b5e549
 def improved(
     cfg: TARFlowConfig,
-    clip: float = 3.0,  # κ: α and μ stay in [−κ, κ]; e³ ≈ 20 is the most that a token is stretched
+    clip: float = 3.0,  # κ: α and μ stay in [−κ, κ]; e³ ≈ 20 is the most that a block stretches
 ) -> TARFlowConfig:
     "BiFlow's F: modern blocks and norm control (arXiv 2512.10953; which modern parts is inferred)."
     return replace(with_parts(cfg, **MODERN), clip=clip)

@@ -34,8 +34,8 @@ def mse(
 class StrategyLoss:
     "What a strategy compares: a term for every depth it looks at, each a scalar."
 
-    image: Tensor  # D(x, x'), at the image end
-    depths: tuple[Tensor, ...]  # D(x^i, ·) for i = 0, 1, …; empty where no state is compared
+    image: Tensor  # 𝒟(x, x'), at the image end
+    depths: tuple[Tensor, ...]  # 𝒟(x^i, ·) for i = 0, 1, …; empty where no state is compared
 
     @property
     def total(self):

@@ -70,7 +70,7 @@ class TrainConfig:
     seed: int = 0  # of data order, dropped labels and noise; callers seed the weights with it
     log_every: int = 20  # steps between lines of metrics.jsonl
     sample_every: int = 500  # steps between sample grids
-    checkpoint_every: int = 1000  # a kill loses at most these steps; half way, one is written
+    checkpoint_every: int = 1000  # a kill loses at most so many steps; written twice as often
 
     def __post_init__(self):
         check_budget(self)
@@ -473,7 +473,7 @@ def train(
     processes: SingleProcess = SINGLE_PROCESS,  # the processes that train together
     watch=None,  # (folder, step) → who sees metrics and samples meanwhile: `scale.watching.Watcher`
 ) -> nn.Module:  # the averaged model, in evaluation mode
-    """The loop of both stages. Raises `BitflowError` when the loss is no longer finite.
+    """The loop of both models. Raises `BitflowError` when the loss is no longer finite.
 
     >>> from tempfile import TemporaryDirectory
     >>> from bitflow_edu import TARFlow, find_preset, load_data

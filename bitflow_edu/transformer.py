@@ -71,11 +71,11 @@ MODERN = dict(norm="rms", mlp="swiglu", rotary=True, qk_norm=True)
 # %% ../nbs/04_transformer.ipynb #13993050
 @dataclass(frozen=True)
 class TransformerConfig:
-    "The shape of a stack of layers. The defaults are TARFlow's; `MODERN` names the newer parts."
+    "The shape of a stack of layers. The default parts are TARFlow's; `MODERN` has newer ones."
 
-    width: int = 128  # features a token
+    width: int = 128  # features per token
     num_layers: int = 2  # attention + MLP pairs
-    head_dim: int = 64  # features a head; divides width
+    head_dim: int = 64  # features per head; divides width
     norm: str = "layer"  # "layer" (LayerNorm) or "rms" (RMSNorm)
     mlp: str = "gelu"  # "gelu" or "swiglu"
     rotary: bool = False  # rotate queries and keys by position
@@ -91,7 +91,7 @@ class TransformerConfig:
 
 # %% ../nbs/04_transformer.ipynb #3a41f0e5
 def raster_coordinates(
-    side: int,  # tokens a side
+    side: int,  # tokens per side
 ) -> Tensor:  # float `(side², 2)`: row and column of each token
     "Where each token of a square image stands."
     i = torch.arange(side, dtype=torch.float32)
@@ -99,8 +99,8 @@ def raster_coordinates(
 
 # %% ../nbs/04_transformer.ipynb #2d984e64
 def rotary_angles(
-    coordinates: Tensor,  # positions `(T, A)`, one column an axis
-    head_dim: int,  # features a head; a multiple of 2·A
+    coordinates: Tensor,  # positions `(T, A)`, one column per axis
+    head_dim: int,  # features per head; a multiple of 2·A
     base: float = 100.0,  # sets the slowest wave; images are short: less than text's 10,000
 ) -> Tensor:  # angles `(T, head_dim/2)` in radians, an equal share for each axis
     "The angles by which queries and keys are turned (Su et al., arXiv 2104.09864)."

@@ -89,8 +89,8 @@ def training(
 
 
 PLAIN = "--reverse.max-guidance 0 --objective.features --objective.feature-weights "
-PLAIN += "--objective.adaptive-power 0"  # squared error without w: 3 of its steps cost 2 of G's own
-HOURS = {  # about three hours of one core
+PLAIN += "--objective.adaptive-power 0"  # squared error, no w: 3 steps cost 2 of the whole loss
+HOURS = {  # three hours, one or two cores
     "forward": training("forward", "--steps 9600", 64, "2e-3", 2400, 600, "bf16"),
     "first": f"{PLAIN} {training('reverse', '--steps 4000', 64, '4e-3', 1000, 500, 'bf16')}",
     "reverse": training("reverse", "--steps 1800", 64, "2e-3", 600, 300, "bf16"),
@@ -167,7 +167,7 @@ def in_miniature(commands: tuple[str, ...]) -> tuple[str, ...]:
 
 # %% ../../nbs/lab/experiments.ipynb #6a689214
 EACH = {"gpu": (8, 24), "cpu": (62, 76)}  # minutes of a training of F, and of one of G:
-# counted by `bitflow info --preset cifar10`; measured for `cifar10-mini` (results/cifar10-main)
+# counted by `bitflow info --preset cifar10`; of an older `cifar10-mini` (results/cifar10-main)
 
 
 def planned_minutes(size: str, preset: str, tables: tuple[str, ...]) -> int:
@@ -262,7 +262,7 @@ EXPERIMENTS["cifar10-main"] = pair_experiment(
         "gpu-short": short_commands("cifar10", "cifar10-main", "effnet-lite0", NARROW),
         "cpu": pair_commands("cifar10-mini", "cifar10-main", evaluate=GUIDED_PHOTOS),
     },
-    {"gpu": 25, "gpu-short": 8, "cpu": 180, "smoke": 5},
+    {"gpu": 40, "gpu-short": 8, "cpu": 180, "smoke": 5},
 )
 
 # %% ../../nbs/lab/experiments.ipynb #41be115a
