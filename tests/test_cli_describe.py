@@ -40,7 +40,7 @@ def test_info_writes_reads_and_lists(tmp_path, capsys):
     assert "imagenet256-b2-smoke" in capsys.readouterr().out
     assert main(["info", "--config", str(path), "--fields"]) == 0
     said = capsys.readouterr().out
-    for words in ("--forward.transformer.width INT", "features a token", "default: 64"):
+    for words in ("--forward.transformer.width INT", "features per token", "default: 64"):
         assert words in said
     refused(f"info --yaml {path}", capsys, "exists already", "--yaml")
     refused(f"info --config {tmp_path}/none.yaml", capsys, "none.yaml", "--yaml")

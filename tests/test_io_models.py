@@ -120,13 +120,15 @@ def changed_config(folder, **fields):
     + [{"transformer": {"width": 10**6, "head_dim": 1}}, {"num_blocks": 10**30}],
 )
 def test_a_small_config_takes_no_large_memory(tmp_path, fields):
-    """The header of the weights is compared before the model is made: here, under 1 GB in all."""
+    """The header of the weights is compared before the model is made: the peak of this process,
+    which other tests have raised before, does not rise by as much as 100 MB."""
     resource = pytest.importorskip("resource")
     folder = saved(tmp_path)
     changed_config(folder, **fields)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BitflowError, match=str(folder)):
         load_model(folder, TARFlow)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**21
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64])

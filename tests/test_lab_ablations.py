@@ -283,6 +283,18 @@ def test_a_results_file_is_not_lost_to_fewer_seeds_or_another_preset(tmp_path, c
     assert (tmp_path / f"{stem}.json").read_bytes() == before
 
 
+def test_a_results_file_grows_whatever_is_logged_and_saved_how_often(tmp_path):
+    """No weight depends on it, so a file of an older default is not refused; one of another rate is."""
+    preset = find_preset("mnist-mini")
+    stored = dataclasses.asdict(preset)
+    for train in (stored["train_forward"], stored["train_reverse"]):
+        train |= {"log_every": 7, "sample_every": 7, "checkpoint_every": 500}
+    lab.check_same_preset(stored, preset, tmp_path / "x.json", "--results")
+    stored["train_reverse"]["lr"] = 1.0
+    with pytest.raises(BitflowError, match="was made with train_reverse.lr = 1.0"):
+        lab.check_same_preset(stored, preset, tmp_path / "x.json", "--results")
+
+
 def checkpoints_under(folder) -> int:
     """Finished checkpoints of all G's there."""
     return len(list(folder.glob("reverse-*/run/checkpoints/step-*/config.json")))
