@@ -80,7 +80,7 @@ class Classifier(nn.Module):
         return torch.relu(self.to_features(self.stages(at_size(x, self.cfg.image_size)).flatten(1)))
 
     def forward(self, x):
-        "Images `(N, C, H, W)` to one logit per class,  `(N, num_classes)`."
+        "Images `(N, C, H, W)` to one logit per class, `(N, num_classes)`."
         return self.head(self.features(x))
 
 # %% ../nbs/06_evaluation.ipynb #d639befb

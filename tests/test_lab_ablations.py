@@ -284,7 +284,7 @@ def test_a_results_file_is_not_lost_to_fewer_seeds_or_another_preset(tmp_path, c
 
 
 def test_a_results_file_grows_whatever_is_logged_and_saved_how_often(tmp_path):
-    """No weight depends on it, so a file of an older default is not refused; one of another rate is."""
+    """No weight depends on it, so an older default is not refused; another rate is."""
     preset = find_preset("mnist-mini")
     stored = dataclasses.asdict(preset)
     for train in (stored["train_forward"], stored["train_reverse"]):
