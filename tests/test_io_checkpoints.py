@@ -117,7 +117,8 @@ def test_killed_twenty_times(tmp_path):
     draw = random.Random(0)
     steps = [draw.randint(1, 12) for _ in range(20)]
     lost, parts = killed_at(tmp_path / "parts", [*steps, 10**9])
-    assert lost[:20].count("ended") <= 5 and lost[-1] == "ended", f"most hit a live run: {lost}"
+    hits = sum(n.isdigit() for n in lost[:20])
+    assert hits >= 15 and lost[-1] == "ended", f"most hit an unfinished run: {lost}"
     a, b = (read_state(newest_checkpoint(run)) for run in (whole, parts))
     assert a["step"] == b["step"] == 120
     for kind in ("averaged", "training"):

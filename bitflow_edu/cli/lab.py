@@ -32,7 +32,6 @@ __all__ = []
 # %% ../../nbs/cli/lab.ipynb #d8488ae9
 from ..data import load_data
 from ..io import models
-from ..io.checkpoints import FREE
 from ..io.files import BitflowError, check_same_settings
 from ..io.models import load_model
 from ..io.results import hardware, load_result, measurement, save_results
@@ -225,7 +224,7 @@ def row_commands(name: str, args: Ablate, preset: Preset) -> dict:
     rows, found = tables.rows_for(name, preset, args.rows), {}
     device = models.find_device(args.device)
     threads = ablations.threads_each(workers_for(args, device))
-    for part in ("train_forward", "train_reverse"):
+    for part in tables.TRAINS:
         if (precision := getattr(preset, part).precision) == "auto":
             meant = "bf16" if in_bf16(precision, device) else "fp32"
             field = f"--{part.replace('_', '-')}.precision"
@@ -262,22 +261,10 @@ def some(seeds: list) -> str:
     return ", ".join(map(str, seeds))
 
 
-TRAINS = ("train_forward", "train_reverse")
-
-
-def without_free(settings: dict) -> dict:
-    "A preset's settings, without those that no weight depends on."
-    trains = {part: dict(settings[part]) for part in TRAINS if settings.get(part)}
-    for train in trains.values():
-        for name in FREE:
-            train.pop(name, None)
-    return settings | trains
-
-
 def check_same_preset(stored: dict, preset: Preset, file: Path, option: str):
     "Refuse to add to a file of another preset. A field unknown there has its default."
-    old, new = map(without_free, (tables.stated(preset, stored), tables.stated(preset)))
-    for part in TRAINS:  # auto: what was fast on that machine
+    old, new = map(tables.without_free, (tables.stated(preset, stored), tables.stated(preset)))
+    for part in tables.TRAINS:  # auto: what was fast on that machine
         if "precision" not in old[part] or "precision" not in new[part]:
             old[part].pop("precision", None)
             new[part].pop("precision", None)
@@ -457,7 +444,7 @@ def check_finished(args: Demo, preset: Preset):
     was = args.out / "forward" / "preset.yaml"
     if was.exists():
         asked = read_preset(was, preset), preset
-        old, new = (without_free(dataclasses.asdict(one)) for one in asked)
+        old, new = (tables.without_free(dataclasses.asdict(one)) for one in asked)
         check_same_settings(old, new, args.out, "leave the option out, or name another --out")
 
 

@@ -106,6 +106,18 @@ def stated(config, tree: dict | None = None) -> dict:
         found[f.name] = value
     return found
 
+
+TRAINS = ("train_forward", "train_reverse")
+
+
+def without_free(settings: dict) -> dict:
+    "A preset's settings as JSON, without those that no weight depends on (`FREE`)."
+    trains = {part: dict(settings[part]) for part in TRAINS if settings.get(part)}
+    for train in trains.values():
+        for name in FREE:
+            train.pop(name, None)
+    return settings | trains
+
 # %% ../../nbs/lab/tables.ipynb #e1673fc3
 @dataclass(frozen=True)
 class Training:
@@ -130,11 +142,7 @@ class Training:
         p, names = self.seeded, ["data", "forward", "train_forward"]
         if self.stage == "reverse":
             names += ["reverse", "train_reverse", "objective"]
-        found = {name: stated(getattr(p, name)) for name in names}
-        for train in (found[name] for name in names if name.startswith("train")):
-            for name in FREE:
-                train.pop(name, None)
-        return found
+        return without_free({name: stated(getattr(p, name)) for name in names})
 
     @property
     def key(self) -> str:
