@@ -38,7 +38,7 @@ def check_edit(forward: TARFlow, x: Tensor, c: Tensor) -> Tensor:  # the labels,
     check_model(forward, TARFlow, "F")
     check_finite(check_input(x, forward.cfg), "the images")
     warn_of_range(x)
-    return check_labels(c, forward.cfg.num_classes, len(x), -1)
+    return check_labels(c, forward.cfg.num_classes, len(x), -1).to(x.device)
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def paste(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     "x where the mask says known, y elsewhere; images `(N, C, H, W)`, mask as in `check_mask`."
     check_mask(mask, x)
     check_same_shape(x, y, "images that are pasted together")
-    return torch.where(mask.reshape(-1, 1, *mask.shape[-2:]), x, y)
+    return torch.where(mask.reshape(-1, 1, *mask.shape[-2:]).to(x.device), x, y)
 
 
 def hide(
@@ -150,10 +150,11 @@ def hide(
     "Make sure that nothing hidden reaches F."
     fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device)
     try:
-        return paste(x, fill.expand_as(x), mask)
+        fill = fill.expand_as(x)
     except RuntimeError:
         shapes = f"of shape {tuple(fill.shape)} does not fit images {tuple(x.shape)}"
         raise BitflowError(f"fill {shapes}; give a number, or as many images") from None
+    return paste(x, fill, mask)
 
 # %% ../nbs/15_editing.ipynb #79e45372
 def keep_known(z: Tensor, eps: Tensor, known: Tensor) -> Tensor:
@@ -227,8 +228,9 @@ def inpaint(
         )
     to = c if to is None else to
     check_model(forward, TARFlow, "F")
-    check_input(x, forward.cfg)
-    z, y = fill_hole(forward, reverse, x, hide(x, mask, fill), mask, (c, to), w, eps, repeats)
+    warn_of_range(check_input(x, forward.cfg))
+    shown, mask = hide(x, mask, fill), mask.to(x.device)
+    z, y = fill_hole(forward, reverse, x, shown, mask, (c, to), w, eps, repeats)
     return decode(reverse, refine(reverse, z, x, mask, to, w, steps), to, w) if steps else y
 
 # %% ../nbs/15_editing.ipynb #067856d4
@@ -292,8 +294,8 @@ def roc_curve(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     limits = torch.cat([inside, outside]).unique().flip(0)
 
     def share(scores):
-        above = scores[None] >= limits[:, None]
-        return torch.cat([torch.zeros(1), above.float().mean(dim=1)])
+        below = torch.searchsorted(scores.sort().values, limits)  # scores under each limit
+        return torch.cat([below.new_zeros(1), len(scores) - below]) / len(scores)
 
     return share(inside), share(outside)
 

@@ -365,5 +365,7 @@ def timed(
     "Median and quartiles of a call's time in milliseconds, as `call_times` measures it."
     for _ in range(warmup):
         fn()
-    low, median, high = statistics.quantiles(call_times(fn, repeats), n=4)
+    times = call_times(fn, repeats)
+    low, median, high = statistics.quantiles(times, n=4)
+    low, high = max(low, min(times)), min(high, max(times))  # of two times they lie outside
     return {"median_ms": median, "low_ms": low, "high_ms": high, "repeats": repeats}

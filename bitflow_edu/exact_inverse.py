@@ -40,7 +40,7 @@ def score_denoise(
 ) -> Tensor:  # the expected clean images, same shape
     "Tweedie's x̃ + σ²·∇ log p(x̃): a forward and a backward pass of F (arXiv 2412.06329, §3)."
     check_model(model, TARFlow)
-    c = check_labels(c, model.cfg.num_classes, len(check_input(x, model.cfg)), -1)
+    c = check_labels(c, model.cfg.num_classes, len(check_input(x, model.cfg)), -1).to(x.device)
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         score = torch.autograd.grad(log_prob(model(x.clone(), c)).sum(), x)[0]
@@ -182,6 +182,7 @@ def to_images(
     return model.to_line.inverse(unpatchify(tokens, model.cfg.patch_size, model.cfg.channels))
 
 
+@torch.no_grad()
 def exact_inverse(
     model: TARFlow,
     z: Tensor,  # noise tokens `(N, T, D)`

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .io.checks import as_labels, check_inputs, check_model
 from .io.files import BitflowError
-from .reverse_model import ReverseModel, ReverseOutput, per_block
+from .reverse_model import ReverseModel, ReverseOutput
+from .reverse_model import per_block as scales_per_block
 
 # %% auto #0
 __all__ = ['GUIDANCE', 'cfg_extrapolate', 'linear', 'variance_aware', 'Guidance', 'guided_pass', 'cfg_recover', 'guided_run']
@@ -72,7 +73,7 @@ def cfg_apply_block(
     def run(block, h, i):
         own = w[:, i]
         a, b = block(torch.cat([h, h]), twice, torch.cat([own, own])).chunk(2)
-        return combine(a, b, own[:, None, None])
+        return combine(a, b, own[:, None, None]).to(a.dtype)  # w has the type of z
 
     return run
 
@@ -92,7 +93,7 @@ def guided_pass(
             "this G takes w as an input, so one pass is guided already; "
             "use one_pass(model, z, c, w)"
         )
-    scales = per_block(w, len(z), model.cfg.num_blocks, z)
+    scales = scales_per_block(w, len(z), model.cfg.num_blocks, z)
     return model.run_blocks(z, cfg_apply_block(model, c, scales, cfg_extrapolate)).image
 
 # %% ../nbs/14_guidance.ipynb #b700000a

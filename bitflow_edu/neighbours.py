@@ -20,12 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .data import add_noise, patchify, unpatchify
 from .evaluation import Classifier, ClassifierConfig
 from .inverse_strategies import mse
+from .io.checkpoints import check_stages
 from bitflow_edu.io.checks import (
     check_image_batch,
     check_inputs,
     check_model,
     forward_labels,
-    may_read,
+    free_to_read,
 )
 from .io.files import BitflowError
 from .reverse_model import ReverseBlock, ReverseConfig, Waves, projection
@@ -128,9 +129,8 @@ def check_times(r: Tensor, t: Tensor, n: int):
     "Refuse times of another number, and r > t: the way runs from t back to r."
     if r.shape != (n,) or t.shape != (n,):
         raise BitflowError(f"times of shapes {tuple(r.shape)}, {tuple(t.shape)}; give ({n},) each")
-    if may_read(t) and bool((r > t).any()):
-        i = int((r > t).nonzero()[0])
-        seen = f"r = {r[i].item():g} is later than t = {t[i].item():g}"
+    if free_to_read(t) and (late := (r > t).nonzero()[:, 0].tolist()):
+        seen = f"r = {r[late[0]].item():g} is later than t = {t[late[0]].item():g}"
         raise BitflowError(f"{seen}; the way runs from noise at t back to r ≤ t: swap them")
 
 # %% ../nbs/18_neighbours.ipynb #18000019
@@ -237,7 +237,8 @@ def total_derivative(
         return model(x_t, r, t, c)
 
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        eager = torch.compiler.set_stance("force_eager")  # nothing compiled has a jvp
+        with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(u, (x_t, t), (v, torch.ones_like(t)))[1]
     except RuntimeError as e:  # `NotImplementedError` is one
         if "attention" not in str(e).lower():
@@ -307,7 +308,7 @@ def consistency_loss(gap: float):  # share of t between the two points, 1 to nea
 
 def renoise(model: Callable, x_t: Tensor, r: Tensor, t: Tensor, c: Tensor) -> Tensor:
     "To the end of the path, then back to time r with fresh noise, always the same for one batch."
-    seed = hash((t.flatten()[0].item(), x_t.double().mean().item()))
+    seed = hash((t.flatten()[0].item(), x_t.cpu().double().mean().item()))
     eps = gaussian(x_t.cpu(), c, torch.Generator().manual_seed(seed)).to(x_t)
     return between(path_end(model, x_t, t, c), eps, r)
 
@@ -452,6 +453,7 @@ def train_neighbour(
         check_flow(F, model.cfg, model.cfg.method)
     cfg = replace(cfg, lr=cfg.lr * method.lr_scale, betas=method.betas or cfg.betas)
     stages, trained = method.stages(F), model
+    check_stages(Path(folder), share_of(cfg, len(stages)))
     for i, stage in enumerate(stages):
         run, player = Path(folder) / f"stage-{i}", copy.deepcopy(trained).requires_grad_(True)
         own = stage.data(trained, len(data), cfg.seed) if stage.data else data

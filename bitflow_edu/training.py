@@ -23,7 +23,7 @@ from .io.checks import readable
 from .io.files import BitflowError
 from .io.loading import WriteBehind, fed
 from .io.locks import run_lock
-from .io.models import check_seed
+from .io.models import check_seed, newest_checkpoint
 from bitflow_edu.io.processes import (
     SINGLE_PROCESS,
     Interrupted,
@@ -213,8 +213,9 @@ def fast_bf16(
     device: str,  # "cpu", "cuda" or "mps"
 ) -> bool:
     "Whether bfloat16 products have instructions of their own there (on x86: AVX512-BF16 or AMX)."
-    if device != "cpu":
-        return device == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if device != "cpu":  # where a GPU has none, torch emulates them, which gains nothing
+        here = device == "cuda" and torch.cuda.is_available()
+        return here and torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -400,10 +401,10 @@ def begin(
     run = {"train": dataclasses.asdict(cfg), "model": dataclasses.asdict(model.cfg)}
     run.update(describe or {})
     check_shares(cfg, processes)
+    averaged = averaged_copy(model)
+    apply_compile_and_checkpointing(model, cfg)  # may refuse: before a folder is made
     opened = processes.on_rank_zero(lambda: open_run(folder, run, resume, DEFAULTS))
     checkpoint = processes.broadcast(opened)
-    averaged = averaged_copy(model)
-    apply_compile_and_checkpointing(model, cfg)
     half = in_bf16(cfg.precision, next(model.parameters()).device.type)
     loss_fn = processes.prepare(model, averaged, loss_fn, half)
     state = new_state(model, cfg, averaged, processes)
@@ -457,6 +458,9 @@ def training_loop(
             if stop:
                 raise Interrupted(stop, f"step {state.step} is saved in {saved}")
         processes.on_rank_zero(disk.wait)
+        if signals.number and processes.size == 1:  # came after the last step
+            saved = newest_checkpoint(folder)
+            raise Interrupted(signals.number, f"step {state.step}, the last, is saved in {saved}")
     check_samples_drawn(state, drawn)
 
 # %% ../nbs/05_training.ipynb #fd37ff52

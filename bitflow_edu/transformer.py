@@ -224,6 +224,7 @@ class Transformer(nn.Module):
     def step(self, x, cache, flip=False, temperature=None):
         "The next S tokens (often one) `(N, S, width)`: returns their outputs and the longer cache."
         check_tensor(x, "tokens", (cache.k.shape[1], "S", self.cfg.width))
+        cache.check_room(x.shape[1])
         tables = None
         if self.tables is not None:
             tables = cache.own(self.tables, x.shape[1], flip).unbind(-2)
@@ -253,13 +254,18 @@ class KVCache:
         """Write k and v `(N, heads, S, head_dim)` of the next S tokens for `layer`;
         return all that this layer has seen. `BitflowError` when full."""
         keys, values, S = self.k[layer], self.v[layer], k.shape[2]
-        end, size = self.length + S, keys.shape[2]
-        if end > size:
-            full = f"the KV cache holds {size} tokens, {self.length} of them written"
-            raise BitflowError(f"{full}: it is too full for {S} more")
+        self.check_room(S)
         keys.narrow(2, self.length, S).copy_(k)
         values.narrow(2, self.length, S).copy_(v)
+        end = self.length + S
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def check_room(self, S: int):
+        "Refuse more tokens than there are free slots."
+        size = self.k.shape[3]
+        if self.length + S > size:
+            full = f"the KV cache holds {size} tokens, {self.length} of them written"
+            raise BitflowError(f"{full}: it is too full for {S} more")
 
     def attend(self, layer, q, k, v, causal):
         "Take in k and v of the next S tokens, then let q see all: `(N, heads, S, head_dim)`."

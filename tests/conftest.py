@@ -50,9 +50,17 @@ def small_transformer(modern=False, layers=1):
 
 
 def small_flow(
-    side=3, patch=2, channels=1, blocks=3, modern=False, seed=0, dtype=torch.float32, num_classes=3
+    side=3,
+    patch=2,
+    channels=1,
+    blocks=3,
+    modern=False,
+    seed=0,
+    dtype=torch.float32,
+    num_classes=3,
+    **more,
 ):
-    """A shaken TARFlow over side² tokens."""
+    """A shaken TARFlow over side² tokens; `more`: of its config."""
     cfg = TARFlowConfig(
         image_size=side * patch,
         channels=channels,
@@ -60,6 +68,7 @@ def small_flow(
         num_classes=num_classes,
         num_blocks=blocks,
         transformer=small_transformer(modern),
+        **more,
     )
     return shake(build(TARFlow, cfg, seed).to(dtype), seed)
 

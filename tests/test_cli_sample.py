@@ -6,9 +6,10 @@ from commands import refused, run
 from PIL import Image
 
 from bitflow_edu.cli.describe import load_any
-from bitflow_edu.cli.sample import report_broken
+from bitflow_edu.cli.sample import parse_labels, report_broken
 from bitflow_edu.io.files import BitflowError, asset
 from bitflow_edu.io.models import save_model
+from conftest import small_flow
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,10 @@ def test_options_that_drawing_would_not_read(tmp_path, capsys, glow):
     refused(f"{of_glow} --labels 1", capsys, "--labels 1")
     refused(f"{of_glow} --w 1", capsys, "--w 1")
     assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_a_flow_that_never_saw_one_are_refused():
+    flow = small_flow(label_dropout=1.0)
+    with pytest.raises(BitflowError, match="--labels 3: this model was trained without labels"):
+        parse_labels("3", flow.cfg, 2)
+    assert parse_labels(None, flow.cfg, 2).tolist() == [-1, -1]

@@ -246,3 +246,21 @@ def test_strangeness_and_areas(pair):
     alarms, hits = roc_curve(a, b)
     assert (alarms[0], hits[0], alarms[-1], hits[-1]) == (0, 0, 1, 1)
     assert abs(torch.trapezoid(hits, alarms).item() - auc(a, b)) < 1e-5
+
+
+def test_a_roc_curve_counts_scores_at_each_limit():
+    inside, outside = torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([2.0, 4.0])
+    alarms, hits = roc_curve(inside, outside)
+    assert alarms.tolist() == [0, 0, 0.25, 0.75, 1] and hits.tolist() == [0, 0.5, 0.5, 1, 1]
+
+
+def test_a_hole_does_not_hide_a_wrong_range(pair):
+    """What stands in the hole is −1, so the images themselves have to be looked at."""
+    x, mask = torch.rand(4, 1, 6, 6), window()
+    with pytest.warns(UserWarning, match=r"\[0, 1\]"):
+        inpaint(*pair, x, mask, torch.zeros(4, dtype=torch.long))
+
+
+def test_a_fill_that_does_not_fit_is_named():
+    with pytest.raises(BitflowError, match=r"fill of shape \(3, 1, 6, 6\) does not fit"):
+        hide(torch.zeros(2, 1, 6, 6), window(), torch.zeros(3, 1, 6, 6))

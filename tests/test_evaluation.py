@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from bitflow_edu import evaluation
 from bitflow_edu.data import load_data
 from bitflow_edu.evaluation import (
     accuracy,
@@ -91,3 +92,9 @@ def test_timed_gives_median_and_quartiles(monkeypatch):
 def test_timed_measures_time():
     t = timed(lambda: time.sleep(0.01), repeats=10, warmup=1)
     assert 10 <= t["low_ms"] <= t["median_ms"] <= t["high_ms"] and t["repeats"] == 10
+
+
+def test_quartiles_of_two_times_lie_between_them(monkeypatch):
+    monkeypatch.setattr(evaluation, "call_times", lambda fn, repeats: [1.0, 8.0])
+    found = timed(print, repeats=2, warmup=0)
+    assert (found["low_ms"], found["median_ms"], found["high_ms"]) == (1.0, 4.5, 8.0)

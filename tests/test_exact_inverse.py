@@ -169,3 +169,21 @@ def test_the_examples_of_the_docstrings():
     module = importlib.import_module("bitflow_edu.exact_inverse")
     done = doctest.testmod(module)
     assert done.attempted >= 4 and done.failed == 0
+
+
+def test_an_inverse_on_logits_asks_for_no_gradient():
+    flow = small_flow(logit_alpha=1e-3).train()
+    flow(torch.rand(4, 1, 6, 6) - 0.5, torch.zeros(4, dtype=torch.long))  # sets ActNorm up
+    z = torch.randn(2, *flow(torch.zeros(1, 1, 6, 6), torch.zeros(1, dtype=torch.long)).z.shape[1:])
+    assert not exact_inverse(flow.eval(), z, torch.zeros(2, dtype=torch.long)).requires_grad
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_step_beyond_the_last_token_is_refused(flip):
+    """With rotary positions there would be no angle for it."""
+    net = small_flow(modern=True).blocks[0].transformer
+    x, cache = torch.zeros(1, 1, 16), net.empty_cache(1)
+    for _ in range(cache.k.shape[3]):
+        _, cache = net.step(x, cache, flip)
+    with pytest.raises(BitflowError, match="too full for 1 more"):
+        net.step(x, cache, flip)

@@ -1,5 +1,6 @@
 """Guidance: its algebra, at inference through every block, and in training as an input of G."""
 
+import copy
 import itertools
 import warnings
 from dataclasses import replace
@@ -386,3 +387,12 @@ def test_a_preset_trains_as_its_objective_says(name, flow):
     assert torch.equal(loss, default(G, x, c, generator())[0]) == (
         not objective and "w_p" not in name
     )
+
+
+def test_guidance_at_inference_in_bfloat16(plain):
+    """Noise stays in float32, and so would scales make the states."""
+    half = copy.deepcopy(plain).bfloat16()
+    z, c = noise(half)
+    found = guided_pass(half, z, c, 0.5)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+    assert (found.float() - guided_pass(plain, z, c, 0.5)).abs().mean() < 0.05

@@ -224,3 +224,18 @@ def test_many_images_of_a_folder_are_decoded_once(tmp_path, monkeypatch):
     Image.fromarray(np.full((9, 8, 3), 200, np.uint8)).save(path)
     assert load_data(cfg, "train", tmp_path).pixels.max() == 200 and len(read) == 8
     assert load_data(replace(cfg, image_size=4), "train", tmp_path).pixels.shape[-1] == 4
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path):
+    """Whoever looks at some images takes the first; by class they would be of one."""
+    make_folder(tmp_path, per_class=10)
+    cfg = DataConfig("image-folder", 8, 3, num_classes=2)
+    data, again = (load_data(cfg, "train", tmp_path) for _ in range(2))
+    assert set(data.labels[:8].tolist()) == {0, 1} and data.labels.bincount().tolist() == [10, 10]
+    assert torch.equal(data.pixels, again.pixels) and torch.equal(data.labels, again.labels)
+
+
+def test_resizing_piece_by_piece_changes_nothing():
+    pixels = torch.randint(0, 256, (1003, 1, 8, 8), dtype=torch.uint8)
+    found = resize(pixels, 4)
+    assert found.shape == (1003, 1, 4, 4) and torch.equal(found[1000:], resize(pixels[1000:], 4))

@@ -162,3 +162,14 @@ def test_a_slow_source_is_asked_early_and_its_errors_come_in_their_place():
     early = taken_ahead(iter(range(10**9)), depth=3)
     assert next(early) == 0
     early.close()  # whoever has had enough waits for nothing
+
+
+def test_a_dataset_of_ones_own_may_have_pixels():
+    """It is asked for `draw` and `labels`, not to go to a device."""
+
+    class Own:
+        pixels = torch.zeros(3, 1, 2, 2)
+
+    own = Own()
+    with fed(own, CPU, []) as data:
+        assert data is own

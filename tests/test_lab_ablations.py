@@ -1,5 +1,6 @@
 """Ablation tables: what is trained, what is kept, and what is said about the order."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -523,3 +524,37 @@ def test_the_floor_compares_no_image_with_itself():
     numbers = ablations.judged(dataset_source(train, pick, True), n, 3, real)
     assert numbers.pop("fd_train[mnist-cnn]") < numbers["fd[mnist-cnn]"]
     assert found == numbers
+
+
+class HerePool(concurrent.futures.ThreadPoolExecutor):
+    """As a pool of processes is made, with threads."""
+
+    def __init__(self, workers, *_):
+        super().__init__(workers)
+
+
+def test_no_training_is_begun_after_one_has_failed(tmp_path, monkeypatch):
+    """As after Ctrl-C: nothing waits in the pool that would go on."""
+    begun = []
+
+    def fail(training, ways, root, device):
+        begun.append(training.key)
+        raise BitflowError("no more room")
+
+    monkeypatch.setattr(ablations, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(ablations, "measure_training", fail)
+    jobs = jobs_of("strategies", SMOKE, range(4))
+    with pytest.raises(BitflowError, match="no more room"):
+        ablations.run_jobs(jobs, tmp_path, "cpu", workers=1)
+    assert len(begun) == 1
+
+
+def test_figures_know_the_network_that_compared(tmp_path, monkeypatch):
+    """Without one there are fewer: they are measured anew where it is there."""
+    fake = {"run_fingerprint": lambda folder: "w", "data_fingerprint": lambda data: "i"}
+    for name, call in fake.items():
+        monkeypatch.setattr(ablations.fingerprints, name, call)
+    training = Training(SMOKE, 0)
+    assert ablations.made_from(training, tmp_path)["network"] == "mnist-cnn"
+    monkeypatch.setattr(ablations, "network_for", lambda images, channels: None)
+    assert ablations.made_from(training, tmp_path)["network"] is None

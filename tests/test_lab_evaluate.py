@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitflow_edu.coupling import bits_per_dim
 from bitflow_edu.data import Images, add_noise
 from bitflow_edu.evaluation import (
     accuracy,
@@ -35,6 +36,7 @@ from bitflow_edu.lab.evaluate import (
     choose_scale,
     evaluate,
     evaluate_flow,
+    fidelity,
     indexed_noise,
     judge_samplers,
     network_for,
@@ -564,3 +566,20 @@ def test_the_floor_of_a_stream_is_its_first_images(digits, tmp_path):
     distance = frechet_distance(seen(digits[200:240].x), seen(digits[:200].x))
     assert math.isclose(done.measurements[0]["value"], distance, rel_tol=1e-5)
     assert torch.equal(done.samples["real"], digits[200:210].x)
+
+
+def test_a_flow_without_labels_is_measured_without(digits):
+    """Samples, likelihood and ways back alike."""
+    small = TransformerConfig(width=16, head_dim=8, num_layers=1)
+    cfg = replace(find_preset("mnist-mini").forward, transformer=small, label_dropout=1.0)
+    flow, x = build(TARFlow, cfg, 0), digits[:6]
+    for p in flow.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    found = {m["metric"]: m for m in fidelity(flow, None, x, 0)}
+    assert found["bits_per_dim"]["protocol"].endswith("labels not given")
+    without = bits_per_dim(flow, x, 0, conditional=False).mean().item()
+    assert found["bits_per_dim"]["value"] == pytest.approx(without, rel=1e-6)
+    assert without != pytest.approx(bits_per_dim(flow, x, 0).mean().item(), rel=1e-6)
+    drawn, _ = sampler_source(exact_sampler(flow), 0)(torch.arange(3))
+    z = indexed_noise(cfg, torch.arange(3), 0)
+    assert torch.allclose(drawn, exact_inverse(flow, z, torch.full((3,), -1)), atol=1e-5)

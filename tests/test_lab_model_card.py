@@ -1,5 +1,6 @@
 """Model cards made from measurements, and the Hub (a stand-in) that takes a model with its card."""
 
+import importlib
 import os
 import re
 
@@ -100,11 +101,13 @@ def test_the_card_explains_squared_errors_where_it_has_them(result, shipped):
 
 
 def test_the_card_of_the_guided_pair_has_what_training_images_chose():
-    """A column for each scale above 0, on the same line as the others; both trainings of G."""
+    """A column for each scale above 0, on the same line as the others; all trainings of G."""
     text = ModelCard.load(asset("mnist") / "README.md").text
     for seen in (
         "| exact inverse + score denoising, w = 0.1 | real images (the floor) |",
-        "| train_steps |  | 9,600 | – | 5,800, of them 4,000 in a first training |",
+        "| train_steps |  | 9,600 | – | 9,000, of them 5,800 before the last training |",
+        "G: steps 3200",
+        "before that steps 1800",
         "before that steps 4000",
         "by squared error.",
     ):
@@ -248,3 +251,9 @@ def test_push_refuses_and_explains(result, shipped, monkeypatch):
         push_to_hub(shipped, "me/other", card)
     with pytest.raises(BitflowError, match="does not load me/digits as a ReverseModel"):
         push_to_hub(shipped.reverse, "me/digits", card)
+
+
+@pytest.mark.parametrize("kind", cards.CLASS_HOMES)
+def test_the_example_imports_a_class_from_where_it_is(kind):
+    home = importlib.import_module(f"bitflow_edu.{cards.CLASS_HOMES[kind]}")
+    assert getattr(home, kind.__name__) is kind

@@ -18,6 +18,7 @@ from bitflow_edu.lab.neighbour_table import (
     neighbours_table,
     run_cell,
     searches_in,
+    store_figures,
     stored_figures,
     take_over,
 )
@@ -262,3 +263,13 @@ def test_the_experiments_are_a_laptops_and_a_gpus():
         commands = EXPERIMENTS[name].commands
         assert set(commands) == {size, "smoke"}
         assert "-smoke" in commands["smoke"][0] and "--num-samples 20" in commands["smoke"][0]
+
+
+def test_figures_of_other_images_are_refused(tmp_path, monkeypatch):
+    cell = Cell(tiny(), "pair", 0)
+    assert stored_figures(cell, tmp_path) is None
+    store_figures(cell, tmp_path, {"rows": {}})
+    assert stored_figures(cell, tmp_path) == {"rows": {}}
+    monkeypatch.setattr(neighbour_table, "fingerprint_of", lambda cfg, split: "dogs")
+    with pytest.raises(BitflowError, match="was trained on other images"):
+        stored_figures(cell, tmp_path)

@@ -12,6 +12,7 @@ from bitflow_edu.data import Images, load_data
 from bitflow_edu.distances import DISTANCES, adaptive, cropped, find_distance
 from bitflow_edu.inverse_strategies import STRATEGIES, mse, reverse_loss
 from bitflow_edu.io.checkpoints import read_metrics
+from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import build, newest_checkpoint
 from bitflow_edu.lab import recipes
 from bitflow_edu.lab.presets import ObjectiveConfig, find_preset
@@ -242,3 +243,23 @@ def test_two_distances_behind_a_decoder_share_one_decoding(cropping, tmp_path, m
     a, b = torch.randn(2, 4, 4, 8, 8).unbind()
     image_distance(objective)(a, b, generator=seed(0))
     assert calls == [3, 1, 1, 1]
+
+
+def test_a_run_goes_on_with_its_images_and_its_f_alone(digits, tmp_path):
+    """A name says nothing of what lies in a folder; the images and weights themselves do."""
+    preset = find_preset("mnist-mini-smoke")
+    F = train_forward(preset, digits, tmp_path / "f")
+    train_reverse(preset, F, digits, tmp_path / "g")
+    others = replace(digits, pixels=digits.pixels.flip(-1))
+    with pytest.raises(BitflowError, match="data.images"):
+        train_forward(preset, others, tmp_path / "f", resume=True)
+    with pytest.raises(BitflowError, match="data.images"):
+        train_reverse(preset, F, others, tmp_path / "g", resume=True)
+    with torch.no_grad():
+        next(F.parameters()).add_(1.0)
+    with pytest.raises(BitflowError, match="forward.weights"):
+        train_reverse(preset, F, digits, tmp_path / "g", resume=True)
+    run = json.loads((tmp_path / "g" / "run.json").read_text())
+    del run["data"], run["forward"]  # as an older version left it
+    (tmp_path / "g" / "run.json").write_text(json.dumps(run))
+    train_reverse(preset, F, digits, tmp_path / "g", resume=True)

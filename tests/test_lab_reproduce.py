@@ -14,11 +14,12 @@ import torch
 from commands import run
 from PIL import Image
 
-from bitflow_edu.cli import common, options
+from bitflow_edu.cli import common, lab, options
 from bitflow_edu.cli.main import main
 from bitflow_edu.io.files import BitflowError
 from bitflow_edu.io.models import num_parameters
 from bitflow_edu.io.results import load_result, measurement, save_results
+from bitflow_edu.lab import reproduce
 from bitflow_edu.lab.ablations import REAL
 from bitflow_edu.lab.experiments import BUDGETS, EXPERIMENTS, in_miniature, row_by_row
 from bitflow_edu.lab.presets import find_preset
@@ -352,12 +353,16 @@ def test_every_command_is_listed(name, budget, tmp_path):
 
 
 @pytest.mark.parametrize("value, fine", [(1.2, True), (1.5, False), (0.5, False)])
-def test_the_guard_sees_what_moved(value, fine):
+def test_the_guard_sees_what_moved(value, fine, monkeypatch):
     """Within four standard deviations of the stored seeds, or not."""
     values = (1.0, 1.1, 0.9, 1.05, 0.95)
     stored = {"measurements": [measurement("one-pass", "fid", v) for v in values]}
+    monkeypatch.setattr(reproduce, "GUARDED", (("one-pass", "fid"),))
     compared = compare_guard(stored, [measurement("one-pass", "fid", value)])
     assert compared[0][-1] == fine
+    assert not compare_guard(stored, [])[0][-1]  # a figure that is gone has moved
+    with pytest.raises(BitflowError, match="holds 1 of fid, one-pass, and needs 2"):
+        compare_guard({"measurements": stored["measurements"][:1]}, [])
 
 
 @pytest.mark.slow
@@ -376,3 +381,37 @@ def test_pages_of_somebody_else_are_kept(tmp_path, capsys, name, text):
     path.unlink()
     for _ in range(2):  # its own pages are written anew
         assert main(["reproduce", "--results", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("name", ["mnist-mini-tables", "neighbours"])
+def test_results_of_the_default_preset_stand(name):
+    """The command in their files leaves out what is the default: the preset, too."""
+    commands = [w for w in commands_of(name, "cpu", Path("runs"), RESULTS) if w[0] != "train"]
+    there = [words for words in commands if reproduce.file_of(words).exists()]
+    assert there and all(result_exists(words, "cpu") for words in there)
+    words = [
+        word.replace("mnist-mini", "mnist") if word == "mnist-mini" else word for word in there[0]
+    ]
+    assert not reproduce.made_by(load_result(reproduce.file_of(there[0]).stem, RESULTS), words)
+
+
+def test_an_experiment_that_is_stopped_ends_as_its_command(tmp_path):
+    """By a signal: nothing is to be mended, and the exit code is the signal's."""
+    with pytest.raises(KeyboardInterrupt, match="start bitflow reproduce cifar10-main") as stopped:
+        run_experiment("cifar10-main", "cpu", tmp_path, tmp_path, lambda words: 143)
+    assert stopped.value.code == 143
+
+
+def test_the_data_folder_is_not_told_to_a_bench(tmp_path, monkeypatch):
+    """It reads no images, and refuses the option."""
+    said = []
+
+    def carry_out_one_of_each(name, budget, runs, results, run, within):
+        assert run(["bench", "--out", "b"]) == run(["ablate", "depth"]) == 0
+
+    monkeypatch.setattr(reproduce, "run_experiment", carry_out_one_of_each)
+    args = options.Reproduce(names=("mnist-full",), data_root=tmp_path, results=tmp_path)
+    lab.run_reproduce(args, lambda words: said.append(words) or 0)
+    bench, ablate = said
+    assert bench == ["bench", "--out", "b"]
+    assert ablate == ["ablate", "depth", "--data-root", str(tmp_path)]

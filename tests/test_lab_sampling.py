@@ -26,6 +26,7 @@ from bitflow_edu.lab.sampling import (
     pair_samplers,
     sampler_cost,
     sampler_times,
+    takes_labels,
 )
 from bitflow_edu.reverse_model import one_pass
 from conftest import small_flow, small_reverse
@@ -187,3 +188,14 @@ def test_cost_and_times_are_named_as_in_results_files(pair):
             ("one-pass", "speedup_vs_exact+denoise", batch),
         )
     ]
+
+
+def test_a_flow_without_labels_is_asked_for_none(pair):
+    """Its rows for labels are as they were at the start; only their mean was trained."""
+    flow = small_flow(label_dropout=1.0)
+    assert not takes_labels(flow.cfg) and takes_labels(pair[0].cfg)
+    assert grid_labels(flow.cfg, 3).tolist() == [-1, -1, -1]
+    drawn = draw_all([exact_sampler(flow)], 4, 0)["exact"]
+    z = noise_for(flow.cfg, 4, 0)
+    assert torch.allclose(drawn, exact_inverse(flow, z, torch.full((4,), -1)), atol=1e-5)
+    assert not torch.allclose(drawn, exact_inverse(flow, z, torch.arange(4) % 3))

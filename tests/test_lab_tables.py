@@ -113,3 +113,13 @@ def test_the_longer_f_has_the_time_of_both():
     p = find_preset("mnist-mini")  # four blocks alike in F, five in G
     more = tables.longer_forward(p).train_forward.steps - p.train_forward.steps
     assert more == round(1500 * (4 + 3 * 5) / (3 * 4))
+
+
+def test_the_longer_f_of_minutes_has_both():
+    p = find_preset("mnist-mini")
+    forward = replace(p.train_forward, steps=None, minutes=3.0)
+    reverse = replace(p.train_reverse, steps=None, minutes=2.0)
+    both = replace(p, train_forward=forward, train_reverse=reverse)
+    assert tables.longer_forward(both).train_forward.minutes == 5.0
+    with pytest.raises(BitflowError, match="F has minutes None and G 2.0"):
+        tables.longer_forward(replace(p, train_reverse=reverse))

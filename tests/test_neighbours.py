@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitflow_edu import neighbours
 from bitflow_edu.data import Images
+from bitflow_edu.io.checkpoints import check_stages
 from bitflow_edu.io.files import BitflowError, asset
 from bitflow_edu.io.models import build, load_model, num_parameters, save_model
 from bitflow_edu.lab.presets import PAIRS
@@ -391,3 +392,18 @@ def test_the_models_of_the_lesson_are_small():
     """Those that lesson 18 loads, all together: 6 MB at most."""
     files = [asset(f"chapters/18-{name}") for name in (*NEIGHBOURS, "biflow")]
     assert sum(f.stat().st_size for folder in files for f in folder.iterdir()) < 6e6
+
+
+def test_a_stage_that_another_began_from_keeps_its_budget(tmp_path):
+    """More steps for it would be thrown away: the next one goes on from its own checkpoint."""
+    for name in ("stage-0", "stage-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(
+            json.dumps({"train": {"steps": 4, "minutes": None}})
+        )
+    check_stages(tmp_path, TrainConfig(steps=4))
+    with pytest.raises(BitflowError, match="had steps 4, not 8, and the next stage has begun"):
+        check_stages(tmp_path, TrainConfig(steps=8))
+    (tmp_path / "stage-1" / "run.json").unlink()
+    (tmp_path / "stage-1").rmdir()
+    check_stages(tmp_path, TrainConfig(steps=8))

@@ -185,3 +185,19 @@ def test_metrics_alarms():
     assert check_metrics([{"step": i, "loss": 1.0, "grad_norm": 0.0} for i in range(60)]) == []
     lines[49]["loss"] = 3.0
     assert lines[49]["step"] == 1000 and "step 1000" in check_metrics(lines)[0].message
+
+
+def test_a_rare_class_is_not_lost_in_the_choice_of_images():
+    """Two thousand images of six thousand would hold too few of a class of sixty."""
+    counts = (3000, 3000, 60)
+    labels = torch.cat([torch.full((n,), k) for k, n in enumerate(counts)])
+    x = torch.randn(len(labels), 1, 4, 4, generator=seeded(0)).clamp(-1, 1)
+
+    class Data:
+        def draw(self, index, generator=None):
+            return x[index]
+
+    Data.labels = labels
+    wanted = watch_labels(labels)
+    found = sample_reference_of(Data(), wanted)
+    assert (found.labels == 2).sum() == 15

@@ -647,3 +647,11 @@ def test_inception_score_agrees_with_torchmetrics(tiny, reference, tmp_path, mon
 def test_a_missing_reference_says_where_imagenets_is(tiny, tmp_path):
     with pytest.raises(BitflowError, match=r"none\.npz.*VIRTUAL_imagenet256_labeled\.npz"):
         import_reference(tmp_path / "none.npz", tiny, tmp_path)
+
+
+def test_features_of_a_reference_may_be_of_any_float_type(tmp_path):
+    """NumPy's own is float64, and distances between features take one type."""
+    features = np.random.default_rng(0).standard_normal((20, 4))
+    mu, sigma = features.mean(axis=0), np.cov(features, rowvar=False)
+    np.savez(tmp_path / "r.npz", mu=mu, sigma=sigma, features=features)
+    assert read_reference(tmp_path / "r.npz").features.dtype == torch.float32

@@ -356,3 +356,16 @@ def test_damaged_settings_are_named(source, vae, cache, tmp_path, text):
     (out / "settings.json").write_text(text)
     with pytest.raises(BitflowError, match=r"settings\.json"):
         cache_latents(source, out, vae, CFG)
+
+
+def test_a_shard_of_another_tar_is_made_again(toys, vae, tmp_path):
+    """A pattern with * names more tars than at the first start, and one of them in between."""
+    for name in ("t-0", "t-2"):
+        (tmp_path / f"{name}.tar").write_bytes(synthetic_tar(range(int(name[-1]), 9), 20))
+    source = TarSource(str(tmp_path / "t-*.tar"))
+    cache_latents(source, tmp_path / "out", vae, CFG)
+    (tmp_path / "t-1.tar").write_bytes(synthetic_tar(range(1, 9), 20))
+    index = cache_latents(source, tmp_path / "out", vae, CFG)
+    fresh = cache_latents(source, tmp_path / "fresh", vae, CFG)
+    sums = [[s["sha256"] for s in one["shards"]] for one in (index, fresh)]
+    assert sums[0] == sums[1] and len(set(sums[0])) == 3

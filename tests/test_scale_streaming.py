@@ -282,3 +282,9 @@ def test_a_dataset_is_a_source(digits):
     chosen = torch.tensor([7, 8, 9, 5])
     x, labels = dataset_source(digits, chosen)(number)
     assert torch.equal(x, digits[[5, 7]].x) and labels is None
+
+
+@pytest.mark.parametrize("size", [1, 4, 20])
+def test_the_first_images_are_kept_whatever_the_batch(tiny, size):
+    cfg = replace(CFG, batch_size=size)
+    assert torch.equal(collect(source, tiny, cfg).first, samples(torch.arange(SHOWN)))

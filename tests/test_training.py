@@ -252,3 +252,42 @@ def test_tf32_that_was_chosen_by_its_newer_name_stays(device):
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+def test_a_start_that_is_refused_leaves_no_run(tmp_path, data, monkeypatch):
+    """Else its own advice, to leave an option off, would meet a folder that has it."""
+
+    def refuse(model, cfg):
+        raise BitflowError("no compiler here; leave compile off")
+
+    monkeypatch.setattr(training, "apply_compile_and_checkpointing", refuse)
+    with pytest.raises(BitflowError, match="leave compile off"):
+        train(new_flow(), forward_loss, data, CFG, tmp_path / "run")
+    monkeypatch.undo()
+    train(new_flow(), forward_loss, data, replace(CFG, steps=1), tmp_path / "run")
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_is_heard(tmp_path, data, monkeypatch):
+    """The training is done, and what would have followed it is not begun."""
+    waiting = training.WriteBehind.wait
+
+    def interrupted(disk):
+        found = waiting(disk)
+        monkeypatch.setattr(training.WriteBehind, "wait", waiting)
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    def at_the_end(state, cfg, *more):
+        monkeypatch.setattr(training.WriteBehind, "wait", interrupted)
+        return save(state, cfg, *more)
+
+    save = training.save_checkpoint
+
+    def save_and_wait(state, folder, writer):
+        save(state, folder, writer=writer)
+        monkeypatch.setattr(training.WriteBehind, "wait", interrupted)
+
+    monkeypatch.setattr(training, "save_checkpoint", save_and_wait)
+    with pytest.raises(KeyboardInterrupt, match="step 1, the last, is saved in") as stopped:
+        train(new_flow(), forward_loss, data, replace(CFG, steps=1), tmp_path / "run")
+    assert stopped.value.code == 130 and newest_checkpoint(tmp_path / "run").name[-1] == "1"

@@ -224,23 +224,29 @@ SAID = [
     ),
     (
         "14_guidance",
-        "training images can hardly tell 0.1 from 0 for this $G$, and at 0 the distances to test",
+        "training images cannot tell 0.1 from 0 for this $G$. At 0 the distances to test images "
+        "are undecided; to training images guidance at inference stays ahead",
         "guidance",
         ((TRAIN,), f"{W}, w = 0.1", "?", f"{W}, w = 0"),
+        ((TRAIN,), AFTER, ">", f"{W}, w = 0"),
         ((FD,), AFTER, "?", f"{W}, w = 0"),
     ),
     (
         "14_guidance",
-        "Against no guidance, the labels are better, by both ways.",
+        "Against no guidance, the labels are better, by both ways, and recall, the variety, is "
+        "worse",
         "guidance",
+        *(((RECALL,), "no guidance", ">", row) for row in (W, AFTER)),
         *(((LABELS, TRAIN), row, ">", "no guidance") for row in (W, AFTER)),
         ((FD,), AFTER, "?", "no guidance"),
         ((FD,), "no guidance", ">", W),
     ),
     (
         "14_guidance",
-        "no difference in distance that could be told from none, and more labels for one pass",
+        "no difference in distance that could be told from none, more labels for one pass, and "
+        "more variety for the exact inverse",
         "guidance",
+        ((RECALL,), SCORE, ">", W),
         ((FD,), W, "?", SCORE),
         ((LABELS,), W, ">", SCORE),
     ),
@@ -255,15 +261,17 @@ SAID = [
     ),
     (
         "14_guidance",
-        "the exact inverse has as many labels right as one pass guided in training",
+        "Guided by the annealed rule the exact inverse and one pass guided in training are "
+        "undecided in labels and in distance to test images",
         "guidance+forward-guidance",
         ((LABELS, FD), "annealed", "?", W),
         ((TRAIN,), "annealed", ">", W),
     ),
     (
         "14_guidance",
-        "The fixed branch is far behind at this length.",
+        "The fixed branch is far behind in distance at this length; in labels it is undecided.",
         "guidance",
+        ((LABELS,), W, "?", f"{W}, detached"),
         ((FD,), W, ">", f"{W}, detached"),
         ((FD,), f"{W}, w as a token", ">", W),
         ((TRAIN,), f"{W}, w as a token", "?", W),

@@ -307,8 +307,8 @@ def write_figures(out: Path, preset: str, args, config: dict, found: list, start
     "Write a results file, and print what it holds."
     name, command = out.name.removesuffix(".json"), command_line(args)
     took = time.perf_counter() - start
+    show(found)  # what cannot be written has been seen
     path = save_results(out.parent, name, preset, command, config, found, took)
-    show(found)
     print(f"results in {path}")
 
 # %% ../../nbs/cli/common.ipynb #c00f6ee1

@@ -40,7 +40,7 @@ from ..lab.bench_loop import bench_loop
 from ..lab.bench_operations import bench_compiled, bench_operations
 from ..lab.bench_precision import bench_precision
 from ..lab.bench_speed import bench_geometry
-from ..lab.evaluate import Evaluation, check_drawn, evaluate
+from ..lab.evaluate import Evaluation, are_digits, check_drawn, evaluate
 from ..lab.hub import load_pretrained
 from ..lab.neighbour_report import draw_neighbours
 from ..lab.neighbour_table import neighbours_table, take_over
@@ -209,10 +209,18 @@ def workers_for(args: Ablate, device: str) -> int:
     return max(min(torch.get_num_threads(), int(memory_gb) // 2), 1)
 
 # %% ../../nbs/cli/lab.ipynb #3707c7ce
+def check_compared(preset: Preset):
+    "Refuse latents, which no network of the tables compares, before anything is trained."
+    if preset.data.channels > 3:
+        why = f"preset {preset.name} draws latents, and tables compare images"
+        raise BitflowError(f"{why}; measure it with evaluate --vae")
+
+
 def ablation_preset(args: Ablate) -> Preset:
     "The preset with the steps asked for."
     preset = preset_of(args)
     check_pair_preset(preset)
+    check_compared(preset)
     if args.steps is not None:
         return replace(preset, train_reverse=replace(preset.train_reverse, steps=args.steps))
     return preset
@@ -348,6 +356,7 @@ def run_ablate(args: Ablate):
 def run_neighbours(args: CompareNeighbours):
     "`bitflow neighbours`"
     preset, start = preset_of(args), time.perf_counter()
+    check_compared(preset)
     device, seeds = models.find_device(args.device), range(args.seed, args.seed + args.seeds)
     out, picture = new_outputs(args.out, ".json", ".png", anew=args.resume)
     held = set()
@@ -397,16 +406,17 @@ def run_reproduce(args: Reproduce, main: Callable):
     reproduce.check_pages(args.results)
     for name in args.names:  # every name is looked up before hours are spent
         reproduce.commands_of(name, args.budget, args.out, args.results)
-    more = []
-    if args.device != "auto":
-        more += ["--device", args.device]
-    if args.data_root is not None:
-        more += ["--data-root", str(args.data_root)]
+    device = [] if args.device == "auto" else ["--device", args.device]
+    root = [] if args.data_root is None else ["--data-root", str(args.data_root)]
+
+    def carry_out(words):
+        return main([*words, *device, *([] if words[0] == "bench" else root)])
+
     start = time.monotonic()
     for name in args.names:
         left = args.within and args.within - (time.monotonic() - start) / 60
         sizes = (args.budget, args.out, args.results)
-        reproduce.run_experiment(name, *sizes, main, tuple(more), left)
+        reproduce.run_experiment(name, *sizes, carry_out, left)
     print(f"all results: {reproduce.write_results_index(args.results)}")
 
 # %% ../../nbs/cli/lab.ipynb #da325fee
@@ -448,6 +458,17 @@ def check_finished(args: Demo, preset: Preset):
         check_same_settings(old, new, args.out, "leave the option out, or name another --out")
 
 
+def check_demo(preset: Preset):
+    "Refuse a demo whose report could not say how good the digits are."
+    if not are_digits(preset.data.name) or preset.data.channels != 1:
+        raise BitflowError(
+            f"demo reports on digits, and preset {preset.name} draws {preset.data.name}; "
+            "train and measure it with train forward, train reverse and evaluate"
+        )
+    if not preset.forward.noise_std:
+        raise BitflowError("demo compares with score denoising; give --forward.noise-std above 0")
+
+
 def check_folders(args: Demo, preset: Preset):
     "Refuse a demo's folders and files before any work is done."
     refuse_existing(args.out, args.resume)
@@ -460,6 +481,7 @@ def run_demo(args: Demo):
     start, device = time.perf_counter(), models.find_device(args.device)
     report = args.out / "report.html"
     preset = preset_of(args)
+    check_demo(preset)
     if args.resume and report.exists():
         check_finished(args, preset)
         print(f"{args.out} is finished; its report: {report}")
@@ -470,7 +492,6 @@ def run_demo(args: Demo):
     print("drawing and measuring …")
     n, seed = preset.num_samples, preset.train_reverse.seed
     done = evaluate(forward, reverse, train, test, n, seed, device)
-    done.samples.pop("real", None)  # the report shows test images
     path = save_demo(args, preset, done, test, start)
     result = json.loads(path.read_text(encoding="utf-8"))
     check_drawn(result["measurements"])  # a report needs figures

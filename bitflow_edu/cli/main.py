@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as e:
         if not (message := lost_contact(e)):
             raise
-        return ended(message, 3)
+        return ended(f"{message}{way_on(command)}", 3)
     return 0
 
 # %% ../../nbs/cli/main.ipynb #4be7a90c

@@ -42,6 +42,8 @@ def parse_labels(text: str | None, cfg, n: int) -> torch.Tensor:
     "Labels for n images `(n,)` from a list such as `0,1,7`, repeated as often as needed."
     if text is None:
         return sampling.grid_labels(cfg, n)
+    if not sampling.takes_labels(cfg):
+        raise BitflowError(f"--labels {text}: this model was trained without labels; leave it out")
     try:
         labels = torch.tensor([int(t) for t in text.split(",")])
     except ValueError:

@@ -329,6 +329,9 @@ def check_same_run(folder: Path, describe: dict, defaults: dict) -> list:
     train, new = ({**defaults, **section(d, "train", path)} for d in (old, describe))
     changed, changes = allowed_changes(train, new), old.pop("changes", [])
     old["train"] = {**train, **changed}
+    for name in ("data", "forward"):  # an older version did not note them
+        if name in describe:
+            old.setdefault(name, describe[name])
     for name in ("model", "objective"):
         if name in old:
             off = {field: v for field, v in describe.get(name, {}).items() if not v}
@@ -338,6 +341,21 @@ def check_same_run(folder: Path, describe: dict, defaults: dict) -> list:
     if changed:
         changes = [*changes, {"after": newest_step(folder), **{k: train[k] for k in changed}}]
     return changes
+
+# %% ../../nbs/io/checkpoints.ipynb #57a6e500
+def check_stages(folder: Path, cfg):
+    "Refuse another budget for a stage whose end another stage, `stage-1` …, has begun from."
+    for run in sorted(folder.glob("stage-*"))[:-1]:
+        if not (run / "run.json").exists():
+            continue
+        was = read_json(run / "run.json", "name another folder").get("train", {})
+        for name in ("steps", "minutes"):
+            if was.get(name) != getattr(cfg, name):
+                had = f"{run} had {name} {was.get(name)}, not {getattr(cfg, name)}"
+                raise BitflowError(
+                    f"{had}, and the next stage has begun from its end; "
+                    "use the old budget, or name another folder with --out"
+                )
 
 # %% ../../nbs/io/checkpoints.ipynb #faa95db1
 def newest_step(folder: Path) -> int:
@@ -398,7 +416,8 @@ class MetricsLog:
 
     def close(self):
         "Nothing more will be written."
-        self.file.close()
+        with report_write_errors(self.file.name):
+            self.file.close()
 
 # %% ../../nbs/io/checkpoints.ipynb #5b1f0c4e
 def fit_into(folder: Path, fit) -> Path:

@@ -45,11 +45,12 @@ class DataConfig:
     def __post_init__(self):
         if self.name not in LOADERS:
             raise BitflowError(f"unknown dataset {self.name!r}; choose one of {', '.join(LOADERS)}")
-        known = self.channels in CHANNELS.get(self.name, (1, 3))
-        if self.image_size < 1 or not known or self.num_classes < 1:
+        known = CHANNELS.get(self.name, (1, 3))
+        if self.image_size < 1 or self.channels not in known or self.num_classes < 1:
             raise BitflowError(
                 f"no images are {self.image_size} pixels wide with {self.channels} channels and "
-                f"{self.num_classes} classes: give a positive size, 1 or 3 channels, "
+                f"{self.num_classes} classes: give a positive size, "
+                f"{' or '.join(map(str, known))} channels, "
                 "at least 1 class"
             )
 
@@ -125,8 +126,8 @@ def kept_pixels(name: Callable, shape: tuple, decode: Callable) -> np.ndarray:
     pixels = decode()
     with suppress(OSError):  # a home that cannot be written to: decoded again each time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(kept) as part, part.open("wb") as file:
-            np.save(file, pixels)
+        with replacing(kept, by=os.getpid()) as part, part.open("wb") as file:
+            np.save(file, pixels)  # others may be at it, too: each writes a file of its own
     mapped = read()
     return pixels if mapped is None else mapped
 
@@ -228,9 +229,12 @@ def read_square(path: Path, size: int, channels: int) -> np.ndarray:
 
 # %% ../../nbs/io/datasets.ipynb #3335791e
 def load_image_folder(root: Path | None, split: str, image_size: int, channels: int) -> Arrays:
-    "Any images laid out as `root/{train,test}/<class>/<file>`, centre-cropped to squares."
+    """Any images laid out as `root/{train,test}/<class>/<file>`, centre-cropped to squares, in an
+    order that mixes the classes and is the same each time."""
     classes = folder_classes(root, split)
     paths, labels = image_files(root, split, classes)
+    order = np.random.default_rng(0).permutation(len(paths))  # the first n hold all classes
+    paths, labels = [paths[i] for i in order], labels[order]
     shape = (len(paths), channels, image_size, image_size)
 
     def decode():
@@ -249,7 +253,8 @@ def load_image_folder(root: Path | None, split: str, image_size: int, channels: 
         for path in paths:  # names, sizes and times: another file is another name
             with suppress(OSError):  # `decode` says what is wrong with it
                 about = path.stat()
-                seen.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+                own = path.relative_to(root)
+                seen.update(f"{own} {about.st_size} {about.st_mtime_ns}\n".encode())
         return f"folder-{split}-{channels}x{image_size}-{seen.hexdigest()[:16]}"
 
     return kept_pixels(name, shape, decode), labels, classes
@@ -262,8 +267,9 @@ def resize(
     "Resize with antialiasing, rounded back to 8 bits, so that bits/dim keeps its meaning."
     if pixels.shape[-2:] == (size, size):
         return pixels
-    small = nnf.interpolate(pixels.float(), size=(size, size), mode="bilinear", antialias=True)
-    return small.round().clamp(0, 255).to(torch.uint8)
+    to_size = partial(nnf.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    parts = pixels.split(1000)  # as floats an image takes many times its bytes
+    return torch.cat([to_size(p.float()).round_().clamp_(0, 255).to(torch.uint8) for p in parts])
 
 # %% ../../nbs/io/datasets.ipynb #792578c3
 def load_latents(root: Path | None, split: str, cfg: DataConfig) -> Latents:

@@ -70,9 +70,11 @@ def report_write_errors(where: Path):
 
 # %% ../../nbs/io/files.ipynb #5c1d77e2
 @contextmanager
-def replacing(path: Path):
-    "A name to write to: it becomes `path` at the end of the block, and goes where that fails."
-    part = path.with_name(f"{path.name}.part")
+def replacing(path: Path, by: int = None):
+    """A name to write to: it becomes `path` at the end of the block, and goes where that fails.
+
+    `by`: the process's number, where others may write the same file without a lock."""
+    part = path.with_name(f"{path.name}.part" if by is None else f"{path.name}.{by}.part")
     try:
         yield part
         fsync_path(part)

@@ -76,7 +76,11 @@ def fed(data, device: torch.device, upcoming: Iterable):
     """The dataset as a loop on a device should see it. `upcoming`: for each batch in turn,
     a function that returns its indices."""
     pixels = getattr(data, "pixels", None)
-    if pixels is not None and (device.type == "cpu" or pixels.numel() <= RESIDENT):
+    if pixels is None or not hasattr(data, "to"):
+        fits = False
+    else:
+        fits = device.type == "cpu" or pixels.numel() <= RESIDENT
+    if fits:
         yield data.to(device)
     elif not hasattr(data, "fetch"):  # a dataset of one's own
         yield data

@@ -49,10 +49,6 @@ class SingleProcess:
         "A call that gives that mean. The numbers are sent now; only the call may wait."
         return partial(self.all_reduce_mean, values)
 
-    def all_reduce_sum(self, t):
-        "The sum of a tensor over processes."
-        return t
-
     def all_gather(self, t):
         "The tensors of all processes, one after the other."
         return t

@@ -24,9 +24,9 @@ __all__ = ['progress_bar', 'log_step', 'open_logs', 'whole_model', 'draw_grid']
 # %% ../../nbs/io/progress.ipynb #aa3a9400
 def progress_bar(state, total: int | None) -> tqdm:
     "A bar on the error output that counts steps, up to `total` where it is known."
-    name, hidden = type(state.averaged).__name__, not state.processes.main
     steps = {"total": total, "initial": state.step, "unit": "step"}
-    return tqdm(**steps, desc=name, mininterval=1.0, disable=hidden)
+    hidden = {} if state.processes.main else {"disable": True}  # else as TQDM_DISABLE says
+    return tqdm(**steps, **hidden, desc=type(state.averaged).__name__, mininterval=1.0)
 
 # %% ../../nbs/io/progress.ipynb #6cdfdfa4
 def log_step(
@@ -133,7 +133,7 @@ def draw_grid(state, sampler, folder: Path, watcher=None):
     def draw():
         drawn = sampler(model)
         save_grid(getattr(drawn, "picture", drawn), path)
-        if watcher:
+        if watcher and hasattr(drawn, "x"):
             watcher.samples(state.step, drawn.x)
         return drawn
 

@@ -16,7 +16,13 @@ from pathlib import Path
 
 import torch
 
-from .files import BitflowError, asset, read_json, write_atomically
+from bitflow_edu.io.files import (
+    BitflowError,
+    asset,
+    read_json,
+    report_write_errors,
+    write_atomically,
+)
 
 # %% auto #0
 __all__ = ['hardware', 'versions', 'commit', 'measurement', 'time_per_image', 'now', 'save_results', 'results_text',
@@ -119,8 +125,9 @@ def save_results(
     if Path(name).name != name:
         raise BitflowError(f"results cannot be named {name!r}, which is a path; give a plain name")
     path = folder / f"{name}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, results_text(head, measurements))
+    with report_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, results_text(head, measurements))
     return path
 
 # %% ../../nbs/io/results.ipynb #5f1c70ad

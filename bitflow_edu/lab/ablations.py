@@ -12,7 +12,7 @@ import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -184,7 +184,9 @@ def made_from(training: Training, root: Path) -> dict:
     data, runs = training.preset.data, {"weights": training, "forward": training.forward}
     weights = {name: fingerprints.run_fingerprint(root / t.key / "run") for name, t in runs.items()}
     images = {split: fingerprint_of(data, split) for split in ("train", "test")}
-    return {"num_samples": training.preset.num_samples, "measured": MEASURED, **images, **weights}
+    network = network_for(images_of(data, "test"), data.channels)
+    about = {"num_samples": training.preset.num_samples, "measured": MEASURED}
+    return about | {"network": network and network.name} | images | weights
 
 # %% ../../nbs/lab/ablations.ipynb #3d436b6f
 def measure_training(training: Training, ways: list, root: Path, device: str) -> dict:
@@ -266,14 +268,16 @@ def run_jobs(
         for t in jobs:
             fingerprints.note_images(root / t.key, images)
         for stage in ("forward", "reverse"):
-            todo = {}
-            for t, ways in jobs.items():
-                if t.stage == stage:
-                    job = pool.submit(measure_training, t, sorted(ways), root, device)
-                    todo[job] = t.key
-            for job in as_completed(todo):
-                found[todo[job]] = job.result()
-                say(f"{len(found)}/{len(jobs)} {todo[job]}")
+            todo, running = [t for t in jobs if t.stage == stage], {}
+            while todo or running:
+                while todo and len(running) < workers:  # none waits in the pool: Ctrl-C ends it
+                    t = todo.pop(0)
+                    job = pool.submit(measure_training, t, sorted(jobs[t]), root, device)
+                    running[job] = t.key
+                for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    key = running.pop(job)
+                    found[key] = job.result()
+                    say(f"{len(found)}/{len(jobs)} {key}")
     return found
 
 # %% ../../nbs/lab/ablations.ipynb #210c93e5

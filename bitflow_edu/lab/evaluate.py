@@ -28,6 +28,7 @@ from ..io.processes import SINGLE_PROCESS, SingleProcess
 from ..io.results import measured, measurement, time_per_image
 from bitflow_edu.lab.sampling import (
     Sampler,
+    class_of,
     draw,
     draw_all,
     exact_sampler,
@@ -36,6 +37,7 @@ from bitflow_edu.lab.sampling import (
     sampler_cost,
     sampler_times,
     sharing,
+    takes_labels,
 )
 from ..reverse_model import ReverseModel, one_pass
 from bitflow_edu.scale.feature_networks import (
@@ -79,13 +81,13 @@ def sampler_source(
     noise: Tensor = None,  # for all images; default `indexed_noise`
     labelled: bool = False,  # whether the network can say if an image shows its label
 ) -> Callable:  # numbers, int64 `(n,)` → images `(n, C, H, W)`, labels or None
-    "A sampler as a source of images by number; the labels take the classes in turn."
+    "A sampler as a source of images by number, with the labels of `class_of`."
     cfg, device = sampler.model.cfg, next(sampler.model.parameters()).device
 
     @torch.no_grad()
     def source(index):
         z = indexed_noise(cfg, index, seed) if noise is None else noise[index]
-        c = index % cfg.num_classes
+        c = class_of(cfg, index)
         x = sampler(z.to(device), c.to(device))
         return decoder(x) if decoder else x, c if labelled else None
 
@@ -168,8 +170,10 @@ def fidelity(
     "Bits/dim of F, the exact inverse's largest round-trip error, and how near the ways back come."
     part = test[:1000]
     x, c = part.x.to(device), part.labels.to(device)
-    bpd = bits_per_dim(forward, test, seed).mean().item()
-    protocol = "uniform dequantisation, one draw, labels given"
+    told = takes_labels(forward.cfg)
+    c = c if told else torch.full_like(c, -1)
+    bpd = bits_per_dim(forward, test, seed, conditional=told).mean().item()
+    protocol = f"uniform dequantisation, one draw, labels {'' if told else 'not '}given"
     trip = round_trip_error(forward, x, c)
     found = [
         measurement("exact", "bits_per_dim", bpd, "bits", len(test), seed, protocol=protocol),

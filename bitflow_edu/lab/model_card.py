@@ -139,8 +139,9 @@ def in_words(m: dict) -> str:
     more += f" ({short(m['low'])} to {short(m['high'])})" if "low" in m else ""
     more += f" ({m['threads']} thread{'s' * (m['threads'] > 1)})" if m.get("threads") else ""
     if "started_from" in m:
-        first = m["value"] - m["own"]
-        more += f", of them {short(first)} in a first training" if first else ", the last training"
+        before = m["value"] - m["own"]
+        which = f"of them {short(before)} before" if before else "of"
+        more += f", {which} the last training"
     return short(m["value"]) + more
 
 # %% ../../nbs/lab/model_card.ipynb #fb126626
@@ -189,7 +190,7 @@ def how_measured(result: dict) -> str:
     )
 
 # %% ../../nbs/lab/model_card.ipynb #01cfba2f
-CLASS_HOMES = {ReverseModel: "reverse_model", TARFlow: "tarflow", CouplingFlow: "coupling"}
+CLASS_HOMES = {ReverseModel: "reverse_model", TARFlow: "tarflow", CouplingFlow: "excursions.glow"}
 SNIPPET = """{imports}
 
 model = from_pretrained({source}, {kind})
@@ -254,11 +255,12 @@ def how_trained(result: dict, model: nn.Module | Pair, source: DataSource) -> st
     lines = [f"- Images: {source.title}{copy}, {pixels}, {channels}; {licence}."]
     for name in parts:
         shown = recipe_of(config.get(f"train_{name}") or {})
-        first = (config.get("started_from") or {}).get(name)
-        if first:
-            loss = first.get("objective") or {}
+        earlier = (config.get("started_from") or {}).get(name)
+        while earlier:
+            loss = earlier.get("objective") or {}
             asked = "" if loss.get("features") else ", by squared error"
-            shown += f"; before that {recipe_of(first['train'])}{asked}"
+            shown += f"; before that {recipe_of(earlier['train'])}{asked}"
+            earlier = earlier.get("started_from")
         if shown:
             lines.append(f"- {'F' if name == 'forward' else 'G'}: {shown}.")
     return "\n".join(lines)

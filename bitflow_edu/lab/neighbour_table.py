@@ -25,6 +25,7 @@ from ..io.results import measurement
 from bitflow_edu.lab.ablations import (
     REAL,
     difference_lines,
+    fingerprint_of,
     floor,
     images_of,
     judged,
@@ -57,6 +58,7 @@ from bitflow_edu.neighbours import (
     train_neighbour,
 )
 from ..reverse_model import ReverseConfig, ReverseModel
+from ..scale.fingerprints import note_images
 from ..tarflow import TARFlow
 from ..training import train
 
@@ -229,7 +231,8 @@ def chosen_rate(search: list[dict]) -> float:
 
 # %% ../../nbs/lab/neighbour_table.ipynb #18d00014
 def stored_figures(cell: Cell, root: Path) -> dict | None:
-    "What was measured of a cell, None where nothing was."
+    "What was measured of a cell, None where nothing was. Refuses what saw other images."
+    note_images(root / cell.key, fingerprint_of(cell.preset.data, "train"))
     file = root / cell.key / "figures.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 

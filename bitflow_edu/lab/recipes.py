@@ -45,13 +45,14 @@ from ..neighbours import Neighbour, beside, train_neighbour
 from ..reverse_model import ReverseModel, one_pass
 from ..scale.alarms import sample_reference_of, watch_labels
 from ..scale.autoencoder import decoded, load_decoder
+from ..scale.fingerprints import data_fingerprint, model_fingerprint
 from ..scale.watching import Watcher
 from ..tarflow import TARFlow, TARFlowConfig, forward_loss
 from ..training import TrainConfig, train
 from ..transformer import compile_layers
 
 # %% auto #0
-__all__ = ['Watch', 'train_forward', 'image_distance', 'train_reverse', 'run_settings', 'training_record']
+__all__ = ['Watch', 'described_data', 'train_forward', 'image_distance', 'train_reverse', 'run_settings', 'training_record']
 
 # %% ../../nbs/lab/recipes.ipynb #905354f9
 def note_start(preset: Preset, folder: Path, step: int):
@@ -115,6 +116,11 @@ def starting_weights(model: nn.Module, init: str | Path | None, folder: Path, re
     return {"init": weights} if weights else {}
 
 # %% ../../nbs/lab/recipes.ipynb #fd027eca
+def described_data(preset: Preset, data) -> dict:
+    "What tells a training's images from others, so that it does not go on with those."
+    return dataclasses.asdict(preset.data) | {"images": data_fingerprint(data)}
+
+
 def train_forward(
     preset: Preset,
     data: Images,
@@ -135,7 +141,7 @@ def train_forward(
         labels, watcher = watch.of(data, cfg, patch_size, noise_std, preset.conditional)
     loss, start = stage_one_loss(preset.forward), partial(note_start, preset)
     grid = partial(sample_grid, sample=invert_flow, labels=labels)
-    about = {"preset": preset.name, "stage": "forward"}
+    about = {"preset": preset.name, "stage": "forward", "data": described_data(preset, data)}
     about |= starting_weights(model, init, folder, resume)
     return train(model, loss, data, cfg, folder, resume, grid, about, start, processes, watcher)
 
@@ -198,6 +204,7 @@ def train_reverse(
     check_pair(forward, model)
     check_strategy(model, objective.strategy)
     loss = stage_two_loss(forward, model, objective, device, cfg.num_microbatches)
+    weights = model_fingerprint(forward)
     if cfg.compile:  # F, too, in place: half of a step is its pass
         compile_layers(forward)
     if watch:
@@ -205,6 +212,7 @@ def train_reverse(
         labels, watcher = watch.of(data, cfg, model.cfg.patch_size, noise_std)
     grid, start = partial(sample_grid, sample=one_pass, labels=labels), partial(note_start, preset)
     about = {"preset": preset.name, "stage": "reverse", "objective": dataclasses.asdict(objective)}
+    about |= {"data": described_data(preset, data), "forward": {"weights": weights}}
     about |= starting_weights(model, init, folder, resume)
     return train(model, loss, data, cfg, folder, resume, grid, about, start, processes, watcher)
 

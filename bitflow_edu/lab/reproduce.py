@@ -54,9 +54,10 @@ def file_of(words: list[str]) -> Path | None:
     return Path(given["--out"]) if words[0] in ("evaluate", "bench", "neighbours") else None
 
 
-def made_for(words: list[str]) -> tuple:
-    "What two commands have in common that make the same file: the command and its preset."
-    return words[:1], dict(zip(words, words[1:])).get("--preset")
+def made_by(result: dict, words: list[str]) -> bool:
+    "Whether a results file is of this command and, where it names one, of this preset."
+    preset = dict(zip(words, words[1:])).get("--preset")
+    return shlex.split(result["command"])[1:2] == words[:1] and preset in (None, result["preset"])
 
 # %% ../../nbs/lab/reproduce.ipynb #1183b611
 def result_exists(words: list[str], budget: str) -> bool:
@@ -72,9 +73,8 @@ def result_exists(words: list[str], budget: str) -> bool:
     if (size := there.get("budget") or budget) != budget:
         was = f"{path} was made with --budget {size}, not {budget}"
         raise BitflowError(f"{was}; move it away, or name other folders with --results and --out")
-    made_by = shlex.split(there["command"])
-    if made_for(made_by[1:]) != made_for(words):
-        was = f"{path} was made by another command ({shlex.join(made_by)})"
+    if not made_by(there, words):
+        was = f"{path} was made by another command ({there['command']})"
         raise BitflowError(f"{was}; move it away, or name another folder with --results")
     return True
 
@@ -108,7 +108,6 @@ def run_experiment(
     runs: Path,  # folder of its trainings
     results: Path,
     run: Callable,  # (words) → exit code: carries out one command
-    more: tuple = (),  # words that are added to each command
     within: float = None,  # minutes; default, for `gpu-short`: what it was planned for
 ):
     "Run what is left of an experiment; what its minutes cannot hold is not begun."
@@ -127,8 +126,12 @@ def run_experiment(
             print(f"{name}: left out, {left:.1f} minutes are left for {minutes:g}: {command}")
             return
         print(f"{name}: {command}", flush=True)
-        if run([*words, *more]):
+        if code := run(words):
             again = f"start bitflow reproduce {name} again: what is done stays done"
+            if code > 128:  # ended by a signal, not by a mistake
+                stopped = KeyboardInterrupt(f"{name} stopped at: {command}; {again}")
+                stopped.code = code
+                raise stopped
             raise BitflowError(f"{name} stopped at: {command}\nMend what it says, and {again}")
         if path := file_of(words):
             tag_result(path, name, budget)
@@ -338,11 +341,15 @@ def compare_guard(stored: dict, found: list, width: float = 4.0) -> list[tuple]:
     """Guarded figures beside the stored ones: (row, metric, value, mean, spread, fine).
 
     `fine`: the value lies within `width` standard deviations of a single new value."""
-    lines = []
-    for m in found:
-        values = [s["value"] for s in measured(stored, m["row"], m["metric"])]
+    lines, new = [], {(m["row"], m["metric"]): m["value"] for m in found}
+    for row, metric in GUARDED:
+        value = new.get((row, metric), math.nan)  # a figure that is gone is not fine
+        values = [s["value"] for s in measured(stored, row, metric)]
+        if len(values) < 2:
+            what = f"{GUARD} holds {len(values)} of {metric}, {row}, and needs 2 at least"
+            raise BitflowError(f"{what}; store new figures with --check --record")
         mean = statistics.mean(values)
         spread = statistics.stdev(values) * (1 + 1 / len(values)) ** 0.5
-        fine = abs(m["value"] - mean) <= width * spread
-        lines.append((m["row"], m["metric"], m["value"], mean, spread, fine))
+        fine = abs(value - mean) <= width * spread
+        lines.append((row, metric, value, mean, spread, fine))
     return lines

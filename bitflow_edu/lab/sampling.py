@@ -33,14 +33,24 @@ from ..tarflow import TARFlow, TARFlowConfig
 __all__ = ['FLOWS', 'METHODS', 'grid_labels', 'noise_for', 'Sampler', 'exact_sampler', 'denoised', 'one_pass_sampler',
            'guided_sampler', 'guided_samplers', 'choose_samplers', 'draw', 'to_picture']
 
+# %% ../../nbs/lab/sampling.ipynb #1abe1500
+def takes_labels(cfg) -> bool:
+    "Whether an F was told labels in training; the config of a G does not say, and counts as told."
+    return getattr(cfg, "label_dropout", 0.0) < 1
+
+
+def class_of(cfg, index: Tensor) -> Tensor:
+    "The label of each image by its number: the classes in turn; −1 for an F without labels."
+    return index % cfg.num_classes if takes_labels(cfg) else torch.full_like(index, -1)
+
 # %% ../../nbs/lab/sampling.ipynb #bf09ea77
 FLOWS = {TARFlowConfig: TARFlow, CouplingConfig: CouplingFlow}
 
 
 def grid_labels(cfg, n: int) -> Tensor:
-    "Labels 0, 1, 2, … over and over `(n,)`: the classes in turn."
+    "Labels 0, 1, 2, … over and over `(n,)`: the classes in turn; −1 for an F without labels."
     check_count(n)
-    return torch.arange(n) % cfg.num_classes
+    return class_of(cfg, torch.arange(n))
 
 
 def noise_for(cfg, n: int, seed: int = 0, device: str = "cpu", temperature: float = 1.0) -> Tensor:

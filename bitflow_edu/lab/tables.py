@@ -309,9 +309,16 @@ def longer_forward(preset: Preset) -> Preset:
     blocks = preset.forward.num_blocks
     of_f = blocks * F.num_layers * F.width**2
     of_g = (blocks + preset.reverse.denoise) * G.num_layers * G.width**2
-    more = round(preset.train_reverse.steps * (of_f + 3 * of_g) / (3 * of_f))
-    steps = preset.train_forward.steps + more
-    return replace(preset, train_forward=replace(preset.train_forward, steps=steps))
+    first, second = preset.train_forward, preset.train_reverse
+    if first.minutes and second.minutes:
+        return replace(preset, train_forward=replace(first, minutes=first.minutes + second.minutes))
+    if first.minutes or second.minutes:
+        what = (
+            f"F has minutes {first.minutes} and G {second.minutes}; table budget adds their times"
+        )
+        raise BitflowError(f"{what}: give both steps, or both minutes")
+    more = round(second.steps * (of_f + 3 * of_g) / (3 * of_f))
+    return replace(preset, train_forward=replace(first, steps=first.steps + more))
 
 
 def budget(preset: Preset) -> list:

@@ -131,10 +131,11 @@ def sample_reference_of(
 ) -> SampleReference:
     "The reference for a run, from its own training data."
     generator = torch.Generator().manual_seed(seed)
-    index = torch.arange(len(data.labels))
-    if (labels >= 0).all():
-        index = index[torch.isin(data.labels, labels)]
-    index = index[torch.randperm(len(index), generator=generator)[:most]].sort().values
+    index = torch.randperm(len(data.labels), generator=generator)
+    if (labels >= 0).all():  # of each class as many, so that a rare one has enough
+        classes, own = labels.unique(), data.labels[index]
+        index = torch.cat([index[own == k][: most // len(classes)] for k in classes])
+    index = index[:most].sort().values
     x, c = data.draw(index, generator), data.labels[index]
     return reference(x, c, labels, patch_size, noise_std, seed)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from ..coupling import ActNorm
 from ..io.files import BitflowError
 from ..io.processes import SINGLE_PROCESS, SingleProcess
 from ..transformer import Layer
@@ -103,6 +104,9 @@ class Distributed(SingleProcess):
         "The loss function that trains `model` on all processes; sharded, in place."
         self.module, self.called = LossModule(model, loss_fn), None
         if self.sharding != "none":
+            if any(isinstance(part, ActNorm) for part in model.modules()):
+                why = "this flow sets itself up from its first batch, which shards cannot keep"
+                raise BitflowError(f"{why}; choose sharding none")
             mesh = mesh_of(self.accelerator.device.type, self.size, self.sharding)
             shard(self.module, averaged, mesh, bf16)
             self.called = self.module
@@ -163,10 +167,6 @@ class Distributed(SingleProcess):
 
         return read
 
-    def all_reduce_sum(self, t):
-        "The sum of a tensor over processes."
-        return self.accelerator.reduce(t.clone(), "sum")
-
     def all_gather(self, t):
         "The tensors of all processes, one after the other; they may differ in length."
         lengths = self.accelerator.gather(torch.tensor([len(t)], device=t.device)).tolist()
@@ -223,8 +223,8 @@ def lost_contact(error: Exception) -> str | None:
         return None
     rank, first = os.environ.get("RANK", "?"), (text.splitlines() or [""])[0]
     return (
-        f"process {rank} of {size} lost contact with another one ({first[:120]}). The newest "
-        "checkpoint is whole: start again with --resume, on as many processes as there are now"
+        f"process {rank} of {size} lost contact with another one ({first[:120]}); what was saved "
+        "is whole, and may be gone on with on as many processes as there are now"
     )
 
 # %% ../../nbs/scale/distributed.ipynb #ba329a0f

@@ -198,7 +198,7 @@ class Failure:
 
     measure: object  # (x, c, known) → float, NaN where it cannot tell
     plant: object  # (x, c, known) → (x, c) with the failure in them
-    seen: str  # with {value}, {real} and {limit}
+    seen: str  # with {value} and {real}
     advice: str
 
 # %% ../../nbs/scale/failures.ipynb #5b83f5ad

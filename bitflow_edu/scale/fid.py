@@ -103,7 +103,7 @@ def read_reference(path: str | Path) -> Reference:
     check_gaussian(mu, sigma, path)
     features = None
     if "features" in arrays:
-        features = torch.from_numpy(arrays["features"])
+        features = torch.from_numpy(arrays["features"].astype(np.float32))
         check_features(features, torch.from_numpy(mu)[None], least=1)
     return Reference(torch.from_numpy(mu), torch.from_numpy(sigma), features, path.name)
 

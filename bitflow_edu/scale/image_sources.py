@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import tarfile
 import zipfile
 import zlib
@@ -253,7 +254,7 @@ def find_source(
     where = str(where)
     is_pattern = "{" in where or "*" in where
     if "://" in where or is_pattern or ".tar" in Path(where).suffixes:
-        return TarSource(where, num_classes)
+        return TarSource(where if "://" in where else os.path.abspath(where), num_classes)
     return FolderSource(str(Path(where).resolve()), split, per_shard)
 
 # %% ../../nbs/scale/image_sources.ipynb #3b1eb7ab

@@ -121,13 +121,14 @@ def read_note(path: Path) -> dict:
     return note
 
 
-def finished(out: Path, k: int) -> dict | None:
-    "The note of shard k, None where the shard has yet to be made, or made again."
+def finished(out: Path, k: int, source: str) -> dict | None:
+    """The note of shard k, None where the shard has yet to be made, or made again: a pattern with
+    `*` may name other tars than before."""
     shard, note = (out / "shards" / f"{k:05d}.{kind}" for kind in ("safetensors", "json"))
     try:
         found = read_note(note)
         check_shard(shard, found)
-        return found
+        return found if found.get("source", source) == source else None
     except (OSError, BitflowError):
         return None
 
@@ -176,14 +177,14 @@ def encode_piece(
 
 # %% ../../nbs/scale/latents.ipynb #f102f053
 def write_shard(
-    out: Path, k: int, tensors: dict, corrupt: list, left_out: dict | None = None
+    out: Path, k: int, source: str, tensors: dict, corrupt: list, left_out: dict | None = None
 ) -> dict:
-    "A shard, then its note: size, checksum, and what was left out."
+    "A shard, then its note: size, checksum, source, and what was left out."
     path = out / "shards" / f"{k:05d}.safetensors"
     with report_write_errors(out):
         save_tensors(tensors, path)
         note = {"name": path.name, "count": len(tensors["labels"]), "bytes": path.stat().st_size}
-        note |= {"sha256": sha256_of(path), "corrupt": corrupt}
+        note |= {"sha256": sha256_of(path), "source": source, "corrupt": corrupt}
         if left_out:
             note["left_out"] = dict(left_out)
         write_atomically(path.with_suffix(".json"), json.dumps(note, indent=1) + "\n")
@@ -194,13 +195,14 @@ def make_shards(pieces: ShardSource, out: Path, vae: nn.Module, cfg: CacheConfig
     "This process's share of the shards; finished ones are checked and left alone."
     corrupt, share = [], processes.share(len(pieces.names))
     with ThreadPoolExecutor(cfg.workers) as pool:
-        for k in tqdm(share, desc="shards", unit="shard", disable=not processes.main):
-            note = finished(out, k)
+        hidden = {} if processes.main else {"disable": True}
+        for k in tqdm(share, desc="shards", unit="shard", **hidden):
+            note = finished(out, k, pieces.names[k])
             if note is None:
                 before, left_out = len(corrupt), Counter()
                 raws = taken_ahead(pieces.read(k, left_out))  # bytes, of a disk or a network
                 tensors = encode_piece(raws, vae, cfg, pool, corrupt)
-                write_shard(out, k, tensors, corrupt[before:], left_out)
+                write_shard(out, k, pieces.names[k], tensors, corrupt[before:], left_out)
             else:
                 corrupt += note["corrupt"]
             check_corrupt(corrupt, cfg)
@@ -223,6 +225,8 @@ def write_latents_index(
     "`index.json`: settings, shards, what was left out. `BitflowError` for too much, or no image."
     notes = [read_note(out / "shards" / f"{k:05d}.json") for k in range(len(pieces.names))]
     corrupt = [name for note in notes for name in note.pop("corrupt")]
+    for note in notes:
+        note.pop("source", None)
     left_out = sum((Counter(note.pop("left_out", {})) for note in notes), Counter(pieces.left_out))
     check_corrupt(corrupt, cfg)
     index = settings | {"vae": {"name": vae_name, **settings["vae"]}}

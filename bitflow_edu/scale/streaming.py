@@ -53,8 +53,9 @@ class Moments:
             raise BitflowError(
                 f"{self.n} feature vectors are too few, 2 are needed at least; draw more samples"
             )
-        mu = self.total / self.n
-        return mu, (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
+        total, outer = self.total.cpu(), self.outer.cpu()  # as what is read from files
+        mu = total / self.n
+        return mu, (outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
 
 # %% ../../nbs/scale/streaming.ipynb #dfddd42c
 @dataclass(frozen=True, eq=False)
@@ -130,6 +131,12 @@ def kept_mask(n: int, keep: int, seed: int = 0) -> Tensor:
 SHOWN = 10  # first images that are kept for a picture
 
 # %% ../../nbs/scale/streaming.ipynb #cbeb8a11
+def stacked(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    "Images of two, either of which may be none."
+    there = [t for t in (a, b) if t is not None]
+    return torch.cat(there) if there else None
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureStats:
     "All that is remembered of images that were looked at."
@@ -150,7 +157,7 @@ class FeatureStats:
             self.right + other.right,
             self.asked + other.asked,
             self.broken + other.broken,
-            other.first if self.first is None else self.first,
+            stacked(self.first, other.first),
         )
 
     def gaussian(self):
@@ -215,7 +222,7 @@ def batch_stats(
         )
     whole = whole_images(images)
     shown = torch.where(whole[:, None, None, None], images, torch.zeros_like(images))
-    first = shown[:SHOWN].cpu() if batch.start == 0 else None
+    first = shown[: SHOWN - batch.start].cpu() if batch.start < SHOWN else None
     features, logits = extract_features(network, shown, width, cfg.per_pass)
     whole = whole.to(features.device)
     index, features = index[whole.cpu()], features[whole]
@@ -296,7 +303,7 @@ def collect(
     "Look at images 0 … n − 1, spread over processes, part by part, and add the parts up."
     if folder is None and processes.size > 1:
         raise BitflowError(f"{processes.size} processes need a folder for their parts; name one")
-    parts, keep, mine = batches_in_parts(cfg), kept_mask(cfg.n, cfg.keep, cfg.seed), []
+    parts, keep, mine = batches_in_parts(cfg), kept_mask(cfg.n, cfg.keep, cfg.seed), None
     bar = dict(desc="looking at images", unit="part", leave=False)
     for i in tqdm(processes.share(len(parts)), **bar, disable=None if processes.main else True):
         path = folder and folder / f"part-{i:04d}.npz"
@@ -307,9 +314,9 @@ def collect(
         if path:
             save_stats(stats, path)
         else:
-            mine.append(stats)
+            mine = stats if mine is None else mine + stats
     if folder is None:
-        return reduce(FeatureStats.__add__, mine)
+        return mine
     processes.barrier()
     paths = [folder / f"part-{i:04d}.npz" for i in range(len(parts))]
     return processes.on_rank_zero(lambda: reduce(FeatureStats.__add__, map(read_stats, paths)))

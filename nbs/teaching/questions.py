@@ -520,7 +520,7 @@ states = F(x, c).states
 assert states[-1].shape == (2, tokens, values), "the flow has other tokens"
 assert len(states) == {blocks} + 1 and F.cfg.num_classes == {classes}
 assert F.cfg.transformer.width == {width}
-assert steps == {blocks} * (states[-1].shape[1] - 1), "one step a token but the first, a block"
+assert steps == {blocks} * (states[-1].shape[1] - 1), "a step for each token but one, in each block"
 for scale in (1, 3):
     error = (exact_inverse(F, F(scale * x, c).states[-1], c) - scale * x).abs().max().item()
     assert 0.2 * error < round_trip_error(F, scale * x, c) < 5 * error, "the largest difference"
@@ -679,7 +679,7 @@ depths $0, 1, \dots$ have weights {weights}. The loss is the mean over samples o
         answer(
             "alignment",
             f"""def alignment_loss(states, projected, x, image):
-    "The loss, a scalar, of {blocks + 1} states and {blocks} projected states `(N, T, D)`."
+    "A scalar. F's states, G's projected ones `(N, T, D)`; clean image, G's `(N, C, H, W)`."
 
     ### BEGIN SOLUTION
     def distance(a, b):
@@ -895,7 +895,7 @@ def guided_training(rng: Random) -> list[dict]:
 
 At inference guidance extrapolates: $h = (1 + w_i)\,a - w_i\,b$ with $a$ the state of block $i$ with the label and $b$ the state without.
 In training, block $i$ of a guided $G$ gives states that are already guided, $a$ with the label and $b$ without, and the state to
-compare with the flow's is recovered from them: $h = (a + w_i\,b) / (1 + w_i)$. Write both for $w = $ {scales}, one value a block."""),
+compare with the flow's is recovered from them: $h = (a + w_i\,b) / (1 + w_i)$. Write both for $w = $ {scales}, one value for each block."""),
         answer(
             "training",
             f"""def extrapolated(i, a, b):
