@@ -49,7 +49,12 @@ def test_image_folder(tmp_path, channels):
     make_folder(tmp_path)
     data = load_data(DataConfig("image-folder", 8, channels, num_classes=2), "train", tmp_path)
     assert data.pixels.shape == (6, channels, 8, 8)
-    assert data.classes == ("cat", "dog") and data.labels.tolist() == [0] * 3 + [1] * 3
+    assert data.classes == ("cat", "dog") and sorted(data.labels.tolist()) == [0] * 3 + [1] * 3
+    for label, name in enumerate(data.classes):
+        files = (tmp_path / "train" / name).iterdir()
+        wanted = {datasets.read_square(file, 8, channels).tobytes() for file in files}
+        found = {image.numpy().tobytes() for image in data.pixels[data.labels == label]}
+        assert found == wanted and len(wanted) == 3
 
 
 def load_jpeg_copy(tmp_path):
@@ -94,7 +99,7 @@ def test_decoded_cifar10_is_kept_as_one_file(tmp_path, monkeypatch):
     assert len(decoded) == 16 and np.load(kept).shape == (4, 3, 32, 32)
     np.save(kept, np.zeros((3, 3, 32, 32), np.uint8))
     assert torch.equal(load_jpeg_copy(tmp_path).pixels, few.pixels), "of other data"
-    monkeypatch.setattr(datasets, "replacing", lambda path: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(datasets, "replacing", lambda path, by: (_ for _ in ()).throw(OSError()))
     kept.unlink()
     assert torch.equal(load_jpeg_copy(tmp_path).pixels, few.pixels)
     assert not kept.exists()

@@ -218,7 +218,7 @@ def test_seeds_of_a_results_file_are_not_measured_again(made, tmp_path, monkeypa
     found, _ = made
     kept = json.loads(json.dumps(found))
     take_over(kept, tiny(), tmp_path)
-    assert {p.name for p in tmp_path.glob("*/*")} == {"figures.json"}
+    assert {p.name for p in tmp_path.glob("*/*")} == {"figures.json", "images.json"}
     monkeypatch.setattr(neighbour_table, "run_training", None)
     monkeypatch.setattr(neighbour_table, "train_cell", None)
     again = neighbours_table(tiny(), range(1), tmp_path, NAMES, say=str)

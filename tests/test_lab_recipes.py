@@ -201,17 +201,17 @@ def test_decoded_images_are_cropped_by_the_generator_of_the_step(cropping, tmp_p
     assert a.grad.isfinite().all() and a.grad[:3].abs().sum() > 0
 
 
-def test_f_is_compiled_beside_g(tmp_path, monkeypatch):
+def test_f_is_compiled_beside_g(digits, tmp_path, monkeypatch):
     """Frozen, it takes half of a step; asked for by the option that compiles G."""
     compiled = []
     monkeypatch.setattr(recipes, "compile_layers", compiled.append)
     monkeypatch.setattr(recipes, "train", lambda *args: args[0])
     preset = find_preset("mnist-mini-smoke")
     flow = TARFlow(preset.forward)
-    recipes.train_reverse(preset, flow, None, tmp_path)
+    recipes.train_reverse(preset, flow, digits, tmp_path)
     assert compiled == []
     preset = replace(preset, train_reverse=replace(preset.train_reverse, compile=True))
-    recipes.train_reverse(preset, flow, None, tmp_path)
+    recipes.train_reverse(preset, flow, digits, tmp_path)
     assert compiled == [flow]
 
 

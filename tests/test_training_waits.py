@@ -51,7 +51,8 @@ CFG = TrainConfig(
 )
 READS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select")
 READS += ("unique_dim", "_unique2")
-CHEAP_LOOKS = [(module, "may_read") for module in (bijections, coupling, neighbours)]
+CHEAP_LOOKS = [(module, "may_read") for module in (bijections, coupling)]
+CHEAP_LOOKS.append((neighbours, "free_to_read"))
 CHEAP_LOOKS += [(checks, "free_to_read")]
 DOORS = ("log_step", "save_checkpoint")  # where values may be read
 

@@ -240,8 +240,8 @@ def stored_figures(cell: Cell, root: Path) -> dict | None:
 def store_figures(cell: Cell, root: Path, found: dict) -> dict:
     "Keep what was measured of a cell."
     folder = root / cell.key
+    note_images(folder, fingerprint_of(cell.preset.data, "train"))
     with report_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "figures.json", json.dumps(found, indent=1) + "\n")
     return found
 

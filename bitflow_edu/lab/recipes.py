@@ -52,7 +52,7 @@ from ..training import TrainConfig, train
 from ..transformer import compile_layers
 
 # %% auto #0
-__all__ = ['Watch', 'described_data', 'train_forward', 'image_distance', 'train_reverse', 'run_settings', 'training_record']
+__all__ = ['Watch', 'train_forward', 'image_distance', 'train_reverse', 'run_settings', 'training_record']
 
 # %% ../../nbs/lab/recipes.ipynb #905354f9
 def note_start(preset: Preset, folder: Path, step: int):
@@ -115,12 +115,12 @@ def starting_weights(model: nn.Module, init: str | Path | None, folder: Path, re
         start_from(model, weights, with_scale_input)
     return {"init": weights} if weights else {}
 
-# %% ../../nbs/lab/recipes.ipynb #fd027eca
+# %% ../../nbs/lab/recipes.ipynb #da7a5eed
 def described_data(preset: Preset, data) -> dict:
     "What tells a training's images from others, so that it does not go on with those."
     return dataclasses.asdict(preset.data) | {"images": data_fingerprint(data)}
 
-
+# %% ../../nbs/lab/recipes.ipynb #fd027eca
 def train_forward(
     preset: Preset,
     data: Images,
