@@ -105,9 +105,8 @@ def test_the_card_of_the_guided_pair_has_what_training_images_chose():
     text = ModelCard.load(asset("mnist") / "README.md").text
     for seen in (
         "| exact inverse + score denoising, w = 0.1 | real images (the floor) |",
-        "| train_steps |  | 9,600 | – | 9,000, of them 5,800 before the last training |",
-        "G: steps 3200",
-        "before that steps 1800",
+        "| train_steps |  | 9,600 | – | 5,800, of them 4,000 before the last training |",
+        "G: steps 1800",
         "before that steps 4000",
         "by squared error.",
     ):

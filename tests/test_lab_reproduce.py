@@ -353,16 +353,16 @@ def test_every_command_is_listed(name, budget, tmp_path):
 
 
 @pytest.mark.parametrize("value, fine", [(1.2, True), (1.5, False), (0.5, False)])
-def test_the_guard_sees_what_moved(value, fine, monkeypatch):
+def test_the_guard_sees_what_moved(value, fine):
     """Within four standard deviations of the stored seeds, or not."""
     values = (1.0, 1.1, 0.9, 1.05, 0.95)
     stored = {"measurements": [measurement("one-pass", "fid", v) for v in values]}
-    monkeypatch.setattr(reproduce, "GUARDED", (("one-pass", "fid"),))
-    compared = compare_guard(stored, [measurement("one-pass", "fid", value)])
+    one = (("one-pass", "fid"),)
+    compared = compare_guard(stored, [measurement("one-pass", "fid", value)], guarded=one)
     assert compared[0][-1] == fine
-    assert not compare_guard(stored, [])[0][-1]  # a figure that is gone has moved
+    assert not compare_guard(stored, [], guarded=one)[0][-1]  # a figure that is gone has moved
     with pytest.raises(BitflowError, match="holds 1 of fid, one-pass, and needs 2"):
-        compare_guard({"measurements": stored["measurements"][:1]}, [])
+        compare_guard({"measurements": stored["measurements"][:1]}, [], guarded=one)
 
 
 @pytest.mark.slow

@@ -337,12 +337,14 @@ def record_guard(results: Path, seeds: int = 5, device: str = "cpu") -> Path:
     return save_results(results, GUARD, preset.name, command, config, found, took)
 
 
-def compare_guard(stored: dict, found: list, width: float = 4.0) -> list[tuple]:
+def compare_guard(
+    stored: dict, found: list, width: float = 4.0, guarded: tuple = GUARDED
+) -> list[tuple]:
     """Guarded figures beside the stored ones: (row, metric, value, mean, spread, fine).
 
     `fine`: the value lies within `width` standard deviations of a single new value."""
     lines, new = [], {(m["row"], m["metric"]): m["value"] for m in found}
-    for row, metric in GUARDED:
+    for row, metric in guarded:
         value = new.get((row, metric), math.nan)  # a figure that is gone is not fine
         values = [s["value"] for s in measured(stored, row, metric)]
         if len(values) < 2:
