@@ -138,7 +138,7 @@ def test_a_lost_process_and_another_number_of_them(alone, tmp_path):
     assert process.returncode != 0 and "exitcode  : -9" in said
     # the other process notices by itself, or is stopped first
     stopped = "Signal 15" in said or "via 15, forcefully exiting via 9" in said
-    assert "start again with --resume" in said or stopped, said[-3000:]
+    assert "go on with --resume" in said or stopped, said[-3000:]
     assert newest_checkpoint(folder).name < "step-00000012", "it was killed on the way"
     sharding = "full" if can_shard("cpu") else "none"
     run(3, *FORWARD, "--out", folder, "--resume", "--sharding", sharding)

@@ -269,25 +269,23 @@ def test_a_start_that_is_refused_leaves_no_run(tmp_path, data, monkeypatch):
 
 def test_ctrl_c_while_the_last_checkpoint_is_written_is_heard(tmp_path, data, monkeypatch):
     """The training is done, and what would have followed it is not begun."""
-    waiting = training.WriteBehind.wait
+    heard, save, waiting = [], training.save_checkpoint, training.WriteBehind.wait
+
+    class Heard(training.StopSignals):
+        def __enter__(self):
+            heard.append(self)
+            return super().__enter__()
 
     def interrupted(disk):
-        found = waiting(disk)
-        monkeypatch.setattr(training.WriteBehind, "wait", waiting)
-        signal.raise_signal(signal.SIGINT)
-        return found
+        heard[0].number = signal.SIGINT
+        return waiting(disk)
 
-    def at_the_end(state, cfg, *more):
-        monkeypatch.setattr(training.WriteBehind, "wait", interrupted)
-        return save(state, cfg, *more)
-
-    save = training.save_checkpoint
-
-    def save_and_wait(state, folder, writer):
+    def save_the_last(state, folder, writer):
         save(state, folder, writer=writer)
         monkeypatch.setattr(training.WriteBehind, "wait", interrupted)
 
-    monkeypatch.setattr(training, "save_checkpoint", save_and_wait)
+    monkeypatch.setattr(training, "StopSignals", Heard)
+    monkeypatch.setattr(training, "save_checkpoint", save_the_last)
     with pytest.raises(KeyboardInterrupt, match="step 1, the last, is saved in") as stopped:
         train(new_flow(), forward_loss, data, replace(CFG, steps=1), tmp_path / "run")
     assert stopped.value.code == 130 and newest_checkpoint(tmp_path / "run").name[-1] == "1"
