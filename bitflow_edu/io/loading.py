@@ -76,11 +76,8 @@ def fed(data, device: torch.device, upcoming: Iterable):
     """The dataset as a loop on a device should see it. `upcoming`: for each batch in turn,
     a function that returns its indices."""
     pixels = getattr(data, "pixels", None)
-    if pixels is None or not hasattr(data, "to"):
-        fits = False
-    else:
-        fits = device.type == "cpu" or pixels.numel() <= RESIDENT
-    if fits:
+    movable = pixels is not None and hasattr(data, "to")
+    if movable and (device.type == "cpu" or pixels.numel() <= RESIDENT):
         yield data.to(device)
     elif not hasattr(data, "fetch"):  # a dataset of one's own
         yield data
